@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Makes the virtual environment at $QSHARP_VENV (else .venv in the repository) and installs the package there,
+# editable, with the JAX that fits the machine. Called by itself (`bash launch/setup.sh [EXTRA...]`, extras of setup.py)
+# or sourced by the other scripts, which then call `set_up [EXTRA...]`. Once set up, a call only compares a checksum.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+QSHARP_VENV=${QSHARP_VENV:-$repo/.venv}
+[[ $QSHARP_VENV == /* ]] || QSHARP_VENV=$PWD/$QSHARP_VENV
+export QSHARP_VENV
+
+# glibc gives the memory of every large array back to the system when it is freed, and asks for it again at the next
+# step. Thresholds above any array that a CPU run makes (in bytes) keep it.
+export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
+
+fail() {
+    echo "setup.sh: $*" >&2
+    exit 2
+}
+
+# The extra that this machine's accelerator needs; nothing on a CPU.
+accelerator() {
+    if nvidia-smi -L >/dev/null 2>&1; then
+        echo cuda
+    elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]] && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then
+        echo tpu # a Google PCI device behind an accelerator driver
+    fi
+}
+
+find_python() {
+    local python
+    for python in python3.13 python3.12 python3.11 python3; do
+        if "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    fail "no Python >= 3.11 with its venv module found; install one (on Debian or Ubuntu: python3 and python3-venv)"
+}
+
+make_venv() {
+    local python
+    if [[ -f $QSHARP_VENV/.unfinished ]]; then
+        echo "setup.sh: an earlier set-up of $QSHARP_VENV was interrupted; starting it again"
+        rm -rf "$QSHARP_VENV"
+    fi
+    if [[ ! -e $QSHARP_VENV || -z $(ls -A "$QSHARP_VENV") ]]; then
+        python=$(find_python)
+        mkdir -p "$QSHARP_VENV"
+        touch "$QSHARP_VENV/.unfinished"
+        "$python" -m venv "$QSHARP_VENV"
+    fi
+    "$QSHARP_VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
+        fail "$QSHARP_VENV is not a working virtual environment; remove it, or set QSHARP_VENV to another folder"
+}
+
+install_package() {
+    local extras=$1 sum stamp
+    stamp=$QSHARP_VENV/.qsharp-installed-$extras
+    sum=$({ echo "$repo" && cat "$repo/requirements.txt" "$repo/setup.py"; } | cksum)
+    if [[ ! -f $stamp || $(cat "$stamp") != "$sum" ]]; then
+        echo "setup.sh: installing into $QSHARP_VENV (extras: ${extras:-none}); the first time takes a few minutes"
+        "$QSHARP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --editable "$repo${extras:+[$extras]}"
+        echo "$sum" >"$stamp"
+    fi
+    rm -f "$QSHARP_VENV/.unfinished"
+}
+
+set_up() {
+    local extras accelerator
+    accelerator=$(accelerator)
+    extras=$(IFS=, && echo "$*")
+    extras=$accelerator${accelerator:+${extras:+,}}$extras
+    mkdir -p "$(dirname "$QSHARP_VENV")"
+    (
+        if command -v flock >/dev/null && ! flock --nonblock 9; then
+            echo "setup.sh: waiting for another set-up of $QSHARP_VENV to end"
+            flock 9
+        fi
+        make_venv
+        install_package "$extras"
+    ) 9>"$QSHARP_VENV.lock"
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then set_up "$@"; fi

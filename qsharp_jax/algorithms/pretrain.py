@@ -1,0 +1,49 @@
+"""The reference model made on the spot: maximum likelihood on a task's texts, prompt given, response learned.
+
+What a downloaded model is for the large tasks. It knows nothing about rewards.
+"""
+
+import functools
+
+from qsharp_jax import train
+from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.dataset import Batches, Example
+from qsharp_jax.models import decoder
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.session import Session
+
+
+def run(session: Session) -> LanguageModel:
+    """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one is loaded."""
+    config, model_config = session.config.pretrain, session.ref_config
+    checkpoints = Checkpoints(session.workdir.ref)
+    if checkpoints.finished():
+        return session.load_ref()
+    text = session.text
+    text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
+    texts = session.task.pretraining_texts(
+        session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
+    )
+    batches = Batches(
+        [Example(text.encode_prompt(prompt), text.encode_response(response)) for prompt, response in texts],
+        rows=config.batch_size,
+        bucket=config.length_bucket,
+        seed=session.seed("pretrain"),
+    )
+    optimizer = train.make_optimizer(config.optimizer, config.steps)
+    state = train.fit(
+        train.init_state(decoder.init(session.key("ref"), model_config), optimizer),
+        batches,
+        loss_fn=functools.partial(train.language_model_loss, config=model_config),
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        loop=train.Loop(
+            name="pre-train pi_ref",
+            total_steps=min(config.steps, batches.steps_per_epoch),
+            log_every=config.log_every,
+            save_every=config.save_every,
+            log=session.workdir.append_metrics,
+            stop=lambda means: means["accuracy"] >= config.stop_accuracy,
+        ),
+    )
+    return LanguageModel(state.params, model_config)

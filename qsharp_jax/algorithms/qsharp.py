@@ -1,0 +1,125 @@
+"""Q#: Algorithm 1 of "Q#: Provably Optimal Distributional RL for LLM Post-Training" (arXiv 2502.20548).
+
+    D <- {}
+    for round k = 1, 2, ...:
+        roll in with pi_k up to a random switch, finish with pi_ref, observe the reward   (pi_1 = pi_ref)
+        D <- D + these
+        fit Z by maximum likelihood on all of D
+        pi_{k+1}(y|x) ∝ pi_ref(y|x) E_{z ~ Z(x,y)}[exp(z / eta)]
+
+There is no step for the policy: it is pi_ref with the guide beside it. Everything lies in the workdir, so that a run
+that was stopped anywhere goes on from there. It knows nothing about evaluation.
+"""
+
+import functools
+import time
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from qsharp_jax import dataset, rollouts, score, train
+from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.dataset import Batches, Example, Rollout
+from qsharp_jax.models import value
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.session import Session
+
+
+def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
+    """Algorithm 1; `after_round` is told each round's number and guide."""
+    guide = None
+    for number in range(1, session.config.rounds + 1):
+        collect(session, number, ref, guide)
+        data = aggregate(session, number)
+        guide = fit(session, number, ref, data)
+        after_round(number, guide)
+    return guide
+
+
+def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
+    """Roll in with the last round's policy, finish with pi_ref; records go to the workdir, statistics come back."""
+    began = time.monotonic()
+    rollouts.collect(
+        ref,
+        guide,
+        session.task,
+        session.text,
+        session.train_problems(number),
+        session.workdir.rollouts(number),
+        number=number,
+        seed=session.seed("collect"),
+        samples=session.config.collect.samples,
+        eta=session.config.collect.eta,
+        batch_size=session.config.collect.batch_size,
+        shard_rows=session.config.collect.shard_rows,
+        **session.generation_settings(),
+    )
+    rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
+    figures = rollouts.statistics(rollouts_)
+    session.workdir.append_metrics(
+        {"phase": f"round {number}: collect", **figures, "seconds": time.monotonic() - began}
+    )
+    return figures
+
+
+def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
+    """The rollouts of this round and all before it."""
+    folder = session.workdir.path / "rollouts"
+    return dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
+
+
+def fit(session: Session, number: int, ref: LanguageModel, data: list[Rollout]) -> ValueModel:
+    """A guide fitted from the start to all the data, but for the prompts that are held out to measure it on."""
+    config, guide_config = session.config.fit, session.guide_config
+    params = value.init(session.key("guide"), guide_config, ref.params if session.config.guide.init == "ref" else None)
+    if config.future_offsets:
+        params["future"] = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
+
+    train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
+    learned = [r for r in data if not _is_held_out(r, config.holdout)]
+    held_out = [r for r in data if _is_held_out(r, config.holdout)]
+    batches = Batches(
+        [dataset.from_rollout(r) for r in learned],
+        rows=config.batch_size,
+        bucket=config.length_bucket,
+        seed=session.seed("fit"),
+    )
+
+    def measure(params: train.Params) -> dict[str, float]:
+        if not held_out:
+            return {}
+        examples, ids = [dataset.from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
+        guide = ValueModel(params, guide_config)
+        return score.quality(guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket)
+
+    total_steps = config.epochs * batches.steps_per_epoch
+    optimizer = train.make_optimizer(config.optimizer, total_steps)
+    state = train.fit(
+        train.init_state(params, optimizer),
+        batches,
+        loss_fn=functools.partial(
+            train.value_loss,
+            config=guide_config,
+            projection=config.projection,
+            clip=config.clip_rewards,
+            future_weight=config.future_weight,
+        ),
+        optimizer=optimizer,
+        checkpoints=Checkpoints(session.guide_folder(number)),
+        loop=train.Loop(
+            name=f"round {number}: fit",
+            total_steps=total_steps,
+            log_every=config.log_every,
+            save_every=config.save_every,
+            log=session.workdir.append_metrics,
+            measure=measure,
+        ),
+    )
+    return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)
+
+
+def _is_held_out(rollout: Rollout, share: float) -> bool:
+    """By prompt, so that no response to a held-out prompt is learned from in any round."""
+    return zlib.crc32(rollout.prompt_id.encode()) < share * 2**32

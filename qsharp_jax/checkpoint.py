@@ -1,0 +1,80 @@
+"""Checkpoints of training state through Orbax: atomic, resumable, readable parameters-only.
+
+A folder holds the last steps of one training. It knows nothing about what is trained.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qsharp_jax.errors import UserError
+
+KEEP = 2  # the last, and the one before in case the last is damaged later
+
+
+class Checkpoints:
+    """The checkpoints in one folder."""
+
+    def __init__(self, folder: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
+        self._folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, state: Any, *, final: bool = False) -> None:
+        """Saves a state with `params` and `step`; `final` marks the training as finished."""
+        training = {"opt_state": state.opt_state, "step": state.step}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(training),
+                progress=ocp.args.JsonSave({"final": final}),
+            ),
+            force=True,
+        )
+
+    def finished(self) -> bool:
+        """Whether a final state was saved."""
+        return self._manager.latest_step() is not None and self._restore(progress=ocp.args.JsonRestore()).progress["final"]
+
+    def restore(self, state: Any) -> Any:
+        """The last saved state, shaped and placed like `state`; `state` itself if none was saved.
+
+        Raises:
+          UserError: if the checkpoint is damaged or of another shape.
+        """
+        if self._manager.latest_step() is None:
+            return state
+        training = {"opt_state": state.opt_state, "step": state.step}
+        saved = self._restore(
+            params=ocp.args.StandardRestore(_abstract(state.params)),
+            training=ocp.args.StandardRestore(_abstract(training)),
+        )
+        return state.replace(params=saved.params, **saved.training)
+
+    def restore_params(self, params: Any) -> Any:
+        """The last saved parameters, shaped like `params` (arrays or `jax.ShapeDtypeStruct`s).
+
+        Raises:
+          UserError: if there are none, or if they are damaged or of another shape.
+        """
+        if self._manager.latest_step() is None:
+            raise UserError(f"there is no checkpoint in {self._folder}")
+        return self._restore(params=ocp.args.StandardRestore(_abstract(params))).params
+
+    def _restore(self, **items: Any) -> Any:
+        step = self._manager.latest_step()
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        # Orbax and TensorStore report damage as any of these, by kind of damage.
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint {self._folder / str(step)} is damaged or of another model"
+                f" ({str(error).splitlines()[0][:200]}); delete that folder and run again to go on from the one before"
+            ) from error
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

@@ -1,0 +1,293 @@
+"""The `qsharp` command: reads arguments, opens the workdir, calls the library, prints. Exit code 2: the user's to mend.
+
+It holds no algorithm: what a command does stands in the module that it calls.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qsharp_jax import config as configs
+from qsharp_jax.errors import UserError
+from qsharp_jax.workdir import Workdir, explain_os_error
+
+# JAX and the models are imported by the commands that need them, so that `--help` answers at once.
+
+DESCRIPTION = """\
+Guides a frozen language model by a learned distribution of the reward-to-go (Q#, arXiv 2502.20548).
+
+  qsharp run --config configs/arithmetic.py --workdir runs/arithmetic
+
+does everything: it makes or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
+report. Typed again with the same workdir it goes on where it was stopped. The other commands are its single steps."""
+
+CONFIG_HELP = """\
+Settings: any value of the config file can be changed by --config.KEY=VALUE, for example --config.seed=1 or
+--config.collect.samples=8. A workdir remembers its settings, so later commands need --workdir only."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
+    try:
+        with _open_workdir(options, rest) as workdir:
+            options.command(workdir, options)
+        return 0
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if (sentence := explain_os_error(error)) is None:
+            raise
+        return _refuse(sentence)
+    except KeyboardInterrupt:
+        print("\nqsharp: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _refuse(sentence: str) -> int:
+    print(f"qsharp: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir:
+    if options.config is None and rest:
+        if not (Path(options.workdir) / "config.json").exists():
+            raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
+        raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
+    if options.config is None:
+        return Workdir.open(options.workdir)
+
+    from qsharp_jax import session
+
+    config = configs.load(options.config, rest)
+    session.check(config)
+    return Workdir.open(options.workdir, config)
+
+
+# --- Commands -------------------------------------------------------------------------------------------------------
+
+
+def run(workdir: Workdir, options: argparse.Namespace) -> None:
+    """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
+    from qsharp_jax import evaluate, report
+    from qsharp_jax.algorithms import pretrain, qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    ref = pretrain.run(session)
+    guides = {}
+
+    def after_round(number, guide):
+        guides[number] = guide
+        evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
+
+    qsharp.run(session, ref, after_round)
+    print("\n" + report.write(session))
+
+
+def collect(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax.algorithms import pretrain, qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
+    _check_round(session, number)
+    ref = pretrain.run(session)
+    guide = session.load_guide(number - 1) if number > 1 else None
+    figures = qsharp.collect(session, number, ref, guide)
+    print(f"round {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+def fit(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax.algorithms import qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    number = options.round or max(session.collected_rounds(), 1)
+    _check_round(session, number)
+    data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
+    qsharp.fit(session, number, session.load_ref(), data)
+    print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
+
+
+def generate(workdir: Workdir, options: argparse.Namespace) -> None:
+    """Every prompt with every eta, as JSON lines."""
+    import numpy as np
+
+    from qsharp_jax import rollouts
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    prompts = _read_prompts(options)
+    etas = [session.config.collect.eta] if options.eta is None else options.eta
+    ref = session.load_ref()
+    guide = None if all(map(math.isinf, etas)) else session.load_guide()
+    plan = [(prompt, eta) for prompt in prompts for eta in etas for _ in range(options.samples)]
+    seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
+    given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    generation = rollouts.sample(
+        ref,
+        guide,
+        [session.text.encode_prompt(prompt) for prompt, _ in plan],
+        seeds=seeds,
+        batch_size=min(len(plan), session.config.evaluate.batch_size),
+        eta=np.asarray([eta for _, eta in plan], np.float32),
+        mode=options.mode,
+        **(session.generation_settings() | {name: value for name, value in given.items() if value is not None}),
+    )
+    with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
+        for row, (prompt, eta) in enumerate(plan):
+            length = generation.lengths[row]
+
+            def numbers(array, row=row, length=length):
+                return [None if math.isnan(x) else round(float(x), 6) for x in array[row, :length]]
+
+            line = {
+                "prompt": prompt,
+                "response": session.text.decode(generation.response(row)),
+                "tokens": generation.response(row),
+                "finished": bool(generation.finished[row]),
+                "eta": eta if math.isfinite(eta) else None,
+                "seed": int(seeds[row]),
+                "log_probs": numbers(generation.log_probs),
+                "ref_log_probs": numbers(generation.ref_log_probs),
+                "kl": numbers(generation.kl),
+                "values": numbers(generation.values),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import evaluate, report
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    ref = session.load_ref()
+    last = session.fitted_rounds()
+    guides = {number: session.load_guide(number) for number in range(1, last + 1)}
+    print(report.table(evaluate.evaluate(session, ref, guides, full=True)))
+
+
+def report(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import report
+    from qsharp_jax.session import Session
+
+    print(report.write(Session(workdir)))
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qsharp", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(command, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            command.__name__,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=CONFIG_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=command, name=command.__name__)
+        sub.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
+        sub.add_argument(
+            "--config", metavar="FILE", required=command is run, help="a Python file with get_config(), as in configs/"
+        )
+        return sub
+
+    add(run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
+
+    sub = add(collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
+    sub.add_argument("--round", type=int, metavar="K", help="from 1; by default the one after the last fitted")
+
+    sub = add(fit, "fit the guide to all rollouts up to a round")
+    sub.add_argument("--round", type=int, metavar="K", help="from 1; by default the last collected")
+    sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+
+    sub = add(generate, "answer prompts with the guided model; JSON lines to standard output")
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
+    sub.add_argument(
+        "--input", metavar="FILE", help='a prompt a line, or JSON lines with a "prompt" if it ends in .jsonl; - is stdin'
+    )
+    sub.add_argument("--output", metavar="FILE", help="where the JSON lines go, by default standard output")
+    sub.add_argument(
+        "--eta", type=_numbers, metavar="LIST",
+        help="weights of the KL, as 0.5,0.1: small is strong guidance, inf is the reference alone (eta null in the"
+        " output); by default the run's collect.eta",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses to each prompt at each eta")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same responses")
+    sub.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; by default the run's")
+    sub.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; by default the run's")
+    sub.add_argument("--top-k", type=int, metavar="K", help="0 for no limit; by default the run's")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="by default the run's")
+    sub.add_argument(
+        "--mode", choices=("qsharp", "cd", "expectation"), default="qsharp",
+        help="how values tilt: log E exp(z/eta), E z/eta, or log E z",
+    )  # fmt: skip
+
+    add(evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
+    add(report, "write report.md and the plots from what was measured")
+    return parser
+
+
+def _numbers(text: str) -> list[float]:
+    numbers = [float(item) for item in text.split(",")]
+    if not all(number > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: every eta must be greater than 0")
+    return numbers
+
+
+def _check_round(session, number: int) -> None:
+    if not 1 <= number <= session.config.rounds:
+        raise UserError(f"round {number} is not one of this run's 1 .. {session.config.rounds}")
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """Prompts from the arguments, or from the file or standard input, one a line."""
+    if options.samples < 1:
+        raise UserError(f"--samples is {options.samples}; it must be at least 1")
+    if options.prompts and options.input:
+        raise UserError("give prompts as arguments or by --input, not both")
+    if options.prompts:
+        return options.prompts
+    if options.input in (None, "-"):
+        name, lines = "standard input", sys.stdin.read().splitlines()
+    else:
+        name = options.input
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"there is no file {name}; give --input the path of a file of prompts") from None
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise UserError(f"{name} is no text file; give --input a file with a prompt a line") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{name} holds no prompts; write one a line")
+    if not name.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{name}, line {number}: expected a JSON object with a "prompt"') from None
+    return prompts
+
+
+def _standard_output():
+    return os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The configuration of a run: a Python file's `get_config()`, changed by `--config.KEY=VALUE`, checked, kept as JSON.
+
+Knows the ranges of the shared sections (`generate`, `collect`, `fit`, ...) and nothing of what is done with them.
+In the error messages and on the command line a key is dotted: `fit.optimizer.clip`.
+"""
+
+import ast
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qsharp_jax.errors import UserError, nearest
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the file and the command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: list[str]) -> ConfigDict:
+    """Runs the config file's `get_config()` and applies the overrides; the result is locked.
+
+    Raises UserError if the file is missing, fails (naming the line), returns no ConfigDict or holds a value that JSON
+    cannot keep, and as `override` does.
+    """
+    path = Path(path)
+    try:
+        source = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"there is no config file {path}; give the path of one, as configs/arithmetic.py") from None
+    module = {"__name__": "config", "__file__": str(path)}
+    sys.path.insert(0, str(path.parent.resolve()))  # so that a config can import the one that it varies
+    try:
+        exec(compile(source, str(path), "exec"), module)
+        if "get_config" not in module:
+            raise TypeError("the file defines no get_config()")
+        config = module["get_config"]()
+        if type(config) is not ConfigDict:
+            raise TypeError(f"get_config() returns a {type(config).__name__}, not an ml_collections.ConfigDict")
+        config.lock()
+    except Exception as e:
+        line = _line(e, str(path))
+        where = f"{path}, line {line}" if line else path
+        what = (str(e).splitlines() or ["no message"])[0]
+        raise UserError(f"{where}: {type(e).__name__}: {what}; mend the config file") from e
+    finally:
+        sys.path.pop(0)
+    override(config, overrides)
+    to_json(config)
+    return config
+
+
+def _line(error: Exception, path: str) -> int | None:
+    """The last line of the file that the error came through, if it came through the file."""
+    if isinstance(error, SyntaxError) and error.filename == path:  # it never ran, so it has no frame there
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else None
+
+
+def override(config: ConfigDict, overrides: list[str]) -> None:
+    """Sets `--config.KEY=VALUE` (or `--config.KEY`, `VALUE`) in place, each value read as its key's present type.
+
+    Raises UserError for an argument of another form, an unknown key, or a value of the wrong type.
+    """
+    arguments = iter(overrides)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UserError(f"unknown argument {argument!r}; settings are written --config.KEY=VALUE")
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            text = next(arguments, None)
+            if text is None:
+                raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+        _set(config, key, text)
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    known = dict(_leaves(to_json(config)))
+    if key not in known:
+        inside = [k for k in known if k.startswith(f"{key}.")]
+        hint = f"it is a section, with {', '.join(inside)}" if inside else nearest(key, known)
+        raise UserError(f"there is no setting --config.{key}; {hint}")
+    parent, _, name = key.rpartition(".")
+    section = config[parent] if parent else config
+    kind = section.get_type(name)
+    try:
+        section[name] = _parse(text, section[name], kind)
+    except ValueError:
+        raise UserError(f"--config.{key}={text} is not {_words(section[name], kind)}") from None
+
+
+def _parse(text: str, present: Any, kind: type) -> Any:
+    """Reads `text` as a `kind`, the declared type of the value `present`; ValueError if it is none."""
+    if present is None and text.lower() == "none":
+        return None
+    if kind in (tuple, list):
+        items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
+        if not items[-1].strip():  # "(1,)" and "()"
+            items.pop()
+        return kind(_scalar(item.strip(), _item_kind(present)) for item in items)
+    if kind is type(None):  # no type to go by: None without a placeholder, or read back from JSON
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    return _scalar(text, kind)
+
+
+def _scalar(text: str, kind: type) -> bool | int | float | str:
+    if kind is bool:
+        text = text.lower()
+        if text not in ("true", "1", "false", "0"):
+            raise ValueError
+        return text in ("true", "1")
+    if kind not in (int, float, str):
+        raise ValueError
+    value = kind(text)
+    if value != value:  # NaN passes no range and equals nothing, so no setting means it
+        raise ValueError
+    return value
+
+
+def _item_kind(present: tuple | list | None) -> type:
+    """A list keeps the type of its items; where that is not one type, or there are none, they are floats."""
+    kinds = {type(item) for item in present or ()}
+    return kinds.pop() if len(kinds) == 1 else float
+
+
+def _words(present: Any, kind: type) -> str:
+    if kind in (tuple, list):
+        return f"a list of {_item_kind(present).__name__}, as 1,2"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, f"of type {kind.__name__}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranges
+# ---------------------------------------------------------------------------------------------------------------
+
+Rule = tuple[Callable[[Any], bool], str]  # what a value must pass, and the same in words
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(least: int) -> Rule:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"a whole number, at least {least}"
+
+
+def _one_of(*names: str) -> Rule:
+    return lambda v: v in names, f"one of {', '.join(names)}"
+
+
+_POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")  # inf is meant: no guidance, no clipping
+_POSITIVE_FINITE = (lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
+_NOT_NEGATIVE = (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0")
+_SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
+_POSITIVES = (lambda v: isinstance(v, list) and all(_POSITIVE[0](x) for x in v), "a list of numbers above 0")
+
+_OPTIMIZER = {
+    "name": _one_of("adamw", "muon"),
+    "learning_rate": _POSITIVE_FINITE,
+    "weight_decay": _NOT_NEGATIVE,
+    "clip": _POSITIVE,
+    "warmup_steps": _whole(0),
+    "schedule": _one_of("constant", "cosine"),
+}
+
+RULES: dict[str, Rule] = {
+    "seed": _whole(0),
+    "rounds": _whole(1),
+    "generate.eta": _POSITIVE,
+    "generate.temperature": _NOT_NEGATIVE,
+    "generate.top_p": _SHARE,
+    "generate.top_k": _whole(0),
+    "generate.top_k_candidates": _whole(1),
+    "generate.max_new_tokens": _whole(1),
+    "collect.prompts": _whole(1),
+    "collect.samples": _whole(1),
+    "collect.batch_size": _whole(1),
+    "collect.eta": _POSITIVE,
+    "collect.shard_rows": _whole(1),
+    "pretrain.steps": _whole(0),
+    "pretrain.batch_size": _whole(1),
+    "fit.epochs": _whole(1),
+    "fit.batch_size": _whole(1),
+    "fit.future_offsets": _whole(0),
+    "fit.future_weight": _NOT_NEGATIVE,
+    "evaluate.problems": _whole(1),
+    "evaluate.samples": _whole(1),
+    "evaluate.etas": _POSITIVES,
+    "guide.type": _one_of("v", "q"),
+    "guide.distribution": _one_of("bernoulli", "categorical", "scalar"),
+    "guide.init": _one_of("ref", "scratch"),
+    **{f"{section}.optimizer.{name}": rule for section in ("pretrain", "fit") for name, rule in _OPTIMIZER.items()},
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the ranges of the shared settings; a setting that this config does not have is passed over.
+
+    Raises UserError naming the first setting out of range, its value and what is allowed.
+    """
+    for key, value in _leaves(to_json(config)):
+        passes, words = RULES.get(key, (lambda _: True, ""))
+        if not passes(value):
+            raise UserError(f"config.{key} is {value!r}; it must be {words}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# To and from JSON
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def to_json(config: ConfigDict) -> dict:
+    """The config as a plain dict that `json` can write; tuples become lists.
+
+    Raises UserError naming a key whose value is neither a number, a text, a truth value, None, nor a list of these.
+    """
+    return _plain("config", config.to_dict())
+
+
+def from_json(plain: dict) -> ConfigDict:
+    """The locked config that `to_json` gave, with lists for tuples."""
+    return ConfigDict(plain).lock()
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(f"{key}.{name}", item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(key, item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(f"{key} is of type {type(value).__name__}; use numbers, texts, booleans, lists of them")
+
+
+def _leaves(plain: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def differences(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """The settings in which `b` differs from `a`, each as "fit.epochs: 4 -> 5"; a tuple equals a list, 1 equals 1.0."""
+    old, new = (dict(_leaves(to_json(config))) for config in (a, b))
+    absent = object()
+
+    def words(value: Any) -> str:
+        return "absent" if value is absent else repr(value)
+
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new]
+    return [f"{key}: {words(before)} -> {words(after)}" for key, before, after in pairs if before != after]

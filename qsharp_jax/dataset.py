@@ -1,0 +1,236 @@
+"""The aggregated dataset: rollout records in Parquet shards on disk, and fixed-shape batches of them.
+
+A shard is whole or absent. The batches of an epoch follow from the seed, and a step's batch from the step alone, so
+the position in the data is the step. Shapes: B rows, T tokens. It knows nothing about models, tasks or losses.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import datasets
+import flax.struct
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from qsharp_jax.errors import UserError
+
+datasets.disable_progress_bars()  # a shard takes milliseconds
+
+FEATURES = datasets.Features(
+    prompt_id=datasets.Value("string"),
+    round=datasets.Value("int32"),
+    prompt_tokens=datasets.List(datasets.Value("int32")),
+    response_tokens=datasets.List(datasets.Value("int32")),
+    switch=datasets.Value("int32"),
+    reward=datasets.Value("float32"),
+    finished=datasets.Value("bool"),
+    eta=datasets.Value("float32"),
+    seed=datasets.Value("int64"),
+    text=datasets.Value("string"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One response with its reward.
+
+    Attributes:
+      prompt_id: the problem's.
+      round: 1, 2, ...
+      prompt_tokens, response_tokens: ids, the stop token included.
+      switch: how many response tokens the guided policy chose before `pi_ref` took over; 0 in round 1.
+      reward: of the whole response.
+      finished: ended by a stop token.
+      eta: of the roll-in; inf where `pi_ref` chose everything.
+      seed: of the roll-out.
+      text: the response as text.
+    """
+
+    prompt_id: str
+    round: int
+    prompt_tokens: list[int]
+    response_tokens: list[int]
+    switch: int
+    reward: float
+    finished: bool
+    eta: float
+    seed: int
+    text: str
+
+    @property
+    def first_label(self) -> int:
+        """First response position with a label: the last roll-in token, since `pi_ref` chose all that follows it."""
+        return max(self.switch - 1, 0)
+
+
+# --- Shards ---------------------------------------------------------------------------------------------------------
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.parquet"
+
+
+def write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> None:
+    """Writes one shard under a temporary name and renames it, so that it is whole or absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = shard_path(folder, index)
+    columns = {name: [getattr(rollout, name) for rollout in rollouts] for name in FEATURES}
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(file, write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_shard(path: Path) -> list[Rollout]:
+    """The rollouts of one shard.
+
+    Raises:
+      UserError: if it is damaged or is no shard of rollouts.
+    """
+    try:
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        if set(table.column_names) != set(FEATURES):
+            raise pyarrow.ArrowInvalid(f"its columns are {table.column_names}")
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise UserError(
+            f"the shard {path} is damaged ({str(error).splitlines()[0]}); delete it and collect again, or go on without"
+            " it with --skip-damaged"
+        ) from error
+    return [Rollout(**row) for row in table.to_pylist()]
+
+
+def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = False) -> list[Rollout]:
+    """All rollouts of some rounds, in the order they were collected.
+
+    Args:
+      folder: holds `round_1/`, `round_2/`, ...
+      skip_damaged: leave out damaged shards, naming each, instead of stopping at the first.
+
+    Raises:
+      UserError: for a damaged shard, or if there are no rollouts.
+    """
+    rounds, rollouts = list(rounds), []
+    for number in rounds:
+        for path in sorted((folder / f"round_{number}").glob("shard-*.parquet")):
+            try:
+                rollouts += read_shard(path)
+            except UserError as error:
+                if not skip_damaged:
+                    raise
+                print(f"left out: {error}")
+    if not rollouts:
+        raise UserError(f"there are no rollouts of round {rounds[-1]} in {folder}; run `qsharp collect` first")
+    return rollouts
+
+
+# --- Batches --------------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of prompt and response, right-padded.
+
+    Attributes:
+      tokens: [B, T] int32.
+      segments: [B, T] int32, 0 at padding.
+      positions: [B, T] int32, counted from each segment's first token.
+      response_mask: [B, T] bool, true at response tokens.
+      label_mask: [B, T] bool, true at response tokens that carry a label.
+      reward_to_go: [B, T] float32, the sum of rewards from each token on.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    response_mask: jax.Array
+    label_mask: jax.Array
+    reward_to_go: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A sequence to learn from: `first_label` counts from the response's first token."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    reward: float = 0.0
+    first_label: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def from_rollout(rollout: Rollout) -> Example:
+    return Example(rollout.prompt_tokens, rollout.response_tokens, rollout.reward, rollout.first_label)
+
+
+def make_batch(examples: Sequence[Example], rows: int, width: int) -> Batch:
+    """`examples` as a batch of `rows` x `width`; rows that are left over are padding."""
+    tokens, segments, positions = (np.zeros((rows, width), np.int32) for _ in range(3))
+    response_mask, label_mask = np.zeros((rows, width), bool), np.zeros((rows, width), bool)
+    reward_to_go = np.zeros((rows, width), np.float32)
+    for row, example in enumerate(examples):
+        begin, end = len(example.prompt), len(example)
+        tokens[row, :end] = [*example.prompt, *example.response]
+        segments[row, :end] = 1
+        positions[row, :end] = np.arange(end)
+        response_mask[row, begin:end] = True
+        label_mask[row, begin + example.first_label : end] = True
+        # The reward comes at the end, so every token of the response has the whole of it still to come.
+        reward_to_go[row, begin:end] = example.reward
+    return Batch(tokens, segments, positions, response_mask, label_mask, reward_to_go)
+
+
+def length_batches(lengths: Sequence[int], *, rows: int, bucket: int) -> list[tuple[int, np.ndarray]]:
+    """Indices in groups of at most `rows`, with the width that fits them: those of like length together.
+
+    Widths are multiples of `bucket`, so there are as many shapes as buckets.
+    """
+    widths = -(-np.asarray(lengths) // bucket) * bucket
+    batches = []
+    for width in np.unique(widths):
+        indices = np.flatnonzero(widths == width)
+        batches += [(int(width), indices[i : i + rows]) for i in range(0, len(indices), rows)]
+    return batches
+
+
+class Batches:
+    """Shuffled batches, bucketed by length: `batches[step]` depends on the seed and the step only.
+
+    Every example comes once an epoch.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, rows: int, bucket: int, seed: int):
+        """Args:
+        rows: B, of every batch.
+        bucket: widths are multiples of it, in tokens.
+        seed: of the shuffling.
+        """
+        self._examples, self._rows, self._bucket, self._seed = examples, rows, bucket, seed
+        self._lengths = np.asarray([len(example) for example in examples])
+        self._epoch, self._order = 0, self._shuffled(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        width, indices = self._order[place]
+        return make_batch([self._examples[index] for index in indices], self._rows, width)
+
+    def _shuffled(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        rng = np.random.default_rng((self._seed, epoch))
+        shuffle = rng.permutation(len(self._lengths))
+        batches = length_batches(self._lengths[shuffle], rows=self._rows, bucket=self._bucket)
+        return [(batches[i][0], shuffle[batches[i][1]]) for i in rng.permutation(len(batches))]

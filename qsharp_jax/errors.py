@@ -1,0 +1,23 @@
+"""The error that is the user's to mend, and the hint that goes with it. Knows nothing of any file, config or model."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: a bad config, a missing file, a damaged shard.
+
+    The message is one sentence that says what was wrong, where, and what to do; the command line prints it without
+    a traceback and exits with code 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "did you mean 'eta'?", or all that is known if nothing is near."""
+    known = sorted(known)
+    # A dotted name may be right but for its section.
+    last = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    return f"known: {', '.join(known)}"

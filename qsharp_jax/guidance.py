@@ -1,0 +1,197 @@
+"""From reward-to-go to next token: candidates, the tilt of the reference's logits, sampling filters, exact KL.
+
+pi*_eta(y|x) ∝ pi_ref(y|x) E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548). A step is `tilt`, `temper`, `truncate`,
+`sample`, the order of Hugging Face's processors and warpers and of the paper's program: temperature divides the tilt
+too. Shapes: B batch, V vocabulary, K candidates; logits are float32, and eta, temperature, top_k, top_p are arrays
+[B], so that one compiled program serves a sweep over them. It knows nothing about models, caches or text.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.values import Distribution
+
+MODES = ("qsharp", "cd", "expectation")
+
+
+def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
+    """The k tokens of largest reference logit, best first, ties by lower id: [B, V] -> [B, K] int32.
+
+    Raises:
+      ValueError: k is not in [1, V].
+    """
+    chex.assert_rank(ref_logits, 2)
+    chex.assert_type(ref_logits, float)
+    if not 1 <= k <= ref_logits.shape[-1]:
+        raise ValueError(f"{k} candidates of a vocabulary of {ref_logits.shape[-1]}: take 1 to that many")
+    return jax.lax.top_k(ref_logits, k)[1].astype(jnp.int32)
+
+
+def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Array:
+    """What each candidate's logit gains, [B, K] in nats.
+
+    "qsharp" is log E exp(z/eta), optimal for KL-regularised reward; "cd" is E z / eta (Controlled Decoding, arXiv
+    2310.17022, and VAS, 2405.06639); "expectation" is log E z (FUDGE, 2104.05218), which has no strength to choose.
+
+    Args:
+      distribution: of the reward-to-go after each candidate, batch dimensions [B, K].
+      eta: [B], in (0, inf]; inf is pi_ref itself, whatever the mode.
+      mode: one of `MODES`.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    chex.assert_rank(eta, 1)
+    eta = eta[:, None]
+    if mode == "qsharp":
+        return distribution.log_mgf(eta)
+    if mode == "cd":
+        return distribution.mean() / eta
+    if mode == "expectation":
+        return jnp.where(jnp.isinf(eta), 0, distribution.log_mean())
+    raise ValueError(f"unknown guidance mode {mode!r}: known are {', '.join(MODES)}")
+
+
+def tilt(ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """Adds the log-weights at the candidates; every other token keeps the log-weight of reward 0, which is 0.
+
+    Args:
+      ref_logits: [B, V].
+      candidates: [B, K] int, distinct within a row.
+      log_weights: [B, K].
+
+    Returns:
+      The tilted policy's logits, [B, V].
+    """
+    chex.assert_rank([ref_logits, candidates, log_weights], 2)
+    chex.assert_equal_shape([candidates, log_weights])
+    chex.assert_equal_shape_prefix([ref_logits, candidates], 1)
+    chex.assert_type([ref_logits, candidates, log_weights], [float, int, float])
+    rows = jnp.arange(ref_logits.shape[0])[:, None]
+    return ref_logits.at[rows, candidates].add(log_weights, unique_indices=True)
+
+
+def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Divides by the temperature: [B, V], [B] -> [B, V].
+
+    Temperature 0 is greedy decoding, defined as temperature 1 followed by truncation to the argmax (see `truncate`):
+    the policy before truncation, and its KL, then stay finite.
+    """
+    chex.assert_rank([logits, temperature], [2, 1])
+    chex.assert_type([logits, temperature], float)
+    return logits / jnp.where(temperature == 0, 1, temperature)[:, None]
+
+
+def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets the logits outside the kept tokens to -inf; of equal tokens the one of lower id is kept first.
+
+    top_k comes first; then top_p keeps the smallest set of most probable tokens whose probability, renormalised within
+    the top k, reaches top_p. At least one token is kept.
+
+    Args:
+      logits: [B, V], after `temper`.
+      temperature: [B]; 0 keeps the argmax alone, anything else has no effect here.
+      top_k: [B] int; 0 is off.
+      top_p: [B], in [0, 1]; 1 keeps everything exactly.
+
+    Returns:
+      [B, V].
+    """
+    chex.assert_rank([logits, temperature, top_k, top_p], [2, 1, 1, 1])
+    chex.assert_type([logits, temperature, top_k, top_p], [jnp.float32, float, int, float])
+    top_k = jnp.where(temperature == 0, 1, top_k)
+    count = jnp.where(top_k == 0, jnp.inf, top_k)
+    logits = jnp.where(_fewest(logits, jnp.ones_like(logits), count), logits, -jnp.inf)
+    mass = jnp.where(top_p >= 1, jnp.inf, top_p)
+    return jnp.where(_fewest(logits, jax.nn.softmax(logits), mass), logits, -jnp.inf)
+
+
+def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """One token a row, [B] int32; a row has its own key, so that what it draws does not depend on its neighbours.
+
+    Args:
+      logits: [B, V]; -inf is never drawn.
+      keys: [B] typed keys.
+    """
+    chex.assert_rank([logits, keys], [2, 1])
+    chex.assert_equal_shape_prefix([logits, keys], 1)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log pi(token) of one token a row: [B, V], [B] int -> [B] in nats."""
+    chex.assert_rank([logits, tokens], [2, 1])
+    chex.assert_type([logits, tokens], [float, int])
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
+
+
+def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+    """KL(pi || pi_ref), exact over the vocabulary: [B, V], [B, V] -> [B] in nats.
+
+    A token that pi excludes (-inf) adds 0; one that only pi_ref excludes makes the KL +inf.
+    """
+    chex.assert_rank([logits, ref_logits], 2)
+    chex.assert_equal_shape([logits, ref_logits])
+    chex.assert_type([logits, ref_logits], float)
+    in_policy, in_ref = logits > -jnp.inf, ref_logits > -jnp.inf
+    both = in_policy & in_ref
+    log_pi = jax.nn.log_softmax(logits)
+    # Masked before the subtraction and not after it: -inf - -inf is nan, and so would be its gradient.
+    log_ratio = jnp.where(both, log_pi, 0) - jnp.where(both, jax.nn.log_softmax(ref_logits), 0)
+    finite = jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1)
+    return jnp.where(jnp.any(in_policy & ~in_ref, axis=-1), jnp.inf, finite)
+
+
+def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """The fewest tokens, in order of logit and then of id, whose weights sum to the target, and one at least: [B, V].
+
+    By bisection on the bits of the logit and, among equal logits, on the id: 32 sums over the vocabulary, where a sort
+    takes over ten times as long on CPU. A target out of reach keeps every token; inf does so at no cost.
+
+    Args:
+      logits: [B, V].
+      weights: [B, V], >= 0.
+      target: [B], >= 0.
+    """
+    lowest = jnp.iinfo(jnp.int32).min
+    ranks = _order_preserving_int(logits)
+    threshold = _largest(
+        lambda rank: jnp.sum(jnp.where(ranks >= rank, weights, 0), axis=-1) >= target,
+        low=jnp.full(target.shape, lowest, jnp.int32),
+        high=jnp.where(jnp.isinf(target), lowest, jnp.max(ranks, axis=-1)),
+    )[:, None]
+    above, tied = ranks > threshold, ranks == threshold
+    ids = jnp.arange(logits.shape[-1])
+    last = _largest(
+        lambda token: jnp.sum(jnp.where(above | (tied & (ids < token)), weights, 0), axis=-1) < target,
+        low=jnp.min(jnp.where(tied, ids, ids.size), axis=-1),
+        high=jnp.max(jnp.where(tied, ids, -1), axis=-1),  # low itself unless logits are equal: nothing to search
+    )[:, None]
+    return above | (tied & (ids <= last))
+
+
+def _order_preserving_int(x: jax.Array) -> jax.Array:
+    """float32 -> int32 with the same order: the bits of a positive float already have it, a negative's are flipped."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)  # one zero, not two
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """The largest int32 above low and up to high that `accepts` takes, if it takes all smaller ones too; else low: [B].
+
+    Args:
+      accepts: [B, 1] int32 -> [B] bool.
+      low: [B] int32.
+      high: [B] int32.
+    """
+
+    def halve(bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, and without overflow
+        accepted, searching = accepts(middle[:, None]), low < high  # a row that has ended waits for the others
+        return jnp.where(searching & accepted, middle, low), jnp.where(searching & ~accepted, middle - 1, high)
+
+    return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]

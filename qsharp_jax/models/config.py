@@ -1,0 +1,132 @@
+"""The shape of a decoder as data, with named sizes.
+
+One config class covers both families that the decoder computes: GPT-2 (learned positions, LayerNorm, GELU) and
+Llama/Qwen (rotary positions, RMSNorm, grouped queries, SwiGLU). It knows nothing about weights or files.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Hashable, so that it can be a static argument of a jitted function.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      embed: width of the residual stream.
+      layers: number of blocks.
+      heads: query heads.
+      kv_heads: key/value heads; divides `heads`.
+      head_dim: width of one head.
+      mlp: hidden width of the feed-forward part.
+      max_positions: longest sequence, in tokens.
+      positions: "rope" or "learned".
+      norm: "rms" or "layer".
+      activation: "swiglu" or "gelu".
+      bias: biases on every projection (GPT-2).
+      qkv_bias: biases on the query, key and value projections (Qwen 2).
+      qk_norm: RMSNorm on the heads' queries and keys (Qwen 3).
+      tied: the output head is the embedding's transpose.
+      token_shift: a learned share of the previous token's embedding is added to every position's input. A small model
+        then follows edges of a graph after tens of steps instead of thousands.
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: added to the variance in the norms.
+      dtype: of the computation, "float32" or "bfloat16"; parameters are kept as they are given.
+    """
+
+    vocab_size: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    max_positions: int
+    positions: str = "rope"
+    norm: str = "rms"
+    activation: str = "swiglu"
+    bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    token_shift: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"model.{field} is {value!r}; it must be one of {', '.join(allowed)}")
+        for field in ("vocab_size", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even one")
+
+    @property
+    def compute_dtype(self) -> Any:
+        return jnp.dtype(self.dtype)
+
+
+_CHOICES = {
+    "positions": ("rope", "learned"),
+    "norm": ("rms", "layer"),
+    "activation": ("swiglu", "gelu"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+def _gpt2(embed: int, layers: int, heads: int) -> dict:
+    return dict(
+        vocab_size=50_257, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=embed // heads,
+        mlp=4 * embed, max_positions=1024, positions="learned", norm="layer", activation="gelu", bias=True, tied=True,
+    )  # fmt: skip
+
+
+def _llama3(embed: int, layers: int, heads: int, head_dim: int, mlp: int, tied: bool = False) -> dict:
+    return dict(
+        vocab_size=128_256, embed=embed, layers=layers, heads=heads, kv_heads=8, head_dim=head_dim, mlp=mlp,
+        max_positions=8192, rope_theta=500_000.0, tied=tied,
+    )  # fmt: skip
+
+
+def _qwen25(vocab_size: int, embed: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool) -> dict:
+    return dict(
+        vocab_size=vocab_size, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=128, mlp=mlp,
+        max_positions=32_768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, tied=tied,
+    )  # fmt: skip
+
+
+# Published sizes. "tiny" is the model that the small tasks train on the spot.
+SIZES = {
+    "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=256, max_positions=512),
+    "gpt2-small": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "llama3-1b": _llama3(2048, 16, 32, 64, 8192, tied=True),
+    "llama3-3b": _llama3(3072, 28, 24, 128, 8192, tied=True),
+    "llama3-8b": _llama3(4096, 32, 32, 128, 14_336),
+    "llama3-70b": _llama3(8192, 80, 64, 128, 28_672),
+    "qwen2.5-1.5b": _qwen25(151_936, 1536, 28, 12, 2, 8960, tied=True),
+    "qwen2.5-7b": _qwen25(152_064, 3584, 28, 28, 4, 18_944, tied=False),
+}
+
+
+def make(size: str, **changes) -> DecoderConfig:
+    """The named size with some fields changed.
+
+    Raises:
+      ValueError: for a size that is not in `SIZES`, a field that does not exist, or a value that cannot be.
+    """
+    if size not in SIZES:
+        raise ValueError(f"model.size is {size!r}; the named sizes are {', '.join(SIZES)}")
+    known = {field.name for field in dataclasses.fields(DecoderConfig)}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"unknown model fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return DecoderConfig(**{**SIZES[size], **changes})

@@ -1,0 +1,115 @@
+"""The value model, or guide: a decoder's trunk with a head that gives the distribution of the reward-to-go.
+
+V-type (the default): M numbers read at the position of the appended token itself. Q-type: M numbers for each of the V
+tokens of the vocabulary, read at the position before. Shapes: B batch, T length, D embed, V vocabulary, M outputs.
+It returns the head's raw outputs and knows nothing about what they parametrise (that is in `values.py`).
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.models import decoder
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueConfig:
+    """Attributes:
+    trunk: the decoder below the head.
+    type: "v" or "q".
+    distribution: "bernoulli", "categorical" or "scalar".
+    atoms: the categorical's support, ascending rewards; empty for the others.
+    """
+
+    trunk: DecoderConfig
+    type: str = "v"
+    distribution: str = "bernoulli"
+    atoms: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.type not in ("v", "q"):
+            raise ValueError(f"guide.type is {self.type!r}; it must be v or q")
+        if self.distribution not in ("bernoulli", "categorical", "scalar"):
+            raise ValueError(
+                f"guide.distribution is {self.distribution!r}; it must be bernoulli, categorical or scalar"
+            )
+        if self.distribution == "categorical" and len(self.atoms) < 2:
+            raise ValueError("a categorical guide needs at least two guide.atoms")
+
+    @property
+    def outputs(self) -> int:
+        """M: numbers that parametrise one distribution."""
+        return len(self.atoms) if self.distribution == "categorical" else 1
+
+
+@flax.struct.dataclass
+class ValueModel:
+    """Weights {"trunk", "head"} with the shape they belong to."""
+
+    params: Params
+    config: ValueConfig = flax.struct.field(pytree_node=False)
+
+
+def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
+    """Parameters with a zero head: an untrained guide gives every candidate the same value, so it does not steer.
+
+    The head's kernel is [D, M] for a V-type, [D, V * M] for a Q-type.
+
+    Args:
+      trunk: decoder parameters to start from (those of `pi_ref`); fresh ones are drawn from `key` without it.
+    """
+    width = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
+    trunk = decoder.init(key, config.trunk) if trunk is None else trunk
+    return {
+        "trunk": {name: leaf for name, leaf in trunk.items() if name != "head"},  # it predicts no tokens
+        "head": {"kernel": jnp.zeros((config.trunk.embed, width)), "bias": jnp.zeros((width,))},
+    }
+
+
+def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
+    """A V-type head's float32 outputs [..., M] from the tokens' own hidden states [..., D]."""
+    kernel = params["head"]["kernel"].astype(config.trunk.compute_dtype)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + params["head"]["bias"]
+
+
+def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """A Q-type head's float32 outputs for some tokens of the vocabulary, from the hidden states before them.
+
+    Only these tokens' columns of the head are read.
+
+    Args:
+      hidden: [B, T, D], or [B, 1, D] for all the tokens of a row.
+      tokens: [B, T] ids.
+
+    Returns:
+      [B, T, M].
+    """
+    shape = (config.trunk.vocab_size, config.outputs)
+    kernel = params["head"]["kernel"].reshape(config.trunk.embed, *shape).astype(config.trunk.compute_dtype)
+    columns = kernel.transpose(1, 2, 0)[tokens]  # [B, T, M, D]
+    hidden = jnp.broadcast_to(hidden, (*tokens.shape, hidden.shape[-1]))
+    raw = jnp.einsum("btd,btmd->btm", hidden, columns, preferred_element_type=jnp.float32)
+    return raw + params["head"]["bias"].reshape(shape)[tokens]
+
+
+def forward(
+    params: Params, config: ValueConfig, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
+
+    Arguments as in `decoder.forward`. A Q-type reads them before the token; a row's first token has none (zeros).
+    """
+    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
+    if config.type == "v":
+        return outputs(params, config, hidden), hidden
+    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return outputs_at(params, config, before, tokens), hidden
+
+
+def unstack(params: Params) -> Params:
+    """The decoding form, as `decoder.unstack`."""
+    return params | {"trunk": decoder.unstack(params["trunk"])}

@@ -1,0 +1,205 @@
+"""The report of a run: the table, the plots and a few examples, all from the workdir's files.
+
+It knows nothing about models: whoever has the workdir can make the report again.
+"""
+
+import json
+from collections import defaultdict
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # a report needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+from qsharp_jax import evaluate, score  # noqa: E402
+from qsharp_jax.errors import UserError  # noqa: E402
+from qsharp_jax.session import Session  # noqa: E402
+from qsharp_jax.workdir import write_atomic  # noqa: E402
+
+COLUMNS = ("method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens", "tokens/s")
+NAMES = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref, greedy", "qsharp": "Q#", "cd": "CD"}
+COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "pi_ref": "#555555"}
+EXAMPLES = 3
+
+
+def read_results(session: Session) -> list[dict]:
+    """The rows of `results.json`.
+
+    Raises:
+      UserError: if there are none.
+    """
+    path = session.workdir.results
+    if not path.exists():
+        raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(session: Session) -> str:
+    """Writes `report.md` and the plots, and returns the text that ends a run on the terminal."""
+    rows = read_results(session)
+    folder = session.workdir.path
+    plots = {
+        "frontier.png": _plot_frontier,
+        "rounds.png": _plot_rounds,
+    }
+    for name, plot in plots.items():
+        _save(folder / name, lambda axes, plot=plot: plot(axes, rows))
+    pictures = list(plots)
+    number = max(row["round"] for row in rows)
+    scored_path = evaluate.samples_path(session, "pi_ref_values", number)
+    if scored_path.exists():
+        scored = evaluate.read_samples(scored_path)
+        _save(folder / "calibration.png", lambda axes: _plot_calibration(axes, scored))
+        pictures.append("calibration.png")
+    shown = table(rows)
+    examples = _examples(session, number)
+    text = "\n\n".join(
+        [
+            f"# {session.config.task.name}: {folder.name}",
+            shown,
+            HOW,
+            *(f"![{name}]({name})" for name in pictures),
+            "## Examples, unguided and guided",
+            f"```text\n{examples}\n```",
+        ]
+    )
+    write_atomic(session.workdir.report, text + "\n")
+    files = ", ".join(str(folder / name) for name in ("report.md", "results.json", *pictures))
+    return f"{shown}\n\n{examples}\n\nFiles: {files}"
+
+
+HOW = (
+    "Reward is the mean verified reward over problems (a problem with several samples counts with their mean); its 95%"
+    " interval is a bootstrap over problems. KL is the sum over a response's tokens of the exact KL(pi || pi_ref) at"
+    " each, in nats, before top-k, top-p and greedy truncation; the next column is the same after it. Tokens are those"
+    " of a response (of all k of them in the lines with _k), tokens/s count response tokens over the method's wall"
+    " time, compilation included."
+)
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table whose columns line up as plain text too."""
+    lines = [list(COLUMNS)]
+    for row in rows:
+        answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
+        lines.append(
+            [
+                NAMES.get(row["method"], row["method"]),
+                "" if row["eta"] is None else f"{row['eta']:g}",
+                str(row["round"]) if row["round"] else "",
+                str(row["n"]),
+                str(row["samples"]),
+                f"{row['reward']:.3f}",
+                f"{row['reward_low']:.3f} .. {row['reward_high']:.3f}",
+                "" if row["kl"] is None else f"{row['kl']:.3f}",
+                "" if row["kl_truncated"] is None else f"{row['kl_truncated']:.3f}",
+                f"{row['response_tokens']:.1f}",
+                f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    text.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in text)
+
+
+def _examples(session: Session, number: int) -> str:
+    """Problems solved unguided and guided, first those where the guide made the difference."""
+    unguided, guided = (
+        evaluate.samples_path(session, method, round_) for method, round_ in (("pi_ref", 0), ("qsharp", number))
+    )
+    if not (unguided.exists() and guided.exists()):
+        return "(no samples of both pi_ref and Q#)"
+    first = {}
+    for sample in evaluate.read_samples(unguided):
+        first.setdefault(sample["problem_id"], sample)
+    eta = session.config.collect.eta
+    pairs = [
+        (first[sample["problem_id"]], sample)
+        for sample in evaluate.read_samples(guided)
+        if sample["eta"] == eta or eta not in session.config.evaluate.etas
+    ]
+    pairs.sort(key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
+    # Two where it helped, and one as it came, so that the page does not only flatter.
+    chosen = pairs[: EXAMPLES - 1] + pairs[len(pairs) // 2 :][:1]
+    verdict = {True: "right", False: "wrong"}
+    return "\n\n".join(
+        f"{before['prompt']}\n  pi_ref        {before['response']}   ({verdict[before['reward'] > 0]})\n"
+        f"  Q# eta {after['eta']:<6g} {after['response']}   ({verdict[after['reward'] > 0]}; answer {after['answer']})"
+        for before, after in chosen
+    )
+
+
+# --- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def _save(path, draw) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _errors(rows: list[dict]) -> list[list[float]]:
+    return [[row["reward"] - row["reward_low"] for row in rows], [row["reward_high"] - row["reward"] for row in rows]]
+
+
+def _plot_frontier(axes, rows: list[dict]) -> None:
+    number = max(row["round"] for row in rows)
+    for method in ("qsharp", "cd"):
+        line = [row for row in rows if row["method"] == method and row["round"] == number]
+        line.sort(key=lambda row: row["kl"])
+        kl, reward = [row["kl"] for row in line], [row["reward"] for row in line]
+        axes.errorbar(kl, reward, _errors(line), marker="o", capsize=3, label=NAMES[method], color=COLOURS[method])
+        for row in line:
+            offset = (4, 6) if method == "qsharp" else (4, -13)
+            axes.annotate(f"η={row['eta']:g}", (row["kl"], row["reward"]), offset, textcoords="offset points", fontsize=8)
+    start = [row for row in rows if row["method"] == "pi_ref"]
+    if start:
+        axes.errorbar([0], [start[0]["reward"]], _errors(start), marker="s", capsize=3, label="pi_ref", color=COLOURS["pi_ref"])
+    for row in rows:
+        if row["method"].startswith(("best_of", "majority")):
+            style = "--" if row["method"].startswith("best_of") else ":"
+            axes.axhline(row["reward"], linestyle=style, color="#999999", linewidth=1, label=row["method"].replace("_", " "))
+    axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title="Reward against KL")
+    axes.legend(fontsize=8)
+
+
+def _plot_rounds(axes, rows: list[dict]) -> None:
+    """Reward of Q# at the strongest guidance that every round was evaluated at."""
+    by_round = defaultdict(dict)
+    for row in rows:
+        if row["method"] == "qsharp":
+            by_round[row["round"]][row["eta"]] = row
+    shared = set.intersection(*(set(etas) for etas in by_round.values())) if by_round else set()
+    line = [row for row in rows if row["method"] == "pi_ref"]
+    label = "Q#"
+    if shared:
+        label = f"Q#, η={min(shared):g}"
+        line += [by_round[number][min(shared)] for number in sorted(by_round)]
+    axes.errorbar(
+        [row["round"] for row in line], [row["reward"] for row in line], _errors(line), marker="o", capsize=3,
+        color=COLOURS["qsharp"], label=label,
+    )  # fmt: skip
+    axes.set_xticks([row["round"] for row in line], [str(row["round"]) if row["round"] else "pi_ref" for row in line])
+    axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(0, 1))
+    axes.legend(fontsize=8)
+
+
+def _plot_calibration(axes, scored: list[dict]) -> None:
+    """Mean value against mean reward, in bins, at three places of `pi_ref`'s responses."""
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+    rewards = np.asarray([sample["reward"] for sample in scored])
+    for share, colour in ((0.25, "#9cc3e6"), (0.5, "#4a8cc7"), (1.0, "#123f6d")):
+        predicted = np.asarray([s["values"][max(round(share * len(s["values"])) - 1, 0)] for s in scored])
+        bins = score.calibration(predicted, rewards)
+        error = score.calibration_error(predicted, rewards)
+        label = f"{'at the end' if share == 1 else f'{share:.0%} of the response'} (ECE {error:.3f})"
+        axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", color=colour, label=label)
+    axes.set(xlabel="value given by the guide", ylabel="mean reward", title="Calibration on held-out problems")
+    axes.legend(fontsize=8)

@@ -1,0 +1,155 @@
+"""One run's parts, made from its config: task, tokenizer, problems, model shapes, and the models in the workdir.
+
+Every command starts from a `Session`. It knows the names of the config's sections and nothing of any algorithm.
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import jax
+from ml_collections import ConfigDict
+
+from qsharp_jax import config as configs
+from qsharp_jax import tasks
+from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.errors import UserError
+from qsharp_jax.models import config as model_configs
+from qsharp_jax.models import decoder, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.tasks import Problem
+from qsharp_jax.text import Text
+from qsharp_jax.workdir import Workdir
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about a config that can be refused before anything is computed.
+
+    Raises:
+      UserError: naming the setting, its value and what is allowed.
+    """
+    configs.check(config)
+    try:
+        tasks.get(config.task.name).check(config.task)
+        _decoder_config(config, vocab_size=1)
+        _value_config(config, vocab_size=1)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    workdir: Workdir
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.workdir.config
+
+    @functools.cached_property
+    def task(self) -> ModuleType:
+        return tasks.get(self.config.task.name)
+
+    @functools.cached_property
+    def text(self) -> Text:
+        return Text(self.task.make_tokenizer(self.config.task))
+
+    @property
+    def ref_config(self) -> DecoderConfig:
+        return _decoder_config(self.config, self.text.vocab_size)
+
+    @property
+    def guide_config(self) -> ValueConfig:
+        return _value_config(self.config, self.text.vocab_size)
+
+    def seed(self, name: str) -> int:
+        """A seed of its own for every use, so that no two of them share random numbers."""
+        return zlib.crc32(f"{self.config.seed}/{name}".encode())
+
+    def key(self, name: str) -> jax.Array:
+        return jax.random.key(self.seed(name))
+
+    def train_problems(self, number: int) -> list[Problem]:
+        """The problems of a round: each round's are new ones."""
+        count = self.config.collect.prompts
+        return self._problems("train", count * self.config.rounds)[count * (number - 1) : count * number]
+
+    def test_problems(self) -> list[Problem]:
+        return self._problems("test", self.config.evaluate.problems)
+
+    def _problems(self, split: str, count: int) -> list[Problem]:
+        try:
+            return self.task.problems(self.config.task, split, count, self.seed(split))
+        except ValueError as error:
+            raise UserError(f"{self.config.task.name}: {error}") from None
+
+    def generation_settings(self) -> dict:
+        """The config's settings of `generate`, for collection and evaluation alike."""
+        settings = dict(self.config.generate)
+        settings["top_k_candidates"] = min(settings["top_k_candidates"], self.text.vocab_size)
+        return settings | {"stop_ids": self.text.stop_ids}
+
+    def guide_folder(self, number: int) -> Path:
+        return self.workdir.guide / f"round_{number}"
+
+    def load_ref(self) -> LanguageModel:
+        """The pre-trained reference.
+
+        Raises:
+          UserError: if its pre-training has not ended, or the checkpoint is damaged.
+        """
+        checkpoints = _finished(self.workdir.ref, "reference model", "run")
+        shapes = jax.eval_shape(functools.partial(decoder.init, config=self.ref_config), jax.random.key(0))
+        return LanguageModel(checkpoints.restore_params(shapes), self.ref_config)
+
+    def load_guide(self, number: int | None = None) -> ValueModel:
+        """The guide fitted in a round, by default in the last that has one.
+
+        Raises:
+          UserError: if there is none, or the checkpoint is damaged.
+        """
+        number = self.fitted_rounds() or 1 if number is None else number
+        checkpoints = _finished(self.guide_folder(number), f"guide of round {number}", "fit")
+        shapes = jax.eval_shape(functools.partial(value.init, config=self.guide_config), jax.random.key(0))
+        return ValueModel(checkpoints.restore_params(shapes), self.guide_config)
+
+    def fitted_rounds(self) -> int:
+        """How many rounds, from the first on, have a fitted guide."""
+        return self._rounds(lambda number: _is_finished(self.guide_folder(number)))
+
+    def collected_rounds(self) -> int:
+        """How many rounds, from the first on, have rollouts."""
+        return self._rounds(lambda number: any(self.workdir.rollouts(number).glob("shard-*.parquet")))
+
+    def _rounds(self, done: Callable[[int], bool]) -> int:
+        return sum(1 for _ in itertools.takewhile(done, range(1, self.config.rounds + 1)))
+
+
+def _is_finished(folder: Path) -> bool:
+    return folder.exists() and Checkpoints(folder).finished()
+
+
+def _finished(folder: Path, what: str, command: str) -> Checkpoints:
+    if not _is_finished(folder):
+        raise UserError(f"there is no {what} in {folder}; run `qsharp {command}` on this workdir first")
+    return Checkpoints(folder)
+
+
+def _decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
+    changes = dict(config.model)
+    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
+
+
+def _value_config(config: ConfigDict, vocab_size: int) -> ValueConfig:
+    guide = config.guide
+    return ValueConfig(
+        trunk=_decoder_config(config, vocab_size),
+        type=guide.type,
+        distribution=guide.distribution,
+        atoms=tuple(guide.atoms),
+    )

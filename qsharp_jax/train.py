@@ -1,0 +1,284 @@
+"""Maximum-likelihood training: one state, one jitted step, one loop, for the language model and for the guide.
+
+The guide's loss is the negative log-likelihood of the observed reward-to-go at every labelled token (arXiv 2502.20548,
+Algorithm 1). Shapes: B rows, T tokens, D embed, V vocabulary, F offsets of the future-token loss.
+It knows nothing about tasks, sampling or where the batches come from.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from tqdm import tqdm
+
+from qsharp_jax import values
+from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.dataset import Batch
+from qsharp_jax.errors import UserError
+from qsharp_jax.models import decoder, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.value import ValueConfig
+
+Params = Any
+LossFn = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training depends on: with the data's seed, `step` is also the position in the data."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+# --- Optimiser ------------------------------------------------------------------------------------------------------
+
+
+def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
+    """The learning rate's course relative to its peak: linear warm-up, then constant or cosine to `end_fraction`."""
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else None
+    rest = total_steps - config.warmup_steps
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(1.0, max(rest, 1), alpha=config.end_fraction)
+    else:
+        main = optax.constant_schedule(1.0)
+    return optax.join_schedules([warmup, main], [config.warmup_steps]) if warmup else main
+
+
+def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW, or Muon on the blocks' matrices with AdamW on the rest.
+
+    Weight decay is on matrices only: not on norms, biases and the like.
+
+    Args:
+      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2, clip, warmup_steps, schedule,
+        end_fraction.
+      total_steps: of the whole training, for the schedule.
+    """
+    schedule = make_schedule(config, total_steps)
+
+    def scaled(peak: float) -> optax.Schedule:
+        return lambda step: peak * schedule(step)
+
+    if config.name == "adamw":
+        rule = optax.adamw(
+            scaled(config.learning_rate), b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
+        )
+    else:
+        rule = optax.contrib.muon(
+            scaled(config.learning_rate),
+            adam_learning_rate=scaled(config.adam_learning_rate),
+            adam_b2=config.b2,
+            weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
+            weight_decay_mask=_is_matrix,
+            muon_weight_dimension_numbers=_muon_matrices,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+
+
+def _is_matrix(params: Params) -> Params:
+    names = ("kernel", "embedding", "positions", "head", "future")
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
+
+
+def _muon_matrices(params: Params) -> Params:
+    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalised on its own."""
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    def which(path: Any, _: Any) -> Any:
+        keys = [entry.key for entry in path]
+        return numbers if "layers" in keys and keys[-1] == "kernel" else None
+
+    return jax.tree.map_with_path(which, params)
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def language_model_loss(params: Params, batch: Batch, *, config: DecoderConfig) -> tuple[jax.Array, dict]:
+    """Mean cross-entropy of the next token, in nats, over response tokens."""
+    hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
+    logits = decoder.logits(params, config, hidden[:, :-1])
+    targets, mask = batch.tokens[:, 1:], batch.response_mask[:, 1:]
+    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), mask)
+    return loss, {"accuracy": masked_mean(logits.argmax(-1) == targets, mask)}
+
+
+def value_loss(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ValueConfig,
+    projection: values.Projection = "two_hot",
+    clip: bool = False,
+    future_weight: float = 0.0,
+) -> tuple[jax.Array, dict]:
+    """Mean negative log-likelihood of the reward-to-go over all labelled tokens of the batch.
+
+    With "future" heads in `params`, `future_weight` times the loss of predicting the later tokens of successful
+    rollouts is added, from the same forward pass: a value that depends on tokens several steps ahead is otherwise
+    found only after a long plateau.
+
+    Args:
+      params: a value model's parameters, with "future" [F, D, V] or without.
+      projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
+    """
+    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions)
+    distribution = values.from_outputs(config.distribution, outputs, config.atoms)
+    options = {"projection": projection, "clip": clip} if config.distribution == "categorical" else {}
+    nll = masked_mean(distribution.nll(batch.reward_to_go, **options), batch.label_mask)
+    metrics = {"nll": nll, "brier": masked_mean((distribution.mean() - batch.reward_to_go) ** 2, batch.label_mask)}
+    if "future" not in params:
+        return nll, metrics
+    future = future_token_loss(params["future"], hidden, batch)
+    return nll + future_weight * future, metrics | {"future_nll": future}
+
+
+def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:
+    """Refuses rewards that the guide's distribution does not cover, before they enter a jitted step.
+
+    Raises:
+      UserError: naming the reward and the range.
+    """
+    ranges = {"bernoulli": (0.0, 1.0), "categorical": config.atoms[:1] + config.atoms[-1:]}
+    if config.distribution in ranges and not (clip and config.distribution == "categorical"):
+        try:
+            values.check_rewards(rewards, *ranges[config.distribution])
+        except ValueError as error:
+            raise UserError(f"a {config.distribution} guide cannot learn these rewards: {error}") from None
+
+
+def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Mean cross-entropy of the tokens 1, 2, ... F places later, by linear heads [F, D, V] on hidden [B, T, D].
+
+    Only responses with a positive reward are learned from. Multi-token prediction: Gloeckle et al., arXiv 2404.19737.
+    """
+    total, count = 0.0, 0.0
+    for offset in range(1, len(heads) + 1):
+        logits = hidden[:, :-offset] @ heads[offset - 1]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, offset:])
+        mask = batch.response_mask[:, :-offset] & batch.response_mask[:, offset:]
+        mask &= batch.reward_to_go[:, :-offset] > 0
+        total, count = total + (loss * mask).sum(), count + mask.sum()
+    return total / jnp.maximum(count, 1)
+
+
+def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Array:
+    """Heads of the future-token loss, [F, D, V]."""
+    return jax.random.normal(key, (offsets, config.embed, config.vocab_size)) * config.embed**-0.5
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x over the true entries of mask; 0 if there are none."""
+    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+# --- Step and loop --------------------------------------------------------------------------------------------------
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too."""
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update; metrics are scalars on the device."""
+    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+class BatchSource(Protocol):
+    """`dataset.Batches`, or anything whose batch is a function of the step."""
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How often the loop looks up, in steps, and where it writes."""
+
+    total_steps: int
+    log_every: int
+    save_every: int
+    name: str  # of the phase, in metrics and progress bars
+    log: Callable[[dict], None]
+    stop: Callable[[dict], bool] = lambda metrics: False  # asked with the averages at each log line
+    measure: Callable[[Params], dict] = lambda params: {}  # at the end; its numbers are logged
+
+
+def fit(
+    state: TrainState,
+    batches: BatchSource,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    loop: Loop,
+) -> TrainState:
+    """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
+
+    Returns at once if the last checkpoint is a final one.
+
+    Raises:
+      UserError: if the loss is not finite; the last good checkpoint stays.
+    """
+    state = checkpoints.restore(state)
+    if checkpoints.finished():
+        return state
+    step_fn = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0)
+    first = int(state.step)
+    window: list[dict] = []
+    tokens, since = 0, time.monotonic()
+    for step in (bar := tqdm(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps, **BAR)):
+        batch = batches[step]
+        state, metrics = step_fn(state, batch)
+        window.append(metrics)
+        tokens += int(batch.segments.astype(bool).sum())
+        last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
+        if last or saving or (step + 1) % loop.log_every == 0:
+            means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
+            if not np.isfinite(means["loss"]):
+                raise UserError(
+                    f"{loop.name}: the loss is not finite by step {step + 1}; the last good checkpoint is kept."
+                    " Lower the learning rate"
+                )
+            rate = tokens / (time.monotonic() - since)
+            loop.log(
+                {"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()}
+            )
+            bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+            window, tokens, since = [], 0, time.monotonic()
+            if loop.stop(means):
+                break
+        if saving and not last:
+            checkpoints.save(state)
+    bar.close()
+    if measures := loop.measure(state.params):
+        loop.log({"phase": loop.name, "step": int(state.step), **measures})
+    checkpoints.save(state, final=True)
+    return state
+
+
+BAR = dict(mininterval=1.0, disable=None, dynamic_ncols=True)  # `disable=None`: silent when output is no terminal
+
+
+def device_memory() -> dict[str, int]:
+    """Peak bytes in use on the first device, where the backend tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}

@@ -1,0 +1,212 @@
+"""A run's folder on disk: where its files lie, who may write there, and how to write so that a kill loses nothing.
+
+Knows nothing of models, rollouts or JAX: it hands out paths, keeps the config, appends metrics.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from ml_collections import ConfigDict
+
+from qsharp_jax.config import differences, from_json, to_json
+from qsharp_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Workdir:
+    """The paths of a workdir and the config of its run; `Workdir.open` also takes the lock, until `close` or the end
+    of a `with`. A plain `Workdir(path, config)` holds no lock: for the other processes of the run that opened it.
+    """
+
+    path: Path
+    config: ConfigDict
+    _lock: TextIO | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
+        """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
+
+        Raises UserError if `path` is a file, if it is no workdir and no config is given, if another process holds it,
+        or if it holds a run with other settings; OSError if it cannot be written.
+        """
+        path = Path(path)
+        stored = path / "config.json"
+        if config is None and not stored.is_file():
+            raise UserError(f"{path} is no workdir, for it has no config.json; give a run's --workdir, or a --config")
+        try:
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path} cannot be a folder, since a file is in the way; give another --workdir") from None
+        lock = _take_lock(path)
+        try:
+            if not stored.is_file():
+                write_atomic(stored, json.dumps(to_json(config), indent=2) + "\n")
+            held = _read_config(stored)
+            if config is not None and (differing := differences(held, config)):
+                raise UserError(
+                    f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
+                    "give another --workdir, or the same settings"
+                )
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, held if config is None else config, lock)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it with any child that was forked meanwhile
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    @property
+    def ref(self) -> Path:
+        return self.path / "ref"
+
+    @property
+    def guide(self) -> Path:
+        return self.path / "guide"
+
+    def rollouts(self, round: int) -> Path:
+        return self.path / "rollouts" / f"round_{round}"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
+
+        Raises OSError, with the file's name, if it cannot be written.
+        """
+        line = json.dumps(_finite(metrics), allow_nan=False) + "\n"
+        try:
+            with open(self.metrics, "a+b") as file:
+                _cut_half_line(file)
+                file.write(line.encode())
+        except OSError as e:
+            e.filename = str(self.metrics)
+            raise
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All metrics so far, without the half line that a kill may have left at the end.
+
+        Raises UserError naming a line that is damaged elsewhere.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = _whole_lines(self.metrics.read_bytes()).splitlines()
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise UserError(f"{self.metrics}, line {number}, is damaged; delete that line") from None
+        return rows
+
+
+def _take_lock(path: Path) -> TextIO:
+    """The file that holds the lock: the kernel frees it when the process ends, however it ends."""
+    lock = open(path / "lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise UserError(
+            f"{path} is in use by process {holder or 'unknown'}; wait for it to end, stop it, or give another --workdir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _read_config(path: Path) -> ConfigDict:
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _cut_half_line(file: BinaryIO) -> None:
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":  # only then is the file read whole
+        file.seek(0)
+        file.truncate(len(_whole_lines(file.read())))
+
+
+def _finite(value: Any) -> Any:
+    """`value` as strict JSON has it; a NumPy or JAX scalar becomes a Python number."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes the whole file or nothing: a reader, or a kill at any moment, meets the old text or the new one.
+
+    Raises OSError, with the file's name, if it cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)
+        raise
+
+
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "your disk quota is used up; free space and run the same command again",
+    errno.EROFS: "the file system is read-only; give another --workdir",
+    errno.EACCES: "permission is denied; give another --workdir, or change its permissions",
+}
+
+
+def explain_os_error(e: OSError) -> str | None:
+    """The sentence for a full disk, a quota, a read-only or forbidden file, naming it if known; None for others."""
+    if e.errno not in _OS_ERRORS:
+        return None
+    return f"{e.filename}: {_OS_ERRORS[e.errno]}" if e.filename else _OS_ERRORS[e.errno]

@@ -1,0 +1,26 @@
+"""Installs qsharp_jax and the `qsharp` command; the runtime dependencies stand in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+requirements = [line.partition("#")[0].strip() for line in (here / "requirements.txt").read_text().splitlines()]
+
+setup(
+    name="qsharp_jax",
+    version=re.search(r'__version__ = "(.+)"', (here / "qsharp_jax/__init__.py").read_text()).group(1),
+    description="Q#: distributional value guidance of language models while decoding, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qsharp_jax*"]),
+    install_requires=[line for line in requirements if line],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3"],
+        "bench": ["torch>=2.6"],
+    },
+    entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:main"]},
+)

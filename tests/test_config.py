@@ -1,0 +1,280 @@
+"""The config file, the overrides, the ranges and the JSON round trip, each as a user meets them."""
+
+import json
+import math
+
+import pytest
+from ml_collections import ConfigDict
+
+from qsharp_jax import config as configs
+from qsharp_jax.errors import UserError, nearest
+
+FILE = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config():
+    config = ConfigDict(dict(
+        seed=0,
+        name="words",
+        generate=dict(eta=0.1, top_k=0, greedy=False),
+        evaluate=dict(etas=(0.5, 0.1), sizes=[1, 2], modes=("qsharp", "cd"), extra=()),
+        mesh=None,
+    ))
+    config.limit = config_dict.placeholder(int)
+    return config
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "words.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_load_gives_a_locked_config(path):
+    config = configs.load(path, [])
+    assert config.generate.eta == 0.1 and config.evaluate.etas == (0.5, 0.1) and config.limit is None
+    with pytest.raises((KeyError, AttributeError)):
+        config.generate.new = 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError"),
+        ("x = 1\n\nx = = 2\n", "line 3: SyntaxError"),
+        ("if True:\nx = 1\n", "line 2: IndentationError"),
+        ("\nimport no_such_module_of_ours\n", "line 2: ModuleNotFoundError"),
+        ("def helper():\n    return 1 / 0\n\ndef get_config():\n    return helper()\n", "line 2: ZeroDivisionError"),
+        ("import json\n\ndef get_config():\n    json.loads('{')\n", "line 4: JSONDecodeError"),
+        ("def get_config():\n    raise ValueError\n", "line 2: ValueError: no message"),
+        ("def get_config():\n    raise ValueError('one\\ntwo')\n", "line 2: ValueError: one; mend"),
+        ("x = 1\n", "no get_config()"),
+        ("def get_config():\n    return {}\n", "returns a dict, not an ml_collections.ConfigDict"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path, source, words):
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    with pytest.raises(UserError) as caught:
+        configs.load(path, [])
+    assert str(caught.value).startswith(str(path)) and words in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "broken.py"
+    for content in (b"\xff\xfe\x00", b"x = '\x00'\n"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="broken.py"):
+            configs.load(path, [])
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path):
+    for path in (tmp_path / "absent.py", tmp_path):
+        with pytest.raises(UserError, match=f"no config file {path}"):
+            configs.load(path, [])
+
+
+def test_a_value_that_json_cannot_keep_is_named(tmp_path):
+    path = tmp_path / "object.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': {'b': {1}}})\n")
+    with pytest.raises(UserError, match="config.a.b is of type set"):
+        configs.load(path, [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("--config.seed=7", "seed", 7),
+        ("--config.seed=-7", "seed", -7),
+        ("--config.generate.eta=1", "generate.eta", 1.0),
+        ("--config.generate.eta=inf", "generate.eta", math.inf),
+        ("--config.generate.eta=5e-2", "generate.eta", 0.05),
+        ("--config.generate.greedy=true", "generate.greedy", True),
+        ("--config.generate.greedy=1", "generate.greedy", True),
+        ("--config.generate.greedy=False", "generate.greedy", False),
+        ("--config.generate.greedy=0", "generate.greedy", False),
+        ("--config.name=a=b", "name", "a=b"),
+        ("--config.name=", "name", ""),
+        ("--config.name=None", "name", "None"),
+        ("--config.evaluate.etas=0.5,0.2", "evaluate.etas", (0.5, 0.2)),
+        ("--config.evaluate.etas=(1, 0.2)", "evaluate.etas", (1.0, 0.2)),
+        ("--config.evaluate.etas=0.3", "evaluate.etas", (0.3,)),
+        ("--config.evaluate.etas=(0.3,)", "evaluate.etas", (0.3,)),
+        ("--config.evaluate.etas=()", "evaluate.etas", ()),
+        ("--config.evaluate.sizes=[4,8]", "evaluate.sizes", [4, 8]),
+        ("--config.evaluate.modes=cd", "evaluate.modes", ("cd",)),
+        ("--config.evaluate.extra=1", "evaluate.extra", (1.0,)),
+        ("--config.limit=5", "limit", 5),
+        ("--config.limit=none", "limit", None),
+        ("--config.mesh=(1, 2)", "mesh", (1, 2)),
+        ("--config.mesh=v5e", "mesh", "v5e"),
+    ],
+)
+def test_an_override_takes_the_type_of_the_present_value(path, argument, key, value):
+    before = configs.load(path, [])
+    for arguments in ([argument], argument.split("=", 1)):
+        config = configs.load(path, arguments)
+        assert config[key] == value and type(config[key]) is type(value)
+        assert len(configs.differences(before, config)) == (before[key] != value)
+
+
+def test_the_last_override_wins(path):
+    assert configs.load(path, ["--config.seed=1", "--config.seed", "2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--config.seed=1.5", "a whole number"),
+        ("--config.seed=none", "a whole number"),
+        ("--config.generate.eta=small", "a number"),
+        ("--config.generate.eta=nan", "a number"),
+        ("--config.generate.eta=", "a number"),
+        ("--config.generate.greedy=2", "true or false"),
+        ("--config.evaluate.etas=0.5,,1", "a list of float"),
+        ("--config.evaluate.etas=0.5;1", "a list of float"),
+        ("--config.evaluate.sizes=1,2.5", "a list of int"),
+        ("--config.limit=x", "a whole number"),
+    ],
+)
+def test_a_wrong_type_is_named_with_key_value_and_type(path, argument, expected):
+    with pytest.raises(UserError) as caught:
+        configs.load(path, [argument])
+    assert str(caught.value).startswith(f"{argument} is not {expected}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.generate.etta=1", "did you mean 'generate.eta'"),
+        ("--config.eta=1", "did you mean 'generate.eta'"),
+        ("--config.Seed=1", "did you mean 'seed'"),
+        ("--config.zzz=1", "known: evaluate.etas, "),
+        ("--config.seed.deep=1", "no setting --config.seed.deep"),
+        ("--config.generate=1", "a section, with generate.eta, generate.greedy, generate.top_k"),
+        ("--config.=1", "no setting --config.;"),
+        ("--config.seed", "no value"),
+        ("--seed=1", "unknown argument '--seed=1'"),
+        ("seed=1", "unknown argument 'seed=1'"),
+    ],
+)
+def test_an_unknown_key_or_argument_is_named(path, argument, words):
+    with pytest.raises(UserError) as caught:
+        configs.load(path, [argument])
+    assert words in str(caught.value)
+
+
+OPTIMIZER = {
+    "name": (["adamw", "muon"], ["sgd", None]),
+    "learning_rate": ([1e-5, 1], [0, -1.0, math.inf, math.nan, "1"]),
+    "weight_decay": ([0, 0.1], [-0.1, math.inf]),
+    "clip": ([0.5, math.inf], [0, -1]),
+    "warmup_steps": ([0, 10], [-1, 0.5]),
+    "schedule": (["constant", "cosine"], ["linear"]),
+}
+RANGES = {  # key: (allowed, forbidden)
+    "seed": ([0, 5], [-1, 0.5, True, None]),
+    "rounds": ([1], [0]),
+    "generate.eta": ([0.1, 1, math.inf], [0, -0.1, math.nan, "0.1", True]),
+    "generate.temperature": ([0, 0.8], [-0.1, math.inf]),
+    "generate.top_p": ([0.1, 1], [0, 1.1]),
+    "generate.top_k": ([0, 20], [-1]),
+    "generate.top_k_candidates": ([1], [0]),
+    "generate.max_new_tokens": ([1], [0]),
+    "collect.prompts": ([1], [0]),
+    "collect.samples": ([1], [0]),
+    "collect.batch_size": ([1], [0]),
+    "collect.eta": ([0.1], [0]),
+    "collect.shard_rows": ([1], [0]),
+    "pretrain.steps": ([0], [-1]),
+    "pretrain.batch_size": ([1], [0]),
+    "fit.epochs": ([1], [0]),
+    "fit.batch_size": ([1], [0]),
+    "fit.future_offsets": ([0, 4], [-1]),
+    "fit.future_weight": ([0, 0.5], [-1]),
+    "evaluate.problems": ([1], [0]),
+    "evaluate.samples": ([1], [0]),
+    "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",)]),
+    "guide.type": (["v", "q"], ["V", ""]),
+    "guide.distribution": (["bernoulli", "categorical", "scalar"], ["normal"]),
+    "guide.init": (["ref", "scratch"], ["zero"]),
+    **{f"{section}.optimizer.{name}": values for section in ("pretrain", "fit") for name, values in OPTIMIZER.items()},
+}
+
+
+def test_every_rule_is_tried():
+    assert set(RANGES) == set(configs.RULES)
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_check_names_the_key_and_the_value_out_of_range(key):
+    def with_value(value):
+        nested = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        return ConfigDict(nested)
+
+    allowed, forbidden = RANGES[key]
+    for value in allowed:
+        configs.check(with_value(value))
+    for value in forbidden:
+        shown = list(value) if isinstance(value, tuple) else value
+        with pytest.raises(UserError) as caught:
+            configs.check(with_value(value))
+        assert str(caught.value).startswith(f"config.{key} is {shown!r}; it must be ")
+
+
+def test_check_passes_over_what_is_absent_or_unknown():
+    configs.check(ConfigDict({"model": {"layers": -1}, "generate": {}}))
+
+
+def test_json_round_trip(path):
+    config = configs.load(path, ["--config.generate.eta=inf"])
+    text = json.dumps(configs.to_json(config))
+    again = configs.from_json(json.loads(text))
+    assert json.dumps(configs.to_json(again)) == text
+    assert again.is_locked and again.evaluate.etas == [0.5, 0.1] and again.generate.eta == math.inf
+    assert configs.differences(config, again) == []
+
+
+def test_a_config_read_back_takes_overrides(path):
+    config = configs.from_json(configs.to_json(configs.load(path, [])))
+    configs.override(config, ["--config.evaluate.etas=0.2", "--config.limit=3"])
+    assert config.evaluate.etas == [0.2] and config.limit == 3
+
+
+def test_differences_name_both_values():
+    a = ConfigDict({"seed": 0, "fit": {"epochs": 4, "clip": 1.0, "old": None}, "etas": (1, 2)})
+    b = ConfigDict({"seed": 0, "fit": {"epochs": 5, "clip": 1, "new": "x"}, "etas": [1, 3]})
+    assert sorted(configs.differences(a, b)) == [
+        "etas: [1, 2] -> [1, 3]",
+        "fit.epochs: 4 -> 5",
+        "fit.new: absent -> 'x'",
+        "fit.old: None -> absent",
+    ]
+
+
+def test_an_override_of_a_shared_value_reaches_every_place():
+    config = ConfigDict({"batch": 8})
+    config.fit = ConfigDict({"batch": config.get_ref("batch")})
+    config.lock()
+    configs.override(config, ["--config.batch=16"])
+    assert config.fit.batch == 16
+
+
+def test_a_required_placeholder_is_named_with_the_file(tmp_path):
+    path = tmp_path / "required.py"
+    path.write_text(
+        "from ml_collections import config_dict\n"
+        "def get_config():\n    return config_dict.create(a=config_dict.required_placeholder(int))\n"
+    )
+    with pytest.raises(UserError, match="required.py: RequiredValueError"):
+        configs.load(path, [])
+
+
+def test_nearest():
+    assert nearest("ete", ["eta", "seed"]) == "did you mean 'eta'?"
+    assert nearest("eta", ["fit.eta", "collect.eta"]) == "did you mean 'collect.eta' or 'fit.eta'?"
+    assert nearest("zzz", ["seed", "eta"]) == "known: eta, seed"

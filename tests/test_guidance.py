@@ -1,0 +1,359 @@
+"""Guidance against brute force in numpy, and against the exact optimal policies of token trees."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import tabular
+from qsharp_jax import guidance, values
+
+examples = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+B, V, K = 4, 9, 3
+
+# One shape and one program for all examples.
+tilt = jax.jit(guidance.tilt)
+truncate = jax.jit(guidance.truncate)
+kl = jax.jit(guidance.kl)
+sample = jax.jit(guidance.sample)
+
+
+def random_logits(rng, shape=(B, V), ties=False, excluded=0.0):
+    """Float32 logits; with `ties` of a few values only, both zeros among them; some share of them -inf."""
+    logits = rng.choice([-2.5, -1.0, -0.0, 0.0, 1.5], size=shape) if ties else rng.normal(size=shape) * 3
+    logits = np.where(rng.random(shape) < excluded, -np.inf, logits)
+    logits[..., rng.integers(shape[-1])] = 1.0  # a row has some token
+    return np.float32(logits)
+
+
+def softmax(logits):
+    weights = np.exp(np.float64(logits) - np.max(logits, axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# --- candidates and tilt ------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_most_likely_tokens_ties_by_lower_id():
+    logits = random_logits(np.random.default_rng(0), ties=True) + 0.0
+    got = guidance.top_candidates(jnp.asarray(logits), K)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, np.argsort(-logits, axis=-1, kind="stable")[:, :K])
+
+
+@pytest.mark.parametrize("k", [0, V + 1])
+def test_candidates_must_fit_the_vocabulary(k):
+    with pytest.raises(ValueError, match=f"{k} candidates of a vocabulary of {V}"):
+        guidance.top_candidates(jnp.zeros((B, V)), k)
+
+
+@examples
+@given(seeds)
+def test_tilt_adds_the_weights_at_the_candidates_and_nothing_elsewhere(seed):
+    rng = np.random.default_rng(seed)
+    logits, weights = random_logits(rng, excluded=0.2), np.float32(rng.normal(size=(B, K)) * 100)
+    candidates = np.stack([rng.permutation(V)[:K] for _ in range(B)])
+    want = logits.copy()
+    for b in range(B):
+        for k in range(K):
+            want[b, candidates[b, k]] += weights[b, k]
+    np.testing.assert_array_equal(tilt(logits, candidates, weights), want)
+
+
+log_weights = jax.jit(guidance.log_weights, static_argnames="mode")
+
+
+@pytest.mark.parametrize("kind", values.KINDS)
+@pytest.mark.parametrize("mode", guidance.MODES)
+def test_a_row_with_infinite_eta_is_pi_ref(kind, mode):
+    outputs = np.float32(np.random.default_rng(0).normal(size=(B, K, values.num_outputs(kind, 5))))
+    distribution = values.from_outputs(kind, jnp.asarray(outputs), np.linspace(0, 1, 5))
+    weights = np.asarray(log_weights(distribution, np.float32([0.1, np.inf, 1e-4, np.inf]), mode=mode))
+    assert weights.shape == (B, K)
+    np.testing.assert_array_equal(weights[1::2], 0)
+    assert (weights[::2] != 0).all()
+
+
+def test_modes_are_their_formulas():
+    p, eta = np.array([[0.1, 0.5, 0.9]]), 0.2
+    distribution = values.Bernoulli(jnp.float32(np.log(p / (1 - p))))
+    weights = functools.partial(log_weights, distribution, np.float32([eta]))
+    np.testing.assert_allclose(weights(mode="qsharp"), np.log(1 - p + p * np.exp(1 / eta)), rtol=1e-5)
+    np.testing.assert_allclose(weights(mode="cd"), p / eta, rtol=1e-5)
+    np.testing.assert_allclose(weights(mode="expectation"), np.log(p), rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown guidance mode 'vas': known are qsharp, cd, expectation"):
+        weights(mode="vas")
+
+
+# --- the optimal policy -------------------------------------------------------------------------------------------
+
+
+def exact_values(tree):
+    """Z*(x, y) of every inner node and token as one Categorical on the union of the laws' values: [nodes, V, M]."""
+    laws = tabular.Laws(tree)
+    table = {(node, token): laws(node, token) for node in tree.inner for token in range(tree.vocab)}
+    atoms = np.unique(np.concatenate([values for values, _ in table.values()]))
+    probabilities = np.zeros((len(tree.reward), tree.vocab, len(atoms)))
+    for (node, token), (support, mass) in table.items():
+        probabilities[node, token, np.searchsorted(atoms, support)] = mass
+    with np.errstate(divide="ignore"):
+        return values.Categorical(jnp.float32(np.log(probabilities[tree.inner])), jnp.float32(atoms))
+
+
+def ref_logits(tree):
+    return jnp.float32(np.log(tree.pi_ref[tree.inner]))
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def guide(ref_logits, distribution, eta, mode="qsharp"):
+    """Tilted logits at every inner node, with the whole vocabulary as candidates: [nodes, V]."""
+    candidates = guidance.top_candidates(ref_logits, ref_logits.shape[-1])
+    of_candidates = jax.vmap(lambda logits, row: logits[row])(distribution.logits, candidates)
+    eta = jnp.full(ref_logits.shape[0], eta)
+    weights = guidance.log_weights(distribution.replace(logits=of_candidates), eta, mode)
+    return guidance.tilt(ref_logits, candidates, weights)
+
+
+def as_policy(tree, logits):
+    policy = np.zeros_like(tree.pi_ref)
+    policy[tree.inner] = softmax(logits)
+    return policy
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tilting_by_the_exact_law_gives_the_optimal_policy(seed):
+    """pi*_eta, its KL and its reward on random trees; the law is the same for every eta."""
+    tree = tabular.random_tree(
+        np.random.default_rng(seed), 2 + seed % 4, 4, final_rewards=(-0.5, 0.0, 1.0), step_rewards=(0.0, 0.25)
+    )
+    distribution = exact_values(tree)
+    for eta in (0.1, 0.5, 5.0):
+        _, _, optimal = tabular.soft_bellman(tree, eta)
+        logits = guide(ref_logits(tree), distribution, eta)
+        policy = as_policy(tree, logits)
+        np.testing.assert_allclose(policy, optimal, atol=1e-5)
+        np.testing.assert_allclose(tabular.evaluate(tree, policy), tabular.evaluate(tree, optimal), atol=1e-5)
+        # The KL of a token is what a sequence adds up: at each node, against the oracle's own sum.
+        pi, pi_ref = optimal[tree.inner], tree.pi_ref[tree.inner]
+        np.testing.assert_allclose(kl(logits, ref_logits(tree)), np.sum(pi * np.log(pi / pi_ref), axis=1), atol=1e-5)
+
+
+def test_a_bernoulli_guide_is_optimal_where_the_reward_is_zero_or_one():
+    """Down to branches that are sure to win or to lose, whose logit is infinite."""
+    tree = tabular.random_tree(np.random.default_rng(7), vocab=3, depth=5)
+    law = exact_values(tree)
+    distribution = values.Bernoulli(law.logits[..., 1] - law.logits[..., 0])
+    assert jnp.isinf(distribution.logits).any()
+    for eta in (0.05, 0.3, 2.0):
+        _, _, optimal = tabular.soft_bellman(tree, eta)
+        np.testing.assert_allclose(as_policy(tree, guide(ref_logits(tree), distribution, eta)), optimal, atol=1e-5)
+
+
+def test_as_eta_falls_cd_goes_left_and_qsharp_goes_right():
+    """The toy tree of Theorems 4.1 and 4.2: CD earns 0.1 however small eta is, Q# earns 1."""
+    tree = tabular.toy_tree()
+    distribution = exact_values(tree)
+    earned = {}
+    for mode in ("cd", "qsharp"):
+        policy = as_policy(tree, guide(ref_logits(tree), distribution, 1e-3, mode))
+        earned[mode] = tabular.evaluate(tree, policy)[0][0]
+        np.testing.assert_allclose(policy[0], [1, 0] if mode == "cd" else [0, 1], atol=1e-6)
+    np.testing.assert_allclose([earned["cd"], earned["qsharp"]], [0.1, 1.0], atol=1e-6)
+
+
+# --- temperature and truncation -----------------------------------------------------------------------------------
+
+
+def test_temperature_divides_and_zero_leaves_the_logits():
+    logits = random_logits(np.random.default_rng(0), excluded=0.2)
+    got = guidance.temper(jnp.asarray(logits), jnp.float32([1, 0.5, 0, 2]))
+    np.testing.assert_array_equal(got, logits / np.float32([1, 0.5, 1, 2])[:, None])
+
+
+def nucleus(logits, greedy, top_k, top_p):
+    """The kept tokens of one row, found the slow way; None where rounding may decide."""
+    order = sorted(range(V), key=lambda token: (-logits[token], token))
+    if greedy:
+        return set(order[:1])
+    if top_k:
+        order = order[:top_k]
+    if top_p == 1:
+        return set(order)
+    probabilities = softmax(logits[order])
+    kept, mass = set(), 0.0
+    for token, probability in zip(order, probabilities, strict=True):
+        if kept and abs(mass - top_p) < 1e-5:
+            return None
+        if kept and mass >= top_p:
+            break
+        kept.add(token)
+        mass += probability
+    return kept
+
+
+@examples
+@given(seeds, st.booleans())
+def test_truncation_keeps_the_top_k_and_the_nucleus(seed, ties):
+    """Each row by its own temperature, top_k and top_p; of equal tokens the lower ids."""
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, ties=ties, excluded=0.1)
+    temperature = np.float32(rng.choice([0, 0.7, 1], size=B))
+    top_k = rng.choice([0, 1, 3, V, 100], size=B).astype(np.int32)
+    top_p = np.float32(rng.choice([0, 0.05, 0.5, 0.9, 0.99, 1], size=B))
+    got = np.asarray(truncate(logits, temperature, top_k, top_p))
+    checked = 0
+    for b in range(B):
+        kept = nucleus(logits[b], temperature[b] == 0, top_k[b], top_p[b])
+        if kept is not None:
+            want = np.where(np.isin(np.arange(V), list(kept)), logits[b], -np.inf)
+            np.testing.assert_array_equal(got[b], want)
+            checked += 1
+    assume(checked)
+
+
+def test_rows_that_filter_and_rows_that_do_not_share_a_batch():
+    """Their searches end at different steps: none keeps another from ending."""
+    logits = np.float32([[2, 1, 0]] * 4)
+    got = truncate(logits, jnp.float32([1, 1, 0, 1]), jnp.int32([0, 2, 0, 0]), jnp.float32([1, 1, 1, 0.5]))
+    np.testing.assert_array_equal((got > -jnp.inf).sum(axis=-1), [3, 2, 1, 1])
+
+
+def test_truncation_that_is_off_changes_nothing():
+    """top_p = 1 keeps tokens whose probability is lost in the rounding of the sum."""
+    logits = np.float32([[50, -50, 0, -np.inf, 1e-30], [0, 0, 0, 0, 0]])
+    got = truncate(logits, jnp.ones(2), jnp.zeros(2, jnp.int32), jnp.ones(2))
+    np.testing.assert_array_equal(got, logits)
+
+
+def test_equal_tokens_are_kept_from_the_lowest_id():
+    """A uniform row under top_p 0.5 and under top_k 3, and a greedy one: half, three and one, from id 0."""
+    logits = jnp.zeros((3, 8)).at[:, ::2].set(-0.0)
+    got = truncate(logits, jnp.float32([1, 1, 0]), jnp.int32([0, 3, 0]), jnp.float32([0.5, 1, 1]))
+    np.testing.assert_array_equal((got > -jnp.inf).sum(axis=-1), [4, 3, 1])
+    np.testing.assert_array_equal(got[:, 0] > -jnp.inf, True)
+    assert (jnp.diff((got > -jnp.inf).astype(int), axis=-1) <= 0).all()
+
+
+def test_a_large_vocabulary_is_cut_where_a_sort_would_cut_it():
+    rng = np.random.default_rng(0)
+    logits = np.float32(rng.normal(size=(2, 50_000)) * 2)
+    logits[1] = np.round(logits[1], 1)  # as bfloat16 logits are: many are equal
+    got = truncate(logits, jnp.ones(2), jnp.int32([0, 1000]), jnp.float32([0.9, 0.8]))
+    for b, top_k in enumerate((50_000, 1000)):
+        order = np.argsort(-logits[b], kind="stable")[:top_k]
+        mass = np.cumsum(softmax(logits[b][order]))
+        size = np.searchsorted(mass, [0.9, 0.8][b]) + 1
+        kept = np.flatnonzero(np.asarray(got[b]) > -np.inf)
+        assert abs(len(kept) - size) <= 1  # rounding of a sum of 50,000 terms
+        np.testing.assert_array_equal(np.sort(order[: len(kept)]), kept)
+
+
+# --- KL and log-probabilities -------------------------------------------------------------------------------------
+
+
+@examples
+@given(seeds)
+def test_kl_is_the_exact_sum(seed):
+    """In float64, with tokens that the policy excludes, that the reference excludes, and that both do."""
+    rng = np.random.default_rng(seed)
+    logits, ref = random_logits(rng, excluded=0.3), random_logits(rng, excluded=rng.choice([0.0, 0.1]))
+    p, q = softmax(logits), softmax(ref)
+    want = np.zeros(B)
+    for b, v in np.ndindex(B, V):
+        if logits[b, v] > -np.inf:
+            want[b] += p[b, v] * (np.log(p[b, v]) - np.log(q[b, v])) if ref[b, v] > -np.inf else np.inf
+    np.testing.assert_allclose(kl(logits, ref), want, rtol=1e-5, atol=2e-6)
+
+
+def test_kl_after_truncation_is_minus_the_log_of_the_kept_mass():
+    """Nucleus sampling of pi_ref alone has a KL: at most -log(top_p), which is no one's guidance."""
+    ref = random_logits(np.random.default_rng(1))
+    truncated = truncate(ref, jnp.ones(B), jnp.zeros(B, jnp.int32), jnp.full(B, 0.8))
+    kept = np.sum(softmax(ref), axis=-1, where=np.asarray(truncated) > -np.inf)
+    np.testing.assert_allclose(kl(truncated, ref), -np.log(kept), atol=1e-6)
+    np.testing.assert_array_equal(kl(ref, ref), 0)
+
+
+def test_kl_is_infinite_even_for_a_probability_that_underflows():
+    assert kl(np.float32([[0, -500]]), np.float32([[0, -np.inf]]))[0] == np.inf
+
+
+def test_kl_gradients_are_finite_with_excluded_tokens():
+    logits, ref = jnp.float32([[0, 1, -np.inf, -np.inf]]), jnp.float32([[0.5, 0, 1, -np.inf]])
+    by_logits, by_ref = jax.grad(lambda *args: kl(*args).sum(), argnums=(0, 1))(logits, ref)
+    p, q = softmax(logits), softmax(ref)
+    log_ratio = np.zeros_like(p)
+    log_ratio[p > 0] = np.log(p[p > 0] / q[p > 0])
+    np.testing.assert_allclose(by_ref, q - p, atol=1e-6)
+    np.testing.assert_allclose(by_logits, p * (log_ratio - np.sum(p * log_ratio)), atol=1e-6)
+
+
+def test_log_prob_is_the_log_probability():
+    logits = random_logits(np.random.default_rng(0))
+    tokens = np.int32([0, 3, 8, 3])
+    want = np.log(softmax(logits))[range(B), tokens]
+    np.testing.assert_allclose(guidance.log_prob(jnp.asarray(logits), tokens), want, rtol=1e-5)
+    assert guidance.log_prob(jnp.float32([[0, -np.inf]]), jnp.int32([1]))[0] == -np.inf
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+def test_samples_have_the_policy_s_frequencies():
+    """A chi-square over 20,000 rows, and never a token of logit -inf."""
+    logits = np.float32([0.5, -1, 2, -np.inf, 0, -3])
+    n, p = 20_000, softmax(logits)
+    tokens = sample(jnp.tile(logits, (n, 1)), jax.random.split(jax.random.key(0), n))
+    counts = np.bincount(tokens, minlength=6)
+    assert counts[3] == 0
+    drawn = p > 0
+    statistic = np.sum((counts - n * p)[drawn] ** 2 / (n * p)[drawn])
+    assert statistic < 18.5  # the 0.999 quantile with 4 degrees of freedom
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Through the whole of a step: a row alone gives what it gives in a batch, wherever it stands."""
+    rng = np.random.default_rng(0)
+    logits, keys = jnp.asarray(random_logits(rng, (64, V))), jax.random.split(jax.random.key(1), 64)
+    temperature, top_p = jnp.float32(rng.choice([0, 0.5, 1], size=64)), jnp.float32(rng.uniform(0.3, 1, size=64))
+
+    @jax.jit
+    def draw(rows):
+        tempered = guidance.temper(logits[rows], temperature[rows])
+        return guidance.sample(guidance.truncate(tempered, temperature[rows], 0 * rows, top_p[rows]), keys[rows])
+
+    together = np.asarray(draw(np.arange(64)))
+    shuffled = rng.permutation(64)
+    np.testing.assert_array_equal(draw(shuffled), together[shuffled])
+    for row in (0, 63):
+        np.testing.assert_array_equal(draw(np.array([row])), together[[row]])
+
+
+def test_one_program_serves_a_sweep():
+    """eta, temperature, top_k and top_p are data: changing them compiles nothing, and rows may differ in them."""
+    rng = np.random.default_rng(0)
+    ref, scores = jnp.asarray(random_logits(rng)), jnp.float32(rng.normal(size=(B, K)))
+    keys = jax.random.split(jax.random.key(0), B)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(eta, temperature, top_k, top_p):
+        candidates = guidance.top_candidates(ref, K)
+        weights = guidance.log_weights(values.Bernoulli(scores), eta, "qsharp")
+        logits = guidance.temper(guidance.tilt(ref, candidates, weights), temperature)
+        return logits, guidance.sample(guidance.truncate(logits, temperature, top_k, top_p), keys)
+
+    settings_of_rows = [(0.1, 1.0, 0, 1.0), (np.inf, 0.8, 0, 0.9), (1e-4, 0.0, 5, 1.0), (2.0, 1.3, 2, 0.5)]
+    dtypes = (np.float32, np.float32, np.int32, np.float32)
+    columns = [np.array(column, dtype) for column, dtype in zip(zip(*settings_of_rows), dtypes, strict=True)]
+    mixed_logits, mixed_tokens = step(*columns)
+    for row in range(B):
+        logits, tokens = step(*(np.full_like(column, column[row]) for column in columns))
+        np.testing.assert_array_equal(logits[row], mixed_logits[row])
+        assert tokens[row] == mixed_tokens[row]
