@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.model.token_shift = False
 
     c.pretrain.steps = 4000
-    c.pretrain.stop_accuracy = 1.0  # off: a large model follows edges long before these steps are over
+    c.pretrain.stop_loss = 0.0  # off: a large model follows edges long before these steps are over
     c.pretrain.batch_size = 256
     c.pretrain.log_every = 50
     adamw(c.pretrain.optimizer, 2.5e-4)

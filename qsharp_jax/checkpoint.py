@@ -37,7 +37,9 @@ class Checkpoints:
 
     def finished(self) -> bool:
         """Whether a final state was saved."""
-        return self._manager.latest_step() is not None and self._restore(progress=ocp.args.JsonRestore()).progress["final"]
+        if self._manager.latest_step() is None:
+            return False
+        return self._restore(progress=ocp.args.JsonRestore()).progress["final"]
 
     def restore(self, state: Any) -> Any:
         """The last saved state, shaped and placed like `state`; `state` itself if none was saved.
@@ -68,11 +70,12 @@ class Checkpoints:
         step = self._manager.latest_step()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        # Orbax and TensorStore report damage as any of these, by kind of damage.
-        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        # Orbax and TensorStore report damage by exceptions of many types, a bare Exception among them.
+        except Exception as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"the checkpoint {self._folder / str(step)} is damaged or of another model"
-                f" ({str(error).splitlines()[0][:200]}); delete that folder and run again to go on from the one before"
+                f"the checkpoint {self._folder / str(step)} is damaged or of another model ({what}); delete that folder"
+                " and run again to go on from the one before"
             ) from error
 
 

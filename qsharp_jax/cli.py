@@ -8,8 +8,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from qsharp_jax import config as configs
 from qsharp_jax.errors import UserError
@@ -31,15 +32,18 @@ Settings: any value of the config file can be changed by --config.KEY=VALUE, for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
+        options, rest = _parser().parse_known_args(arguments)
         with _open_workdir(options, rest) as workdir:
             options.command(workdir, options)
+        sys.stdout.flush()
         return 0
     except UserError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if (sentence := explain_os_error(error)) is None:
             raise
@@ -56,17 +60,23 @@ def _refuse(sentence: str) -> int:
 
 def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir:
     if options.config is None and rest:
-        if not (Path(options.workdir) / "config.json").exists():
+        if not rest[0].startswith("--config."):
             raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
         raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
-    if options.config is None:
-        return Workdir.open(options.workdir)
 
     from qsharp_jax import session
 
-    config = configs.load(options.config, rest)
-    session.check(config)
-    return Workdir.open(options.workdir, config)
+    if options.config is not None:
+        config = configs.load(options.config, rest)
+        session.check(config)
+        return Workdir.open(options.workdir, config)
+    workdir = Workdir.open(options.workdir)
+    try:
+        session.check(workdir.config)  # it may be of an older version, or edited
+    except UserError as error:
+        workdir.close()
+        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
+    return workdir
 
 
 # --- Commands -------------------------------------------------------------------------------------------------------
@@ -123,32 +133,35 @@ def generate(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    given = _generation_settings(options)
     prompts = _read_prompts(options)
+    encoded = _encode(session, prompts, given.get("max_new_tokens", session.config.generate.max_new_tokens))
     etas = [session.config.collect.eta] if options.eta is None else options.eta
+    if options.output:
+        _check_output(options.output)
     ref = session.load_ref()
     guide = None if all(map(math.isinf, etas)) else session.load_guide()
-    plan = [(prompt, eta) for prompt in prompts for eta in etas for _ in range(options.samples)]
+    plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
-    given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
     generation = rollouts.sample(
         ref,
         guide,
-        [session.text.encode_prompt(prompt) for prompt, _ in plan],
+        [encoded[prompt] for prompt, _ in plan],
         seeds=seeds,
         batch_size=min(len(plan), session.config.evaluate.batch_size),
         eta=np.asarray([eta for _, eta in plan], np.float32),
         mode=options.mode,
-        **(session.generation_settings() | {name: value for name, value in given.items() if value is not None}),
+        **(session.generation_settings() | given),
     )
     with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
         for row, (prompt, eta) in enumerate(plan):
             length = generation.lengths[row]
 
             def numbers(array, row=row, length=length):
-                return [None if math.isnan(x) else round(float(x), 6) for x in array[row, :length]]
+                return [round(float(x), 6) if math.isfinite(x) else None for x in array[row, :length]]
 
             line = {
-                "prompt": prompt,
+                "prompt": prompts[prompt],
                 "response": session.text.decode(generation.response(row)),
                 "tokens": generation.response(row),
                 "finished": bool(generation.finished[row]),
@@ -159,7 +172,7 @@ def generate(workdir: Workdir, options: argparse.Namespace) -> None:
                 "kl": numbers(generation.kl),
                 "values": numbers(generation.values),
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
@@ -183,8 +196,15 @@ def report(workdir: Workdir, options: argparse.Namespace) -> None:
 # --- Arguments ------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses like the rest of the program: one sentence, not the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qsharp", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -208,25 +228,25 @@ def _parser() -> argparse.ArgumentParser:
     add(run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
 
     sub = add(collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
-    sub.add_argument("--round", type=int, metavar="K", help="from 1; by default the one after the last fitted")
+    sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
 
     sub = add(fit, "fit the guide to all rollouts up to a round")
-    sub.add_argument("--round", type=int, metavar="K", help="from 1; by default the last collected")
+    sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the last collected")
     sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
 
     sub = add(generate, "answer prompts with the guided model; JSON lines to standard output")
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
     sub.add_argument(
-        "--input", metavar="FILE", help='a prompt a line, or JSON lines with a "prompt" if it ends in .jsonl; - is stdin'
+        "--input", metavar="FILE", help='a prompt a line, or (.jsonl) JSON lines with a "prompt"; - is standard input'
     )
     sub.add_argument("--output", metavar="FILE", help="where the JSON lines go, by default standard output")
     sub.add_argument(
-        "--eta", type=_numbers, metavar="LIST",
+        "--eta", type=_etas, metavar="LIST",
         help="weights of the KL, as 0.5,0.1: small is strong guidance, inf is the reference alone (eta null in the"
         " output); by default the run's collect.eta",
     )  # fmt: skip
-    sub.add_argument("--samples", type=int, default=1, metavar="N", help="responses to each prompt at each eta")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same responses")
+    sub.add_argument("--samples", type=_whole(1), default=1, metavar="N", help="responses to each prompt at each eta")
+    sub.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="the same seed gives the same responses")
     sub.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; by default the run's")
     sub.add_argument("--top-p", type=float, metavar="P", help="in (0, 1]; by default the run's")
     sub.add_argument("--top-k", type=int, metavar="K", help="0 for no limit; by default the run's")
@@ -241,11 +261,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[float]:
-    numbers = [float(item) for item in text.split(",")]
-    if not all(number > 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text}: every eta must be greater than 0")
-    return numbers
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _etas(text: str) -> list[float]:
+    try:
+        etas = [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as 0.5,0.1") from None
+    if not all(eta > 0 for eta in etas):
+        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be greater than 0")
+    return etas
 
 
 def _check_round(session, number: int) -> None:
@@ -253,24 +285,56 @@ def _check_round(session, number: int) -> None:
         raise UserError(f"round {number} is not one of this run's 1 .. {session.config.rounds}")
 
 
+def _generation_settings(options: argparse.Namespace) -> dict:
+    """Those of the run's settings that the arguments change."""
+    given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        passes, words = configs.RULES[f"generate.{name}"]
+        if not passes(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
+    return given
+
+
+def _encode(session, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
+    encoded, limit = [session.text.encode_prompt(prompt) for prompt in prompts], session.ref_config.max_positions
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(tokens) + max_new_tokens > limit:
+            raise UserError(
+                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more than"
+                f" the model's {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
+            )
+    return encoded
+
+
+def _check_output(path: str) -> None:
+    """Before anything is computed: the file can be written. What it holds stays until there is something to write."""
+    try:
+        open(path, "a").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} cannot be written, for its folder is not there; make it, or give another --output"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give --output the path of a file") from None
+
+
 def _read_prompts(options: argparse.Namespace) -> list[str]:
     """Prompts from the arguments, or from the file or standard input, one a line."""
-    if options.samples < 1:
-        raise UserError(f"--samples is {options.samples}; it must be at least 1")
     if options.prompts and options.input:
         raise UserError("give prompts as arguments or by --input, not both")
     if options.prompts:
         return options.prompts
-    if options.input in (None, "-"):
-        name, lines = "standard input", sys.stdin.read().splitlines()
-    else:
-        name = options.input
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise UserError(f"there is no file {name}; give --input the path of a file of prompts") from None
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise UserError(f"{name} is no text file; give --input a file with a prompt a line") from None
+    name = "standard input" if options.input in (None, "-") else options.input
+    try:
+        data = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {name}; give --input the path of a file of prompts") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"{name} is no text in UTF-8; give prompts as text, one a line") from None
+    # Not `splitlines`: JSON has some of its line ends inside strings.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"{name} holds no prompts; write one a line")
@@ -279,9 +343,12 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = []
     for number, line in numbered:
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{name}, line {number}: expected a JSON object with a "prompt"') from None
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f'{name}, line {number}: expected a JSON object with a text as its "prompt"')
+        prompts.append(prompt)
     return prompts
 
 

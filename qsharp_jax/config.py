@@ -5,6 +5,7 @@ In the error messages and on the command line a key is dotted: `fit.optimizer.cl
 """
 
 import ast
+import itertools
 import math
 import sys
 import traceback
@@ -160,26 +161,41 @@ _POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")  # inf is me
 _POSITIVE_FINITE = (lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
 _NOT_NEGATIVE = (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0")
 _SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
-_POSITIVES = (lambda v: isinstance(v, list) and all(_POSITIVE[0](x) for x in v), "a list of numbers above 0")
+_FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number, at least 0 and below 1")
+_TRUTH = (lambda v: isinstance(v, bool), "true or false")
+
+
+def _is_list(value: Any, passes: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(passes(item) for item in value)
+
+
+_ETAS = (lambda v: _is_list(v, _POSITIVE_FINITE[0]) and v != [], "a list of finite numbers above 0, at least one")
+_ASCENDING = (
+    lambda v: _is_list(v, _is_number) and all(-math.inf < a < b < math.inf for a, b in itertools.pairwise(v)),
+    "a list of finite numbers, each above the one before",
+)
 
 _OPTIMIZER = {
     "name": _one_of("adamw", "muon"),
     "learning_rate": _POSITIVE_FINITE,
+    "adam_learning_rate": _POSITIVE_FINITE,
+    "b2": _FRACTION,
     "weight_decay": _NOT_NEGATIVE,
     "clip": _POSITIVE,
     "warmup_steps": _whole(0),
     "schedule": _one_of("constant", "cosine"),
+    "end_fraction": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
 }
 
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "rounds": _whole(1),
-    "generate.eta": _POSITIVE,
     "generate.temperature": _NOT_NEGATIVE,
     "generate.top_p": _SHARE,
     "generate.top_k": _whole(0),
     "generate.top_k_candidates": _whole(1),
     "generate.max_new_tokens": _whole(1),
+    "generate.prompt_bucket": _whole(1),
     "collect.prompts": _whole(1),
     "collect.samples": _whole(1),
     "collect.batch_size": _whole(1),
@@ -187,16 +203,28 @@ RULES: dict[str, Rule] = {
     "collect.shard_rows": _whole(1),
     "pretrain.steps": _whole(0),
     "pretrain.batch_size": _whole(1),
+    "pretrain.stop_loss": _NOT_NEGATIVE,
+    "pretrain.length_bucket": _whole(1),
+    "pretrain.log_every": _whole(1),
+    "pretrain.save_every": _whole(1),
     "fit.epochs": _whole(1),
     "fit.batch_size": _whole(1),
+    "fit.length_bucket": _whole(1),
+    "fit.log_every": _whole(1),
+    "fit.save_every": _whole(1),
+    "fit.holdout": _FRACTION,
+    "fit.projection": _one_of("two_hot", "nearest"),
+    "fit.clip_rewards": _TRUTH,
     "fit.future_offsets": _whole(0),
     "fit.future_weight": _NOT_NEGATIVE,
     "evaluate.problems": _whole(1),
     "evaluate.samples": _whole(1),
-    "evaluate.etas": _POSITIVES,
+    "evaluate.etas": _ETAS,
+    "evaluate.batch_size": _whole(1),
     "guide.type": _one_of("v", "q"),
     "guide.distribution": _one_of("bernoulli", "categorical", "scalar"),
     "guide.init": _one_of("ref", "scratch"),
+    "guide.atoms": _ASCENDING,
     **{f"{section}.optimizer.{name}": rule for section in ("pretrain", "fit") for name, rule in _OPTIMIZER.items()},
 }
 
@@ -246,6 +274,11 @@ def _leaves(plain: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def keys(config: ConfigDict) -> list[str]:
+    """All settings, dotted."""
+    return [key for key, _ in _leaves(to_json(config))]
 
 
 def differences(a: ConfigDict, b: ConfigDict) -> list[str]:

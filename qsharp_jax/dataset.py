@@ -95,9 +95,10 @@ def read_shard(path: Path) -> list[Rollout]:
     """
     try:
         table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-        if set(table.column_names) != set(FEATURES):
-            raise pyarrow.ArrowInvalid(f"its columns are {table.column_names}")
-    except (pyarrow.ArrowException, OSError) as error:
+        if not table.schema.equals(FEATURES.arrow_schema):
+            raise pyarrow.ArrowInvalid("its columns are not a rollout's")
+    # The checksums are the pages'; in the schema, a flipped bit may also leave a name that is no UTF-8: a ValueError.
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise UserError(
@@ -115,10 +116,11 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
       skip_damaged: leave out damaged shards, naming each, instead of stopping at the first.
 
     Raises:
-      UserError: for a damaged shard, or if there are no rollouts.
+      UserError: for a damaged shard, or if a round has no rollouts.
     """
-    rounds, rollouts = list(rounds), []
+    rollouts = []
     for number in rounds:
+        before = len(rollouts)
         for path in sorted((folder / f"round_{number}").glob("shard-*.parquet")):
             try:
                 rollouts += read_shard(path)
@@ -126,8 +128,8 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
                 if not skip_damaged:
                     raise
                 print(f"left out: {error}")
-    if not rollouts:
-        raise UserError(f"there are no rollouts of round {rounds[-1]} in {folder}; run `qsharp collect` first")
+        if len(rollouts) == before:
+            raise UserError(f"there are no rollouts of round {number} in {folder}; run `qsharp collect` first")
     return rollouts
 
 

@@ -24,6 +24,7 @@ from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel
 
 BLOCK = 8  # steps between two looks at whether every row has ended
+CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 PROMPT_BUCKET = 16  # prompts are padded to a multiple of it, so that few programs are compiled
 
 
@@ -156,7 +157,8 @@ def decode_one_token(
         candidates = guidance.top_candidates(ref_logits, settings.candidates)  # [B, K]
         scored, mean_of, pending_value, guide_cache = _score_candidates(guide, state, candidates)
         log_weights = guidance.log_weights(scored, controls.eta, settings.mode)
-        logits = guidance.tilt(ref_logits, candidates, log_weights)
+        others = guidance.zero_log_weight(controls.eta, settings.mode)
+        logits = guidance.tilt(ref_logits, candidates, log_weights, others)
 
     policy = guidance.temper(logits, controls.temperature)
     ref_policy = guidance.temper(ref_logits, controls.temperature)
@@ -192,6 +194,26 @@ def decode_one_token(
         step=state.step + 1,
     )
     return state, new
+
+
+def first_state(
+    ref_cache: KVCache, guide_cache: KVCache | None, prompts: np.ndarray, start: np.ndarray, steps: int
+) -> State:
+    """The carry before the first step, with the prompts' [B, P] last tokens pending and room for `steps` new ones."""
+    rows, width = prompts.shape
+    return State(
+        ref_cache=ref_cache,
+        guide_cache=guide_cache,
+        pending=jnp.asarray(prompts[:, -1]),
+        previous=jnp.asarray(np.where(start < width - 1, prompts[:, max(width - 2, 0)], -1)),
+        length=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.zeros(rows, bool),
+        step=jnp.zeros((), jnp.int32),
+        record=Record(
+            token=jnp.zeros((rows, steps), jnp.int32),
+            **{name: jnp.zeros((rows, steps)) for name in Record.__dataclass_fields__ if name != "token"},
+        ),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
@@ -341,6 +363,12 @@ def generate(
       UserError: for settings out of range, ids outside the vocabulary, or prompts that do not fit the model's context.
     """
     rows = len(prompts)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if prompt_bucket < 1:
+        raise UserError(f"prompt_bucket is {prompt_bucket}; it must be at least 1")
+    if mode not in guidance.MODES:
+        raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
     controls = Controls(
         eta=_per_row("eta", eta, rows, np.float32, lambda x: x > 0, "greater than 0"),
         temperature=_per_row("temperature", temperature, rows, np.float32, lambda x: x >= 0, "0 or more"),
@@ -354,12 +382,19 @@ def generate(
             lambda x: (x >= 0) & (x <= max_new_tokens),
             f"in 0 .. max_new_tokens = {max_new_tokens}",
         ),
-        seed=row_seeds(rng, rows) if np.ndim(rng) == 0 else np.asarray(rng, np.uint32),
+        seed=_per_row(
+            "rng",
+            row_seeds(rng, rows) if np.ndim(rng) == 0 and rng >= 0 else rng,
+            rows,
+            np.int64,
+            lambda x: (0 <= x) & (x < 2**32),
+            "0 or more, and less than 2^32 where it is one a row",
+        ).astype(np.uint32),
     )
     if guide is not None and np.isinf(controls.eta).all():
         guide = None
     width = -(-max(map(len, prompts), default=1) // prompt_bucket) * prompt_bucket
-    _check_fit(ref, guide, prompts, max_new_tokens, top_k_candidates)
+    _check_fit(ref, guide, prompts, controls.budget, top_k_candidates)
     settings = Settings(
         stop_ids=tuple(stop_ids),
         candidates=top_k_candidates,
@@ -372,23 +407,19 @@ def generate(
         padded[row, width - len(prompt) :] = prompt
     start = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
     steps = -(-max_new_tokens // BLOCK) * BLOCK
+    size = -(-(width - 1 + steps) // CACHE_BUCKET) * CACHE_BUCKET
 
     ref, guide = for_decoding(ref), None if guide is None else for_decoding(guide)
-    fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=width - 1 + steps)
-    state = State(
-        ref_cache=fill(ref.params, ref.config),
-        guide_cache=None if guide is None else fill(guide.params["trunk"], guide.config.trunk),
-        pending=jnp.asarray(padded[:, -1]),
-        previous=jnp.asarray(np.where(start < width - 1, padded[:, -2], -1)),
-        length=jnp.zeros(rows, jnp.int32),
-        stopped=jnp.zeros(rows, bool),
-        step=jnp.zeros((), jnp.int32),
-        record=Record(
-            token=jnp.zeros((rows, steps), jnp.int32),
-            **{name: jnp.zeros((rows, steps)) for name in Record.__dataclass_fields__ if name != "token"},
-        ),
+    fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size)
+    state = first_state(
+        fill(ref.params, ref.config),
+        None if guide is None else fill(guide.params["trunk"], guide.config.trunk),
+        padded,
+        start,
+        steps,
     )
-    state = jax.device_get(decode(ref, guide, state, controls, settings=settings))
+    state = decode(ref, guide, state, controls, settings=settings)
+    state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
     return _to_generation(state, max_new_tokens, guided=guide is not None)
 
 
@@ -403,7 +434,7 @@ def _to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Genera
     means = np.full(within.shape, np.nan, np.float32)
     if guided:
         # A V-type reads a token's value when it was a candidate; one that was not is read a step later, as pending.
-        later = np.append(record.pending_value[:, 1:], np.full((len(means), 1), np.nan), axis=1)
+        later = np.append(record.pending_value[:, 1:], np.full((len(means), 1), np.nan, np.float32), axis=1)
         later = np.where(np.append(within[:, 1:], np.zeros((len(means), 1), bool), axis=1), later, np.nan)
         means = np.where(within, np.where(np.isnan(record.value), later, record.value), np.nan)
     return Generation(
@@ -428,12 +459,10 @@ def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: 
 
 
 def _check_fit(
-    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, candidates: int
+    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], budget: np.ndarray, candidates: int
 ) -> None:
     if not prompts:
         raise UserError("there are no prompts; give at least one")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     configs = {"reference": ref.config} | ({} if guide is None else {"guide": guide.config.trunk})
     for name, config in configs.items():
         for row, prompt in enumerate(prompts):
@@ -441,9 +470,9 @@ def _check_fit(
                 raise UserError(f"prompt {row} is empty; a prompt needs at least one token")
             if min(prompt) < 0 or max(prompt) >= config.vocab_size:
                 raise UserError(f"prompt {row} has token ids outside the {name}'s vocabulary of {config.vocab_size}")
-            if len(prompt) + max_new_tokens > config.max_positions:
+            if len(prompt) + budget[row] > config.max_positions:
                 raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens, which with max_new_tokens = {max_new_tokens} is more than"
+                    f"prompt {row} has {len(prompt)} tokens, which with max_new_tokens = {budget[row]} is more than"
                     f" the {name}'s {config.max_positions} positions; shorten the prompt or the response"
                 )
     if guide is not None:

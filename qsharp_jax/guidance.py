@@ -55,13 +55,25 @@ def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Ar
     raise ValueError(f"unknown guidance mode {mode!r}: known are {', '.join(MODES)}")
 
 
-def tilt(ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array) -> jax.Array:
-    """Adds the log-weights at the candidates; every other token keeps the log-weight of reward 0, which is 0.
+def zero_log_weight(eta: jax.Array, mode: str) -> jax.Array:
+    """The log-weight of a sure reward-to-go of 0, [B]: what tokens get that are no candidates.
+
+    log E exp(0/eta) = 0 and 0/eta = 0; but log E z = -inf, so that in "expectation" mode only candidates are drawn.
+    """
+    chex.assert_rank(eta, 1)
+    return jnp.where((mode == "expectation") & jnp.isfinite(eta), -jnp.inf, jnp.zeros_like(eta))
+
+
+def tilt(
+    ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array, others: jax.Array | float = 0.0
+) -> jax.Array:
+    """Adds the log-weights at the candidates, and `others` at every other token.
 
     Args:
       ref_logits: [B, V].
       candidates: [B, K] int, distinct within a row.
       log_weights: [B, K].
+      others: a number or [B], the log-weight of reward 0, see `zero_log_weight`.
 
     Returns:
       The tilted policy's logits, [B, V].
@@ -71,7 +83,9 @@ def tilt(ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array) -
     chex.assert_equal_shape_prefix([ref_logits, candidates], 1)
     chex.assert_type([ref_logits, candidates, log_weights], [float, int, float])
     rows = jnp.arange(ref_logits.shape[0])[:, None]
-    return ref_logits.at[rows, candidates].add(log_weights, unique_indices=True)
+    tilted = jnp.take_along_axis(ref_logits, candidates, axis=1) + log_weights
+    ref_logits = ref_logits + jnp.broadcast_to(others, ref_logits.shape[:1])[:, None]
+    return ref_logits.at[rows, candidates].set(tilted, unique_indices=True)
 
 
 def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ It knows nothing about models: whoever has the workdir can make the report again
 """
 
 import json
+import math
 from collections import defaultdict
 
 import matplotlib
@@ -17,8 +18,12 @@ from qsharp_jax.errors import UserError  # noqa: E402
 from qsharp_jax.session import Session  # noqa: E402
 from qsharp_jax.workdir import write_atomic  # noqa: E402
 
-COLUMNS = ("method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens", "tokens/s")
+COLUMNS = (
+    "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",
+    "tokens/s",
+)  # fmt: skip
 NAMES = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref, greedy", "qsharp": "Q#", "cd": "CD"}
+GUIDED = ("qsharp", "cd")
 COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "pi_ref": "#555555"}
 EXAMPLES = 3
 
@@ -27,12 +32,20 @@ def read_results(session: Session) -> list[dict]:
     """The rows of `results.json`.
 
     Raises:
-      UserError: if there are none.
+      UserError: if there are none, or if the file is damaged.
     """
     path = session.workdir.results
     if not path.exists():
         raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+
+
+def _eta(guided: dict) -> float:
+    """Of a guided row or sample: JSON knows no infinity."""
+    return math.inf if guided["eta"] is None else guided["eta"]
 
 
 def write(session: Session) -> str:
@@ -86,7 +99,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             [
                 NAMES.get(row["method"], row["method"]),
-                "" if row["eta"] is None else f"{row['eta']:g}",
+                f"{_eta(row):g}" if row["eta"] is not None or row["method"] in GUIDED else "",
                 str(row["round"]) if row["round"] else "",
                 str(row["n"]),
                 str(row["samples"]),
@@ -118,7 +131,7 @@ def _examples(session: Session, number: int) -> str:
     pairs = [
         (first[sample["problem_id"]], sample)
         for sample in evaluate.read_samples(guided)
-        if sample["eta"] == eta or eta not in session.config.evaluate.etas
+        if _eta(sample) == eta or eta not in session.config.evaluate.etas
     ]
     pairs.sort(key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
     # Two where it helped, and one as it came, so that the page does not only flatter.
@@ -126,7 +139,7 @@ def _examples(session: Session, number: int) -> str:
     verdict = {True: "right", False: "wrong"}
     return "\n\n".join(
         f"{before['prompt']}\n  pi_ref        {before['response']}   ({verdict[before['reward'] > 0]})\n"
-        f"  Q# eta {after['eta']:<6g} {after['response']}   ({verdict[after['reward'] > 0]}; answer {after['answer']})"
+        f"  Q# eta {_eta(after):<6g} {after['response']}   ({verdict[after['reward'] > 0]}; answer {after['answer']})"
         for before, after in chosen
     )
 
@@ -151,22 +164,30 @@ def _errors(rows: list[dict]) -> list[list[float]]:
 
 def _plot_frontier(axes, rows: list[dict]) -> None:
     number = max(row["round"] for row in rows)
-    for method in ("qsharp", "cd"):
+    for method in GUIDED:
         line = [row for row in rows if row["method"] == method and row["round"] == number]
-        line.sort(key=lambda row: row["kl"])
+        line.sort(key=lambda row: -_eta(row))
+        if not line:
+            continue
         kl, reward = [row["kl"] for row in line], [row["reward"] for row in line]
         axes.errorbar(kl, reward, _errors(line), marker="o", capsize=3, label=NAMES[method], color=COLOURS[method])
-        for row in line:
-            offset = (4, 6) if method == "qsharp" else (4, -13)
-            axes.annotate(f"η={row['eta']:g}", (row["kl"], row["reward"]), offset, textcoords="offset points", fontsize=8)
+        # Q#'s points gather where its tilt saturates, so only the line's ends are named.
+        for row, offset in zip((line[0], line[-1]), ((-34, 4), (4, -13)), strict=True):
+            place = (row["kl"], row["reward"])
+            axes.annotate(f"η={_eta(row):g}", place, offset, textcoords="offset points", fontsize=8)
     start = [row for row in rows if row["method"] == "pi_ref"]
     if start:
-        axes.errorbar([0], [start[0]["reward"]], _errors(start), marker="s", capsize=3, label="pi_ref", color=COLOURS["pi_ref"])
+        reward, colour = [start[0]["reward"]], COLOURS["pi_ref"]
+        axes.errorbar([0], reward, _errors(start), marker="s", capsize=3, label="pi_ref", color=colour)
     for row in rows:
         if row["method"].startswith(("best_of", "majority")):
             style = "--" if row["method"].startswith("best_of") else ":"
-            axes.axhline(row["reward"], linestyle=style, color="#999999", linewidth=1, label=row["method"].replace("_", " "))
-    axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title="Reward against KL")
+            label = row["method"].replace("_", " ")
+            axes.axhline(row["reward"], linestyle=style, color="#999999", linewidth=1, label=label)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=-0.02, right=2 * max([1, *(row["kl"] for row in rows if row["kl"])]))
+    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="Reward against KL")
     axes.legend(fontsize=8)
 
 
@@ -175,7 +196,7 @@ def _plot_rounds(axes, rows: list[dict]) -> None:
     by_round = defaultdict(dict)
     for row in rows:
         if row["method"] == "qsharp":
-            by_round[row["round"]][row["eta"]] = row
+            by_round[row["round"]][_eta(row)] = row
     shared = set.intersection(*(set(etas) for etas in by_round.values())) if by_round else set()
     line = [row for row in rows if row["method"] == "pi_ref"]
     label = "Q#"

@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from qsharp_jax import dataset
 from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import Generation, for_decoding, generate
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.progress import Bar
 from qsharp_jax.tasks import Problem
 from qsharp_jax.text import Text
 
@@ -45,7 +45,7 @@ def sample(
     per_row = {key: np.broadcast_to(settings.pop(key), (rows,)) for key in PER_ROW if key in settings}
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     parts = []
-    for begin in tqdm(range(0, rows, batch_size), name, disable=None if name else True, dynamic_ncols=True):
+    for begin in Bar(range(0, rows, batch_size), name, disable=name is None):
         batch = order[begin : begin + batch_size]
         filled = np.resize(batch, batch_size)
         controls = {key: array[filled] for key, array in per_row.items()}
@@ -89,7 +89,7 @@ def collect(
     """
     places = [(problem, row) for row, problem in enumerate(p for p in problems for _ in range(samples))]
     shards = range(0, len(places), shard_rows)
-    for shard, begin in enumerate(tqdm(shards, f"round {number}: collect", disable=None, dynamic_ncols=True)):
+    for shard, begin in enumerate(Bar(shards, f"round {number}: collect")):
         if dataset.shard_path(folder, shard).exists():
             continue
         part = places[begin : begin + shard_rows]

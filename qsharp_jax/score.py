@@ -88,9 +88,7 @@ def quality(
     """Brier score and calibration error over labelled tokens, and the ranking within prompts, on held-out rollouts."""
     scores = score(guide, examples, rows=rows, bucket=bucket)
     labelled = np.concatenate([s[example.first_label :] for s, example in zip(scores, examples, strict=True)])
-    rewards = np.concatenate(
-        [np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples]
-    )
+    rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])
     last = np.asarray([s[-1] for s in scores])
     return {
         "brier": float(np.mean((labelled - rewards) ** 2)),

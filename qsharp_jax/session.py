@@ -15,9 +15,9 @@ import jax
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
-from qsharp_jax import tasks
+from qsharp_jax import tasks, train
 from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import UserError, nearest
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
@@ -34,13 +34,23 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: naming the setting, its value and what is allowed.
     """
+    present = configs.keys(config)
+    for key in [*configs.RULES, "task.name", "model.size"]:
+        if key not in present:
+            raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")
+    for key in present:  # these are arguments of `generate`: another would be refused there, after the pre-training
+        if key.startswith("generate.") and key not in configs.RULES:
+            raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
     configs.check(config)
     try:
+        longest = _value_config(config, vocab_size=1).trunk.max_positions
         tasks.get(config.task.name).check(config.task)
-        _decoder_config(config, vocab_size=1)
-        _value_config(config, vocab_size=1)
     except ValueError as error:
         raise UserError(str(error)) from None
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"the config's task section is not what {config.task.name} needs: {error}") from None
+    if (new := config.generate.max_new_tokens) >= longest:
+        raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +126,11 @@ class Session:
         number = self.fitted_rounds() or 1 if number is None else number
         checkpoints = _finished(self.guide_folder(number), f"guide of round {number}", "fit")
         shapes = jax.eval_shape(functools.partial(value.init, config=self.guide_config), jax.random.key(0))
-        return ValueModel(checkpoints.restore_params(shapes), self.guide_config)
+        if offsets := self.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
+            trunk = self.guide_config.trunk
+            shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, trunk), jax.random.key(0))
+        params = checkpoints.restore_params(shapes)
+        return ValueModel({name: leaf for name, leaf in params.items() if name != "future"}, self.guide_config)
 
     def fitted_rounds(self) -> int:
         """How many rounds, from the first on, have a fitted guide."""
@@ -142,6 +156,12 @@ def _finished(folder: Path, what: str, command: str) -> Checkpoints:
 
 def _decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
     changes = dict(config.model)
+    if "vocab_size" in changes:
+        raise ValueError("model.vocab_size is the tokenizer's; remove it from the config")
+    for field in dataclasses.fields(DecoderConfig):
+        value_ = changes.get(field.name, field.type())
+        if type(value_) is not field.type and not (field.type is float and type(value_) is int):
+            raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {field.type.__name__}")
     return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
 
 

@@ -10,7 +10,7 @@ from qsharp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A tokenizer with the conventions of this program: a prompt starts with the bos token, a response ends with eos."""
+    """A tokenizer with this program's conventions: a prompt starts with the bos token, a response ends with eos."""
 
     tokenizer: PreTrainedTokenizerFast
 
@@ -31,8 +31,9 @@ class Text:
         encoded = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
         for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token == self.tokenizer.unk_token_id:
+                piece = prompt[begin:end].strip() or prompt[begin:end]
                 raise UserError(
-                    f"the model's vocabulary does not have {prompt[begin:end].strip()!r}, at character {begin} of the"
+                    f"the model's vocabulary does not have {piece!r}, at character {prompt.index(piece, begin)} of the"
                     f" prompt {prompt[:60]!r}; write the prompt in the words of its task"
                 )
         return [self.tokenizer.bos_token_id, *encoded["input_ids"]]

@@ -7,6 +7,7 @@ It knows nothing about tasks, sampling or where the batches come from.
 
 import dataclasses
 import functools
+import resource
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from tqdm import tqdm
 
 from qsharp_jax import values
 from qsharp_jax.checkpoint import Checkpoints
@@ -26,6 +26,7 @@ from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.progress import Bar
 
 Params = Any
 LossFn = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -74,15 +75,20 @@ def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformatio
             scaled(config.learning_rate), b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
         )
     else:
-        rule = optax.contrib.muon(
+        # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
+        muon = optax.contrib.muon(
             scaled(config.learning_rate),
-            adam_learning_rate=scaled(config.adam_learning_rate),
-            adam_b2=config.b2,
             weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=_is_matrix,
             muon_weight_dimension_numbers=_muon_matrices,
         )
+        adam = optax.adamw(
+            scaled(config.adam_learning_rate),
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+            nesterov=True,
+        )
+        rule = optax.partition({True: muon, False: adam}, _is_block_matrix)
     return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
@@ -91,15 +97,17 @@ def _is_matrix(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
 
 
-def _muon_matrices(params: Params) -> Params:
-    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalised on its own."""
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-
-    def which(path: Any, _: Any) -> Any:
+def _is_block_matrix(params: Params) -> Params:
+    def which(path: Any, _: Any) -> bool:
         keys = [entry.key for entry in path]
-        return numbers if "layers" in keys and keys[-1] == "kernel" else None
+        return "layers" in keys and keys[-1] == "kernel"
 
     return jax.tree.map_with_path(which, params)
+
+
+def _muon_matrices(params: Params) -> Params:
+    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalised on its own."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def fit(
     Returns at once if the last checkpoint is a final one.
 
     Raises:
-      UserError: if the loss is not finite; the last good checkpoint stays.
+      UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
     """
     state = checkpoints.restore(state)
     if checkpoints.finished():
@@ -245,7 +253,7 @@ def fit(
     first = int(state.step)
     window: list[dict] = []
     tokens, since = 0, time.monotonic()
-    for step in (bar := tqdm(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps, **BAR)):
+    for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         batch = batches[step]
         state, metrics = step_fn(state, batch)
         window.append(metrics)
@@ -253,15 +261,14 @@ def fit(
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
         if last or saving or (step + 1) % loop.log_every == 0:
             means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
-            if not np.isfinite(means["loss"]):
+            # A gradient that is not finite has spoilt the parameters, though their loss comes with the next step only.
+            if not np.isfinite([means["loss"], means["gradient_norm"]]).all():
                 raise UserError(
-                    f"{loop.name}: the loss is not finite by step {step + 1}; the last good checkpoint is kept."
-                    " Lower the learning rate"
+                    f"{loop.name}: the loss or its gradient is not finite by step {step + 1}; the last good checkpoint"
+                    " is kept. Lower the learning rate"
                 )
             rate = tokens / (time.monotonic() - since)
-            loop.log(
-                {"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()}
-            )
+            loop.log({"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()})
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
             window, tokens, since = [], 0, time.monotonic()
             if loop.stop(means):
@@ -275,10 +282,9 @@ def fit(
     return state
 
 
-BAR = dict(mininterval=1.0, disable=None, dynamic_ncols=True)  # `disable=None`: silent when output is no terminal
-
-
 def device_memory() -> dict[str, int]:
-    """Peak bytes in use on the first device, where the backend tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    """Peak bytes in use on the first device; where the device is the host, those of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is None:
+        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    return {"peak_bytes": stats["peak_bytes_in_use"]}

@@ -91,9 +91,7 @@ class Categorical:
             raise ValueError(f"log_mean needs atoms >= 0, got {np.asarray(self.atoms)}: shift the rewards")
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits), b=self.atoms, axis=-1)
 
-    def nll(
-        self, reward_to_go: chex.Numeric, *, projection: Projection = "two_hot", clip: bool = False
-    ) -> jax.Array:
+    def nll(self, reward_to_go: chex.Numeric, *, projection: Projection = "two_hot", clip: bool = False) -> jax.Array:
         """Cross-entropy to the observed reward-to-go projected on the atoms, [...].
 
         Args:
@@ -291,9 +289,7 @@ def _bernoulli_log_mgf(logits: jax.Array, eta: jax.Array) -> jax.Array:
     tilt = 1 / eta
     weak = jnp.log1p(jax.nn.sigmoid(logits) * jnp.expm1(jnp.minimum(tilt, 1)))
     shifted = logits + tilt
-    strong = (
-        jnp.clip(shifted, 0, tilt) + jnp.log1p(jnp.exp(-jnp.abs(shifted))) - jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    )
+    strong = jnp.clip(shifted, 0, tilt) + jnp.log1p(jnp.exp(-jnp.abs(shifted))) - jnp.log1p(jnp.exp(-jnp.abs(logits)))
     return jnp.where(tilt <= 1, weak, strong)
 
 

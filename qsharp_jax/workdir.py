@@ -148,7 +148,10 @@ def _take_lock(path: Path) -> TextIO:
 
 def _read_config(path: Path) -> ConfigDict:
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(plain, dict):
+            raise ValueError("it holds no settings")
+        return from_json(plain)
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
 

@@ -78,7 +78,9 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path):
 
 def test_a_value_that_json_cannot_keep_is_named(tmp_path):
     path = tmp_path / "object.py"
-    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': {'b': {1}}})\n")
+    path.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'a': {'b': {1}}})\n"
+    )
     with pytest.raises(UserError, match="config.a.b is of type set"):
         configs.load(path, [])
 
@@ -169,37 +171,52 @@ def test_an_unknown_key_or_argument_is_named(path, argument, words):
 OPTIMIZER = {
     "name": (["adamw", "muon"], ["sgd", None]),
     "learning_rate": ([1e-5, 1], [0, -1.0, math.inf, math.nan, "1"]),
+    "adam_learning_rate": ([1e-5], [0]),
+    "b2": ([0, 0.98], [1, -0.1]),
     "weight_decay": ([0, 0.1], [-0.1, math.inf]),
     "clip": ([0.5, math.inf], [0, -1]),
     "warmup_steps": ([0, 10], [-1, 0.5]),
     "schedule": (["constant", "cosine"], ["linear"]),
+    "end_fraction": ([0, 0.05, 1], [-0.1, 1.1]),
 }
 RANGES = {  # key: (allowed, forbidden)
     "seed": ([0, 5], [-1, 0.5, True, None]),
     "rounds": ([1], [0]),
-    "generate.eta": ([0.1, 1, math.inf], [0, -0.1, math.nan, "0.1", True]),
     "generate.temperature": ([0, 0.8], [-0.1, math.inf]),
     "generate.top_p": ([0.1, 1], [0, 1.1]),
     "generate.top_k": ([0, 20], [-1]),
     "generate.top_k_candidates": ([1], [0]),
     "generate.max_new_tokens": ([1], [0]),
+    "generate.prompt_bucket": ([1], [0]),
     "collect.prompts": ([1], [0]),
     "collect.samples": ([1], [0]),
     "collect.batch_size": ([1], [0]),
-    "collect.eta": ([0.1], [0]),
+    "collect.eta": ([0.1, 1, math.inf], [0, -0.1, math.nan, "0.1", True]),
     "collect.shard_rows": ([1], [0]),
     "pretrain.steps": ([0], [-1]),
     "pretrain.batch_size": ([1], [0]),
+    "pretrain.stop_loss": ([0, 0.2], [-1]),
+    "pretrain.length_bucket": ([1], [0]),
+    "pretrain.log_every": ([1], [0]),
+    "pretrain.save_every": ([1], [0]),
     "fit.epochs": ([1], [0]),
     "fit.batch_size": ([1], [0]),
+    "fit.length_bucket": ([1], [0]),
+    "fit.log_every": ([1], [0]),
+    "fit.save_every": ([1], [0]),
+    "fit.holdout": ([0, 0.5], [-0.1, 1]),
+    "fit.projection": (["two_hot", "nearest"], ["mean"]),
+    "fit.clip_rewards": ([True, False], [1, "no"]),
     "fit.future_offsets": ([0, 4], [-1]),
     "fit.future_weight": ([0, 0.5], [-1]),
     "evaluate.problems": ([1], [0]),
     "evaluate.samples": ([1], [0]),
-    "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",)]),
+    "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),
+    "evaluate.batch_size": ([1], [0]),
     "guide.type": (["v", "q"], ["V", ""]),
     "guide.distribution": (["bernoulli", "categorical", "scalar"], ["normal"]),
     "guide.init": (["ref", "scratch"], ["zero"]),
+    "guide.atoms": ([(), (0, 1), [-1.5, 0, 2]], [(1, 0), (0, 0), (0, math.inf), 1, ("a", "b")]),
     **{f"{section}.optimizer.{name}": values for section in ("pretrain", "fit") for name, values in OPTIMIZER.items()},
 }
 

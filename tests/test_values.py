@@ -253,11 +253,11 @@ def test_log_mean_refuses_negative_atoms():
 def test_nll_of_an_outcome_is_minus_its_log_probability():
     logits = np.float32([-80, -3, 0, 2, 80])
     bernoulli = values.Bernoulli(jnp.asarray(logits))
-    np.testing.assert_allclose(bernoulli.nll(1.0), np.logaddexp(0, -np.float64(logits)), rtol=1e-6)
-    np.testing.assert_allclose(bernoulli.nll(0.0), np.logaddexp(0, np.float64(logits)), rtol=1e-6)
+    np.testing.assert_allclose(nll(bernoulli, 1.0), np.logaddexp(0, -np.float64(logits)), rtol=1e-6)
+    np.testing.assert_allclose(nll(bernoulli, 0.0), np.logaddexp(0, np.float64(logits)), rtol=1e-6)
     atoms = jnp.float32([-1, 0.5, 2])
     categorical = values.Categorical(jnp.float32(np.random.default_rng(0).normal(size=(3, 3))), atoms)
-    np.testing.assert_allclose(categorical.nll(atoms), -jnp.diag(jax.nn.log_softmax(categorical.logits)), rtol=1e-6)
+    np.testing.assert_allclose(nll(categorical, atoms), -jnp.diag(jax.nn.log_softmax(categorical.logits)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("projection", ["two_hot", "nearest"])

@@ -43,7 +43,7 @@ def run(session: Session) -> LanguageModel:
             log_every=config.log_every,
             save_every=config.save_every,
             log=session.workdir.append_metrics,
-            stop=lambda means: means["accuracy"] >= config.stop_accuracy,
+            stop=lambda means: means["loss"] <= config.stop_loss,
         ),
     )
     return LanguageModel(state.params, model_config)

@@ -20,7 +20,7 @@ import numpy as np
 
 from qsharp_jax import dataset, rollouts, score, train
 from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Batches, Example, Rollout
+from qsharp_jax.dataset import Batches, Rollout
 from qsharp_jax.models import value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel

@@ -106,7 +106,7 @@ def _qwen25(vocab_size: int, embed: int, layers: int, heads: int, kv_heads: int,
 
 # Published sizes. "tiny" is the model that the small tasks train on the spot.
 SIZES = {
-    "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=256, max_positions=512),
+    "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=128, max_positions=512),
     "gpt2-small": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "llama3-1b": _llama3(2048, 16, 32, 64, 8192, tied=True),

@@ -102,7 +102,7 @@ def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
 def init(key: jax.Array, config: DecoderConfig) -> Params:
     """Fresh float32 parameters; every leaf below "layers" has the layers as its first axis.
 
-    `jax.eval_shape(init, key, config)` is the abstract tree for restoring and for planning memory.
+    `jax.eval_shape(lambda key: init(key, config), key)` is the abstract tree for restoring and for planning memory.
     """
     embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
     normal = nn.initializers.normal(config.embed**-0.5)

@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 from tokenizers import Regex, decoders, pre_tokenizers
 
-from qsharp_jax.tasks import base
+import qsharp_jax.tasks.base as base
 from qsharp_jax.tasks.base import Problem
 
 # Every equation of this world: sums and differences within 0..99, the multiplication table to 9x9 and its inverse.

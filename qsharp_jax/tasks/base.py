@@ -47,9 +47,7 @@ def generator(*name: Any) -> random.Random:
     return random.Random("/".join(map(str, name)))
 
 
-def take(
-    draws: Iterable[tuple[Problem, Any]], split: str, count: int, *, distinct: bool
-) -> list[tuple[Problem, Any]]:
+def take(draws: Iterable[tuple[Problem, Any]], split: str, count: int, *, distinct: bool) -> list[tuple[Problem, Any]]:
     """The first `count` of the endless `draws` that belong to `split`, without repeats where `distinct`.
 
     A draw is a problem with whatever else its task needs to write about it.

@@ -10,6 +10,7 @@ config: degree       d, arms, at least 2
         pretrain_on  "paths": right paths (the paper's setting); "walks": down an arm chosen uniformly at random
 """
 
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import transformers
 from tokenizers import Regex, decoders, pre_tokenizers
 
-from qsharp_jax.tasks import base
+import qsharp_jax.tasks.base as base
 from qsharp_jax.tasks.base import Problem
 
 _PRETRAIN_ON = ("paths", "walks")
@@ -86,7 +87,7 @@ def _graphs(config: Any, rng: random.Random) -> Iterator[tuple[Problem, list[str
     while True:
         start, *nodes = rng.sample(range(config.num_nodes), 1 + config.degree * steps)
         arms = [[start, *nodes[i : i + steps]] for i in range(0, len(nodes), steps)]
-        edges = [f"{a},{b}" for arm in arms for a, b in zip(arm, arm[1:])]
+        edges = [f"{a},{b}" for arm in arms for a, b in itertools.pairwise(arm)]
         query = f"/{start},{arms[0][-1]}="
         # Sorted, the edges are the graph whatever order the prompt lists them in.
         content = "|".join(sorted(edges)) + query

@@ -1,0 +1,237 @@
+"""The decoder against the same network in float64 numpy, and the invariances that its callers build on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import numpy_decoder
+from qsharp_jax.models import config as configs
+from qsharp_jax.models import decoder
+from qsharp_jax.models.config import DecoderConfig
+
+LLAMA = DecoderConfig(
+    vocab_size=23, embed=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=20, max_positions=32, rope_theta=100.0
+)
+GPT2 = DecoderConfig(
+    vocab_size=23, embed=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=20, max_positions=32, positions="learned",
+    norm="layer", activation="gelu", bias=True, tied=True,
+)  # fmt: skip
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, tied=True, norm_eps=1e-2, token_shift=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, kv_heads=1),
+    "gpt2-shift": dataclasses.replace(GPT2, token_shift=True, activation="swiglu", kv_heads=2, tied=False),
+}
+
+# Three rows that hold four sequences: behind padding; two of them packed, before padding; alone.
+SEGMENTS = np.array([[0] * 4 + [1] * 8, [1] * 5 + [2] * 6 + [0], [3] * 12])
+POSITIONS = np.array([[0] * 4 + [*range(8)], [*range(5), *range(6), 0], [*range(12)]])
+PLACES = [(0, slice(4, 12)), (1, slice(0, 5)), (1, slice(5, 11)), (2, slice(0, 12))]
+TOKENS = np.random.default_rng(0).integers(0, 23, SEGMENTS.shape)
+
+# One program a family for all tests of whole sequences.
+forward = jax.jit(decoder.forward, static_argnames=("config", "keep_kv"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These programs are small and many: compiling them well takes longer than running them ever will."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def model(family):
+    config = FAMILIES[family]
+    return numpy_decoder.random_params(0, decoder.init, config), config
+
+
+def hidden_of(family, tokens=TOKENS, segments=SEGMENTS, positions=POSITIONS):
+    return np.asarray(forward(*model(family), tokens, segments, positions)[0])
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+# --- What is computed -----------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_forward_is_the_network_in_plain_numpy_whatever_the_packing_and_padding(family):
+    params, config = model(family)
+    got, _ = forward(params, config, TOKENS, SEGMENTS, POSITIONS)
+    got_logits = decoder.logits(params, config, got)
+    exact = numpy_decoder.to_float64(params)
+    for row, place in PLACES:
+        want = numpy_decoder.hidden(exact, config, TOKENS[row, place])
+        np.testing.assert_allclose(got[row, place], want, atol=1e-4)
+        np.testing.assert_allclose(got_logits[row, place], numpy_decoder.logits(exact, config, want), atol=1e-4)
+
+
+@every_family
+def test_a_later_token_leaves_earlier_positions_alone(family):
+    changed = TOKENS.copy()
+    changed[:, 8] = (TOKENS[:, 8] + 1) % 23
+    before, after = hidden_of(family), hidden_of(family, changed)
+    earlier = (SEGMENTS > 0) & (np.arange(12) < 8)
+    np.testing.assert_array_equal(after[earlier], before[earlier])
+    assert (np.abs(after[:, 8:11] - before[:, 8:11]).max(-1) > 1e-5).all(), "every later position sees it"
+
+
+@every_family
+def test_a_segment_does_not_see_the_one_before_it(family):
+    changed = TOKENS.copy()
+    changed[1, :5] = (TOKENS[1, :5] + 1) % 23
+    np.testing.assert_array_equal(hidden_of(family, changed)[1, 5:11], hidden_of(family)[1, 5:11])
+
+
+@every_family
+def test_padding_may_hold_anything_on_either_side(family):
+    changed = np.where(SEGMENTS == 0, 7, TOKENS)
+    place = SEGMENTS > 0
+    np.testing.assert_array_equal(hidden_of(family, changed)[place], hidden_of(family)[place])
+
+
+@every_family
+def test_a_row_moved_right_by_padding_keeps_its_hidden_states(family):
+    left = hidden_of(family)[0, 4:]
+    moved, segments, positions = TOKENS.copy(), SEGMENTS.copy(), POSITIONS.copy()
+    moved[0], segments[0], positions[0] = np.roll(TOKENS[0], -4), np.roll(SEGMENTS[0], -4), np.roll(POSITIONS[0], -4)
+    np.testing.assert_allclose(hidden_of(family, moved, segments, positions)[0, :8], left, atol=1e-5)
+
+
+def test_scanned_layers_equal_unrolled_ones_keys_and_values_included():
+    params, config = model("gpt2-shift")
+    unstacked = decoder.unstack(params)
+    assert len(unstacked["layers"]) == config.layers
+    scanned, (keys, values) = forward(params, config, TOKENS, SEGMENTS, POSITIONS, keep_kv=True)
+    unrolled, kept = forward(unstacked, config, TOKENS, SEGMENTS, POSITIONS, keep_kv=True)
+    np.testing.assert_allclose(unrolled, scanned, atol=1e-5)
+    assert len(kept) == config.layers
+    for layer, (key, value) in enumerate(kept):
+        assert key.shape == value.shape == (*TOKENS.shape, config.kv_heads, config.head_dim)
+        np.testing.assert_allclose(key, keys[layer], atol=1e-5)
+        np.testing.assert_allclose(value, values[layer], atol=1e-5)
+
+
+def test_gradients_are_finite_and_padding_gets_none():
+    """A row of padding attends to nothing, and a softmax over nothing is where nan would come from."""
+    params, config = model("llama")
+    tokens = np.where(SEGMENTS == 0, 22, TOKENS % 22)  # token 22 occurs in the padding alone
+
+    @jax.jit
+    def loss(params):
+        hidden, _ = decoder.forward(params, config, tokens, SEGMENTS, POSITIONS)
+        return jnp.sum(jnp.where(SEGMENTS[..., None] > 0, hidden, 0) ** 3)
+
+    gradient = jax.grad(loss)(params)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+    np.testing.assert_array_equal(gradient["embedding"][22], 0)
+    assert (np.abs(gradient["embedding"][np.unique(TOKENS % 22)]).max(-1) > 0).all()
+
+
+def test_bfloat16_computes_near_float32_and_gives_float32_logits():
+    params, config = model("llama")
+    half = dataclasses.replace(config, dtype="bfloat16")
+    got, _ = forward(params, half, TOKENS, SEGMENTS, POSITIONS)
+    assert got.dtype == jnp.bfloat16
+    logits = decoder.logits(params, half, got)
+    assert logits.dtype == jnp.float32
+    want = decoder.logits(params, config, hidden_of("llama"))
+    place = SEGMENTS > 0
+    assert np.abs(np.asarray(logits - want))[place].mean() < 0.02 * np.asarray(want)[place].std()
+
+
+def test_the_embedding_adds_a_share_of_the_token_before_and_none_at_a_first_token():
+    params, config = model("qwen2")
+    tokens, previous = np.array([[3, 4]]), np.array([[-1, 3]])
+    got = decoder.embed(params, config, tokens, previous, np.array([[0, 1]]))
+    table, share = np.asarray(params["embedding"]), np.asarray(params["token_shift"])
+    np.testing.assert_allclose(got, [[table[3], table[4] + share * table[3]]], atol=1e-6)
+
+
+# --- Parameters and sizes -------------------------------------------------------------------------------------------
+
+
+def test_init_gives_the_abstract_tree_and_layers_that_differ():
+    config = dataclasses.replace(FAMILIES["gpt2-shift"], layers=3)
+    init = jax.jit(lambda key: decoder.init(key, config))
+    abstract, params = jax.eval_shape(init, jax.random.key(0)), init(jax.random.key(0))
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    kernels = np.asarray(params["layers"]["query"]["kernel"])
+    assert (np.abs(kernels[0] - kernels[1]).mean(), np.abs(kernels[1] - kernels[2]).mean()) > (0.1, 0.1)
+    logits = decoder.logits(params, config, forward(params, config, TOKENS, SEGMENTS, POSITIONS)[0])
+    assert 0.3 < np.asarray(logits)[SEGMENTS > 0].std() < 3, "an untrained model's next token is nearly uniform"
+
+
+@every_family
+def test_parameters_are_float32_and_each_layer_leaf_begins_with_the_layers(family):
+    config = FAMILIES[family]
+    abstract = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(abstract["layers"])} == {config.layers}
+    assert ("head" in abstract, "positions" in abstract) == (not config.tied, config.positions == "learned")
+    assert ("token_shift" in abstract) == config.token_shift
+
+
+# As counted by the publishers' own checkpoints.
+PUBLISHED = {
+    "gpt2-small": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "llama3-1b": 1_235_814_400,
+    "llama3-3b": 3_212_749_824,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+}
+
+
+@pytest.mark.parametrize("size", [size for size in configs.SIZES if size != "tiny"])
+def test_named_sizes_have_the_published_number_of_parameters(size):
+    config = configs.make(size)
+    abstract = jax.eval_shape(lambda key: decoder.init(key, config), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == PUBLISHED[size]
+
+
+# --- Configs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(positions="alibi"), r"model\.positions is 'alibi'; it must be one of rope, learned"),
+        (dict(norm="batch"), r"model\.norm is 'batch'"),
+        (dict(activation="relu"), r"model\.activation is 'relu'"),
+        (dict(dtype="float16"), r"model\.dtype is 'float16'; it must be one of float32, bfloat16"),
+        (dict(layers=0), r"model\.layers is 0; it must be at least 1"),
+        (dict(vocab_size=-1), r"model\.vocab_size is -1"),
+        (dict(max_positions=0), r"model\.max_positions is 0"),
+        (dict(heads=6, kv_heads=4), r"model\.heads \(6\) must be a multiple of model\.kv_heads \(4\)"),
+        (dict(head_dim=5), r"model\.head_dim is 5; rotary positions need an even one"),
+        (dict(width=5), r"unknown model fields width; known are activation, bias,"),
+    ],
+)
+def test_a_bad_config_is_refused_by_the_name_of_its_field(changes, message):
+    with pytest.raises(ValueError, match=message):
+        configs.make("tiny", **changes)
+
+
+def test_an_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="model.size is 'llama9'; the named sizes are tiny, gpt2-small"):
+        configs.make("llama9")
+
+
+def test_a_size_takes_changes_and_stays_hashable():
+    config = configs.make("llama3-1b", layers=2, dtype="bfloat16")
+    assert (config.layers, config.compute_dtype, config.embed) == (2, jnp.bfloat16, 2048)
+    assert hash(config) == hash(configs.make("llama3-1b", layers=2, dtype="bfloat16"))

@@ -1,0 +1,107 @@
+"""The cache of decoding: attention under the tree mask against one softmax a query, and what a write touches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsharp_jax.models import kv_cache
+
+B, S, Q, H, G, E = 3, 9, 4, 6, 2, 5
+START, INDEX = np.array([0, 2, 6]), 6  # the last row's only token is the pending one
+
+attend = jax.jit(kv_cache.attend)
+
+
+def step(seed=0, queries=Q):
+    """Random query, key, value of a step and buffers that hold the pending token's key and value at INDEX."""
+    rng = np.random.default_rng(seed)
+    query, key, value, keys, values = (
+        np.float32(rng.normal(size=shape))
+        for shape in [(B, queries, H, E), (B, queries, G, E), (B, queries, G, E), (B, G, S, E), (B, G, S, E)]
+    )
+    keys[:, :, INDEX], values[:, :, INDEX] = key[:, 0], value[:, 0]
+    return query, key, value, keys, values
+
+
+def attend_one(query, seen):
+    """One head's query [E] over the (key, value) pairs that it sees."""
+    keys, values = (np.stack(x).astype(np.float64) for x in zip(*seen, strict=True))
+    weights = np.exp(keys @ query.astype(np.float64) / np.sqrt(E))
+    return weights @ values / weights.sum()
+
+
+@pytest.mark.parametrize("queries", [1, Q])
+def test_each_token_sees_its_row_up_to_the_pending_one_and_a_candidate_itself(queries):
+    query, key, value, keys, values = step(queries=queries)
+    got = attend(query, key, value, keys, values, START, INDEX)
+    assert got.shape == query.shape
+    for b in range(B):
+        for q in range(queries):
+            for h in range(H):
+                g = h * G // H
+                seen = [(keys[b, g, s], values[b, g, s]) for s in range(START[b], INDEX + 1)]
+                seen += [(key[b, q, g], value[b, q, g])] if q > 0 else []
+                np.testing.assert_allclose(got[b, q, h], attend_one(query[b, q, h], seen), atol=1e-5)
+
+
+def test_nothing_before_the_start_or_after_the_index_matters():
+    query, key, value, keys, values = step()
+    hidden = (np.arange(S) < START[:, None]) | (np.arange(S) > INDEX)  # [B, S]
+    garbage = np.where(hidden[:, None, :, None], np.float32(1e4), 0)
+    np.testing.assert_array_equal(
+        attend(query, key, value, keys + garbage, values + garbage, START, INDEX),
+        attend(query, key, value, keys, values, START, INDEX),
+    )
+
+
+def test_a_candidate_does_not_see_the_others():
+    query, key, value, keys, values = step()
+    before = attend(query, key, value, keys, values, START, INDEX)
+    key[:, 2], value[:, 2] = 7.0, -7.0
+    after = attend(query, key, value, keys, values, START, INDEX)
+    np.testing.assert_array_equal(after[:, [0, 1, 3]], before[:, [0, 1, 3]])
+    assert (np.abs(after[:, 2] - before[:, 2]) > 1e-3).any()
+
+
+def test_the_pending_token_is_the_same_with_candidates_and_without():
+    query, key, value, keys, values = step()
+    together = attend(query, key, value, keys, values, START, INDEX)
+    alone = attend(query[:, :1], key[:, :1], value[:, :1], keys, values, START, INDEX)
+    np.testing.assert_allclose(together[:, :1], alone, atol=1e-6)
+
+
+def test_bfloat16_comes_back_as_bfloat16_and_near_float32():
+    arrays = step()
+    half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    got = attend(*half, START, INDEX)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), attend(*arrays, START, INDEX), atol=0.05)
+
+
+@pytest.mark.parametrize("index", [0, 4, S - 1])
+def test_a_write_touches_one_position_of_every_row(index):
+    rng = np.random.default_rng(0)
+    buffer, new = np.float32(rng.normal(size=(B, G, S, E))), np.float32(rng.normal(size=(B, 1, G, E)))
+    want = buffer.copy()
+    want[:, :, index] = new[:, 0]
+    np.testing.assert_array_equal(kv_cache.write(jnp.asarray(buffer), new, index), want)
+
+
+def test_a_write_keeps_the_buffers_dtype():
+    buffer = kv_cache.write(jnp.zeros((B, G, S, E), jnp.bfloat16), jnp.ones((B, 1, G, E)), 0)
+    assert buffer.dtype == jnp.bfloat16
+
+
+def test_prompts_are_laid_down_from_position_0_and_the_next_write_follows_them():
+    length, layers = 4, 2
+    rng = np.random.default_rng(0)
+    kept = [tuple(np.float32(rng.normal(size=(B, length, G, E))) for _ in "kv") for _ in range(layers)]
+    cache = kv_cache.from_prefill(kept, np.array([0, 1, 4]), S)
+    assert int(cache.index) == length and cache.index.dtype == jnp.int32
+    np.testing.assert_array_equal(cache.start, [0, 1, 4])
+    for layer, pair in enumerate(kept):
+        for buffer, prompt in zip((cache.keys[layer], cache.values[layer]), pair, strict=True):
+            assert buffer.shape == (B, G, S, E)
+            np.testing.assert_array_equal(buffer[:, :, :length], prompt.swapaxes(1, 2))
+            np.testing.assert_array_equal(buffer[:, :, length:], 0)
