@@ -42,14 +42,14 @@ def get_config() -> ConfigDict:
     c.generate.prompt_bucket = 48  # prompts are padded to multiples of it, in tokens
 
     c.collect = ConfigDict()
-    c.collect.prompts = 1250  # new problems a round
+    c.collect.prompts = 1500  # new problems a round
     c.collect.samples = 4  # rollouts of each
     c.collect.eta = 0.1  # of the roll-in, from round 2 on
     c.collect.batch_size = 250
-    c.collect.shard_rows = 1250
+    c.collect.shard_rows = 1500
 
     c.fit = ConfigDict()
-    c.fit.epochs = 3
+    c.fit.epochs = 4
     c.fit.batch_size = 32
     c.fit.length_bucket = 24
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to

@@ -3,6 +3,10 @@
 A folder holds the last steps of one training. It knows nothing about what is trained.
 """
 
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,21 @@ import jax
 import orbax.checkpoint as ocp
 
 from qsharp_jax.errors import UserError
+from qsharp_jax.workdir import os_error_number
 
 KEEP = 2  # the last, and the one before in case the last is damaged later
+
+
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    """Orbax logs what goes wrong, with a traceback for each of its threads, before it raises it."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class Checkpoints:
@@ -23,17 +40,27 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: Any, *, final: bool = False) -> None:
-        """Saves a state with `params` and `step`; `final` marks the training as finished."""
+        """Saves a state with `params` and `step`; `final` marks the training as finished.
+
+        Raises:
+          OSError: naming the folder, if it cannot be written; the checkpoints before stay.
+        """
         training = {"opt_state": state.opt_state, "step": state.step}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(training),
-                progress=ocp.args.JsonSave({"final": final}),
-            ),
-            force=True,
-        )
+        try:
+            with _silent_log():
+                self._manager.save(
+                    int(state.step),
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardSave(state.params),
+                        training=ocp.args.StandardSave(training),
+                        progress=ocp.args.JsonSave({"final": final}),
+                    ),
+                    force=True,
+                )
+        except Exception as error:  # TensorStore raises a ValueError for a full disk
+            if (number := os_error_number(error)) is None:
+                raise
+            raise OSError(number, os.strerror(number), str(self._folder)) from error
 
     def finished(self) -> bool:
         """Whether a final state was saved."""

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except Exception as error:
         if (sentence := explain_os_error(error)) is None:
             raise
         return _refuse(sentence)
@@ -69,6 +69,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir:
     if options.config is not None:
         config = configs.load(options.config, rest)
         session.check(config)
+        if not (Path(options.workdir) / "config.json").exists():
+            session.check_problems(config)
         return Workdir.open(options.workdir, config)
     workdir = Workdir.open(options.workdir)
     try:
@@ -275,8 +277,8 @@ def _etas(text: str) -> list[float]:
         etas = [float(item) for item in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as 0.5,0.1") from None
-    if not all(eta > 0 for eta in etas):
-        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be greater than 0")
+    if not all(eta >= configs.LEAST_ETA for eta in etas):
+        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be at least {configs.LEAST_ETA:g}")
     return etas
 
 

@@ -157,7 +157,7 @@ def _one_of(*names: str) -> Rule:
     return lambda v: v in names, f"one of {', '.join(names)}"
 
 
-_POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")  # inf is meant: no guidance, no clipping
+_POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")  # inf is meant: no clipping
 _POSITIVE_FINITE = (lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
 _NOT_NEGATIVE = (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0")
 _SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
@@ -169,7 +169,12 @@ def _is_list(value: Any, passes: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(passes(item) for item in value)
 
 
-_ETAS = (lambda v: _is_list(v, _POSITIVE_FINITE[0]) and v != [], "a list of finite numbers above 0, at least one")
+LEAST_ETA = 1e-6  # below it float32 does not tell two tokens' values apart any more, once divided by eta
+_ETA = (lambda v: _is_number(v) and v >= LEAST_ETA, f"a number, at least {LEAST_ETA:g}")  # inf is meant: no guidance
+_ETAS = (
+    lambda v: _is_list(v, lambda x: _ETA[0](x) and x < math.inf) and v != [],
+    f"a list of finite numbers, at least {LEAST_ETA:g}",
+)
 _ASCENDING = (
     lambda v: _is_list(v, _is_number) and all(-math.inf < a < b < math.inf for a, b in itertools.pairwise(v)),
     "a list of finite numbers, each above the one before",
@@ -199,7 +204,7 @@ RULES: dict[str, Rule] = {
     "collect.prompts": _whole(1),
     "collect.samples": _whole(1),
     "collect.batch_size": _whole(1),
-    "collect.eta": _POSITIVE,
+    "collect.eta": _ETA,
     "collect.shard_rows": _whole(1),
     "pretrain.steps": _whole(0),
     "pretrain.batch_size": _whole(1),

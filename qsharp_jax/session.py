@@ -47,10 +47,24 @@ def check(config: ConfigDict) -> None:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
         raise UserError(str(error)) from None
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"the config's task section is not what {config.task.name} needs: {error}") from None
+    except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
+        words = str(error).strip('"')
+        raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
     if (new := config.generate.max_new_tokens) >= longest:
         raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
+
+
+def check_problems(config: ConfigDict) -> None:
+    """That the task has as many problems as are asked for: this takes seconds, so it is for new runs only.
+
+    A workdir keeps its settings, so one that shows to be impossible after the pre-training would cost a new pre-training.
+
+    Raises:
+      UserError: with how many there are.
+    """
+    session = Session(Workdir(Path(), config))
+    session.train_problems(1)
+    session.test_problems()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -208,8 +209,19 @@ _OS_ERRORS = {
 }
 
 
-def explain_os_error(e: OSError) -> str | None:
+# As "(os error 28)" and "[os_error_code='28']" in the errors of `tokenizers` and TensorStore, which are no OSErrors.
+_NUMBER_IN_TEXT = re.compile(r"os[ _]error(?:_code)?[ =]'?([0-9]+)")
+
+
+def os_error_number(e: Exception) -> int | None:
+    """The operating system's number for what went wrong; None if it was something else."""
+    if isinstance(e, OSError):
+        return e.errno
+    found = _NUMBER_IN_TEXT.search(str(e))
+    return int(found[1]) if found else None
+
+
+def explain_os_error(e: Exception) -> str | None:
     """The sentence for a full disk, a quota, a read-only or forbidden file, naming it if known; None for others."""
-    if e.errno not in _OS_ERRORS:
-        return None
-    return f"{e.filename}: {_OS_ERRORS[e.errno]}" if e.filename else _OS_ERRORS[e.errno]
+    words, name = _OS_ERRORS.get(os_error_number(e)), getattr(e, "filename", None)
+    return f"{name}: {words}" if words and name else words

@@ -191,7 +191,7 @@ RANGES = {  # key: (allowed, forbidden)
     "collect.prompts": ([1], [0]),
     "collect.samples": ([1], [0]),
     "collect.batch_size": ([1], [0]),
-    "collect.eta": ([0.1, 1, math.inf], [0, -0.1, math.nan, "0.1", True]),
+    "collect.eta": ([1e-6, 1, math.inf], [0, 1e-7, -0.1, math.nan, "0.1", True]),
     "collect.shard_rows": ([1], [0]),
     "pretrain.steps": ([0], [-1]),
     "pretrain.batch_size": ([1], [0]),

@@ -349,7 +349,7 @@ def test_one_seed_is_one_sample_and_another_seed_another():
 
 def test_a_row_ends_at_its_first_stop_token_or_with_its_budget():
     rows = 6
-    got = run(prompts=[[1]] * rows, rng=np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0)
+    got = run(prompts=[[1]] * rows, rng=np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0, top_p=0.99)
     assert got.tokens.shape == (rows, N)
     for row, budget in enumerate([0, 1, 3, N, N, N]):
         response = got.response(row)
