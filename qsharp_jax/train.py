@@ -207,7 +207,7 @@ def train_step(
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

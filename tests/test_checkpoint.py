@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from helpers import assert_trees_equal
+
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.errors import UserError
 from qsharp_jax.train import TrainState

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import assert_trees_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_trees_equal
 from qsharp_jax import dataset
 from qsharp_jax.dataset import Batches, Example, Rollout
 from qsharp_jax.errors import UserError

@@ -4,13 +4,13 @@ import json
 import math
 from collections import Counter
 
+import helpers
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import helpers
 from qsharp_jax import evaluate, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError

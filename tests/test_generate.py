@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_decoder
 import pytest
 import scipy.special
 import scipy.stats
@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import numpy_decoder
 from qsharp_jax import generate as module
 from qsharp_jax import guidance, values
 from qsharp_jax.errors import UserError
@@ -349,7 +348,9 @@ def test_one_seed_is_one_sample_and_another_seed_another():
 
 def test_a_row_ends_at_its_first_stop_token_or_with_its_budget():
     rows = 6
-    got = run(prompts=[[1]] * rows, rng=np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0, top_p=0.99)
+    got = run(
+        prompts=[[1]] * rows, rng=np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0, top_p=0.99
+    )
     assert got.tokens.shape == (rows, N)
     for row, budget in enumerate([0, 1, 3, N, N, N]):
         response = got.response(row)

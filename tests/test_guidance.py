@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tabular
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import tabular
 from qsharp_jax import guidance, values
 
 examples = settings(max_examples=40, deadline=None)

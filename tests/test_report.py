@@ -4,10 +4,10 @@ import json
 import math
 import struct
 
+import helpers
 import numpy as np
 import pytest
 
-import helpers
 from qsharp_jax import evaluate, report
 from qsharp_jax.errors import UserError
 from qsharp_jax.session import Session

@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import helpers
 from qsharp_jax import dataset, rollouts
 from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import generate

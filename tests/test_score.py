@@ -3,13 +3,13 @@
 import math
 from fractions import Fraction
 
+import helpers
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import helpers
 from qsharp_jax import rollouts, score
 from qsharp_jax.dataset import Example
 

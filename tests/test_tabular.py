@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tabular
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import tabular
 
 examples = settings(max_examples=25, deadline=None)
 

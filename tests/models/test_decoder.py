@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_decoder
 import pytest
 
-import numpy_decoder
 from qsharp_jax.models import config as configs
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import DecoderConfig

@@ -2,9 +2,9 @@
 
 import jax
 import numpy as np
+import numpy_decoder
 import pytest
 
-import numpy_decoder
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
