@@ -21,7 +21,7 @@ from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, kv_cache, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
-from qsharp_jax.models.value import ValueModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
 
 BLOCK = 8  # steps between two looks at whether every row has ended
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
@@ -369,6 +369,11 @@ def generate(
         raise UserError(f"prompt_bucket is {prompt_bucket}; it must be at least 1")
     if mode not in guidance.MODES:
         raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
+    if mode == "expectation" and guide is not None and not _is_never_negative(guide.config):
+        raise UserError(
+            'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
+            " bernoulli guide, or a categorical one with atoms of 0 and more"
+        )
     controls = Controls(
         eta=_per_row("eta", eta, rows, np.float32, lambda x: x > 0, "greater than 0"),
         temperature=_per_row("temperature", temperature, rows, np.float32, lambda x: x >= 0, "0 or more"),
@@ -456,6 +461,10 @@ def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: 
     if not np.all(allowed(array)):
         raise UserError(f"{name} is {given}; it must be {words}")
     return np.broadcast_to(array, (rows,))
+
+
+def _is_never_negative(config: ValueConfig) -> bool:
+    return config.distribution == "bernoulli" or (config.distribution == "categorical" and config.atoms[0] >= 0)
 
 
 def _check_fit(

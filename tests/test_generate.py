@@ -19,7 +19,7 @@ from qsharp_jax import guidance, values
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate import generate
 from qsharp_jax.models import decoder, value
-from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.config import DecoderConfig, make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
@@ -272,13 +272,12 @@ def test_a_row_of_infinite_eta_among_guided_ones_draws_pi_refs_tokens():
         np.testing.assert_array_equal(got.kl[row], 0)
 
 
-@pytest.mark.xfail(reason="every token then has weight 0, and the policy is nan", strict=True)
-def test_expectation_mode_has_a_policy_even_where_no_candidate_is_worth_anything():
-    """A scalar guide's regression may fall below 0 for all the candidates of a hard prompt."""
-    scored, eta = values.Scalar(jnp.array([[-0.01, -0.02]])), jnp.array([0.1])
-    weights, others = guidance.log_weights(scored, eta, "expectation"), guidance.zero_log_weight(eta, "expectation")
-    logits = guidance.tilt(jnp.zeros((1, 5)), jnp.array([[0, 1]]), weights, others)
-    assert np.isfinite(guidance.log_prob(logits, jnp.array([0]))).all()
+def test_expectation_mode_is_refused_where_means_may_be_negative():
+    """A scalar guide's regression may fall below 0 for every candidate of a hard prompt: no logarithm, no policy."""
+    config = ValueConfig(make("tiny"), distribution="scalar")
+    ref = LanguageModel({}, config.trunk)
+    with pytest.raises(UserError, match="must not give negative ones"):
+        generate(ref, ValueModel({}, config), [[1]], eta=0.1, max_new_tokens=1, rng=0, stop_ids=[], mode="expectation")
 
 
 # --- One program, one row, one seed ---------------------------------------------------------------------------------
