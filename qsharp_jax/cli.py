@@ -303,8 +303,8 @@ def _encode(session, prompts: list[str], max_new_tokens: int) -> list[list[int]]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) + max_new_tokens > limit:
             raise UserError(
-                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more than"
-                f" the model's {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
+                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more"
+                f" than the model's {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
             )
     return encoded
 

@@ -57,7 +57,7 @@ def check(config: ConfigDict) -> None:
 def check_problems(config: ConfigDict) -> None:
     """That the task has as many problems as are asked for: this takes seconds, so it is for new runs only.
 
-    A workdir keeps its settings, so one that shows to be impossible after the pre-training would cost a new pre-training.
+    A workdir keeps its settings, so one that shows to be impossible after the pre-training would cost a new one.
 
     Raises:
       UserError: with how many there are.

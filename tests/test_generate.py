@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qsharp_jax import generate as module
-from qsharp_jax import guidance, values
+from qsharp_jax import guidance
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate import generate
 from qsharp_jax.models import decoder, value
