@@ -75,11 +75,10 @@ def test_a_guide_from_pi_ref_takes_all_its_weights_but_the_output_head():
 def test_a_guide_from_scratch_has_the_tree_of_one_from_pi_ref():
     config = HEADS["q-categorical"]
     ref = jax.eval_shape(lambda key: decoder.init(key, TRUNK), jax.random.key(0))
-    shapes = [
-        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(lambda *a: value.init(a[0], config, *a[1:]), *args))
-        for args in [(jax.random.key(0),), (jax.random.key(0), ref)]
-    ]  # fmt: skip
-    assert shapes[0] == shapes[1]
+    scratch = jax.eval_shape(lambda key: value.init(key, config), jax.random.key(0))
+    from_ref = jax.eval_shape(lambda key, trunk: value.init(key, config, trunk), jax.random.key(0), ref)
+    assert jax.tree.structure(scratch) == jax.tree.structure(from_ref)
+    assert [leaf.shape for leaf in jax.tree.leaves(scratch)] == [leaf.shape for leaf in jax.tree.leaves(from_ref)]
 
 
 @pytest.mark.parametrize("name", ["q-bernoulli", "q-categorical"])
