@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.model.size = "tiny"
 
     c.pretrain = ConfigDict()  # pi_ref, by maximum likelihood on the task's texts
-    c.pretrain.steps = 1200
+    c.pretrain.steps = 1600
     c.pretrain.stop_loss = 0.0  # nats a response token; stop early when reached
     c.pretrain.batch_size = 32
     c.pretrain.length_bucket = 24  # batches are padded to multiples of it, in tokens
@@ -37,19 +37,19 @@ def get_config() -> ConfigDict:
     c.generate.temperature = 1.0
     c.generate.top_p = 1.0
     c.generate.top_k = 0  # 0: no limit
-    c.generate.top_k_candidates = 8  # tokens that the guide scores at each step
+    c.generate.top_k_candidates = 5  # tokens that the guide scores at each step
     c.generate.max_new_tokens = 56
     c.generate.prompt_bucket = 48  # prompts are padded to multiples of it, in tokens
 
     c.collect = ConfigDict()
-    c.collect.prompts = 1500  # new problems a round
+    c.collect.prompts = 600  # new problems a round
     c.collect.samples = 4  # rollouts of each
     c.collect.eta = 0.1  # of the roll-in, from round 2 on
     c.collect.batch_size = 250
-    c.collect.shard_rows = 1500
+    c.collect.shard_rows = 1200
 
     c.fit = ConfigDict()
-    c.fit.epochs = 4
+    c.fit.epochs = 6
     c.fit.batch_size = 32
     c.fit.length_bucket = 24
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to

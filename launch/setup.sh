@@ -72,6 +72,8 @@ set_up() {
     accelerator=$(accelerator)
     extras=$(IFS=, && echo "$*")
     extras=$accelerator${accelerator:+${extras:+,}}$extras
+    # The tests' libtpu compiles for TPUs, but would look for one at every start.
+    [[ -n $accelerator ]] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
     mkdir -p "$(dirname "$QSHARP_VENV")"
     (
         if command -v flock >/dev/null && ! flock --nonblock 9; then

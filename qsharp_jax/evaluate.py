@@ -60,11 +60,13 @@ def sample_method(
     generation = rollouts.sample(
         ref,
         guide,
-        [text.encode_prompt(problem.prompt) for problem, _, _ in plan],
+        [text.encode_prompt(problem.prompt) for problem in problems],
+        samples=len(etas) * samples,
         seeds=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
         batch_size=session.config.evaluate.batch_size,
         name=f"evaluate {method}" + (f", round {number}" if number else ""),
         eta=np.asarray([eta for _, eta, _ in plan], np.float32),
+        record=("kl",),
         **(session.generation_settings() | changes),
     )
     seconds = time.monotonic() - began

@@ -6,15 +6,18 @@ too. Shapes: B batch, V vocabulary, K candidates; logits are float32, and eta, t
 [B], so that one compiled program serves a sweep over them. It knows nothing about models, caches or text.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from qsharp_jax.values import Distribution
 
 MODES = ("qsharp", "cd", "expectation")
+GROUP = 128  # tokens that `sample` adds up before it chooses among them
 
 
 def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
@@ -28,6 +31,56 @@ def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
     if not 1 <= k <= ref_logits.shape[-1]:
         raise ValueError(f"{k} candidates of a vocabulary of {ref_logits.shape[-1]}: take 1 to that many")
     return jax.lax.top_k(ref_logits, k)[1].astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class Packing:
+    """Which of the rows' [B, K] candidates have one of S shared slots; `pack` and `unpack` go between the layouts.
+
+    Attributes:
+      scored: [B, K] bool, has a slot.
+      dropped: [B] int32, candidates above the threshold for which there was none.
+      order: [B + S], the places in the flattened [B, 1 + K] of the pending tokens and of the slots' candidates.
+      slot: [B, 1 + K], the reverse: the place in B + S, and B + S itself for what has none.
+    """
+
+    scored: jax.Array
+    dropped: jax.Array
+    order: jax.Array
+    slot: jax.Array
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """[B, 1 + K, ...] -> [1, B + S, ...]."""
+        return x.reshape(-1, *x.shape[2:])[self.order][None]
+
+    def unpack(self, x: jax.Array) -> jax.Array:
+        """[1, B + S, ...] -> [B, 1 + K, ...], zeros where there is no slot."""
+        return jnp.concatenate([x[0], jnp.zeros_like(x[0, :1])])[self.slot]
+
+
+def pack(ref_logits: jax.Array, candidates: jax.Array, slots: int, threshold: jax.Array, active: jax.Array) -> Packing:
+    """Gives the slots to the most probable of all rows' candidates.
+
+    Most steps have one or two plausible tokens, so that the rows together need far fewer than K slots each. A row that
+    has ended needs none. If no candidate above its threshold is dropped, the result is that of scoring all of these.
+
+    Args:
+      ref_logits: [B, V].
+      candidates: [B, K], distinct within a row.
+      slots: S, in 1 .. B * K.
+      threshold: [B], the reference probability from which a candidate is to be scored.
+      active: [B] bool, rows that go on.
+    """
+    chex.assert_rank([ref_logits, candidates, threshold, active], [2, 2, 1, 1])
+    rows, count = candidates.shape
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(ref_logits), candidates, axis=1)
+    wanted = (log_probs >= jnp.log(threshold)[:, None]) & active[:, None]
+    best, chosen = jax.lax.top_k(jnp.where(wanted, log_probs, -jnp.inf).reshape(-1), slots)
+    scored = jnp.zeros(rows * count, bool).at[chosen].set(best > -jnp.inf).reshape(rows, count)
+    order = jnp.concatenate([jnp.arange(rows) * (count + 1), chosen // count * (count + 1) + 1 + chosen % count])
+    slot = jnp.full(rows * (count + 1), rows + slots).at[order].set(jnp.arange(rows + slots))
+    dropped = (wanted & ~scored).sum(1, dtype=jnp.int32)
+    return Packing(scored, dropped, order, slot.reshape(rows, count + 1))
 
 
 def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Array:
@@ -126,13 +179,29 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p:
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """One token a row, [B] int32; a row has its own key, so that what it draws does not depend on its neighbours.
 
+    Two uniform numbers a row choose a group of tokens by its probability, then a token of the group by its own: Gumbel
+    noise would take V of them.
+
     Args:
       logits: [B, V]; -inf is never drawn.
       keys: [B] typed keys.
     """
     chex.assert_rank([logits, keys], [2, 1])
     chex.assert_equal_shape_prefix([logits, keys], 1)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    rows, size = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -size % GROUP))).reshape(rows, -1, GROUP)
+    uniform = jax.vmap(functools.partial(jax.random.uniform, shape=(2,)))(keys)
+    group = _draw(weights.sum(-1), uniform[:, 0])
+    within = jnp.take_along_axis(weights, group[:, None, None], axis=1)[:, 0]
+    return (group * GROUP + _draw(within, uniform[:, 1])).astype(jnp.int32)
+
+
+def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first place where the running sum exceeds `uniform` of the whole: [B, N], [B] in [0, 1) -> [B]."""
+    upto = jnp.cumsum(weights, axis=-1)
+    passed = (upto > uniform[:, None] * upto[:, -1:]) & (weights > 0)  # sums are rounded: never one of weight 0
+    return jnp.where(passed.any(-1), passed.argmax(-1), weights.argmax(-1))
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -28,32 +28,54 @@ def sample(
     *,
     seeds: np.ndarray,
     batch_size: int,
+    samples: int = 1,
     name: str | None = None,
     **settings: Any,
 ) -> Generation:
     """`generate` for any number of prompts, in batches of one shape, those of like length together.
 
     Args:
-      seeds: [rows], one a prompt.
-      batch_size: rows of every batch; the last is filled up with rows that generate nothing.
+      seeds: [rows], one a row; rows are the prompts' samples, a prompt's next to each other.
+      batch_size: rows of a batch, rounded down to whole prompts; the last is filled up with rows that generate nothing.
+      samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
-      settings: of `generate`; arrays have one entry a prompt.
+      settings: of `generate`; arrays have one entry a row.
     """
     ref, guide = for_decoding(ref), None if guide is None else for_decoding(guide)
-    rows = len(prompts)
     settings.setdefault("budget", settings["max_new_tokens"])
+    rows = len(prompts) * samples
     per_row = {key: np.broadcast_to(settings.pop(key), (rows,)) for key in PER_ROW if key in settings}
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    step = max(1, batch_size // samples)
     parts = []
-    for begin in Bar(range(0, rows, batch_size), name, disable=name is None):
-        batch = order[begin : begin + batch_size]
-        filled = np.resize(batch, batch_size)
-        controls = {key: array[filled] for key, array in per_row.items()}
-        controls["budget"] = np.where(np.arange(batch_size) < len(batch), controls["budget"], 0)
-        part = generate(ref, guide, [prompts[row] for row in filled], rng=seeds[filled], **controls, **settings)
-        parts.append(Generation(**{key: array[: len(batch)] for key, array in vars(part).items()}))
-    back = np.argsort(order)
-    return Generation(**{key: np.concatenate([getattr(part, key) for part in parts])[back] for key in vars(parts[0])})
+    for begin in Bar(range(0, len(prompts), step), name, disable=name is None):
+        batch = order[begin : begin + step]
+        filled = np.resize(batch, step)
+        picked = _rows_of(filled, samples)
+        controls = {key: array[picked] for key, array in per_row.items()}
+        kept = len(batch) * samples
+        controls["budget"] = np.where(np.arange(len(picked)) < kept, controls["budget"], 0)
+        part = generate(
+            ref,
+            guide,
+            [prompts[prompt] for prompt in filled],
+            rng=seeds[picked],
+            samples=samples,
+            **controls,
+            **settings,
+        )
+        parts.append({key: array if array is None else array[:kept] for key, array in vars(part).items()})
+    back = np.argsort(_rows_of(order, samples))
+    return Generation(
+        **{
+            key: None if array is None else np.concatenate([part[key] for part in parts])[back]
+            for key, array in parts[0].items()
+        }
+    )
+
+
+def _rows_of(prompts: np.ndarray, samples: int) -> np.ndarray:
+    return (prompts[:, None] * samples + np.arange(samples)).reshape(-1)
 
 
 PER_ROW = ("eta", "temperature", "top_p", "top_k", "budget")
@@ -84,30 +106,36 @@ def collect(
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
       number: of the round, from 1.
       eta: of the roll-in.
-      shard_rows: rollouts in a shard; what is lost at most when the program is killed.
+      shard_rows: rollouts in a shard, rounded down to whole problems; what is lost at most when the program is killed.
       settings: of `generate`, for roll-in and roll-out alike.
     """
-    places = [(problem, row) for row, problem in enumerate(p for p in problems for _ in range(samples))]
-    shards = range(0, len(places), shard_rows)
-    for shard, begin in enumerate(Bar(shards, f"round {number}: collect")):
+    settings = settings | {"record": ()}
+    step = max(1, shard_rows // samples)
+    for shard, begin in enumerate(Bar(range(0, len(problems), step), f"round {number}: collect")):
         if dataset.shard_path(folder, shard).exists():
             continue
-        part = places[begin : begin + shard_rows]
+        asked = [text.encode_prompt(problem.prompt) for problem in problems[begin : begin + step]]
+        part = [problem for problem in problems[begin : begin + step] for _ in range(samples)]
+        prompts = [prompt for prompt in asked for _ in range(samples)]
         # Three numbers a rollout: seeds of roll-in and roll-out, and the place of the switch.
-        draws = np.stack([np.random.SeedSequence((seed, number, row)).generate_state(3) for _, row in part])
-        prompts = [text.encode_prompt(problem.prompt) for problem, _ in part]
+        places = range(begin * samples, begin * samples + len(part))
+        draws = np.stack([np.random.SeedSequence((seed, number, place)).generate_state(3) for place in places])
         if guide is None:
             switches, prefixes = np.zeros(len(part), np.int64), [[] for _ in part]
             ended = np.zeros(len(part), bool)
         else:
-            roll_in = sample(ref, guide, prompts, seeds=draws[:, 0], batch_size=batch_size, eta=eta, **settings)
+            roll_in = sample(
+                ref, guide, asked, samples=samples, seeds=draws[:, 0], batch_size=batch_size, eta=eta, **settings
+            )
             switches = draw_switches(roll_in.lengths, draws[:, 2])
             prefixes = [roll_in.response(row)[:switch] for row, switch in enumerate(switches)]
             ended = switches == roll_in.lengths  # a response of one token leaves nothing for pi_ref
         roll_out = sample(
             ref,
             None,
-            [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)],
+            # Without a roll-in a problem's samples start from one and the same prompt.
+            asked if guide is None else [[*p, *prefix] for p, prefix in zip(prompts, prefixes, strict=True)],
+            samples=samples if guide is None else 1,
             seeds=draws[:, 1],
             batch_size=batch_size,
             # The budget is the whole response's: decoding will not allow longer ones.
@@ -115,7 +143,7 @@ def collect(
             **settings,
         )
         rollouts = []
-        for row, (problem, _) in enumerate(part):
+        for row, problem in enumerate(part):
             response = [*prefixes[row], *roll_out.response(row)]
             written = text.decode(response)
             rollouts.append(

@@ -1,19 +1,23 @@
-"""The guide's values of given responses, by teacher forcing, and how good they are.
+"""Log-probabilities and values of given responses, by teacher forcing, and how good the values are.
 
-Shapes: B rows, T tokens. It knows nothing about sampling, tasks or where the responses come from.
+Shapes: B rows, T tokens, V vocabulary. It knows nothing about sampling, tasks or where the responses come from.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import values
 from qsharp_jax.dataset import Batch, Example, length_batches, make_batch
-from qsharp_jax.models import value
+from qsharp_jax.models import decoder, value
+from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 
 BINS = 10  # of equal width, for calibration
+LOGITS = 1 << 24  # that exist at a time: 64 MiB of them
 
 
 def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: int) -> list[np.ndarray]:
@@ -23,19 +27,55 @@ def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: 
       rows: sequences in a batch.
       bucket: widths are multiples of it, in tokens.
     """
-    scores: list[np.ndarray] = [np.empty(0)] * len(examples)
+    return _responses(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
+
+
+def log_probs(
+    ref: LanguageModel, examples: Sequence[Example], *, rows: int, bucket: int, vocab_size: int
+) -> list[np.ndarray]:
+    """The log-probability of every response token under the reference, in nats and float32, one array a response.
+
+    Args:
+      examples: each with a prompt of at least one token.
+      rows, bucket: as in `score`.
+      vocab_size: ids from here on pad the embedding; they have probability 0.
+    """
+    return _responses(functools.partial(_log_probs, ref, vocab_size=vocab_size), examples, rows=rows, bucket=bucket)
+
+
+def _responses(
+    of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
+) -> list[np.ndarray]:
+    """What `of_batch` gives the tokens [B, T] of a batch, at every example's response."""
+    found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]
-        means = np.asarray(_means(guide, make_batch(part, rows, width)))
+        numbers = np.asarray(of_batch(make_batch(part, rows, width)))
         for row, index in enumerate(indices):
-            scores[index] = means[row, len(part[row].prompt) : len(part[row])]
-    return scores
+            found[index] = numbers[row, len(part[row].prompt) : len(part[row])]
+    return found
 
 
 @jax.jit
 def _means(guide: ValueModel, batch: Batch) -> jax.Array:
     outputs, _ = value.forward(guide.params, guide.config, batch.tokens, batch.segments, batch.positions)
     return values.from_outputs(guide.config.distribution, outputs, guide.config.atoms).mean()
+
+
+@functools.partial(jax.jit, static_argnames="vocab_size")
+def _log_probs(ref: LanguageModel, batch: Batch, *, vocab_size: int) -> jax.Array:
+    """[B, T]: of each token after those before it; 0 at the first, which has none."""
+    hidden, _ = decoder.forward(ref.params, ref.config, batch.tokens, batch.segments, batch.positions)
+    before, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1)
+
+    def of_token(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = decoder.logits(ref.params, ref.config, pair[0])[:vocab_size]
+        return logits[pair[1]] - jax.nn.logsumexp(logits)
+
+    # Logits [B, T, V] would be larger than the model; `batch_size` positions have theirs at a time.
+    size = min(max(LOGITS // ref.config.vocab_size, 1), len(targets))
+    found = jax.lax.map(of_token, (before, targets), batch_size=size).reshape(hidden.shape[0], -1)
+    return jnp.pad(found, ((0, 0), (1, 0)))
 
 
 def calibration(predicted: np.ndarray, rewards: np.ndarray) -> list[dict[str, float]]:

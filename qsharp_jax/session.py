@@ -91,6 +91,11 @@ class Session:
     def guide_config(self) -> ValueConfig:
         return _value_config(self.config, self.text.vocab_size)
 
+    @property
+    def configs(self) -> dict[str, DecoderConfig]:
+        """The shapes of the "reference" and of the "guide"'s trunk."""
+        return {"reference": self.ref_config, "guide": self.guide_config.trunk}
+
     def seed(self, name: str) -> int:
         """A seed of its own for every use, so that no two of them share random numbers."""
         return zlib.crc32(f"{self.config.seed}/{name}".encode())

@@ -7,6 +7,7 @@ It knows nothing about tasks, sampling or where the batches come from.
 
 import dataclasses
 import functools
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from qsharp_jax.progress import Bar
 
 Params = Any
 LossFn = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
 
 
 @flax.struct.dataclass
@@ -44,45 +46,43 @@ class TrainState:
 # --- Optimiser ------------------------------------------------------------------------------------------------------
 
 
-def make_schedule(config: Any, total_steps: int) -> optax.Schedule:
-    """The learning rate's course relative to its peak: linear warm-up, then constant or cosine to `end_fraction`."""
-    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else None
-    rest = total_steps - config.warmup_steps
-    if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(1.0, max(rest, 1), alpha=config.end_fraction)
-    else:
-        main = optax.constant_schedule(1.0)
-    return optax.join_schedules([warmup, main], [config.warmup_steps]) if warmup else main
+def make_schedule(config: Any, total_steps: int) -> Schedule:
+    """The learning rate's course relative to its peak: linear warm-up, then constant or cosine to `end_fraction`.
+
+    Args:
+      config: warmup_steps, schedule, end_fraction.
+      total_steps: of the whole training, where a cosine ends.
+    """
+    rest = max(total_steps - config.warmup_steps, 1)
+
+    def rate(step: int) -> float:
+        if step < config.warmup_steps:
+            return step / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        done = min((step - config.warmup_steps) / rest, 1)
+        return config.end_fraction + (1 - config.end_fraction) * (1 + math.cos(math.pi * done)) / 2
+
+    return rate
 
 
-def make_optimizer(config: Any, total_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, or Muon on the blocks' matrices with AdamW on the rest.
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW, or Muon on the blocks' matrices with AdamW on the rest, at the peak rate.
 
     Weight decay is on matrices only: not on norms, biases and the like.
 
     Args:
-      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2, clip, warmup_steps, schedule,
-        end_fraction.
-      total_steps: of the whole training, for the schedule.
+      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2, clip.
     """
-    schedule = make_schedule(config, total_steps)
-
-    def scaled(peak: float) -> optax.Schedule:
-        return lambda step: peak * schedule(step)
-
     if config.name == "adamw":
-        rule = optax.adamw(
-            scaled(config.learning_rate), b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
-        )
+        rule = optax.adamw(config.learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     else:
         # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
         muon = optax.contrib.muon(
-            scaled(config.learning_rate),
-            weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_muon_matrices,
+            config.learning_rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_matrices
         )
         adam = optax.adamw(
-            scaled(config.adam_learning_rate),
+            config.adam_learning_rate,
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=_is_matrix,
@@ -201,12 +201,15 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
+    state: TrainState, batch: Batch, rate: jax.Array, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; metrics are scalars on the device."""
+    """One update, times `rate`, the schedule's; metrics are scalars on the device.
+
+    The rate is an argument, so that one program serves trainings of any length.
+    """
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -238,6 +241,7 @@ def fit(
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     loop: Loop,
+    schedule: Schedule = lambda step: 1.0,
 ) -> TrainState:
     """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
 
@@ -255,7 +259,7 @@ def fit(
     tokens, since = 0, time.monotonic()
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         batch = batches[step]
-        state, metrics = step_fn(state, batch)
+        state, metrics = step_fn(state, batch, np.float32(schedule(step)))
         window.append(metrics)
         tokens += int(batch.segments.astype(bool).sum())
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0

@@ -6,8 +6,10 @@ where they can be, and are drawn by numpy.
 """
 
 import functools
+import math
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -43,6 +45,31 @@ def session(folder, *overrides: str, task=STAR_GRAPH, model=TINY) -> Session:
         config.model.update(model)
     configs.override(config, [f"--config.{change}" for change in overrides])
     return Session(Workdir.open(folder, config))
+
+
+def optimizer_config(name="adamw", **changes):
+    """Settings of `train.make_optimizer` and `make_schedule`, without clipping and with a constant rate."""
+    defaults = dict(
+        name=name, learning_rate=0.02, adam_learning_rate=0.005, weight_decay=0.1, b2=0.98, clip=math.inf,
+        warmup_steps=0, schedule="constant", end_fraction=0.1,
+    )  # fmt: skip
+    return SimpleNamespace(**defaults | changes)
+
+
+def random_examples(rng, vocab_size=11, count=4, longest=5, rewards=(0.0, 1.0)):
+    """Random sequences with labels from a random place on."""
+    examples = []
+    for _ in range(count):
+        prompt, response = rng.integers(1, longest + 1, size=2)
+        examples.append(
+            Example(
+                rng.integers(1, vocab_size, prompt).tolist(),
+                rng.integers(1, vocab_size, response).tolist(),
+                reward=float(rng.choice(rewards)),
+                first_label=int(rng.integers(response)),
+            )
+        )
+    return examples
 
 
 def random_params(shapes, seed: int):
@@ -88,12 +115,13 @@ def reference() -> LanguageModel:
     batches = Batches(examples, rows=rows, bucket=24, seed=0)
     with made.config.unlocked():
         made.config.fit.optimizer.update(learning_rate=0.01)
-    optimizer = train.make_optimizer(made.config.fit.optimizer, steps)
+    optimizer = train.make_optimizer(made.config.fit.optimizer)
+    schedule = train.make_schedule(made.config.fit.optimizer, steps)
     loss_fn = functools.partial(train.language_model_loss, config=made.ref_config)
     step_fn = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer))
     state = train.init_state(random_model(made.text.vocab_size).params, optimizer)
     for step in range(steps):
-        state, _ = step_fn(state, batches[step])
+        state, _ = step_fn(state, batches[step], schedule(step))
     return LanguageModel(state.params, made.ref_config)
 
 

@@ -66,19 +66,31 @@ def attention(layer, config, x):
         if config.qk_norm:
             q, k = norm(layer["query_norm"], config, q), norm(layer["key_norm"], config, k)
         if config.positions == "rope":
-            q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
+            q, k = rotate(q, config), rotate(k, config)
         scores = q @ k.T / np.sqrt(width)
         scores[np.triu_indices(len(x), 1)] = -np.inf
         heads.append(softmax(scores) @ v)
     return dense(layer["output"], np.concatenate(heads, axis=-1))
 
 
-def rotate(x, theta):
-    """[T, E]: the pair (x[j], x[j + E/2]) turns by t * theta^(-2j/E) at position t, as a complex number does."""
+def rotate(x, config):
+    """[T, E]: the pair (x[j], x[j + E/2]) turns by t * frequency[j] at position t, as a complex number does."""
     length, width = x.shape
-    angles = np.outer(np.arange(length), theta ** (-2 * np.arange(width // 2) / width))
-    turned = (x[:, : width // 2] + 1j * x[:, width // 2 :]) * np.exp(1j * angles)
+    frequencies = [frequency(config, config.rope_theta ** (-2 * j / width)) for j in range(width // 2)]
+    turned = (x[:, : width // 2] + 1j * x[:, width // 2 :]) * np.exp(1j * np.outer(np.arange(length), frequencies))
     return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def frequency(config, plain):
+    """Llama 3.1's scaling, as its publishers describe it, of one frequency in radians a position."""
+    wavelength = 2 * np.pi / plain
+    if wavelength > config.rope_original_positions / config.rope_low_freq:
+        return plain / config.rope_factor
+    if wavelength < config.rope_original_positions / config.rope_high_freq:
+        return plain
+    turns = config.rope_original_positions / wavelength
+    smooth = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
+    return (1 - smooth) * plain / config.rope_factor + smooth * plain
 
 
 def feed_forward(layer, config, x):

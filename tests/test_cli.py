@@ -156,7 +156,36 @@ def test_generate_reads_files_and_standard_input(finished, tmp_path, capfd, monk
     assert [json.loads(line) for line in output.read_text().splitlines()] == expected
 
 
-@pytest.mark.parametrize("command", [None, "run", "collect", "fit", "generate", "evaluate", "report"])
+def test_generate_streams_the_text_of_the_line_that_it_would_write(finished, capfd):
+    command = ("generate", "--workdir", finished, PROMPT, "--seed", "3")
+    (line,) = stdout_lines(capfd, *command)
+    assert cli.main([*map(str, command), "--stream"]) == 0
+    assert capfd.readouterr().out == line["response"] + "\n"
+
+
+def test_score_reads_what_generate_wrote(finished, tmp_path, capfd):
+    """A line of `generate` has texts of another name for its tokens; a finished response is encoded as it was drawn."""
+    made = stdout_lines(capfd, "generate", "--workdir", finished, PROMPT, "--eta", "0.5", "--samples", "4")
+    finished_ones = [line for line in made if line["finished"]]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in finished_ones))
+    command = ["score", "--workdir", str(finished), "--input", str(source), "--output", str(output)]
+    assert cli.main(command) == 0
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(scored) == len(finished_ones) >= 1
+    for line, again in zip(finished_ones, scored):
+        assert again["ref_log_probs"] == pytest.approx(line["ref_log_probs"], abs=1e-4)
+        assert again["values"][:-1] == pytest.approx(line["values"][:-1], abs=1e-4)
+
+
+def test_a_model_that_no_class_of_transformers_computes_is_not_exported(finished, tmp_path, capsys):
+    sentence = refused(capsys, "export", "--workdir", finished, "--what", "ref", "--out", tmp_path / "out")
+    assert "token_shift" in sentence and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [None, "run", "collect", "fit", "generate", "score", "evaluate", "report", "export"]
+)
 def test_help_says_how(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"] if command is None else [command, "--help"])

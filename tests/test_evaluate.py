@@ -215,7 +215,7 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
         assert row["kl"] == pytest.approx(np.mean([sample["kl"] for sample in part]))
         assert row["response_tokens"] == pytest.approx(np.mean([len(sample["tokens"]) for sample in part]))
         some += rewards.sum()
-    assert some > 3  # else nothing was tested
+    assert some > 2  # else nothing was tested
 
 
 def test_the_guide_judges_pi_refs_samples(evaluated):

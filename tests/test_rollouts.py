@@ -14,7 +14,7 @@ from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import generate
 from qsharp_jax.tasks import star_graph
 
-ETA, SEED, SAMPLES, SHARD_ROWS, BUDGET = 0.3, 11, 4, 13, 7
+ETA, SEED, SAMPLES, SHARD_ROWS, BUDGET = 0.3, 13, 4, 12, 7
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,24 @@
-"""Values by teacher forcing are those of decoding; how good they are, against loops and exact fractions."""
+"""Log-probabilities by teacher forcing, against float64 numpy, and values, against decoding; how good values are, against
+loops and exact fractions.
+"""
 
 import math
 from fractions import Fraction
 
 import helpers
 import numpy as np
+import numpy_decoder
 import pytest
+import scipy.special
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qsharp_jax import rollouts, score
 from qsharp_jax.dataset import Example
+from qsharp_jax.models import decoder
+from qsharp_jax.models.config import make as config_of
+from qsharp_jax.models.decoder import LanguageModel
 
 examples = hypothesis_settings(deadline=None, max_examples=60)
 ATOMS = (-0.5, 0.25, 1.0)
@@ -49,6 +56,24 @@ def test_scores_are_the_values_met_while_decoding(type, kind):
     for other in (score.score(guide, made, rows=3, bucket=25), score.score(guide, made[::-1], rows=8, bucket=24)[::-1]):
         for found, again in zip(scores, other, strict=True):
             np.testing.assert_allclose(again, found, atol=2e-5)
+
+
+@pytest.mark.parametrize(("logits_at_a_time", "tied"), [(score.LOGITS, False), (29 * 5, True)])
+def test_log_probabilities_are_a_full_forward_s(monkeypatch, logits_at_a_time, tied):
+    """Whole sequences in float64, one by one, their logits cut where the padding of the vocabulary begins."""
+    monkeypatch.setattr(score, "LOGITS", logits_at_a_time)
+    config = config_of("tiny", **helpers.TINY, vocab_size=29, tied=tied)
+    ref = LanguageModel(numpy_decoder.random_params(5, decoder.init, config), config)
+    used, rng = 25, np.random.default_rng(1)
+    made = [Example(*(rng.integers(0, used, length) for length in rng.integers(1, 9, 2))) for _ in range(7)]
+    found = score.log_probs(ref, made, rows=3, bucket=16, vocab_size=used)
+    params = numpy_decoder.to_float64(ref.params)
+    for example, got in zip(made, found, strict=True):
+        tokens = [*example.prompt, *example.response]
+        logits = numpy_decoder.logits(params, ref.config, numpy_decoder.hidden(params, ref.config, tokens))[:, :used]
+        expected = scipy.special.log_softmax(logits, axis=1)[np.arange(len(tokens) - 1), tokens[1:]]
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected[len(example.prompt) - 1 :], atol=2e-5)
 
 
 # Odd 64ths: floats hold them exactly, and products with ten seldom fall on the edge of a bin.

@@ -74,8 +74,9 @@ def compile_decode(mesh):
     class Called(Exception):
         """What `decode` was called with."""
 
-    def prefill(params, config, tokens, start, size, real=generate.prefill):
-        return jax.eval_shape(functools.partial(real, config=config, size=size), params, tokens=tokens, start=start)
+    def prefill(params, config, tokens, start, **sizes):
+        real = functools.partial(generate.prefill, config=config, **sizes)
+        return jax.eval_shape(real, params, tokens=tokens, start=start)
 
     def decode(*arguments, settings):
         raise Called(arguments, settings)
@@ -83,7 +84,7 @@ def compile_decode(mesh):
     ref = LanguageModel(jax.eval_shape(decoder.unstack, abstract(decoder.init, REF, jnp.bfloat16)), REF)
     guide = ValueModel(jax.eval_shape(value.unstack, abstract(value.init, GUIDE, jnp.bfloat16)), GUIDE)
     settings = dict(eta=0.1, top_p=0.9, max_new_tokens=NEW, rng=0, stop_ids=[2])
-    with mock.patch.multiple(generate, prefill=prefill, decode=decode), pytest.raises(Called) as called:
+    with mock.patch.multiple(generate.api, prefill=prefill, decode=decode), pytest.raises(Called) as called:
         generate.generate(ref, guide, [[1] * PROMPT] * ROWS, **settings)
     arguments, settings = called.value.args
     arguments = sharded(mesh, arguments, ROWS)
@@ -104,7 +105,7 @@ def compile_fit(mesh):
         tokens=tokens, segments=tokens, positions=tokens, response_mask=flags, label_mask=flags,
         reward_to_go=np.zeros((FIT_ROWS, LENGTH), np.float32),
     )  # fmt: skip
-    return jax.jit(step, donate_argnums=0).lower(state, sharded(mesh, batch, FIT_ROWS)).compile(), state
+    return jax.jit(step, donate_argnums=0).lower(state, sharded(mesh, batch, FIT_ROWS), np.float32(1)).compile(), state
 
 
 def main():

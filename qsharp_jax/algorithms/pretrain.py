@@ -30,12 +30,13 @@ def run(session: Session) -> LanguageModel:
         bucket=config.length_bucket,
         seed=session.seed("pretrain"),
     )
-    optimizer = train.make_optimizer(config.optimizer, config.steps)
+    optimizer = train.make_optimizer(config.optimizer)
     state = train.fit(
         train.init_state(decoder.init(session.key("ref"), model_config), optimizer),
         batches,
         loss_fn=functools.partial(train.language_model_loss, config=model_config),
         optimizer=optimizer,
+        schedule=train.make_schedule(config.optimizer, config.steps),
         checkpoints=checkpoints,
         loop=train.Loop(
             name="pre-train pi_ref",

@@ -95,7 +95,7 @@ def fit(session: Session, number: int, ref: LanguageModel, data: list[Rollout]) 
         return score.quality(guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket)
 
     total_steps = config.epochs * batches.steps_per_epoch
-    optimizer = train.make_optimizer(config.optimizer, total_steps)
+    optimizer = train.make_optimizer(config.optimizer)
     state = train.fit(
         train.init_state(params, optimizer),
         batches,
@@ -107,6 +107,7 @@ def fit(session: Session, number: int, ref: LanguageModel, data: list[Rollout]) 
             future_weight=config.future_weight,
         ),
         optimizer=optimizer,
+        schedule=train.make_schedule(config.optimizer, total_steps),
         checkpoints=Checkpoints(session.guide_folder(number)),
         loop=train.Loop(
             name=f"round {number}: fit",

@@ -33,6 +33,10 @@ class DecoderConfig:
       token_shift: a learned share of the previous token's embedding is added to every position's input. A small model
         then follows edges of a graph after tens of steps instead of thousands.
       rope_theta: base of the rotary wavelengths.
+      rope_factor: of Llama 3.1's rotary scaling, by which long wavelengths are stretched; 1 is no scaling.
+      rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by all of
+        the factor, those below rope_original_positions / rope_high_freq not at all, those between by a share.
+      rope_original_positions: the context, in tokens, of the training before the scaling.
       norm_eps: added to the variance in the norms.
       dtype: of the computation, "float32" or "bfloat16"; parameters are kept as they are given.
     """
@@ -54,6 +58,10 @@ class DecoderConfig:
     tied: bool = False
     token_shift: bool = False
     rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    rope_original_positions: int = 8192
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -62,19 +70,28 @@ class DecoderConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"model.{field} is {value!r}; it must be one of {', '.join(allowed)}")
-        for field in ("vocab_size", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
-            if getattr(self, field) < 1:
+        for field in _AT_LEAST_ONE:
+            if not getattr(self, field) >= 1:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even one")
+        if not 0 < self.rope_low_freq < self.rope_high_freq:
+            raise ValueError(
+                f"model.rope_low_freq ({self.rope_low_freq}) must be above 0 and below model.rope_high_freq"
+                f" ({self.rope_high_freq})"
+            )
 
     @property
     def compute_dtype(self) -> Any:
         return jnp.dtype(self.dtype)
 
 
+_AT_LEAST_ONE = (
+    "vocab_size", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions", "rope_factor",
+    "rope_original_positions",
+)  # fmt: skip
 _CHOICES = {
     "positions": ("rope", "learned"),
     "norm": ("rms", "layer"),
@@ -97,10 +114,21 @@ def _llama3(embed: int, layers: int, heads: int, head_dim: int, mlp: int, tied: 
     )  # fmt: skip
 
 
+def _llama31(*shape: int, factor: float, tied: bool = False) -> dict:
+    return _llama3(*shape, tied=tied) | dict(max_positions=131_072, rope_factor=factor)
+
+
 def _qwen25(vocab_size: int, embed: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool) -> dict:
     return dict(
         vocab_size=vocab_size, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=128, mlp=mlp,
         max_positions=32_768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, tied=tied,
+    )  # fmt: skip
+
+
+def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> dict:
+    return dict(
+        vocab_size=151_936, embed=embed, layers=layers, heads=heads, kv_heads=8, head_dim=128, mlp=mlp,
+        max_positions=40_960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied=tied,
     )  # fmt: skip
 
 
@@ -113,8 +141,14 @@ SIZES = {
     "llama3-3b": _llama3(3072, 28, 24, 128, 8192, tied=True),
     "llama3-8b": _llama3(4096, 32, 32, 128, 14_336),
     "llama3-70b": _llama3(8192, 80, 64, 128, 28_672),
+    "llama3.1-8b": _llama31(4096, 32, 32, 128, 14_336, factor=8.0),
+    "llama3.1-70b": _llama31(8192, 80, 64, 128, 28_672, factor=8.0),
+    "llama3.2-1b": _llama31(2048, 16, 32, 64, 8192, factor=32.0, tied=True),
+    "llama3.2-3b": _llama31(3072, 28, 24, 128, 8192, factor=32.0, tied=True),
     "qwen2.5-1.5b": _qwen25(151_936, 1536, 28, 12, 2, 8960, tied=True),
     "qwen2.5-7b": _qwen25(152_064, 3584, 28, 28, 4, 18_944, tied=False),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
 }
 
 

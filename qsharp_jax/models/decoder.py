@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qsharp_jax.models.config import DecoderConfig
 
@@ -84,9 +85,19 @@ def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
     """Cosines and sines of rotary positions, float32 [2, B, T, 1, E/2]; None when positions are learned."""
     if config.positions != "rope":
         return None
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * _frequencies(config)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def _frequencies(config: DecoderConfig) -> np.ndarray:
+    """Radians a position of each pair of a head's numbers, float32 [E/2], with Llama 3.1's scaling for long contexts.
+
+    Computed on the host: at position 100,000 a power's last digit, which devices round as they like, is a large angle.
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    turns = config.rope_original_positions * frequencies / (2 * np.pi)  # in the context of the first training
+    kept = np.clip((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq), 0, 1)
+    return np.float32(frequencies * (kept + (1 - kept) / config.rope_factor))
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:

@@ -57,17 +57,18 @@ class ValueModel:
 def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
     """Parameters with a zero head: an untrained guide gives every candidate the same value, so it does not steer.
 
-    The head's kernel is [D, M] for a V-type, [D, V * M] for a Q-type.
+    The head's kernel is [D, M] for a V-type, with a bias [M]; [D, V * M] for a Q-type, without a bias, as language
+    models have it.
 
     Args:
       trunk: decoder parameters to start from (those of `pi_ref`); fresh ones are drawn from `key` without it.
     """
     width = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
     trunk = decoder.init(key, config.trunk) if trunk is None else trunk
-    return {
-        "trunk": {name: leaf for name, leaf in trunk.items() if name != "head"},  # it predicts no tokens
-        "head": {"kernel": jnp.zeros((config.trunk.embed, width)), "bias": jnp.zeros((width,))},
-    }
+    head = {"kernel": jnp.zeros((config.trunk.embed, width))}
+    if config.type == "v":
+        head["bias"] = jnp.zeros((width,))
+    return {"trunk": {name: leaf for name, leaf in trunk.items() if name != "head"}, "head": head}  # no next tokens
 
 
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
@@ -92,8 +93,7 @@ def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: j
     kernel = params["head"]["kernel"].reshape(config.trunk.embed, *shape).astype(config.trunk.compute_dtype)
     columns = kernel.transpose(1, 2, 0)[tokens]  # [B, T, M, D]
     hidden = jnp.broadcast_to(hidden, (*tokens.shape, hidden.shape[-1]))
-    raw = jnp.einsum("btd,btmd->btm", hidden, columns, preferred_element_type=jnp.float32)
-    return raw + params["head"]["bias"].reshape(shape)[tokens]
+    return jnp.einsum("btd,btmd->btm", hidden, columns, preferred_element_type=jnp.float32)
 
 
 def forward(

@@ -20,11 +20,13 @@ GPT2 = DecoderConfig(
     vocab_size=23, embed=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=20, max_positions=32, positions="learned",
     norm="layer", activation="gelu", bias=True, tied=True,
 )  # fmt: skip
+# As Llama 3.1's rotary positions: one of the three wavelengths is kept, one stretched, one between.
+SCALED = dict(rope_factor=8.0, rope_original_positions=30, rope_low_freq=0.3, rope_high_freq=2.0)
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, tied=True, norm_eps=1e-2, token_shift=True),
-    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, kv_heads=1),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, kv_heads=1, **SCALED),
     "gpt2-shift": dataclasses.replace(GPT2, token_shift=True, activation="swiglu", kv_heads=2, tied=False),
 }
 
@@ -157,6 +159,22 @@ def test_the_embedding_adds_a_share_of_the_token_before_and_none_at_a_first_toke
     np.testing.assert_allclose(got, [[table[3], table[4] + share * table[3]]], atol=1e-6)
 
 
+@pytest.mark.parametrize("size", ["llama3.1-8b", "llama3.2-1b", "llama3-8b", "qwen3-8b"])
+def test_rotary_positions_are_scaled_as_published_up_to_the_last_position(size):
+    config = configs.make(size)
+    positions = np.array([[0, 1, 8191, 8192, config.max_positions - 1]])
+    plain = config.rope_theta ** (-2 * np.arange(config.head_dim // 2) / config.head_dim)
+    frequencies = np.array([numpy_decoder.frequency(config, f) for f in plain])
+    scaled = ~np.isclose(frequencies, plain)
+    assert scaled.any() == (config.rope_factor > 1) and not scaled.all()
+    cos, sin = decoder.rotation(positions, config)
+    angles = positions[0][:, None] * frequencies
+    # An angle of 1e5 radians, in float32, is known to 1e5 * 2^-24.
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1.5e-7 * positions.max())
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1.5e-7 * positions.max())
+    np.testing.assert_allclose(cos[0, 1, 0], np.cos(angles[1]), atol=1e-6)
+
+
 # --- Parameters and sizes -------------------------------------------------------------------------------------------
 
 
@@ -191,8 +209,14 @@ PUBLISHED = {
     "llama3-3b": 3_212_749_824,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-8b": 8_190_735_360,
 }
 
 
@@ -218,6 +242,8 @@ def test_named_sizes_have_the_published_number_of_parameters(size):
         (dict(max_positions=0), r"model\.max_positions is 0"),
         (dict(heads=6, kv_heads=4), r"model\.heads \(6\) must be a multiple of model\.kv_heads \(4\)"),
         (dict(head_dim=5), r"model\.head_dim is 5; rotary positions need an even one"),
+        (dict(rope_factor=0.5), r"model\.rope_factor is 0.5; it must be at least 1"),
+        (dict(rope_low_freq=4.0), r"model\.rope_low_freq \(4.0\) must be above 0 and below model.rope_high_freq"),
         (dict(width=5), r"unknown model fields width; known are activation, bias,"),
     ],
 )

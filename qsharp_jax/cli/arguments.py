@@ -1,0 +1,197 @@
+"""The commands' arguments: what may be given, with what by default, and what `--help` says about it."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from qsharp_jax import config as configs
+from qsharp_jax.cli import runs, texts
+from qsharp_jax.errors import UserError
+
+DESCRIPTION = """\
+Guides a frozen language model by a learned distribution of the reward-to-go (Q#, arXiv 2502.20548).
+
+  qsharp run --config configs/arithmetic.py --workdir runs/arithmetic
+
+does everything: it makes or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
+report. Typed again with the same workdir it goes on where it was stopped. The other commands are its single steps.
+With models of your own, a folder for each with config.json, safetensors and tokenizer files:
+
+  qsharp generate --ref DIR --guide DIR "a prompt"
+  qsharp score --ref DIR --guide DIR --input FILE --output FILE"""
+
+CONFIG_HELP = """\
+Settings: any value of the config file can be changed by --config.KEY=VALUE, for example --config.seed=1 or
+--config.collect.samples=8. A workdir remembers its settings, so later commands need --workdir only."""
+
+FOLDERS_HELP = """\
+Models: those of a run, by --workdir, or of folders with config.json, safetensors and tokenizer files, as
+`transformers` and `qsharp export` write them, by --ref and --guide. The guide's tokenizer must have the reference's
+entries; paddings of the embeddings may differ."""
+
+SCORE_HELP = f"""\
+A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
+{{"prompt_tokens": [...], "response_tokens": [...]}}, which come first where both are there. A response given as text
+is scored with the token that ends it: in the chat format the end of a turn, else eos. For one that has no end give
+tokens. The output has the same lines and fields, with
+
+  ref_log_probs  of every response token after those before it, in nats, under the reference at temperature 1
+  values         the mean reward-to-go that the guide gives every response token
+  value          the last of these
+
+It grows in the order of the input; the same command, typed again after it was stopped, goes on behind what is there.
+
+{FOLDERS_HELP}"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses like the rest of the program: one sentence, not the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its result has `command`, a function of (workdir or None, options), and `name`, `workdir` and `config`."""
+    main = _Parser(
+        prog="qsharp", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = main.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(command, summary: str, epilog: str = CONFIG_HELP) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            command.__name__,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=command, name=command.__name__, config=None)
+        return sub
+
+    def add_on_run(command, summary: str) -> argparse.ArgumentParser:
+        sub = add(command, summary)
+        sub.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
+        _add_config(sub, required=command is runs.run)
+        return sub
+
+    add_on_run(runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
+
+    sub = add_on_run(runs.collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
+    sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
+
+    sub = add_on_run(runs.fit, "fit the guide to all rollouts up to a round")
+    sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the last collected")
+    sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+
+    sub = add(
+        texts.generate,
+        "answer prompts with the guided model; JSON lines to standard output",
+        f"{FOLDERS_HELP}\n\n{CONFIG_HELP}",
+    )
+    _add_generate(sub)
+
+    sub = add(texts.score, "log-probabilities and values of given responses; JSON lines; resumes", SCORE_HELP)
+    _add_folders(sub)
+    sub.add_argument("--input", metavar="FILE", required=True, help="JSON lines, as described below")
+    sub.add_argument("--output", metavar="FILE", required=True, help="where the JSON lines go")
+    sub.add_argument(
+        "--batch-size", type=_whole(1), default=texts.BATCH_ROWS, metavar="N",
+        help=f"sequences in a batch, by default {texts.BATCH_ROWS}",
+    )  # fmt: skip
+
+    add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
+    add_on_run(runs.report, "write report.md and the plots from what was measured")
+
+    sub = add_on_run(runs.export, "write one of a run's models as a folder that `transformers` loads")
+    sub.add_argument("--what", choices=("ref", "guide"), required=True, help="the reference, or the last fitted guide")
+    sub.add_argument("--out", metavar="DIR", required=True, help="the folder; made if it is new, must be empty if not")
+    return main
+
+
+def _add_config(sub: argparse.ArgumentParser, *, required: bool = False) -> None:
+    sub.add_argument(
+        "--config", metavar="FILE", required=required, help="a Python file with get_config(), as in configs/"
+    )
+
+
+def _add_folders(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workdir", metavar="DIR", help="a run's folder: its reference and its last guide")
+    sub.add_argument("--ref", metavar="DIR", help="folder of the reference model")
+    sub.add_argument("--guide", metavar="DIR", help="folder of the guide")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="of weights and computation; by default bfloat16 for a folder whose config.json says so, else float32",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prompt-format", choices=("plain", "chat"),
+        help="the prompt as it is, or as one turn in the tokenizer's chat template; by default plain",
+    )  # fmt: skip
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    d = texts.DEFAULTS
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
+    _add_folders(sub)
+    _add_config(sub)
+    sub.add_argument(
+        "--input", metavar="FILE", help='a prompt a line, or (.jsonl) JSON lines with a "prompt"; - is standard input'
+    )
+    sub.add_argument("--output", metavar="FILE", help="where the JSON lines go, by default standard output")
+    sub.add_argument(
+        "--stream", action="store_true", help="print the text of one response to one prompt as it comes, without JSON"
+    )
+    sub.add_argument(
+        "--eta", type=_etas, metavar="LIST",
+        help="weights of the KL, as 0.5,0.1: small is strong guidance, inf is the reference alone (eta null in the"
+        f" output); by default the run's collect.eta; on folders {d['eta']} with a guide, inf without",
+    )  # fmt: skip
+    sub.add_argument("--samples", type=_whole(1), default=1, metavar="N", help="responses to each prompt at each eta")
+    sub.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="the same seed gives the same responses")
+
+    def default(name: str) -> str:
+        return f"by default the run's; on folders {d[name]}"
+
+    sub.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy; {default('temperature')}")
+    sub.add_argument("--top-p", type=float, metavar="P", help=f"in (0, 1]; {default('top_p')}")
+    sub.add_argument("--top-k", type=int, metavar="K", help=f"0 for no limit; {default('top_k')}")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help=default("max_new_tokens"))
+    sub.add_argument(
+        "--top-k-candidates", type=int, metavar="K",
+        help=f"how many of the likeliest tokens the guide scores at each step; {default('top_k_candidates')}",
+    )  # fmt: skip
+    sub.add_argument(
+        "--stop-ids", type=_ids, metavar="LIST",
+        help="a response ends at the first of these token ids, as 2,107; by default those of generation_config.json,"
+        " the tokenizer's eos and the end of a turn in its chat template",
+    )  # fmt: skip
+    sub.add_argument(
+        "--mode", choices=("qsharp", "cd", "expectation"), default="qsharp",
+        help="how values tilt: log E exp(z/eta), E z/eta, or log E z",
+    )  # fmt: skip
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _ids(text: str) -> list[int]:
+    if not all(item.strip().isdecimal() for item in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids, as 2,107")
+    return [int(item) for item in text.split(",")]
+
+
+def _etas(text: str) -> list[float]:
+    try:
+        etas = [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as 0.5,0.1") from None
+    if not all(eta >= configs.LEAST_ETA for eta in etas):
+        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be at least {configs.LEAST_ETA:g}")
+    return etas

@@ -1,0 +1,80 @@
+"""The commands on a run's workdir: everything, its single steps, and its models as folders for other programs."""
+
+import argparse
+
+from qsharp_jax.errors import UserError
+from qsharp_jax.workdir import Workdir
+
+
+def run(workdir: Workdir, options: argparse.Namespace) -> None:
+    """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
+    from qsharp_jax import evaluate, report
+    from qsharp_jax.algorithms import pretrain, qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    ref = pretrain.run(session)
+    guides = {}
+
+    def after_round(number, guide):
+        guides[number] = guide
+        evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
+
+    qsharp.run(session, ref, after_round)
+    print("\n" + report.write(session))
+
+
+def collect(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax.algorithms import pretrain, qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
+    _check_round(session, number)
+    ref = pretrain.run(session)
+    guide = session.load_guide(number - 1) if number > 1 else None
+    figures = qsharp.collect(session, number, ref, guide)
+    print(f"round {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+def fit(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax.algorithms import qsharp
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    number = options.round or max(session.collected_rounds(), 1)
+    _check_round(session, number)
+    data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
+    qsharp.fit(session, number, session.load_ref(), data)
+    print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
+
+
+def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import evaluate, report
+    from qsharp_jax.session import Session
+
+    session = Session(workdir)
+    ref = session.load_ref()
+    last = session.fitted_rounds()
+    guides = {number: session.load_guide(number) for number in range(1, last + 1)}
+    print(report.table(evaluate.evaluate(session, ref, guides, full=True)))
+
+
+def report(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import report
+    from qsharp_jax.session import Session
+
+    print(report.write(Session(workdir)))
+
+
+def export(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import export
+    from qsharp_jax.session import Session
+
+    export.write(Session(workdir), options.what, options.out)
+    print(f"the {'reference' if options.what == 'ref' else 'guide'} is in {options.out}")
+
+
+def _check_round(session, number: int) -> None:
+    if not 1 <= number <= session.config.rounds:
+        raise UserError(f"round {number} is not one of this run's 1 .. {session.config.rounds}")

@@ -1,0 +1,259 @@
+"""The commands that read and write texts, `generate` and `score`: with a run's models, or with models in folders."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax import config as configs
+from qsharp_jax.errors import UserError
+from qsharp_jax.workdir import Workdir
+
+# Of `generate` on folders; a run has its own. The eta is that of the paper's experiments.
+DEFAULTS = dict(eta=0.1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, top_k_candidates=20)
+BATCH_ROWS = 16
+
+_CHANGES = ("temperature", "top_p", "top_k", "max_new_tokens", "top_k_candidates")
+
+
+def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
+    """Every prompt with every eta, as JSON lines, or one as text while it comes."""
+    import numpy as np
+
+    given = _generation_settings(options)
+    prompts = _read_prompts(options)
+    etas = _etas(workdir, options)
+    if options.stream and (len(prompts), len(etas), options.samples, options.output) != (1, 1, 1, None):
+        raise UserError("--stream prints one response: give one prompt, one eta, --samples 1, and no --output")
+    models = _models(workdir, options)
+    settings = _all_settings(models, workdir, given)
+    guided = not all(map(math.isinf, etas))
+    encoded = _encode(models, prompts, settings["max_new_tokens"], guided)
+    if options.output:
+        _check_output(options.output)
+    ref, guide = models.load_ref(), models.load_guide() if guided else None
+    plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
+    seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
+    if options.stream:
+        _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, mode=options.mode, **settings)
+        return
+
+    from qsharp_jax import rollouts
+
+    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
+    each = len(etas) * options.samples
+    together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
+    generation = rollouts.sample(
+        ref,
+        guide,
+        encoded if together else [encoded[prompt] for prompt, _ in plan],
+        samples=each if together else 1,
+        seeds=seeds,
+        batch_size=rows,
+        eta=np.asarray([eta for _, eta in plan], np.float32),
+        mode=options.mode,
+        **settings,
+    )
+    with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
+        for row, (prompt, eta) in enumerate(plan):
+            length = generation.lengths[row]
+
+            def numbers(array, row=row, length=length):
+                return [round(float(x), 6) if math.isfinite(x) else None for x in array[row, :length]]
+
+            line = {
+                "prompt": prompts[prompt],
+                "response": models.text.decode(generation.response(row)),
+                "tokens": generation.response(row),
+                "finished": bool(generation.finished[row]),
+                "eta": eta if math.isfinite(eta) else None,
+                "seed": int(seeds[row]),
+                "log_probs": numbers(generation.log_probs),
+                "ref_log_probs": numbers(generation.ref_log_probs),
+                "kl": numbers(generation.kl),
+                "values": numbers(generation.values),
+            }
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _stream(text, ref, guide, encoded: list[list[int]], **settings: Any) -> None:
+    from qsharp_jax.generate import stream
+
+    blocks = stream(ref, guide, encoded, record=(), **settings)
+    with _standard_output() as file:
+        for piece in text.pieces(rows[0] for rows in blocks):
+            file.write(piece)
+            file.flush()
+        file.write("\n")
+
+
+def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
+    """The reference's log-probabilities and the guide's values of given responses, as JSON lines."""
+    import functools
+
+    from qsharp_jax import score_file
+
+    records = score_file.read(options.input)
+    if Path(options.output).exists() and os.path.samefile(options.input, options.output):
+        raise UserError(f"{options.output} is the input itself; give another --output")
+    has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
+    done = score_file.resume(options.output, records, ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide)
+    records = records[done:]
+    if not records:
+        print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
+        return
+
+    from qsharp_jax import score as scoring
+
+    models = _models(workdir, options)
+    positions = min(config.max_positions for config in models.configs.values())
+    examples = score_file.encode(records, models.text, positions, first=done + 1)
+    _check_output(options.output)
+    vocab_size, rows = models.text.vocab_size, options.batch_size
+    log_probs = means = None
+    if has_ref:
+        log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
+    if has_guide:
+        means = functools.partial(scoring.score, models.load_guide(), rows=rows)
+    score_file.write(options.output, records, examples, log_probs=log_probs, means=means, rows=rows)
+
+
+# --- Where the models come from -------------------------------------------------------------------------------------
+
+
+def check_source(options: argparse.Namespace) -> None:
+    """That the arguments name either a run or folders, and those that the command needs."""
+    folders = [f"--{name}" for name in ("ref", "guide") if getattr(options, name) is not None]
+    if options.workdir is not None and folders:
+        raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")
+    if options.workdir is None and not folders:
+        raise UserError("there are no models; give a run by --workdir, or models' folders by --ref and --guide")
+    if options.name == "generate" and folders == ["--guide"]:
+        raise UserError("--guide needs the reference that it guides; give --ref")
+    for name in ("dtype", "prompt_format", "stop_ids"):
+        if options.workdir is not None and getattr(options, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
+
+
+def _models(workdir: Workdir | None, options: argparse.Namespace):
+    """A `Session` or `Folders`: both have `text`, `configs`, `load_ref` and `load_guide`."""
+    if workdir is not None:
+        from qsharp_jax.session import Session
+
+        return Session(workdir)
+    from qsharp_jax.folders import Folders
+
+    return Folders(
+        options.ref and Path(options.ref),
+        options.guide and Path(options.guide),
+        dtype=options.dtype,
+        prompt_format=options.prompt_format or "plain",
+        stop_ids=getattr(options, "stop_ids", None),
+    )
+
+
+# --- What `generate` is given ---------------------------------------------------------------------------------------
+
+
+def _generation_settings(options: argparse.Namespace) -> dict:
+    """Those of the settings that the arguments change."""
+    given = {name: getattr(options, name) for name in _CHANGES}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        passes, words = configs.RULES[f"generate.{name}"]
+        if not passes(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
+    return given
+
+
+def _all_settings(models, workdir: Workdir | None, given: dict) -> dict:
+    """The settings of `generate`, but for eta and mode: the run's or the defaults, changed by the arguments."""
+    vocab_size = models.text.vocab_size
+    if given.get("top_k_candidates", 0) > vocab_size:
+        raise UserError(
+            f"--top-k-candidates is {given['top_k_candidates']}; it must be at most {vocab_size}, the vocabulary's size"
+        )
+    if workdir is not None:
+        return models.generation_settings() | given
+    settings = {name: DEFAULTS[name] for name in _CHANGES}
+    settings["top_k_candidates"] = min(settings["top_k_candidates"], vocab_size)
+    return settings | given | {"stop_ids": models.text.stop_ids, "vocab_size": vocab_size}
+
+
+def _etas(workdir: Workdir | None, options: argparse.Namespace) -> list[float]:
+    if workdir is not None:
+        return options.eta or [workdir.config.collect.eta]
+    if options.guide:
+        return options.eta or [DEFAULTS["eta"]]
+    for eta in options.eta or []:
+        if math.isfinite(eta):
+            raise UserError(f"--eta {eta:g} needs a guide; give --guide, or leave --eta out")
+    return options.eta or [math.inf]
+
+
+def _encode(models, prompts: list[str], max_new_tokens: int, guided: bool) -> list[list[int]]:
+    """The prompts' ids; one that is too long for a model that runs is refused before any weight is read."""
+    encoded = [models.text.encode_prompt(prompt) for prompt in prompts]
+    limits = {what: config.max_positions for what, config in models.configs.items() if guided or what == "reference"}
+    what, limit = min(limits.items(), key=lambda item: item[1])
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if not tokens:
+            raise UserError(f"the prompt {prompt[:60]!r} has no tokens; write at least one word")
+        if len(tokens) + max_new_tokens > limit:
+            raise UserError(
+                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more"
+                f" than the {what}'s {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
+            )
+    return encoded
+
+
+def _check_output(path: str) -> None:
+    """Before anything is computed: the file can be written. What it holds stays until there is something to write."""
+    try:
+        open(path, "a").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} cannot be written, for its folder is not there; make it, or give another --output"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give --output the path of a file") from None
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """Prompts from the arguments, or from the file or standard input, one a line."""
+    if options.prompts and options.input:
+        raise UserError("give prompts as arguments or by --input, not both")
+    if options.prompts:
+        return options.prompts
+    name = "standard input" if options.input in (None, "-") else options.input
+    try:
+        data = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {name}; give --input the path of a file of prompts") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"{name} is no text in UTF-8; give prompts as text, one a line") from None
+    # Not `splitlines`: JSON has some of its line ends inside strings.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{name} holds no prompts; write one a line")
+    if not name.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f'{name}, line {number}: expected a JSON object with a text as its "prompt"')
+        prompts.append(prompt)
+    return prompts
+
+
+def _standard_output():
+    return os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""A reference and a guide in folders, as `transformers` keeps models: tokenizers, shapes, and the weights when asked.
+
+Everything that can be refused without the weights is refused before they are read. It knows nothing about runs.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qsharp_jax.errors import UserError
+from qsharp_jax.models import hf
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.text import Text, check_same_tokens, has_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """One model or two that go together.
+
+    Attributes:
+      ref, guide: folders, one of which may be None.
+      dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
+      prompt_format: "plain" or "chat", see `Text`.
+      stop_ids: by default those of the reference's folder.
+
+    Raises:
+      UserError: for a folder that is none of a model, or a guide with other tokens than the reference.
+    """
+
+    ref: Path | None
+    guide: Path | None
+    dtype: str | None = None
+    prompt_format: str = "plain"
+    stop_ids: Sequence[int] | None = None
+
+    def __post_init__(self):
+        for what, config in self.configs.items():
+            if config.vocab_size < self.text.vocab_size:
+                raise UserError(
+                    f"the {what} has {config.vocab_size} tokens in its embedding, but the tokenizer in"
+                    f" {self.ref or self.guide} has ids up to {self.text.vocab_size - 1}; put the model's own there"
+                )
+        if self.ref and self.guide and has_tokenizer(self.guide):  # it needs none of its own
+            check_same_tokens(self.text, Text.load(self.guide))
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The reference's tokenizer, or the guide's where it is alone."""
+        return Text.load(self.ref or self.guide, prompt_format=self.prompt_format, stop_ids=self.stop_ids)
+
+    @functools.cached_property
+    def configs(self) -> dict[str, DecoderConfig]:
+        """The shapes of the "reference" and of the "guide"'s trunk, as far as there are folders."""
+        made = {}
+        if self.ref:
+            made["reference"] = hf.read_config(self.ref, self._dtype(self.ref))
+        if self.guide:
+            made["guide"] = hf.read_guide_config(self.guide, self._dtype(self.guide)).trunk
+        return made
+
+    def load_ref(self) -> LanguageModel:
+        return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
+
+    def load_guide(self) -> ValueModel:
+        return hf.load_guide(self.guide, dtype=self._dtype(self.guide))
+
+    def _dtype(self, folder: Path) -> str:
+        return self.dtype or stored_dtype(folder)
+
+
+def stored_dtype(folder: Path) -> str:
+    """bfloat16 where config.json says so, else float32, which holds every float16 exactly.
+
+    A config.json that is missing or damaged is refused by whoever reads the rest of it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = config.get("dtype", config.get("torch_dtype"))
+    except (OSError, ValueError, AttributeError):
+        return "float32"
+    return "bfloat16" if stored == "bfloat16" else "float32"

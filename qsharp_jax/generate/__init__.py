@@ -1,0 +1,27 @@
+"""Guided decoding: `generate` and `stream`, and the `prefill`, `decode_one_token` and `decode` that they consist of.
+
+It takes and gives token ids; it knows nothing about text, tasks or rewards.
+"""
+
+from qsharp_jax.generate.api import for_decoding, generate, row_seeds, stream
+from qsharp_jax.generate.loop import BLOCK, decode, prefill
+from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
+from qsharp_jax.generate.step import decode_one_token
+
+__all__ = [
+    "BLOCK",
+    "RECORDED",
+    "Controls",
+    "Generation",
+    "Record",
+    "Settings",
+    "State",
+    "decode",
+    "decode_one_token",
+    "first_state",
+    "for_decoding",
+    "generate",
+    "prefill",
+    "row_seeds",
+    "stream",
+]

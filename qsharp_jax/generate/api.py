@@ -1,0 +1,294 @@
+"""`generate` and `stream`: from lists of tokens to the loop's arrays, and back.
+
+Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K candidates.
+"""
+
+import functools
+import math
+from collections.abc import Collection, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax import guidance
+from qsharp_jax.errors import UserError
+from qsharp_jax.generate.loop import BLOCK, decode, prefill
+from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
+from qsharp_jax.models import decoder, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
+
+CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
+PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
+
+
+def for_decoding(model: Any) -> Any:
+    """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through."""
+    trunk = model.params.get("trunk", model.params)
+    if isinstance(trunk["layers"], list):
+        return model
+    unstack = value.unstack if isinstance(model, ValueModel) else decoder.unstack
+    return model.replace(params=unstack(model.params))
+
+
+def generate(
+    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], **settings: Any
+) -> Generation:
+    """Samples responses to prompts from the guided policy.
+
+    As in the paper's program and in Hugging Face's order, the tilt comes first, then temperature, then top-k and top-p.
+    A row's result depends on its own prompt, settings and seed only (but for shared slots that do not suffice). Every
+    program is compiled once per number of rows, padded prompt length, `max_new_tokens` and `Settings`; eta,
+    temperature, top-p, top-k, budget and seeds are data. Rows are the prompts' samples, a prompt's next to each other:
+    what may be given one a row has len(prompts) * samples entries.
+
+    Args:
+      ref: the frozen reference model.
+      guide: the value model; None, or eta = inf for all rows, gives exactly the reference, and then no guide runs.
+      prompts: B lists of token ids, each of at least one token.
+      eta: weight of the KL to the reference, > 0, in units of reward; a number or one a row. Small is strong guidance.
+        By default inf.
+      temperature: >= 0; 0 takes the most probable token. A number or one a row, by default 1.
+      top_k_candidates: how many of the likeliest tokens under the reference the guide scores at each step, by default
+        20.
+      top_p: in (0, 1], a number or one a row, by default 1.
+      top_k: 0 for no limit, which is the default, a number or one a row.
+      max_new_tokens: length of the response at most, the stop token included; a static size.
+      budget: tokens that each row may have, at most `max_new_tokens`, which is the default.
+      rng: one seed a row, or an integer from which they are drawn.
+      stop_ids: a response ends at the first of these.
+      samples: responses to each prompt, by default 1; they share one prefill.
+      mode: "qsharp" (the default), "cd" or "expectation", see `guidance.log_weights`.
+      vocab_size: ids from here on are rows that pad the reference's embedding, and never drawn; by default none are.
+      candidate_slots: guide positions that a row has on average, for a V-type: all rows' candidates share so many times
+        the rows, the most probable first. By default None: each has `top_k_candidates` of its own.
+      candidate_threshold: least reference probability of a candidate that may have a shared slot, by default 1e-3.
+      record: which of log-probabilities, KL and values to keep, by default all of `RECORDED`; others cost nothing.
+      prompt_bucket: shortest padded length of prompts, in tokens, by default 16; see `padded_length`.
+
+    Raises:
+      UserError: for settings out of range, ids outside the vocabulary, or prompts that do not fit the model's context.
+    """
+    run = _Run(ref, guide, prompts, **settings)
+    state = decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
+    return run.generation(state)
+
+
+def stream(
+    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], **settings: Any
+) -> Generator[list[list[int]], None, Generation]:
+    """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
+    run = _Run(ref, guide, prompts, **settings)
+    state, shown, going_on = run.state, np.zeros(len(run.controls.seed), int), True
+    while going_on:
+        until = jnp.int32(state.step + BLOCK)
+        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, until=until)
+        tokens, lengths = np.asarray(state.record.token), np.asarray(state.length)
+        yield [row[begin:end].tolist() for row, begin, end in zip(tokens, shown, lengths, strict=True)]
+        shown, going_on = lengths, bool(state.active(run.controls).any())
+    return run.generation(state)
+
+
+class _Run:
+    """The checked arguments of `generate` as the loop's arrays, with the prompts prefilled."""
+
+    def __init__(
+        self,
+        ref: LanguageModel,
+        guide: ValueModel | None,
+        prompts: Sequence[Sequence[int]],
+        *,
+        eta: Any = jnp.inf,
+        temperature: Any = 1.0,
+        top_k_candidates: int = 20,
+        top_p: Any = 1.0,
+        top_k: Any = 0,
+        max_new_tokens: int,
+        budget: Any = None,
+        rng: Any,
+        stop_ids: Sequence[int],
+        samples: int = 1,
+        mode: str = "qsharp",
+        vocab_size: int | None = None,
+        candidate_slots: float | None = None,
+        candidate_threshold: float = 1e-3,
+        record: Collection[str] = RECORDED,
+        prompt_bucket: int = PROMPT_BUCKET,
+    ):
+        for name, count in dict(max_new_tokens=max_new_tokens, prompt_bucket=prompt_bucket, samples=samples).items():
+            if count < 1:
+                raise UserError(f"{name} is {count}; it must be at least 1")
+        rows = len(prompts) * samples
+        self.max_new_tokens = max_new_tokens
+        self.controls = Controls(
+            eta=_per_row("eta", eta, rows, np.float32, lambda x: x > 0, "greater than 0"),
+            temperature=_per_row("temperature", temperature, rows, np.float32, lambda x: x >= 0, "0 or more"),
+            top_p=_per_row("top_p", top_p, rows, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+            top_k=_per_row("top_k", top_k, rows, np.int32, lambda x: x >= 0, "0 or more"),
+            threshold=_per_row(
+                "candidate_threshold", candidate_threshold, rows, np.float32, lambda x: (0 <= x) & (x < 1), "in [0, 1)"
+            ),
+            budget=_per_row(
+                "budget",
+                max_new_tokens if budget is None else budget,
+                rows,
+                np.int32,
+                lambda x: (x >= 0) & (x <= max_new_tokens),
+                f"in 0 .. max_new_tokens = {max_new_tokens}",
+            ),
+            seed=_per_row(
+                "rng",
+                row_seeds(rng, rows) if np.ndim(rng) == 0 and rng >= 0 else rng,
+                rows,
+                np.int64,
+                lambda x: (0 <= x) & (x < 2**32),
+                "0 or more, and less than 2^32 where it is one a row",
+            ).astype(np.uint32),
+        )
+        if guide is not None and np.isinf(self.controls.eta).all():
+            guide = None
+        vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
+        if guide is not None:
+            _check_guide(ref.config, guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
+        _check_prompts(ref, guide, prompts, self.controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
+        controls = self.controls
+        self.settings = Settings(
+            stop_ids=tuple(stop_ids),
+            vocab_size=vocab_size,
+            candidates=top_k_candidates,
+            slots=0 if candidate_slots is None else min(math.ceil(candidate_slots * rows), rows * top_k_candidates),
+            mode=mode,
+            truncate=bool(
+                (controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()
+            ),
+            record=tuple(name for name in RECORDED if name in record),
+        )
+
+        width = padded_length(max(map(len, prompts)), prompt_bucket)
+        padded = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, width - len(prompt) :] = prompt
+        start = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
+        steps = -(-max_new_tokens // BLOCK) * BLOCK
+        size = -(-(width - 1 + steps) // CACHE_BUCKET) * CACHE_BUCKET
+        self.ref, self.guide = for_decoding(ref), None if guide is None else for_decoding(guide)
+        fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
+        self.state = first_state(
+            fill(self.ref.params, ref.config),
+            None if guide is None else fill(self.guide.params["trunk"], guide.config.trunk),
+            np.repeat(padded, samples, axis=0),
+            np.repeat(start, samples),
+            steps,
+            self.settings,
+        )
+
+    def generation(self, state: State) -> Generation:
+        """The loop's result on the host."""
+        state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
+        record = jax.tree.map(lambda leaf: leaf[:, : self.max_new_tokens], state.record)
+        return Generation(
+            tokens=record.token,
+            lengths=state.length,
+            finished=state.stopped,
+            dropped=state.dropped,
+            log_probs=record.log_prob,
+            ref_log_probs=record.ref_log_prob,
+            kl=record.kl,
+            kl_truncated=record.kl_truncated,
+            values=None if record.value is None else _values(record, state.length, guided=self.guide is not None),
+        )
+
+
+def _values(record: Record, lengths: np.ndarray, *, guided: bool) -> np.ndarray:
+    """[R, N]: the guide's mean at every token, nan without a guide and past the end.
+
+    A V-type reads a token's value when it was a candidate; one that was not is read a step later, as pending.
+    """
+    within = np.arange(record.value.shape[1]) < lengths[:, None]
+    if not guided:
+        return np.full(within.shape, np.nan, np.float32)
+    later = np.pad(record.pending_value[:, 1:], ((0, 0), (0, 1)), constant_values=np.nan)
+    later = np.where(np.pad(within[:, 1:], ((0, 0), (0, 1))), later, np.nan)
+    return np.where(within, np.where(np.isnan(record.value), later, record.value), np.nan)
+
+
+def padded_length(length: int, shortest: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... times `shortest` that is at least `length`.
+
+    Two sizes an octave: programs are few (19 for prompts of 16 to 8,192 tokens), and padding is at most a half.
+    """
+    multiple = -(-length // shortest)
+    octave = 1 << max(multiple - 1, 1).bit_length() - 1
+    return shortest * min(size for size in (1, octave, octave * 3 // 2, octave * 2) if size >= multiple)
+
+
+def row_seeds(seed: int, rows: int) -> np.ndarray:
+    """[rows] uint32 seeds drawn from one."""
+    return np.random.SeedSequence(int(seed)).generate_state(rows)
+
+
+def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: str) -> np.ndarray:
+    array = np.asarray(given, dtype)
+    if array.ndim > 1 or (array.ndim == 1 and array.shape != (rows,)):
+        raise UserError(f"{name} has shape {array.shape}; give one number, or one for each of the {rows} rows")
+    if not np.all(allowed(array)):
+        raise UserError(f"{name} is {given}; it must be {words}")
+    return np.broadcast_to(array, (rows,))
+
+
+def _is_never_negative(config: ValueConfig) -> bool:
+    return config.distribution == "bernoulli" or (config.distribution == "categorical" and config.atoms[0] >= 0)
+
+
+def _check_prompts(
+    ref: LanguageModel,
+    guide: ValueModel | None,
+    prompts: Sequence[Sequence[int]],
+    budget: np.ndarray,
+    vocab_size: int,
+) -> None:
+    """`budget` is the longest response of each prompt, [B]."""
+    if not prompts:
+        raise UserError("there are no prompts; give at least one")
+    positions = {"reference": ref.config.max_positions}
+    if guide is not None:
+        positions["guide"] = guide.config.trunk.max_positions
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {row} is empty; a prompt needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise UserError(f"prompt {row} has token ids outside the vocabulary of {vocab_size}")
+        for name, longest in positions.items():
+            if len(prompt) + budget[row] > longest:
+                raise UserError(
+                    f"prompt {row} has {len(prompt)} tokens, which with max_new_tokens = {budget[row]} is more than"
+                    f" the {name}'s {longest} positions; shorten the prompt or the response"
+                )
+
+
+def _check_guide(
+    ref: DecoderConfig, guide: ValueConfig, mode: str, vocab_size: int, candidates: int, slots: float | None
+) -> None:
+    if mode not in guidance.MODES:
+        raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
+    never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
+    if mode == "expectation" and not never_negative:
+        raise UserError(
+            'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
+            " bernoulli guide, or a categorical one with atoms of 0 and more"
+        )
+    # Embeddings of one vocabulary may be padded to different sizes.
+    if vocab_size > min(ref.vocab_size, guide.trunk.vocab_size):
+        raise UserError(
+            f"the guide's vocabulary has {guide.trunk.vocab_size} entries, the reference's {ref.vocab_size}, of which"
+            f" {vocab_size} are in use; use a guide with the reference's vocabulary"
+        )
+    if not 1 <= candidates <= vocab_size:
+        raise UserError(f"top_k_candidates is {candidates}; it must be in 1 .. {vocab_size}")
+    if slots is not None and not 0 < slots <= candidates:
+        raise UserError(f"candidate_slots is {slots}; it must be above 0, at most top_k_candidates = {candidates}")
+    if slots is not None and guide.type == "q":
+        raise UserError("a Q-type guide reads all candidates at one position: leave candidate_slots out")

@@ -1,0 +1,76 @@
+"""The two compiled programs of decoding: `prefill` of the prompts, and `decode`, the loop over steps.
+
+Shapes: B prompts, P their padded length, R rows (B times the samples of each prompt), N new tokens.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.generate.state import Controls, Settings, State
+from qsharp_jax.generate.step import decode_one_token
+from qsharp_jax.models import decoder, kv_cache
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.value import ValueModel
+
+BLOCK = 8  # steps between two looks at whether every row has ended
+
+
+@functools.partial(jax.jit, static_argnames=("config", "size", "samples"))
+def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, size: int, samples: int = 1) -> KVCache:
+    """The cache of left-padded prompts. No logits are computed: a prompt's last token is the loop's first pending one.
+
+    Args:
+      params: a decoder's parameters, in either form.
+      config: its `DecoderConfig`.
+      tokens: [B, P - 1], the prompts without their last token.
+      start: [B], position of each prompt's first token.
+      size: positions of the cache.
+      samples: rows of the cache for each prompt; a prompt goes through the model once for all of them.
+    """
+    chex.assert_rank(tokens, 2)
+    chex.assert_shape(start, (tokens.shape[0],))
+    positions = jnp.arange(tokens.shape[1]) - start[:, None]
+    segments = (positions >= 0).astype(jnp.int32)
+    _, kept = decoder.forward(params, config, tokens, segments, jnp.maximum(positions, 0), keep_kv=True)
+    if not isinstance(kept, list):
+        kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
+    kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
+    return kv_cache.from_prefill(kept, start, size)
+
+
+@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+def decode(
+    ref: LanguageModel,
+    guide: ValueModel | None,
+    state: State,
+    controls: Controls,
+    *,
+    settings: Settings,
+    until: jax.Array | int | None = None,
+) -> State:
+    """Blocks of steps until every row has ended, or `until` steps are done. The carry is updated in place.
+
+    A block is a scan: the loop's condition, which a device has to wait for, is looked at once a block.
+    """
+    room = state.record.token.shape[1]
+    last = room if until is None else jnp.minimum(until, room)
+
+    def going_on(state: State) -> jax.Array:
+        return state.active(controls).any() & (state.step < last)
+
+    def block(state: State) -> State:
+        first = state.step
+        state, new = jax.lax.scan(
+            lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, None, length=BLOCK
+        )
+        record = jax.tree.map(
+            lambda kept, block: jax.lax.dynamic_update_slice(kept, block.T, (0, first)), state.record, new
+        )
+        return state.replace(record=record)
+
+    return jax.lax.while_loop(going_on, block, state)

@@ -1,0 +1,150 @@
+"""What a decode loop carries, what it is told, and what it gives back. Shapes: B rows, N new tokens, K candidates."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax.models.kv_cache import KVCache
+
+RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compiled in: a change of any of these is a new program.
+
+    Attributes:
+      stop_ids: a row ends at the first of these.
+      vocab_size: ids from here on are rows that pad the embedding; they are never drawn.
+      candidates: K, how many tokens a step the guide scores.
+      slots: guide positions that the candidates of all rows share in a step; 0 gives every row its own K.
+      mode: how the guide's distribution becomes a tilt, see `guidance.log_weights`.
+      truncate: some row has top_p < 1, top_k > 0 or temperature 0.
+      record: which of `RECORDED` are kept; what is not is not computed.
+    """
+
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    candidates: int
+    mode: str = "qsharp"
+    slots: int = 0
+    truncate: bool = False
+    record: tuple[str, ...] = RECORDED
+
+
+@flax.struct.dataclass
+class Controls:
+    """One entry a row [B]: arrays, so that one program serves a sweep over any of them."""
+
+    eta: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    threshold: jax.Array  # least reference probability of a candidate that may have a shared slot
+    budget: jax.Array  # tokens that the row may have
+    seed: jax.Array
+
+
+@flax.struct.dataclass
+class Record:
+    """What is kept of each step, [B] in a step and [B, N] over the loop; None for what is not recorded.
+
+    `value` is the guide's mean at the new token (nan where it scored only other tokens), `pending_value` at the token
+    before it.
+    """
+
+    token: jax.Array
+    log_prob: jax.Array | None = None
+    ref_log_prob: jax.Array | None = None
+    kl: jax.Array | None = None
+    kl_truncated: jax.Array | None = None
+    value: jax.Array | None = None
+    pending_value: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class State:
+    """The loop's carry. The pending token is chosen but not yet seen by the models; `previous` came before it."""
+
+    ref_cache: KVCache
+    guide_cache: KVCache | None
+    pending: jax.Array  # [B]
+    previous: jax.Array  # [B]
+    length: jax.Array  # [B] tokens generated, the stop token among them
+    stopped: jax.Array  # [B] ended by a stop token
+    dropped: jax.Array  # [B] candidates for which there was no shared slot, over all steps
+    step: jax.Array
+    record: Record  # [B, N]
+
+    def active(self, controls: Controls) -> jax.Array:
+        """[B] bool: rows that have not ended."""
+        return ~self.stopped & (self.length < controls.budget)
+
+
+def first_state(
+    ref_cache: KVCache,
+    guide_cache: KVCache | None,
+    prompts: np.ndarray,
+    start: np.ndarray,
+    steps: int,
+    settings: Settings,
+) -> State:
+    """The carry before the first step, with the prompts' [B, P] last tokens pending and room for `steps` new ones.
+
+    Args:
+      start: [B], position of each prompt's first token.
+    """
+    rows, width = prompts.shape
+    names = {
+        "log_probs": ("log_prob", "ref_log_prob"),
+        "kl": ("kl", "kl_truncated"),
+        "values": ("value", "pending_value"),
+    }
+    return State(
+        ref_cache=ref_cache,
+        guide_cache=guide_cache,
+        pending=jnp.asarray(prompts[:, -1]),
+        previous=jnp.asarray(np.where(start < width - 1, prompts[:, max(width - 2, 0)], -1)),
+        length=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.zeros(rows, bool),
+        dropped=jnp.zeros(rows, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        record=Record(
+            token=jnp.zeros((rows, steps), jnp.int32),
+            **{name: jnp.zeros((rows, steps)) for kept in settings.record for name in names[kept]},
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Generated tokens of B rows, on the host; entries past a row's length are 0 (nan for values).
+
+    Attributes:
+      tokens: [B, N] int32.
+      lengths: [B], the stop token included.
+      finished: [B] bool, ended by a stop token rather than by the budget.
+      dropped: [B], candidates that passed the threshold but got no shared slot, over all steps.
+      log_probs, ref_log_probs: [B, N] nats, of each token under the guided and the reference policy, both at the row's
+        temperature (1 where it is 0) and before truncation. None if not recorded, as the following.
+      kl: [B, N] nats, KL(pi || pi_ref) at each position, exact over the vocabulary, before truncation.
+      kl_truncated: [B, N] nats, the same with pi after top-k and top-p; pi_ref is never truncated.
+      values: [B, N], mean reward-to-go that the guide gives each token; nan without a guide.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    finished: np.ndarray
+    dropped: np.ndarray
+    log_probs: np.ndarray | None
+    ref_log_probs: np.ndarray | None
+    kl: np.ndarray | None
+    kl_truncated: np.ndarray | None
+    values: np.ndarray | None
+
+    def response(self, row: int) -> list[int]:
+        """The row's tokens, the stop token included."""
+        return self.tokens[row, : self.lengths[row]].tolist()

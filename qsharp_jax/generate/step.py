@@ -1,0 +1,168 @@
+"""One step of guided decoding: score the pending token and the candidates, tilt, sample.
+
+pi(y|x) ∝ pi_ref(y|x) E_{z~Z(x,y)}[exp(z/eta)] at every token (arXiv 2502.20548, Theorem 4.4), with one pass of the
+reference and one of the guide. Shapes: B rows, V vocabulary, K candidates, M outputs of the guide, S shared slots.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax import guidance, values
+from qsharp_jax.generate.state import Controls, Record, Settings, State
+from qsharp_jax.guidance import Packing
+from qsharp_jax.models import decoder, kv_cache, value
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.value import ValueModel
+
+
+def decode_one_token(
+    ref: LanguageModel, guide: ValueModel | None, state: State, controls: Controls, settings: Settings
+) -> tuple[State, Record]:
+    """One step for every row: score the pending token, tilt, sample the next one.
+
+    The reference sees the pending token; the guide sees it and the K likeliest candidates in the same pass.
+    """
+    hidden, ref_cache = advance(ref.params, ref.config, state.ref_cache, state.pending, state.previous)
+    ref_logits = decoder.logits(ref.params, ref.config, hidden[:, 0])  # [B, V]
+    if settings.vocab_size < ref_logits.shape[-1]:
+        ref_logits = jnp.where(jnp.arange(ref_logits.shape[-1]) < settings.vocab_size, ref_logits, -jnp.inf)
+    active = state.active(controls)
+
+    logits, guide_cache, dropped = ref_logits, None, state.dropped
+    if guide is not None:
+        candidates = guidance.top_candidates(ref_logits, settings.candidates)  # [B, K]
+        packing = None
+        if settings.slots:
+            packing = guidance.pack(ref_logits, candidates, settings.slots, controls.threshold, active)
+            dropped = dropped + packing.dropped
+        scored, mean_of, pending_value, guide_cache = score_candidates(guide, state, candidates, packing)
+        log_weights = guidance.log_weights(scored, controls.eta, settings.mode)
+        others = guidance.zero_log_weight(controls.eta, settings.mode)
+        if packing is not None:
+            log_weights = jnp.where(packing.scored, log_weights, others[:, None])
+        logits = guidance.tilt(ref_logits, candidates, log_weights, others)
+
+    policy = guidance.temper(logits, controls.temperature)
+    ref_policy = guidance.temper(ref_logits, controls.temperature)
+    truncated = policy
+    if settings.truncate:
+        truncated = guidance.truncate(policy, controls.temperature, controls.top_k, controls.top_p)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(controls.seed)
+    token = guidance.sample(truncated, keys)
+
+    new = Record(token=token)
+    none = jnp.zeros_like(controls.temperature)
+    if "log_probs" in settings.record:
+        new = new.replace(log_prob=guidance.log_prob(policy, token), ref_log_prob=guidance.log_prob(ref_policy, token))
+    if "kl" in settings.record:
+        kl = none if guide is None else guidance.kl(policy, ref_policy)
+        new = new.replace(kl=kl, kl_truncated=guidance.kl(truncated, ref_policy) if settings.truncate else kl)
+    if "values" in settings.record:
+        new = new.replace(
+            value=none if guide is None else mean_of(token), pending_value=none if guide is None else pending_value
+        )
+
+    stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
+    # Rows that have ended go on computing on a harmless token; nothing of it is kept.
+    new = jax.tree.map(lambda leaf: jnp.where(active, leaf, jnp.zeros_like(leaf)), new)
+    state = state.replace(
+        ref_cache=ref_cache,
+        guide_cache=guide_cache,
+        pending=new.token,
+        previous=state.pending,
+        length=state.length + active,
+        stopped=state.stopped | (active & stop),
+        dropped=dropped,
+        step=state.step + 1,
+    )
+    return state, new
+
+
+def advance(
+    params: Any,
+    config: Any,
+    cache: KVCache,
+    pending: jax.Array,
+    previous: jax.Array,
+    candidates: jax.Array | None = None,
+    packing: Packing | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states of the pending tokens [B] and of candidates [B, K] for the position after them.
+
+    The pending tokens' keys and values go into the cache, the candidates' do not. With a packing only the candidates
+    that have a slot go through the layers; attention alone, which is cheap, has room for all.
+
+    Returns:
+      hidden [B, 1 + K, D], the pending token first (zeros at candidates without a slot), and the cache.
+    """
+    place = (cache.index - cache.start)[:, None]  # [B, 1] the pending token's position in its row
+    tokens, before, positions = pending[:, None], previous[:, None], place
+    if candidates is not None:
+        tokens = jnp.concatenate([tokens, candidates], axis=1)
+        before = jnp.concatenate([before, jnp.broadcast_to(pending[:, None], candidates.shape)], axis=1)
+        positions = jnp.concatenate([positions, jnp.broadcast_to(place + 1, candidates.shape)], axis=1)
+
+    def pack(x: jax.Array) -> jax.Array:
+        return x if packing is None else packing.pack(x)
+
+    def unpack(x: jax.Array) -> jax.Array:
+        return x if packing is None else packing.unpack(x)
+
+    tokens, before, positions = pack(tokens), pack(before), pack(positions)
+    x = decoder.embed(params, config, tokens, before, positions)
+    turn, block = decoder.rotation(positions, config), decoder.Block(config)
+    all_keys, all_values = [], []
+    for layer, keys, values_ in zip(params["layers"], cache.keys, cache.values, strict=True):
+
+        def attend(query, key, value, keys=keys, values_=values_):
+            query, key, value = unpack(query), unpack(key), unpack(value)
+            keys = kv_cache.write(keys, key[:, :1], cache.index)
+            values_ = kv_cache.write(values_, value[:, :1], cache.index)
+            attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
+            return pack(attention), (keys, values_)
+
+        x, (keys, values_) = block.apply({"params": layer}, x, turn, attend)
+        all_keys.append(keys)
+        all_values.append(values_)
+    cache = cache.replace(keys=all_keys, values=all_values, index=cache.index + 1)
+    return unpack(decoder.normalise(params, config, x)), cache
+
+
+def score_candidates(
+    guide: ValueModel, state: State, candidates: jax.Array, packing: Packing | None
+) -> tuple[values.Distribution, Callable[[jax.Array], jax.Array], jax.Array, KVCache]:
+    """One pass of the guide.
+
+    Returns:
+      the distributions [B, K] at the candidates (of no meaning at those without a slot); a function that gives the
+      means [B] at one token a row (nan where it was not scored); the pending token's own mean [B] (nan from a Q-type,
+      which gave it a step before); the cache.
+    """
+    params, config = guide.params, guide.config
+    distribution = functools.partial(values.from_outputs, config.distribution, atoms=config.atoms)
+    see = functools.partial(advance, params["trunk"], config.trunk, state.guide_cache, state.pending, state.previous)
+    if config.type == "q":
+        hidden, cache = see()
+        scored = distribution(value.outputs_at(params, config, hidden, candidates))
+
+        def mean_of(token: jax.Array) -> jax.Array:
+            return distribution(value.outputs_at(params, config, hidden, token[:, None])).mean()[:, 0]
+
+        return scored, mean_of, jnp.full(state.pending.shape, jnp.nan), cache
+
+    hidden, cache = see(candidates, packing)
+    outputs = value.outputs(params, config, hidden)  # [B, 1 + K, M]
+    scored = distribution(outputs[:, 1:])
+
+    def mean_of(token: jax.Array) -> jax.Array:
+        match = candidates == token[:, None]
+        if packing is not None:
+            match &= packing.scored
+        return jnp.where(match.any(1), jnp.where(match, scored.mean(), 0).sum(1), jnp.nan)
+
+    return scored, mean_of, distribution(outputs[:, 0]).mean(), cache

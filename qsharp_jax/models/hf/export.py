@@ -1,0 +1,227 @@
+"""Weights out: a folder that `transformers` loads with no code of ours, with tokenizer and model card.
+
+A reference is a causal language model. A V-type guide is a token classifier whose outputs at a token are the guide's
+for that token; a Q-type guide is a causal language model whose logits are the guide's. What the outputs parametrise
+stands under "qsharp" in config.json.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from qsharp_jax.errors import UserError
+from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.hf import card as cards
+from qsharp_jax.models.hf import config as configs
+from qsharp_jax.models.hf import files, names
+from qsharp_jax.models.hf.names import Place
+from qsharp_jax.models.value import ValueConfig, ValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LARGEST_FILE = 5_000_000_000  # bytes of weights in one file
+PARTIAL = ".partial"  # what is being written, until all of it is
+# What an export may leave behind for the next one into the same folder to remove.
+_OURS = (
+    "*.safetensors", files.INDEX, "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+)  # fmt: skip
+
+
+def export_ref(
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    stop_ids: Sequence[int] = (),
+    trained_on: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> None:
+    """Writes a reference as `AutoModelForCausalLM` and `AutoTokenizer` load it, weights in the dtype they are held in.
+
+    Args:
+      model: in either form, stacked or unstacked.
+      folder: new, empty, or an earlier export, which is replaced.
+      tokenizer: saved along.
+      stop_ids: tokens that end a response; by default the tokenizer's end of text.
+      trained_on: for the model card, what it was trained on, in Markdown.
+      metrics: for the model card.
+      largest_file: bytes of weights that one file may hold.
+
+    Raises:
+      UserError: if no class of `transformers` computes this model, or something else is in the folder.
+      OSError: if the folder cannot be written.
+    """
+    family = configs.family_of(model.config)
+    special = _special_tokens(tokenizer, stop_ids)
+    entries = configs.entries(
+        model.config, family, classifier=False, tied=model.config.tied, dtype=_dtype(model.params)
+    )
+    entries |= special | {configs.KEY: {}}
+    _export(
+        folder, model.params, names.decoder_places(family), entries, tokenizer, largest_file,
+        {
+            "config.json": entries,
+            "generation_config.json": {name: ids for name, ids in special.items() if ids is not None},
+            "README.md": cards.ref(trained_on, metrics or {}),
+        },
+    )  # fmt: skip
+
+
+def export_guide(
+    model: ValueModel,
+    folder: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    trained_on: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> None:
+    """Writes a guide: a V-type as `AutoModelForTokenClassification` loads it, a Q-type as `AutoModelForCausalLM` does.
+
+    Arguments and errors as of `export_ref`; a Q-type with several outputs a token is refused.
+    """
+    config = model.config
+    if config.type == "q" and config.outputs > 1:
+        raise UserError(
+            "a Q-type guide with several outputs a token has no form in transformers; fit a V-type one, or a Q-type"
+            " with a bernoulli or scalar distribution, to export it"
+        )
+    family = configs.family_of(config.trunk)
+    classifier = config.type == "v"
+    entries = configs.entries(
+        config.trunk, family, classifier=classifier, tied=classifier and config.trunk.tied, dtype=_dtype(model.params)
+    )
+    entries |= _special_tokens(tokenizer, ()) | {configs.KEY: _meaning(config)}
+    if classifier:
+        labels = [f"atom_{i}" for i in range(config.outputs)] if config.outputs > 1 else [config.distribution]
+        entries |= {
+            "num_labels": config.outputs,
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    _export(
+        folder, model.params, names.guide_places(family, config.type), entries, tokenizer, largest_file,
+        {"config.json": entries, "README.md": cards.guide(config, trained_on, metrics or {})},
+    )  # fmt: skip
+
+
+def _meaning(config: ValueConfig) -> dict[str, Any]:
+    """What a guide's outputs stand for."""
+    ends = {"bernoulli": (0.0, 1.0), "scalar": (None, None)}
+    v_min, v_max = ends.get(config.distribution) or (config.atoms[0], config.atoms[-1])
+    return {
+        "type": config.type,
+        "distribution": config.distribution,
+        "atoms": list(config.atoms),
+        "v_min": v_min,
+        "v_max": v_max,
+    }
+
+
+def _special_tokens(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Ids for config.json, None written out: the classes' defaults are other models' tokens."""
+    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    stops = sorted(set(map(int, stop_ids)))
+    if stops:
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    return ids
+
+
+def _dtype(params: Params) -> str:
+    """The widest that any weight is held in, so that nothing is rounded when all are loaded in one."""
+    return str(max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize))
+
+
+# --- Weights --------------------------------------------------------------------------------------------------------
+
+
+def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
+    """Every tensor of the checkpoint, in the order of the layers; values are fetched when it is written."""
+    parts: dict[str, list[tuple[Place, jax.Array, int | None]]] = {}  # leaf, and the layer of it if it is stacked
+    for path, leaf in jax.tree.leaves_with_path(params):
+        key, layer = names.split_layer(path)
+        place = table[key]
+        if "{}" not in place.name or layer is not None:
+            parts.setdefault(place.name.format(layer), []).append((place, leaf, None))
+        else:
+            for i in range(leaf.shape[0]):
+                parts.setdefault(place.name.format(i), []).append((place, leaf, i))
+
+    made = []
+    for name, held in parts.items():
+        place, leaf, layer = held[0]
+        shape = place.stored_shape(leaf.shape if layer is None else leaf.shape[1:])
+        made.append((name, np.dtype(leaf.dtype), shape, lambda held=held: _stored(held)))
+    return made
+
+
+def _stored(held: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
+    """One tensor as the checkpoint has it, from the leaves that it holds."""
+    values = [
+        np.asarray(leaf if layer is None else leaf[layer])
+        for _, leaf, layer in sorted(held, key=lambda each: each[0].part)
+    ]
+    joined = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+    return joined.T if held[0][0].transposed else joined
+
+
+# --- The folder -----------------------------------------------------------------------------------------------------
+
+
+def _export(
+    folder: str | Path,
+    params: Params,
+    table: Mapping[str, Place],
+    entries: Mapping[str, Any],
+    tokenizer: Any,
+    largest_file: int,
+    texts: Mapping[str, Any],
+) -> None:
+    """Writes all files into a folder in the folder, then moves them out, config.json last: it marks a whole export."""
+    folder = Path(folder)
+    check_folder(folder)
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    files.write(partial, _tensors(params, table), largest_file)
+    for name, content in texts.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        (partial / name).write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+
+    (folder / configs.CONFIG).unlink(missing_ok=True)
+    for old in {path for pattern in _OURS for path in folder.glob(pattern) if path.is_file()}:
+        old.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == configs.CONFIG):
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+
+
+def check_folder(folder: str | Path) -> None:
+    """That an export may be written into a folder: for a caller who wants to know before long work.
+
+    Raises:
+      UserError: if it is a file, or holds something else than an export of ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a new folder to export into")
+    if not folder.exists() or not any(folder.iterdir()) or (folder / PARTIAL).exists():
+        return
+    try:
+        ours = configs.KEY in json.loads((folder / configs.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder} is not empty and not an earlier export; give a new folder to export into")

@@ -1,0 +1,302 @@
+"""Weights in: a folder's tensors, one at a time, slice by slice, straight to where they are to lie.
+
+Nothing is read before every name and shape has been compared and the memory counted. Beside the model itself the host
+holds one leaf's slices at a time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax.errors import UserError
+from qsharp_jax.models import decoder, memory, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.hf import config as configs
+from qsharp_jax.models.hf import names
+from qsharp_jax.models.hf.files import DTYPES, Tensors
+from qsharp_jax.models.hf.names import Place
+from qsharp_jax.models.value import ValueConfig, ValueModel
+
+CHUNK = 4_000_000  # bytes read at once: a transposed copy of so little stays in the processor's cache
+THREADS = 8
+
+
+def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
+    """The shape of a folder's decoder, to be held and computed in "float32" or "bfloat16".
+
+    Raises:
+      UserError: if its config.json is missing, damaged or of a model that is not computed here.
+    """
+    return configs.read(folder, dtype).decoder
+
+
+def read_guide_config(folder: str | Path, dtype: str) -> ValueConfig:
+    """The shape of a folder's guide.
+
+    Raises:
+      UserError: as `read_config`, and if the folder holds no guide.
+    """
+    return configs.guide(configs.read(folder, dtype), folder)
+
+
+def is_guide(folder: str | Path) -> bool:
+    """Whether a folder holds an exported guide, rather than a language model.
+
+    Raises:
+      UserError: as `read_config`.
+    """
+    return "type" in configs.read(folder, "float32").qsharp
+
+
+def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> LanguageModel:
+    """A causal language model.
+
+    Args:
+      folder: with config.json and safetensors.
+      dtype: in which weights are held and products computed, "float32" or "bfloat16", whatever the files hold.
+      unstacked: layers as a list, for decoding; otherwise stacked, for training.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or the upper part of one (a single sharding is
+        for all of them); by default everything is put on the default device. Each process reads its own slices only.
+
+    Raises:
+      UserError: for a config, files or tensors that are not what they should be, and for too little memory.
+    """
+    config = configs.read(folder, dtype)
+    if config.classifier or "type" in config.qsharp:
+        raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config.decoder))
+    params = _load(folder, config, shapes, names.decoder_places(config.family), unstacked, shardings)
+    return LanguageModel(params, config.decoder)
+
+
+def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shardings: Any = None) -> LanguageModel:
+    """A decoder to start a guide from, `value.init(key, ValueConfig(trunk.config, ...), trunk.params)`.
+
+    The folder may hold a language model or a guide; its head is left out, so the result predicts no tokens. Arguments
+    and errors as of `load_ref`.
+    """
+    config = configs.read(folder, dtype)
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config.decoder))
+    shapes.pop("head", None)
+    params = _load(folder, config, shapes, names.decoder_places(config.family), unstacked, shardings, heads_too=True)
+    return LanguageModel(params, config.decoder)
+
+
+def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> ValueModel:
+    """A guide: a token classifier (V-type) or a language model (Q-type) with our entry in its config.json.
+
+    Arguments and errors as of `load_ref`.
+    """
+    config = configs.read(folder, dtype)
+    made = configs.guide(config, folder)
+    shapes = jax.eval_shape(lambda: value.init(jax.random.key(0), made))
+    params = _load(folder, config, shapes, names.guide_places(config.family, made.type), unstacked, shardings)
+    return ValueModel(params, made)
+
+
+# --- What is to be read ---------------------------------------------------------------------------------------------
+
+
+def _load(
+    folder: str | Path,
+    config: configs.FolderConfig,
+    shapes: Params,
+    table: Mapping[str, Place],
+    unstacked: bool,
+    shardings: Any,
+    heads_too: bool = False,
+) -> Params:
+    """Parameters of the tree `shapes` (layers stacked). `heads_too`: heads that the tree lacks may be in the folder."""
+    dtype = config.decoder.compute_dtype
+    with Tensors(Path(folder)) as tensors:
+        # Checkpoints of the base model alone leave out its name.
+        prefix = names.PREFIX[config.family]
+        strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
+        table = {path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in table.items()}
+        _check(folder, config, tensors, _expected(shapes, table), table.get("embedding"), heads_too)
+
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        if unstacked:
+            trunk = target.get("trunk", target)
+            count = config.decoder.layers
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype), trunk["layers"])
+            trunk["layers"] = [one] * count
+        if shardings is not None:
+            target = jax.tree.map(
+                lambda sharding, tree: jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+                ),
+                shardings,
+                target,
+                is_leaf=lambda node: isinstance(node, jax.sharding.Sharding),
+            )
+        memory.check_memory({"the weights": target})
+        with ThreadPoolExecutor(THREADS) as pool:
+            return jax.tree.map_with_path(lambda path, leaf: _read_leaf(tensors, table, path, leaf, pool), target)
+
+
+def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+    """Shapes that the tensors of a tree (layers stacked) have in a checkpoint, by name."""
+    made = {}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        key, _ = names.split_layer(path)
+        place = table[key]
+        if "{}" in place.name:
+            made |= {place.name.format(i): place.stored_shape(leaf.shape[1:]) for i in range(leaf.shape[0])}
+        else:
+            made[place.name] = place.stored_shape(leaf.shape)
+    return made
+
+
+def _check(
+    folder: str | Path,
+    config: configs.FolderConfig,
+    tensors: Tensors,
+    expected: Mapping[str, tuple[int, ...]],
+    embedding: Place | None,
+    heads_too: bool,
+) -> None:
+    """That the tensors are those of the config, in name, shape and dtype.
+
+    Raises:
+      UserError: naming the first that is not.
+    """
+    missing = [name for name in expected if name not in tensors.shapes]
+    if missing:
+        raise UserError(
+            f"{folder} lacks the tensor {missing[0]}{_and_others(missing)}, which its config.json asks for; download"
+            " the weights and the config of one model"
+        )
+    for name, shape in expected.items():
+        if tensors.shapes[name] != shape:
+            raise UserError(
+                f"{folder}: the tensor {name} has the shape {tensors.shapes[name]}, and its config.json asks for"
+                f" {shape}; download the weights and the config of one model"
+            )
+        if tensors.stored[name] not in DTYPES:
+            raise UserError(
+                f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; {', '.join(DTYPES)} can be read"
+            )
+    extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
+    if heads_too:
+        extra = [name for name in extra if name.partition(".")[0] not in ("lm_head", "score", "classifier")]
+    elif config.decoder.tied and embedding is not None and "lm_head.weight" in extra:
+        if not _same(tensors, "lm_head.weight", embedding.name):
+            raise UserError(
+                f"{folder} has a lm_head.weight that is not its embedding, though config.json says that they are tied;"
+                ' set "tie_word_embeddings" to false there if the model has a head of its own'
+            )
+        extra.remove("lm_head.weight")
+    if extra:
+        raise UserError(
+            f"{folder} has the tensor {extra[0]}{_and_others(extra)}, which its config.json does not ask for; download"
+            " the weights and the config of one model"
+        )
+
+
+def _and_others(found: list[str]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+
+
+def _same(tensors: Tensors, name: str, other: str) -> bool:
+    """Whether two tensors are equal, bit by bit."""
+    shape = tensors.shapes[name]
+    if (shape, tensors.stored[name]) != (tensors.shapes[other], tensors.stored[other]):
+        return False
+    rows = max(1, CHUNK // (4 * shape[-1]))
+    pieces = [(slice(i, i + rows), slice(None)) for i in range(0, shape[0], rows)]
+    return all(
+        np.array_equal(*(tensors.read(each, piece).view(np.uint8) for each in (name, other))) for piece in pieces
+    )
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def _read_leaf(
+    tensors: Tensors, table: Mapping[str, Place], path: tuple, leaf: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+) -> jax.Array:
+    key, layer = names.split_layer(path)
+    place = table[key]
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(memory.default_device())
+    if layer is not None or "{}" not in place.name:
+        return _read_array(tensors, place, layer, leaf.shape, leaf.dtype, sharding, pool)
+    stacked = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    for i in range(leaf.shape[0]):
+        part = _read_array(tensors, place, i, leaf.shape[1:], leaf.dtype, _of_one_layer(sharding), pool)
+        # Waited for, or the host would read ahead of the device and hold more than one layer.
+        stacked = jax.block_until_ready(_set_layer(sharding)(stacked, part, i))
+    return stacked
+
+
+def _of_one_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.lru_cache(maxsize=64)
+def _set_layer(sharding: jax.sharding.Sharding) -> Any:
+    def set_layer(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, layer, index, 0)
+
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=sharding)
+
+
+def _read_array(
+    tensors: Tensors,
+    place: Place,
+    layer: int | None,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    pool: ThreadPoolExecutor,
+) -> jax.Array:
+    name, slices = place.name.format(layer), {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        # Devices that hold the same slice share one reading of it.
+        bounds = tuple(dim.indices(size)[:2] for dim, size in zip(index, shape, strict=True))
+        if bounds not in slices:
+            slices[bounds] = _read_slice(tensors, place, name, shape, bounds, dtype, pool)
+        return slices[bounds]
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _read_slice(
+    tensors: Tensors,
+    place: Place,
+    name: str,
+    shape: tuple[int, ...],
+    bounds: tuple[tuple[int, int], ...],
+    dtype: np.dtype,
+    pool: ThreadPoolExecutor,
+) -> np.ndarray:
+    """A slice of a leaf of `shape`, with its bounds [start, stop) on each axis, read in small pieces."""
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    first = place.part * shape[-1]  # where this part begins on the tensor's last axis
+    where = [*bounds[:-1], (bounds[-1][0] + first, bounds[-1][1] + first)]
+    by_row = out.T if place.transposed else out  # a view in the order of the file
+    if place.transposed:
+        where.reverse()
+    (begin, end), *others = where
+    width = int(np.prod([stop - start for start, stop in others], dtype=np.int64))
+    rows = max(1, CHUNK // (4 * width))
+
+    def copy(row: int) -> None:
+        stop = min(row + rows, end)
+        piece = tensors.read(name, (slice(row, stop), *(slice(*bound) for bound in others)))
+        by_row[row - begin : stop - begin] = piece.astype(dtype)
+
+    for _ in pool.map(copy, range(begin, end, rows)):
+        pass
+    return out

@@ -1,0 +1,71 @@
+"""How much memory arrays will take, against what the devices have, before any is made. Knows nothing about models."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qsharp_jax.errors import UserError
+
+GB = 1e9
+
+
+def check_memory(parts: Mapping[str, Any]) -> None:
+    """That arrays still to be made fit on this process's devices.
+
+    Args:
+      parts: trees of `jax.ShapeDtypeStruct`s by what they are, such as {"the weights": ..., "the cache": ...}. A leaf
+        without a sharding is for the default device. Devices that are the host's own share its memory.
+
+    Raises:
+      UserError: with the bytes of each part and what is free, in GB of 1e9 bytes.
+    """
+    needs: Counter[tuple[jax.Device, str]] = Counter()
+    for part, tree in parts.items():
+        for leaf in jax.tree.leaves(tree):
+            for device, size in _bytes(leaf).items():
+                needs[device, part] += size
+    for device in dict.fromkeys(device for device, _ in needs):
+        total = sum(size for (other, _), size in needs.items() if other == device)
+        free = available(device)
+        if free is not None and total > free:
+            words = " and ".join(f"{part} {needs[device, part] / GB:.2f} GB" for part in parts)
+            raise UserError(
+                f"{device.platform} {device.id} has {free / GB:.2f} GB of memory free, and {words} are needed on it;"
+                " use bfloat16, a smaller batch, a shorter context or more devices"
+            )
+
+
+def available(device: jax.Device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the device does not say."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
+    try:
+        with open("/proc/meminfo") as lines:  # counts the file cache, which gives way, as free
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError, AttributeError):
+            return None
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> Counter[jax.Device]:
+    """Of one array on each device; CPU devices are all counted on the first."""
+    sizes: Counter[jax.Device] = Counter()
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(default_device())
+    size = leaf.dtype.itemsize
+    for extent in sharding.shard_shape(leaf.shape):
+        size *= extent
+    for device in sharding.addressable_devices:
+        sizes[jax.local_devices(backend="cpu")[0] if device.platform == "cpu" else device] += size
+    return sizes
+
+
+def default_device() -> jax.Device:
+    """Where JAX puts arrays that are not told where to go."""
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

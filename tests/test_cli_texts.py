@@ -1,0 +1,266 @@
+"""`qsharp generate` and `qsharp score` on models in folders, as a user meets them.
+
+The reference's and the guide's embeddings are padded to different sizes, and the padding of the reference would win
+every draw if it took part.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import bpe
+import helpers
+import numpy as np
+import numpy_decoder
+import pytest
+import scipy.special
+from test_cli import FIELDS, refused, stdout_lines
+
+from qsharp_jax import cli
+from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models.config import make
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.text import Text
+
+USED = Text(bpe.make()).vocab_size
+SHAPE = helpers.TINY | dict(max_positions=64)
+PROMPT, NEW = "How many eggs?", 8
+FEW = ("--max-new-tokens", NEW)
+
+
+def make_ref() -> LanguageModel:
+    config = make("tiny", **SHAPE, vocab_size=320)
+    params = numpy_decoder.random_params(1, decoder.init, config)
+    padding = params["head"][:, :USED].sum(1, keepdims=True) * 100 + 50
+    return LanguageModel(params | {"head": params["head"].at[:, USED:].set(padding)}, config)
+
+
+def make_guide() -> ValueModel:
+    config = ValueConfig(make("tiny", **SHAPE, vocab_size=304))
+    return ValueModel(numpy_decoder.random_params(2, value.init, config), config)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a reference and a guide that go together, which the tests leave as they are."""
+    ref, guide = (tmp_path_factory.mktemp(name) for name in ("ref", "guide"))
+    hf.export_ref(make_ref(), ref, tokenizer=bpe.make(), stop_ids=[bpe.EOS, bpe.EOT])
+    hf.export_guide(make_guide(), guide, tokenizer=bpe.make())
+    return ref, guide
+
+
+@pytest.fixture
+def light(models, tmp_path) -> tuple[Path, Path]:
+    """Copies without the weights: what is refused here is refused before any are read."""
+    return tuple(
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        for folder, name in zip(models, ("ref", "guide"))
+    )
+
+
+def write_lines(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def numpy_log_probs(tokens) -> np.ndarray:
+    """[T, V]: after every token, over the real ones."""
+    ref = make_ref()
+    params = numpy_decoder.to_float64(ref.params)
+    logits = numpy_decoder.logits(params, ref.config, numpy_decoder.hidden(params, ref.config, tokens))
+    return scipy.special.log_softmax(logits[:, :USED], axis=1)
+
+
+def numpy_greedy(prompt_tokens, stop_ids) -> list[int]:
+    response = []
+    while len(response) < NEW and not set(response) & set(stop_ids):
+        response.append(int(numpy_log_probs([*prompt_tokens, *response])[-1].argmax()))
+    return response
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, prompt_format):
+    arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", "--prompt-format", prompt_format, *FEW)
+    (line,) = stdout_lines(capfd, *arguments)
+    prompt_tokens = Text.load(models[0], prompt_format=prompt_format).encode_prompt(PROMPT)
+    expected = numpy_greedy(prompt_tokens, [bpe.EOS, bpe.EOT])
+    assert list(line) == FIELDS and line["tokens"] == expected and line["prompt"] == PROMPT
+    assert line["response"] == bpe.make().decode(expected, skip_special_tokens=True)
+    assert line["eta"] is None and set(line["values"]) == {None} and set(line["kl"]) == {0.0}
+    stop = expected[2]
+    if prompt_format == "plain":
+        (line,) = stdout_lines(capfd, *arguments, "--stop-ids", f"5,{stop}")
+        assert line["tokens"] == expected[: expected.index(stop) + 1] and line["finished"]
+
+
+def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
+    """Decoding against teacher forcing; and the text that is streamed is the line's."""
+    ref, guide = models
+    pair = ("--ref", ref, "--guide", guide)
+    made = stdout_lines(capfd, "generate", *pair, PROMPT, "--eta", "0.5,0.05", "--seed", "4", *FEW)
+    assert [line["eta"] for line in made] == [0.5, 0.05]
+    prompt_tokens = Text.load(ref).encode_prompt(PROMPT)
+    records = [{"prompt_tokens": prompt_tokens, "response_tokens": line["tokens"], "n": line["eta"]} for line in made]
+    source, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    assert cli.main([str(x) for x in ("score", *pair, "--input", source, "--output", output)]) == 0
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    known = 0
+    for line, record, score in zip(made, records, scored, strict=True):
+        assert {key: score[key] for key in record} == record
+        assert set(score) - set(record) == {"ref_log_probs", "values", "value"}
+        np.testing.assert_allclose(line["ref_log_probs"], score["ref_log_probs"], atol=1e-4)
+        pairs = [(mine, other) for mine, other in zip(line["values"], score["values"]) if mine is not None]
+        known += len(pairs)
+        np.testing.assert_allclose(*zip(*pairs), atol=1e-4)
+        assert sum(line["kl"]) > 1e-3
+    assert known >= sum(len(line["tokens"]) for line in made) - 2  # the last is unknown where it was no candidate
+
+    capfd.readouterr()
+    streamed = ("generate", *pair, PROMPT, "--stream", "--eta", "0.5", "--seed", "4", "--max-new-tokens", NEW + 12)
+    assert cli.main([str(argument) for argument in streamed]) == 0
+    text = capfd.readouterr().out
+    assert text.startswith(made[0]["response"].rstrip("\ufffd")) and text.endswith("\n") and len(text) > NEW
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_scores_of_texts_are_numpy_s(models, tmp_path, prompt_format):
+    """Log-probabilities and values of a full forward in float64, one sequence at a time."""
+    records = [{"prompt": PROMPT, "response": " Twelve eggs."}, {"prompt": "Sam", "response": "", "id": 3}]
+    source, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    ref, guide = models
+    arguments = ["--prompt-format", prompt_format, "--input", str(source), "--output", str(output)]
+    assert cli.main(["score", "--ref", str(ref), "--guide", str(guide), *arguments]) == 0
+    text = Text.load(ref, prompt_format=prompt_format)
+    guide = make_guide()
+    params = numpy_decoder.to_float64(guide.params)
+    for record, line in zip(records, output.read_text().splitlines(), strict=True):
+        prompt, response = text.encode_prompt(record["prompt"]), text.encode_response(record["response"])
+        assert response[-1] == (bpe.EOT if prompt_format == "chat" else bpe.EOS)
+        scored = json.loads(line)
+        expected = numpy_log_probs([*prompt, *response])[len(prompt) - 1 : -1][np.arange(len(response)), response]
+        np.testing.assert_allclose(scored["ref_log_probs"], expected, atol=1e-4)
+        hidden = numpy_decoder.hidden(params["trunk"], guide.config.trunk, [*prompt, *response])[len(prompt) :]
+        means = scipy.special.expit(hidden @ params["head"]["kernel"] + params["head"]["bias"])[:, 0]
+        np.testing.assert_allclose(scored["values"], means, atol=1e-4)
+        assert scored["value"] == scored["values"][-1] and np.ptp(means) + abs(means[0] - 0.5) > 1e-2
+
+
+def test_scoring_goes_on_where_it_stopped_with_either_model_alone(models, tmp_path, capsys):
+    records = [{"prompt": PROMPT, "response": "eggs " * n} for n in range(1, 4)]
+    source = write_lines(tmp_path / "in.jsonl", records)
+    for option, folder, added in [("--ref", models[0], {"ref_log_probs"}), ("--guide", models[1], {"values", "value"})]:
+        output = tmp_path / f"out{option}.jsonl"
+        command = ["score", option, str(folder), "--input", str(source), "--output", str(output)]
+        assert cli.main(command) == 0
+        whole = output.read_bytes()
+        assert all(set(json.loads(line)) == {"prompt", "response"} | added for line in whole.splitlines())
+        output.write_bytes(whole[: whole.index(b"\n") + 9])
+        assert cli.main(command) == 0
+        assert output.read_bytes() == whole
+        capsys.readouterr()
+        assert cli.main(command) == 0 and "complete" in capsys.readouterr().err
+        assert output.read_bytes() == whole
+
+
+# --- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
+    ref, guide = light
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "response": "b"}]), tmp_path / "out.jsonl"
+    files = ("--input", source, "--output", output)
+    for arguments, words in [
+        (("generate", PROMPT), "there are no models"),
+        (("score", *files), "there are no models"),
+        (("generate", PROMPT, "--ref", ref, "--workdir", tmp_path), "--workdir, or models' folders by --ref, not both"),
+        (("score", *files, "--ref", ref, "--guide", guide, "--workdir", tmp_path), "by --ref and --guide, not both"),
+        (("generate", PROMPT, "--guide", guide), "--guide needs the reference"),
+        (("generate", PROMPT, "--ref", ref, "--eta", "0.5"), "--eta 0.5 needs a guide"),
+        (("generate", PROMPT, "--ref", ref, "--config", "x.py"), "--config goes with --workdir"),
+        (("generate", PROMPT, "--ref", ref, "--config.seed=1"), "--config goes with --workdir"),
+        (("generate", PROMPT, "--ref", ref, "--wat"), "unknown argument '--wat'"),
+        (("export", "--workdir", tmp_path, "--what", "both", "--out", tmp_path), "both"),
+    ]:
+        assert words in refused(capsys, *arguments)
+    for option in (("--dtype", "float32"), ("--prompt-format", "chat"), ("--stop-ids", "2")):
+        sentence = refused(capsys, "generate", PROMPT, "--workdir", tmp_path, *option)
+        assert f"{option[0]} goes with --ref" in sentence
+    assert not output.exists()
+
+
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(light, tmp_path, capsys):
+    ref, guide = light
+    pair = ("generate", "--ref", ref, "--guide", guide)
+    for arguments, words in [
+        ((PROMPT, "--max-new-tokens", 60), "with 60 new ones is more than the reference's 64 positions"),
+        ((PROMPT,), "with 256 new ones"),
+        ((PROMPT, *FEW, "--top-k-candidates", 400), f"--top-k-candidates is 400; it must be at most {USED}"),
+        ((PROMPT, *FEW, "--top-k-candidates", 0), "--top-k-candidates is 0"),
+        ((PROMPT, *FEW, "--temperature", -1), "--temperature is -1.0"),
+        ((PROMPT, *FEW, "--stop-ids", "9999"), "the stop id 9999"),
+        ((PROMPT, *FEW, "--stop-ids", "a"), "is not a list of token ids"),
+        ((PROMPT, *FEW, "--dtype", "float16"), "--dtype"),
+        ((PROMPT, *FEW, "--prompt-format", "poem"), "--prompt-format"),
+        ((PROMPT, "Sam", *FEW, "--stream"), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--samples", 2), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--eta", "0.1,0.2"), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--output", tmp_path / "o"), "--stream prints one response"),
+    ]:
+        assert words in refused(capsys, *pair, *arguments)
+
+
+def test_folders_that_do_not_hold_what_they_should(light, models, tmp_path, capsys):
+    ref, guide = light
+    ask = ("generate", PROMPT, *FEW, "--ref")
+    assert "there is no folder" in refused(capsys, *ask, tmp_path / "none")
+    assert "config.json" in refused(capsys, *ask, tmp_path)  # the folder of folders
+    assert "model.safetensors" in refused(capsys, *ask, ref)
+    assert "not a guide" in refused(capsys, *ask, ref, "--guide", models[0])
+    assert "holds a guide" in refused(capsys, *ask, guide)
+
+    bpe.save(ref, template=None)
+    (ref / "chat_template.jinja").unlink()
+    assert "no chat template" in refused(capsys, *ask, ref, "--prompt-format", "chat")
+    tokenizer = bpe.make()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(ref)
+    sentence = refused(capsys, *ask, ref, "--guide", guide)
+    assert f"id {USED} is '<|new|>' in the reference and nothing in the guide" in sentence
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(20)])
+    tokenizer.save_pretrained(ref)
+    (guide / "tokenizer.json").unlink()  # which says nothing then of its tokens, but how many they are
+    assert "the guide has 304 tokens in its embedding" in refused(capsys, *ask, ref, "--guide", guide)
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(20, 100)])
+    tokenizer.save_pretrained(ref)
+    assert "the reference has 320 tokens in its embedding" in refused(capsys, *ask, ref)
+    (ref / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused(capsys, *ask, ref)
+
+
+def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    score = ("score", "--ref", light[0], "--guide", light[1], "--input", source, "--output")
+    assert "there is no file" in refused(capsys, *score, output)
+    for record, words in [
+        ({"prompt": "a"}, "line 2: expected a JSON object"),
+        ({"prompt_tokens": [1], "response_tokens": [USED]}, "record 2 has token ids outside"),
+        ({"prompt_tokens": [1] * 60, "response_tokens": [2] * 5}, "60 prompt and 5 response tokens"),
+        ({"prompt_tokens": [], "response_tokens": [2]}, "record 2 has no prompt tokens"),
+    ]:
+        write_lines(source, [{"prompt": "a", "response": "b"}, record])
+        assert words in refused(capsys, *score, output)
+    write_lines(source, [{"prompt": "a", "response": "b"}])
+    assert not output.exists()
+    assert "is the input itself" in refused(capsys, *score, source)
+    assert "its folder is not there" in refused(capsys, *score, tmp_path / "none" / "out.jsonl")
+    assert "is a folder" in refused(capsys, *score, tmp_path)
+    write_lines(output, [{"prompt": "another", "response": "b", "ref_log_probs": [], "values": [], "value": 0}])
+    assert "line 1, is not of record 1" in refused(capsys, *score, output)
+    assert "--batch-size" in refused(capsys, *score, output, "--batch-size", "0")

@@ -1,0 +1,365 @@
+"""A loop that resumes as if it had never stopped, what it writes, and what a guide learns in it."""
+
+import functools
+import itertools
+import logging
+import math
+
+import flax.struct
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+import tabular
+from helpers import assert_trees_equal
+
+from qsharp_jax import dataset, train
+from qsharp_jax.algorithms import qsharp
+from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.dataset import Batches, Example, Rollout
+from qsharp_jax.errors import UserError
+from qsharp_jax.models import value
+from qsharp_jax.models.value import ValueConfig
+
+V = 11
+
+
+class Numbers:
+    """A batch source of plain numbers for toy losses: the batch of a step is the step. Counts what it was asked."""
+
+    def __init__(self, ending=None):
+        self.asked, self.ending = [], ending
+
+    def __getitem__(self, step):
+        if step == self.ending:
+            raise KeyboardInterrupt
+        self.asked.append(step)
+        return SimpleBatch(jnp.float32(step), np.ones((1, 3), np.int32))
+
+
+@flax.struct.dataclass
+class SimpleBatch:
+    step: jax.Array
+    segments: np.ndarray
+
+
+SGD = optax.sgd(0.1)
+
+
+def toy_loss(params, batch):
+    return jnp.sum((params["x"] - batch.step) ** 2), {"accuracy": batch.step / 10}
+
+
+def toy_state():
+    return train.init_state({"x": jnp.zeros(2)}, SGD)
+
+
+def make_loop(lines=None, **changes):
+    log = (lambda line: None) if lines is None else lines.append
+    return train.Loop(**dict(total_steps=20, log_every=5, save_every=4, name="toy", log=log) | changes)
+
+
+def toy_fit(folder, batches=None, loss_fn=toy_loss, lines=None, **changes):
+    return train.fit(
+        toy_state(), Numbers() if batches is None else batches, loss_fn=loss_fn, optimizer=SGD,
+        checkpoints=Checkpoints(folder), loop=make_loop(lines, **changes),
+    )  # fmt: skip
+
+
+def test_init_state_copies(tmp_path):
+    """The caller's arrays, often pi_ref's own, are whole after the state was donated, step after step."""
+    params = {"x": jnp.arange(4.0)}
+    optimizer = optax.adam(0.1)
+    state = train.init_state(params, optimizer)
+    train.fit(
+        state, Numbers(), loss_fn=toy_loss, optimizer=optimizer, checkpoints=Checkpoints(tmp_path), loop=make_loop()
+    )
+    assert not params["x"].is_deleted() and params["x"].tolist() == [0, 1, 2, 3]
+    assert state.params["x"].is_deleted()  # it was donated: nothing is held twice
+
+
+def bag_params():
+    """A small model with every group of the optimiser: Muon's matrices, decayed ones, and a bias."""
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (V, 8), "layers": {"up": {"kernel": (2, 8, 8)}}, "head": {"kernel": (8, 1), "bias": (1,)}}
+    return jax.tree.map(lambda shape: jnp.float32(rng.normal(size=shape)), shapes, is_leaf=lambda x: type(x) is tuple)
+
+
+def bag_loss(params, batch):
+    x = params["embedding"][batch.tokens]
+    for kernel in params["layers"]["up"]["kernel"]:
+        x = x + jnp.tanh(x @ kernel)
+    logits = (x @ params["head"]["kernel"] + params["head"]["bias"])[..., 0]
+    return train.masked_mean(optax.sigmoid_binary_cross_entropy(logits, batch.reward_to_go), batch.label_mask), {}
+
+
+def bag_fit(folder, batches, name="muon", **changes):
+    config = helpers.optimizer_config(name, warmup_steps=3, schedule="cosine", clip=1.0)
+    optimizer = train.make_optimizer(config)
+    return train.fit(
+        train.init_state(bag_params(), optimizer), batches, loss_fn=bag_loss, optimizer=optimizer,
+        schedule=train.make_schedule(config, 20), checkpoints=Checkpoints(folder), loop=make_loop(**changes),
+    )  # fmt: skip
+
+
+def test_the_step_compiles_once_for_a_shape(tmp_path, caplog):
+    """Steps on two widths compile two programs, from fresh parameters and from a checkpoint alike."""
+    examples = [Example([1] * length, [2, 3], 1.0) for length in (2, 2, 2, 12, 12, 12)]
+    batches = Batches(examples, rows=1, bucket=8, seed=0)
+
+    def compiled():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return sum("Finished XLA compilation of jit(train_step)" in message for message in messages)
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        with pytest.raises(Killed):
+            bag_fit(tmp_path, killed_at(10, batches), "adamw")
+        assert compiled() == 2
+        bag_fit(tmp_path, batches, "adamw")
+        assert compiled() == 2
+
+
+class Killed(Exception):
+    pass
+
+
+class killed_at:
+    """Batches that end a training at a step, as a kill would."""
+
+    def __init__(self, step, batches):
+        self._step, self._batches = step, batches
+
+    def __getitem__(self, step):
+        if step == self._step:
+            raise Killed
+        return self._batches[step]
+
+
+def test_a_training_that_was_stopped_ends_bit_for_bit_the_same(tmp_path):
+    """20 steps at once, or killed at step 11 and started again: the same parameters and moments, over three epochs."""
+    batches = Batches(helpers.random_examples(np.random.default_rng(0), count=14), rows=2, bucket=12, seed=1)
+    assert 20 > 2 * batches.steps_per_epoch
+    straight = bag_fit(tmp_path / "straight", batches)
+    with pytest.raises(Killed):
+        bag_fit(tmp_path / "stopped", killed_at(11, batches))
+    assert int(Checkpoints(tmp_path / "stopped").restore(straight).step) == 8
+    resumed = bag_fit(tmp_path / "stopped", batches)
+    assert int(resumed.step) == 20
+    assert_trees_equal(resumed, straight)
+    assert_trees_equal(Checkpoints(tmp_path / "stopped").restore(straight), straight)
+    assert_trees_equal(Checkpoints(tmp_path / "stopped").restore_params(straight.params), straight.params)
+    for leaf, before in zip(jax.tree.leaves(straight.params), jax.tree.leaves(bag_params()), strict=True):
+        assert np.abs(leaf - before).max() > 0.01  # all of them have learned
+
+
+def test_a_resumed_training_asks_for_the_steps_that_are_left(tmp_path):
+    """The position in the data is the step."""
+    with pytest.raises(KeyboardInterrupt):
+        toy_fit(tmp_path, Numbers(ending=11))
+    batches = Numbers()
+    toy_fit(tmp_path, batches)
+    assert batches.asked == list(range(8, 20))
+
+
+def test_a_finished_training_returns_at_once(tmp_path):
+    state = toy_fit(tmp_path)
+    batches, lines = Numbers(ending=0), []
+    again = toy_fit(tmp_path, batches, lines=lines, total_steps=30)
+    assert_trees_equal(again, state)
+    assert not batches.asked and not lines
+
+
+def test_the_update_is_the_optimisers(tmp_path):
+    """SGD by hand: x <- x - 0.1 * 2 (x - step)."""
+    x = 0.0
+    for step in range(20):
+        x -= 0.1 * 2 * (x - step)
+    np.testing.assert_allclose(toy_fit(tmp_path).params["x"], [x, x], rtol=1e-5)
+
+
+def test_metrics_lines(tmp_path):
+    """At every log and save and at the end: means since the last line, by name; then what was measured at the end."""
+    lines = []
+    toy_fit(tmp_path, lines=lines, total_steps=11, measure=lambda params: {"brier": float(params["x"][0])})
+    steps = [line["step"] for line in lines]
+    assert steps == [4, 5, 8, 10, 11, 11]
+    required = {"phase", "step", "loss", "gradient_norm", "accuracy", "tokens_per_second"}
+    assert all(required <= set(line) <= required | {"peak_bytes"} for line in lines[:-1])
+    x, expected = 0.0, []
+    for step in range(11):
+        expected.append((2 * (x - step) ** 2, 2 * abs(x - step) * math.sqrt(2), step / 10))
+        x -= 0.1 * 2 * (x - step)
+    for first, line in zip([0, *steps], lines[:-1]):
+        loss, norm, accuracy = np.mean(expected[first : line["step"]], axis=0)
+        found = [line["loss"], line["gradient_norm"], line["accuracy"]]
+        np.testing.assert_allclose(found, [loss, norm, accuracy], rtol=1e-4)
+        assert line["phase"] == "toy" and line["tokens_per_second"] > 0
+    np.testing.assert_allclose(lines[-1].pop("brier"), x, rtol=1e-5)
+    assert lines[-1] == {"phase": "toy", "step": 11}
+
+
+def bad_from(step, what):
+    """A loss that goes wrong at a step: nan itself, or finite with a gradient that is nan."""
+
+    def loss_fn(params, batch):
+        loss, metrics = toy_loss(params, batch)
+        if what == "loss":
+            return jnp.where(batch.step >= step, jnp.nan, loss), metrics
+        # sqrt has an infinite slope at 0, and 0 * inf is nan.
+        return loss + 0 * jnp.sqrt(jnp.where(batch.step >= step, 0.0, 1.0) + 0 * jnp.sum(params["x"])), metrics
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(("step", "seen"), [(6, 8), (7, 8), (8, 10), (19, 20)])
+def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path, what, step, seen):
+    """With the phase, the step and what to do; also where the last step before saving is the first bad one."""
+    with pytest.raises(UserError) as caught:
+        toy_fit(tmp_path, loss_fn=bad_from(step, what), name="round 2: fit")
+    message = str(caught.value)
+    assert "round 2: fit" in message and f"step {seen}" in message and "learning rate" in message
+    kept = Checkpoints(tmp_path)
+    state = kept.restore(toy_state())
+    assert int(state.step) == step // 4 * 4 and np.isfinite(state.params["x"]).all() and not kept.finished()
+    assert int(toy_fit(tmp_path).step) == 20  # and training goes on from it
+
+
+def test_training_stops_early_when_told_to(tmp_path):
+    """Asked at every line with its averages; then it is finished, and is not taken up again."""
+    asked = []
+
+    def stop(means):
+        asked.append(means["accuracy"])
+        return means["accuracy"] > 0.55
+
+    state = toy_fit(tmp_path, stop=stop)
+    assert int(state.step) == 8
+    np.testing.assert_allclose(asked, [0.15, 0.4, 0.6], rtol=1e-5)  # steps 0 to 3, 4, and 5 to 7
+    batches = Numbers()
+    assert int(toy_fit(tmp_path, batches, stop=stop).step) == 8 and not batches.asked
+
+
+# --- What is learned ------------------------------------------------------------------------------------------------
+
+BOS, DEPTH, BRANCHES = 0, 3, 3
+
+
+def tree_rollouts(tree, roll_in, count, rng):
+    """Rollouts as `rollouts.collect` makes them, on a token tree: `roll_in` up to the switch, then pi_ref.
+
+    Token y of the tree is id y + 1.
+    """
+    switches = rng.integers(1, DEPTH, size=count)
+    nodes, tokens = np.zeros(count, int), np.zeros((count, DEPTH), int)
+    for place in range(DEPTH):
+        policy = np.where((place < switches)[:, None], roll_in[nodes], tree.pi_ref[nodes])
+        tokens[:, place] = (rng.random(count)[:, None] > policy.cumsum(axis=1)).sum(axis=1)
+        nodes = tree.first_child[nodes] + tokens[:, place]
+    return [
+        Rollout("p", 2, [BOS], (path + 1).tolist(), int(switch), reward, True, 0.3, 0, "")
+        for path, switch, reward in zip(tokens, switches, tree.reward[nodes].tolist(), strict=True)
+    ]
+
+
+def exact_probabilities(tree):
+    """For every sequence of tokens: the probability of reward 1 when pi_ref finishes it."""
+    laws, found = tabular.Laws(tree), {}
+    todo = [(0, ())]
+    while todo:
+        node, tokens = todo.pop()
+        if tree.first_child[node] >= 0:
+            for token in range(BRANCHES):
+                values, probabilities = laws(node, token)
+                found[(*tokens, token)] = float(probabilities[values == 1].sum())
+                todo.append((tree.first_child[node] + token, (*tokens, token)))
+    return found
+
+
+def fitted_probabilities(rollouts, folder):
+    """The guide's P(reward 1) after every sequence of tokens, fitted to rollouts as a run would."""
+    model = helpers.random_model(BRANCHES + 1, max_positions=8, positions="learned", layers=2)
+    config = ValueConfig(model.config)
+    batches = Batches([dataset.from_rollout(rollout) for rollout in rollouts], rows=256, bucket=4, seed=0)
+    steps = 400
+    settings = helpers.optimizer_config(
+        learning_rate=0.01, weight_decay=0.0, schedule="cosine", end_fraction=0.01, clip=1.0
+    )
+    optimizer = train.make_optimizer(settings)
+    state = train.fit(
+        train.init_state(value.init(jax.random.key(0), config, model.params), optimizer), batches, optimizer=optimizer,
+        loss_fn=functools.partial(train.value_loss, config=config), checkpoints=Checkpoints(folder),
+        schedule=train.make_schedule(settings, steps), loop=make_loop(total_steps=steps, log_every=100, save_every=10**6),
+    )  # fmt: skip
+    leaves = list(itertools.product(range(BRANCHES), repeat=DEPTH))
+    batch = dataset.make_batch([Example([BOS], [t + 1 for t in leaf]) for leaf in leaves], rows=len(leaves), width=4)
+    outputs, _ = value.forward(state.params, config, batch.tokens, batch.segments, batch.positions)
+    p = 1 / (1 + np.exp(-np.asarray(outputs)[..., 0]))
+    return {leaf[:length]: float(row[length]) for leaf, row in zip(leaves, p) for length in range(1, DEPTH + 1)}
+
+
+def test_the_fitted_guide_gives_the_rewards_law_under_pi_ref(tmp_path):
+    """Algorithm 1 on a token tree: Z(x, y) = P(reward 1 | pi_ref finishes), though a tilted policy rolled in.
+
+    20,000 rollouts of a round 2. Every prefix that 200 of them reach is within 0.1, all of them within 0.03 on average;
+    labels on all the roll-in's tokens would be off by more than 0.2, which is what the switch is recorded for.
+    """
+    tree = tabular.random_tree(np.random.default_rng(8), vocab=BRANCHES, depth=DEPTH, stop=0.0)
+    exact = exact_probabilities(tree)
+    _, _, tilted = tabular.soft_bellman(tree, eta=0.3)
+    rollouts = tree_rollouts(tree, tilted, 20_000, np.random.default_rng(0))
+
+    labelled, everywhere = {}, {}
+    for rollout in rollouts:
+        for length in range(1, DEPTH + 1):
+            prefix = tuple(token - 1 for token in rollout.response_tokens[:length])
+            everywhere.setdefault(prefix, []).append(rollout.reward)
+            if length > rollout.first_label:
+                labelled.setdefault(prefix, []).append(rollout.reward)
+    often = [prefix for prefix, rewards in labelled.items() if len(rewards) >= 200]
+    assert len(often) > 20
+    naive = {prefix: np.mean(rewards) for prefix, rewards in everywhere.items()}
+    assert max(abs(naive[prefix] - exact[prefix]) for prefix in often) > 0.2
+
+    fitted = fitted_probabilities(rollouts, tmp_path)
+    errors = [abs(fitted[prefix] - exact[prefix]) for prefix in often]
+    assert max(errors) < 0.1 and np.mean(errors) < 0.03
+
+
+# --- A run's fit ----------------------------------------------------------------------------------------------------
+
+
+def write_rollouts(session, number, prompts=30):
+    """Rollouts of fixed length whose reward is told by their first token."""
+    rng = np.random.default_rng(number)
+    made = []
+    for index in range(prompts):
+        response, name = [*rng.integers(3, 9, 4).tolist(), 2], f"p{number}-{index}"
+        made.append(Rollout(name, number, [1, 3, 4], response, number - 1, float(response[0] % 2), True, 0.5, 0, ""))
+    dataset.write_shard(session.workdir.rollouts(number), 0, made)
+
+
+def test_the_fit_of_a_run(tmp_path):
+    """pi_ref's arrays survive; the guide is fitted to all rounds but held-out prompts, is measured on those, and is
+    what is loaded later: without the auxiliary heads, which lie in the checkpoint for resuming alone."""
+    session = helpers.session(tmp_path, "fit.future_offsets=2")
+    ref = helpers.random_model(session.text.vocab_size)
+    before = jax.tree.map(np.array, ref.params)
+    for number in (1, 2):
+        write_rollouts(session, number)
+    data = qsharp.aggregate(session, 2)
+    guide = qsharp.fit(session, 2, ref, data)
+    assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
+    assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
+    assert_trees_equal(session.load_guide(2).params, guide.params)
+
+    first, *_, last = session.workdir.read_metrics()
+    assert first["phase"] == last["phase"] == "round 2: fit"
+    assert {"nll", "brier", "future_nll"} <= set(first)
+    assert {"brier", "calibration_error", "ranking"} <= set(last)
+    # 60 rollouts less those held out, in batches of 8, twice over.
+    assert 2 * math.ceil(40 / 8) <= last["step"] < 2 * math.ceil(60 / 8)
