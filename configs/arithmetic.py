@@ -49,12 +49,13 @@ def get_config() -> ConfigDict:
     c.collect.shard_rows = 1200
 
     c.fit = ConfigDict()
-    c.fit.epochs = 6
+    c.fit.epochs = 5
     c.fit.batch_size = 32
     c.fit.length_bucket = 24
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to
     c.fit.projection = "two_hot"  # of rewards on a categorical's atoms, or nearest
     c.fit.clip_rewards = False
+    c.fit.warm_start = True  # from the guide of the round before; the paper's start anew is False
     c.fit.future_offsets = 0  # later tokens that the auxiliary loss predicts; 0: off
     c.fit.future_weight = 1.0
     c.fit.log_every = 50

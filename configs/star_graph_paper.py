@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     c.fit.epochs = 5
     c.fit.batch_size = 256
     c.fit.future_offsets = 4
+    c.fit.warm_start = False
     adamw(c.fit.optimizer, 1e-4)
 
     c.evaluate.problems = 1000

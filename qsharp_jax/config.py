@@ -220,6 +220,7 @@ RULES: dict[str, Rule] = {
     "fit.holdout": _FRACTION,
     "fit.projection": _one_of("two_hot", "nearest"),
     "fit.clip_rewards": _TRUTH,
+    "fit.warm_start": _TRUTH,
     "fit.future_offsets": _whole(0),
     "fit.future_weight": _NOT_NEGATIVE,
     "evaluate.problems": _whole(1),

@@ -207,6 +207,7 @@ RANGES = {  # key: (allowed, forbidden)
     "fit.holdout": ([0, 0.5], [-0.1, 1]),
     "fit.projection": (["two_hot", "nearest"], ["mean"]),
     "fit.clip_rewards": ([True, False], [1, "no"]),
+    "fit.warm_start": ([True, False], [0, "yes"]),
     "fit.future_offsets": ([0, 4], [-1]),
     "fit.future_weight": ([0, 0.5], [-1]),
     "evaluate.problems": ([1], [0]),

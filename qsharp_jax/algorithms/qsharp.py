@@ -33,7 +33,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
     for number in range(1, session.config.rounds + 1):
         collect(session, number, ref, guide)
         data = aggregate(session, number)
-        guide = fit(session, number, ref, data)
+        guide = fit(session, number, ref, data, guide)
         after_round(number, guide)
     return guide
 
@@ -70,12 +70,22 @@ def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> l
     return dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
 
 
-def fit(session: Session, number: int, ref: LanguageModel, data: list[Rollout]) -> ValueModel:
-    """A guide fitted from the start to all the data, but for the prompts that are held out to measure it on."""
+def fit(
+    session: Session, number: int, ref: LanguageModel, data: list[Rollout], previous: ValueModel | None
+) -> ValueModel:
+    """A guide fitted to all the data, but for the prompts that are held out to measure it on.
+
+    It starts from `previous`, the guide of the round before, where the config says so and there is one; else anew.
+    """
     config, guide_config = session.config.fit, session.guide_config
-    params = value.init(session.key("guide"), guide_config, ref.params if session.config.guide.init == "ref" else None)
+    if config.warm_start and previous is not None:
+        params = previous.params
+    else:
+        trunk = ref.params if session.config.guide.init == "ref" else None
+        params = value.init(session.key("guide"), guide_config, trunk)
     if config.future_offsets:
-        params["future"] = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
+        future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
+        params = params | {"future": future}
 
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]

@@ -45,7 +45,8 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
-    qsharp.fit(session, number, session.load_ref(), data)
+    previous = session.load_guide(number - 1) if session.config.fit.warm_start and number > 1 else None
+    qsharp.fit(session, number, session.load_ref(), data, previous)
     print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
 
 

@@ -352,7 +352,7 @@ def test_the_fit_of_a_run(tmp_path):
     for number in (1, 2):
         write_rollouts(session, number)
     data = qsharp.aggregate(session, 2)
-    guide = qsharp.fit(session, 2, ref, data)
+    guide = qsharp.fit(session, 2, ref, data, None)
     assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
     assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
     assert_trees_equal(session.load_guide(2).params, guide.params)
@@ -363,3 +363,16 @@ def test_the_fit_of_a_run(tmp_path):
     assert {"brier", "calibration_error", "ranking"} <= set(last)
     # 60 rollouts less those held out, in batches of 8, twice over.
     assert 2 * math.ceil(40 / 8) <= last["step"] < 2 * math.ceil(60 / 8)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_warm_start_is_from_the_guide_of_the_round_before(tmp_path, warm):
+    """With next to no learning rate the fit ends where it began: at that guide, or at pi_ref with a head of zeros."""
+    session = helpers.session(tmp_path, f"fit.warm_start={warm}", "fit.optimizer.learning_rate=1e-12", "fit.epochs=1")
+    ref = helpers.random_model(session.text.vocab_size)
+    before = helpers.random_guide(ref.config, seed=3)
+    write_rollouts(session, 1)
+    write_rollouts(session, 2)
+    guide = qsharp.fit(session, 2, ref, qsharp.aggregate(session, 2), before)
+    start = before.params if warm else value.init(jax.random.key(0), guide.config, ref.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), guide.params, start)
