@@ -4,8 +4,10 @@ A folder holds the last steps of one training. It knows nothing about what is tr
 """
 
 import contextlib
+import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,11 @@ class Checkpoints:
           OSError: naming the folder, if it cannot be written; the checkpoints before stay.
         """
         training = {"opt_state": state.opt_state, "step": state.step}
+        # Orbax's writers, once they meet a full disk, go on complaining from threads of their own.
+        if shutil.disk_usage(self._folder).free < sum(
+            leaf.nbytes for leaf in jax.tree.leaves((state.params, training))
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         try:
             with _silent_log():
                 self._manager.save(

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal round trips, and what becomes of damaged, half-written and foreign ones."""
 
+import errno
 import gc
 import shutil
 
@@ -172,3 +173,13 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, monkeypatch):
     again.save(make_state(9), final=True)
     assert Checkpoints(tmp_path).finished()
     assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(9))
+
+
+def test_a_disk_too_full_for_the_state_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints, usage = Checkpoints(tmp_path), shutil.disk_usage(tmp_path)
+    checkpoints.save(make_state(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))  # a kernel alone has 12,000
+    with pytest.raises(OSError) as caught:
+        checkpoints.save(make_state(2))
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path)
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(1))
