@@ -38,7 +38,7 @@ class Guidance(LogitsProcessor):
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, 1:, 0]
-        self.cache.crop(past + 1)
+        self.cache.crop(-self.candidates)
         softplus = torch.nn.functional.softplus
         return scores.scatter_add(1, candidates, softplus(logits + 1 / self.eta) - softplus(logits))
 
