@@ -39,7 +39,6 @@ def llama_shape(embed: int, layers: int, heads: int) -> DecoderConfig:
 def models() -> tuple[LanguageModel, ValueModel]:
     ref_config, trunk = llama_shape(768, 12, 12), llama_shape(384, 6, 6)
     ref = LanguageModel(decoder.init(jax.random.key(0), ref_config), ref_config)
-    # A trained model is sure of most tokens; at this scale of the head half of the steps have one plausible token.
     guide_config = ValueConfig(trunk)
     params = value.init(jax.random.key(1), guide_config)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape) * 0.05

@@ -121,6 +121,8 @@ class _Run:
         for name, count in dict(max_new_tokens=max_new_tokens, prompt_bucket=prompt_bucket, samples=samples).items():
             if count < 1:
                 raise UserError(f"{name} is {count}; it must be at least 1")
+        if mode not in guidance.MODES:
+            raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
         rows = len(prompts) * samples
         self.max_new_tokens = max_new_tokens
         self.controls = Controls(
@@ -218,7 +220,7 @@ def _values(record: Record, lengths: np.ndarray, *, guided: bool) -> np.ndarray:
 def padded_length(length: int, shortest: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... times `shortest` that is at least `length`.
 
-    Two sizes an octave: programs are few (19 for prompts of 16 to 8,192 tokens), and padding is at most a half.
+    Two sizes an octave: programs are few (18 for prompts of 16 to 8,192 tokens), and padding is at most a half.
     """
     multiple = -(-length // shortest)
     octave = 1 << max(multiple - 1, 1).bit_length() - 1
@@ -237,10 +239,6 @@ def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: 
     if not np.all(allowed(array)):
         raise UserError(f"{name} is {given}; it must be {words}")
     return np.broadcast_to(array, (rows,))
-
-
-def _is_never_negative(config: ValueConfig) -> bool:
-    return config.distribution == "bernoulli" or (config.distribution == "categorical" and config.atoms[0] >= 0)
 
 
 def _check_prompts(
@@ -272,8 +270,6 @@ def _check_prompts(
 def _check_guide(
     ref: DecoderConfig, guide: ValueConfig, mode: str, vocab_size: int, candidates: int, slots: float | None
 ) -> None:
-    if mode not in guidance.MODES:
-        raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
     never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
     if mode == "expectation" and not never_negative:
         raise UserError(
