@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+import qsharp_jax.cli.runs as runs
+import qsharp_jax.cli.texts as texts
 from qsharp_jax import config as configs
-from qsharp_jax.cli import runs, texts
 from qsharp_jax.errors import UserError
 
 DESCRIPTION = """\
