@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import helpers
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -34,7 +35,7 @@ def session(tmp_path):
 
 
 def save(folder, params):
-    Checkpoints(folder).save(SimpleNamespace(params=params, opt_state={}, step=1), final=True)
+    Checkpoints(folder).save(SimpleNamespace(params=params, opt_state={}, step=np.int32(1)), final=True)
 
 
 def export(session, what, out) -> int:
