@@ -86,7 +86,8 @@ def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
     if config.positions != "rope":
         return None
     angles = positions[..., None, None].astype(jnp.float32) * _frequencies(config)
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    # Kept from being fused into its users: each layer would compute the sines again, for every head.
+    return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
 
 
 def _frequencies(config: DecoderConfig) -> np.ndarray:
