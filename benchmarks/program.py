@@ -1,7 +1,7 @@
 """Reads a compiled decode program's text (`compiled.as_text()`): collectives and copies of one step of its loop.
 
-Compiled programs are lists of computations, each a list of instructions; a decode loop is a while over blocks whose body
-has a while over steps. It knows the text's grammar and nothing about models.
+A program is a list of computations, each a list of instructions; a decode loop is a while over blocks whose body has a
+while over steps. It knows the text's grammar and nothing about models.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     pip install "jax[tpu]"
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
 
-Compiles `generate.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory a
-chip, what is updated in place, copies, collectives and bytes of one step. Batch 16, 2,048 positions, 20 candidates a
+Compiles `generate.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
+a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16, 2,048 positions, 20 candidates a
 row, a Bernoulli V-type guide, top-p and all records on, bfloat16. `--layers N` keeps so many layers of each model.
 """
 

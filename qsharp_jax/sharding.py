@@ -48,8 +48,8 @@ PARAMETERS: Mapping[str, Axes] = {
 }
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
-# Beside the arrays' axes there are those of what is computed: `stream` is the batch of the residual stream, `rows` that of
-# what one device does with a row's whole vocabulary.
+# Beside the arrays' axes there are those of what is computed: `stream` is the batch of the residual stream, `rows` that
+# of what one device does with a row's whole vocabulary.
 DECODE: Rules = {
     "batch": ("data", "attention_data"),
     "stream": ("data",),
@@ -177,7 +177,7 @@ def constrain_rows(tree: Any) -> Any:
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Lays [B, V] out in whole rows: over all devices if they divide B, else over those that divide the caches' rows."""
+    """Lays [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows are."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, _whole_rows(x.shape[0], mesh))
 

@@ -69,8 +69,9 @@ def decode(
         state, new = jax.lax.scan(
             lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, None, length=BLOCK
         )
+        new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, BLOCK]
         record = jax.tree.map(
-            lambda kept, block: jax.lax.dynamic_update_slice(kept, block.T, (0, first)), state.record, new
+            lambda kept, block: jax.lax.dynamic_update_slice(kept, block, (0, first)), state.record, new
         )
         return sharding.constrain_rows(state.replace(record=record))
 
