@@ -199,8 +199,12 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
-    wide = spec(("rows",), DECODE, mesh)
-    return wide if rows % math.prod(mesh.shape[a] for a in wide[0] or ()) == 0 else spec(("batch",), DECODE, mesh)
+    return spec(("batch" if rows % _parts("rows", DECODE, mesh) else "rows",), DECODE, mesh)
+
+
+def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
+    """Into how many the mesh divides a logical axis."""
+    return math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
 
 
 def _specs_of_rows(tree: Any, mesh: Any, rules: Rules) -> Any:
@@ -219,8 +223,7 @@ def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, uni
     whole = []
     for axis, size in zip(axes, shape, strict=True):
         pieces = units.get(axis, size)
-        parts = math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
-        uneven = axis is not None and pieces % parts
+        uneven = pieces % _parts(axis, rules, mesh)
         whole.append(None if uneven and axis in WHOLE_IF_UNEVEN else axis)
         if uneven and axis not in WHOLE_IF_UNEVEN:
             over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[axis] if a in mesh.shape)
