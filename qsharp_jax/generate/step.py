@@ -127,9 +127,12 @@ def advance(
 
         def attend(query, key, value, keys=keys, values_=values_):
             query, key, value = unpack(query), unpack(key), unpack(value)
+            attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
+            # Read first, then written: else a TPU moves whole buffers to its fast memory, writes there, and moves them
+            # back.
+            attention, keys, values_ = jax.lax.optimization_barrier((attention, keys, values_))
             keys = kv_cache.write(keys, key[:, :1], cache.index)
             values_ = kv_cache.write(values_, value[:, :1], cache.index)
-            attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
             return pack(attention), (keys, values_)
 
         x, (keys, values_) = block.apply({"params": layer}, x, turn, attend)
