@@ -1,6 +1,6 @@
 """What the TPU compiler makes of guided decoding on a slice of TPUs, asked for on a machine without one.
 
-    pip install "jax[tpu]"
+    pip install ".[tpu]"
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
 
 Compiles `generate.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
