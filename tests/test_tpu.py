@@ -31,6 +31,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
+ROOT = Path(__file__).parents[1]
 ROWS, PROMPT, NEW = 64, 1024, 1024  # of decoding: caches that do not fit into a chip's fast memory all at once
 FIT_ROWS, LENGTH = 8, 256  # of training
 REF = DecoderConfig(
@@ -146,18 +147,23 @@ if __name__ == "__main__":
 # --- In the tests: read it ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def programs():
+def printed_by(*command):
+    """The JSON object that a script prints last."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('the TPU compiler is not installed: pip install "jax[tpu]"')
     # CPU for all that is not compiled for the slice; two processes may have libtpu loaded at once.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, __file__], env=environment | {"PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, *map(str, command)], env=environment | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return printed_by(__file__)
 
 
 def test_decoding_updates_its_caches_in_place(programs):
@@ -174,3 +180,16 @@ def test_no_cache_is_copied_in_the_loop_or_around_it(programs):
 def test_a_training_step_updates_its_state_in_place(programs):
     fit = programs["fit"]
     assert fit["aliased"] >= fit["updated"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["8b-v5e", "8b-v5e-packed"])
+def test_an_8b_with_a_1b_guide_decodes_on_eight_v5e(name):
+    facts = printed_by(ROOT / "benchmarks" / "tpu.py", "--only", name, "--json")[name]
+    assert facts["peak"] < facts["hbm"]
+    assert facts["aliased"] >= facts["cache"], "caches and carry are updated in place"
+    assert facts["copies"] == [], "no weight or cache is copied in the loop"
+    # Two embeddings and the tokens, beside two a layer: the rows' vocabularies are on one chip each.
+    assert len(facts["reductions"]) <= 2 * facts["layers"] + 3
+    assert facts["repeated"] == 0, "no chip waits for the others within a search over the vocabulary"
+    assert facts["hbm_bytes"] < 1.25 * facts["bound_bytes"]

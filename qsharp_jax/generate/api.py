@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import guidance
+from qsharp_jax import guidance, sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
@@ -186,6 +186,7 @@ class _Run:
             steps,
             self.settings,
         )
+        self.state, self.controls = sharding.place_rows((self.state, self.controls))
 
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax import sharding
 from qsharp_jax.generate.state import Controls, Settings, State
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import decoder, kv_cache
@@ -40,7 +41,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
     if not isinstance(kept, list):
         kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
     kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
-    return kv_cache.from_prefill(kept, start, size)
+    return sharding.constrain_rows(kv_cache.from_prefill(kept, start, size))
 
 
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
@@ -68,9 +69,10 @@ def decode(
         state, new = jax.lax.scan(
             lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, None, length=BLOCK
         )
+        new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, BLOCK]
         record = jax.tree.map(
-            lambda kept, block: jax.lax.dynamic_update_slice(kept, block.T, (0, first)), state.record, new
+            lambda kept, block: jax.lax.dynamic_update_slice(kept, block, (0, first)), state.record, new
         )
-        return state.replace(record=record)
+        return sharding.constrain_rows(state.replace(record=record))
 
     return jax.lax.while_loop(going_on, block, state)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import guidance, values
+from qsharp_jax import guidance, sharding, values
 from qsharp_jax.generate.state import Controls, Record, Settings, State
 from qsharp_jax.guidance import Packing
 from qsharp_jax.models import decoder, kv_cache, value
@@ -31,6 +31,9 @@ def decode_one_token(
     ref_logits = decoder.logits(ref.params, ref.config, hidden[:, 0])  # [B, V]
     if settings.vocab_size < ref_logits.shape[-1]:
         ref_logits = jnp.where(jnp.arange(ref_logits.shape[-1]) < settings.vocab_size, ref_logits, -jnp.inf)
+    # On a mesh that divides the vocabulary each device then takes whole rows: one all-to-all, in place of a sum over
+    # devices for every sum over the vocabulary, of which truncation alone has 64.
+    ref_logits = sharding.whole_rows(sharding.constrain(ref_logits, "stream", "vocab"))
     active = state.active(controls)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
@@ -51,7 +54,8 @@ def decode_one_token(
     ref_policy = guidance.temper(ref_logits, controls.temperature)
     truncated = policy
     if settings.truncate:
-        truncated = guidance.truncate(policy, controls.temperature, controls.top_k, controls.top_p)
+        truncate = sharding.by_row(guidance.truncate)
+        truncated = truncate(policy, controls.temperature, controls.top_k, controls.top_p)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(controls.seed)
     token = guidance.sample(truncated, keys)
 
@@ -114,19 +118,25 @@ def advance(
         return x if packing is None else packing.unpack(x)
 
     tokens, before, positions = pack(tokens), pack(before), pack(positions)
-    x = decoder.embed(params, config, tokens, before, positions)
+    # On a mesh: what all rows share a slot of is not divided by row.
+    stream = ("stream" if packing is None else None, None, None)
+    x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turn, block = decoder.rotation(positions, config), decoder.Block(config)
     all_keys, all_values = [], []
     for layer, keys, values_ in zip(params["layers"], cache.keys, cache.values, strict=True):
 
         def attend(query, key, value, keys=keys, values_=values_):
             query, key, value = unpack(query), unpack(key), unpack(value)
+            attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
+            # Read first, then written: else a TPU moves whole buffers to its fast memory, writes there, and moves them
+            # back.
+            attention, keys, values_ = jax.lax.optimization_barrier((attention, keys, values_))
             keys = kv_cache.write(keys, key[:, :1], cache.index)
             values_ = kv_cache.write(values_, value[:, :1], cache.index)
-            attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
             return pack(attention), (keys, values_)
 
         x, (keys, values_) = block.apply({"params": layer}, x, turn, attend)
+        x = sharding.constrain(x, *stream)
         all_keys.append(keys)
         all_values.append(values_)
     cache = cache.replace(keys=all_keys, values=all_values, index=cache.index + 1)

@@ -57,13 +57,13 @@ def attend(
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
-    Token 0 is the pending one, whose key and value are already in the cache at `index`. Tokens 1.. are candidates for
-    the position after it: each sees the cache, the pending token and itself, not the other candidates.
+    Token 0 is the pending one, whose key and value are yet to be written at `index`. Tokens 1.. are candidates for the
+    position after it: each sees the cache, the pending token and itself, not the other candidates.
 
     Args:
       query: [B, Q, H, E].
       key, value: [B, Q, G, E] of the step's tokens.
-      keys, values: [B, G, S, E] buffers, written up to and including `index`.
+      keys, values: [B, G, S, E] buffers, of which the positions before `index` are read.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
 
@@ -80,15 +80,14 @@ def attend(
     query = query.reshape(batch, tokens, groups, heads // groups, width) * width**-0.5
     scores = jnp.einsum("bqghe,bgse->bghqs", query, keys, preferred_element_type=jnp.float32)
     positions = jnp.arange(size)
-    seen = (positions >= start[:, None]) & (positions <= index)  # [B, S]
+    seen = (positions >= start[:, None]) & (positions < index)  # [B, S]
     scores = jnp.where(seen[:, None, None, None], scores, -jnp.inf)
-    if tokens == 1:
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        attention = jnp.einsum("bghqs,bgse->bqghe", weights, values)
-    else:
-        own = jnp.einsum("bqghe,bqge->bghq", query, key, preferred_element_type=jnp.float32)
-        own = jnp.where(jnp.arange(tokens) > 0, own, -jnp.inf)  # the pending token finds itself in the cache
-        weights = jax.nn.softmax(jnp.concatenate([scores, own[..., None]], axis=-1), axis=-1).astype(values.dtype)
-        attention = jnp.einsum("bghqs,bgse->bqghe", weights[..., :-1], values)
-        attention += jnp.einsum("bghq,bqge->bqghe", weights[..., -1], value)
+    pending = jnp.einsum("bqghe,bge->bghq", query, key[:, 0], preferred_element_type=jnp.float32)
+    own = jnp.einsum("bqghe,bqge->bghq", query, key, preferred_element_type=jnp.float32)
+    own = jnp.where(jnp.arange(tokens) > 0, own, -jnp.inf)  # that of token 0 is `pending`
+    scores = jnp.concatenate([scores, pending[..., None], own[..., None]], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    attention = jnp.einsum("bghqs,bgse->bqghe", weights[..., :-2], values)
+    attention += jnp.einsum("bghq,bge->bqghe", weights[..., -2], value[:, 0])
+    attention += jnp.einsum("bghq,bqge->bqghe", weights[..., -1], value)
     return attention.reshape(batch, tokens, heads, width).astype(query.dtype)

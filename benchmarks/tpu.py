@@ -1,0 +1,200 @@
+"""What the TPU compiler makes of guided decoding on a slice of TPUs, asked for on a machine without one.
+
+    pip install ".[tpu]"
+    python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
+
+Compiles `generate.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
+a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16, 2,048 positions, 20 candidates a
+row, a Bernoulli V-type guide, top-p and all records on, bfloat16. `--layers N` keeps so many layers of each model.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX is loaded: there is no TPU to be found
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import program  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from qsharp_jax import generate, sharding  # noqa: E402
+from qsharp_jax.models import config, decoder, value  # noqa: E402
+from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
+from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
+
+ROWS, POSITIONS, NEW, CANDIDATES, VOCABULARY = 16, 2048, 1024, 20, 128_256
+HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}  # bytes a chip
+BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "v5p": 2765e9}  # bytes a second to it
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`slots`: guide positions that a row has on average; 0 is one for each candidate."""
+
+    topology: str
+    mesh: dict[str, int]
+    ref: str
+    guide: str
+    slots: int = 0
+
+
+SMALL, LARGE = ("llama3.1-8b", "llama3.2-1b"), ("llama3.1-70b", "llama3.2-3b")
+CASES = {
+    "8b-v5e": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL),
+    "8b-v5e-packed": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL, slots=4),
+    "8b-v6e": Case("v6e:2x2", {"data": 1, "tensor": 4}, *SMALL),
+    "8b-v5p": Case("v5p:2x2x1", {"data": 1, "tensor": 4}, *SMALL),
+    "70b-v5p": Case("v5p:2x2x2", {"data": 1, "tensor": 8}, *LARGE),
+    # More chips than kv heads: two groups of eight have half of the rows' caches each, and share the rest.
+    "70b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *LARGE),
+}
+
+
+def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
+    """What the table says of a case, by column, and the facts that the tests check."""
+    began = time.monotonic()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    mesh = sharding.make_mesh(case.mesh, sharding.DECODE, devices)
+    changes = dict(dtype="bfloat16") | ({} if layers is None else dict(layers=layers))
+    ref_config, guide_config = config.make(case.ref, **changes), ValueConfig(config.make(case.guide, **changes))
+    ref = LanguageModel(_abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
+    guide = ValueModel(_abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
+    settings = generate.Settings(
+        stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=case.slots * ROWS,
+        truncate=True,
+    )  # fmt: skip
+    ref, guide = (_placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
+    rows = (_state(ref, guide, settings), _controls())
+    state, controls = _placed(rows, sharding.of_rows(rows, mesh, sharding.DECODE))
+    with jax.set_mesh(mesh):
+        lowered = generate.decode.lower(ref, guide, state, controls, settings=settings)
+        lowering = time.monotonic()
+        compiled = lowered.compile()
+    done = time.monotonic()
+
+    memory = compiled.memory_analysis()
+    read = program.Program(compiled.as_text())
+    caches = [cache.keys + cache.values for cache in (state.ref_cache, state.guide_cache)]
+    kernels = [leaf for leaf in jax.tree.leaves((ref, guide)) if leaf.ndim == 2 and min(_shard(leaf)) > 1]
+    copies = read.copies({_shard(leaf) for leaf in jax.tree.leaves(caches) + kernels})
+    collectives = read.collectives()
+    embeddings = [guide.params["trunk"]["embedding"]] + ([] if ref_config.tied else [ref.params["embedding"]])
+    bound = _bytes((ref, guide, caches)) - _bytes(embeddings)
+    return dict(
+        hbm=HBM[case.topology[:3]],
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        cache=_bytes(caches),
+        copies=[i.text[:200] for i in copies],
+        layers=ref_config.layers + guide_config.trunk.layers,
+        reductions=[f"{i.source}: {i.text[:200]}" for i in collectives if i.kind in program.REDUCTIONS],
+        collectives=program.count(collectives),
+        collective_bytes=sum(map(program.result_bytes, collectives)),
+        outside_layers=collections.Counter(f"{i.kind} {i.source}" for i in collectives if "Block" not in i.source),
+        repeated=len(read.repeated_collectives()),
+        hbm_bytes=read.hbm_bytes(),
+        bound_bytes=bound,
+        bound_ms=bound / BANDWIDTH[case.topology[:3]] * 1e3,
+        trace_seconds=lowering - began,
+        compile_seconds=done - lowering,
+    )  # fmt: skip
+
+
+def _abstract(init: Any) -> Any:
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+
+
+def _state(ref: LanguageModel, guide: ValueModel, settings: generate.Settings) -> generate.State:
+    tokens, start = np.zeros((ROWS, POSITIONS - NEW), np.int32), np.zeros(ROWS, np.int32)
+    fill = functools.partial(generate.prefill, tokens=tokens[:, :-1], start=start, size=POSITIONS)
+
+    def first(ref_params: Any, trunk: Any) -> generate.State:
+        caches = fill(ref_params, ref.config), fill(trunk, guide.config.trunk)
+        return generate.first_state(*caches, tokens, start, NEW, settings)
+
+    return jax.eval_shape(first, *jax.tree.map(_bare, (ref.params, guide.params["trunk"])))
+
+
+def _controls() -> generate.Controls:
+    number, whole, seed = (jax.ShapeDtypeStruct((ROWS,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
+    return generate.Controls(
+        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
+    )
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def _bare(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def _bytes(tree: Any) -> int:
+    """On one chip."""
+    return sum(math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
+    gib, mb = lambda size: f"{size / 2**30:.2f}", lambda size: f"{size / 1e6:.0f}"
+    others = {kind: count for kind, count in facts["collectives"].items() if kind not in program.REDUCTIONS}
+    return [
+        name,
+        case.topology,
+        " x ".join(f"{axis} {size}" for axis, size in case.mesh.items() if size > 1),
+        f"{case.ref} + {case.guide}",
+        f"{gib(facts['peak'])} of {facts['hbm'] / 2**30:.0f}",
+        gib(facts["arguments"]),
+        gib(facts["temporaries"]),
+        f"{gib(facts['aliased'])} / {gib(facts['cache'])}",
+        str(len(facts["copies"])),
+        f"2 x {facts['layers']} + {len(facts['reductions']) - 2 * facts['layers']}",
+        ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())),
+        mb(facts["collective_bytes"]),
+        f"{mb(facts['hbm_bytes'])} / {mb(facts['bound_bytes'])}",
+        f"{facts['bound_ms']:.2f}",
+        f"{facts['compile_seconds']:.0f}",
+    ]
+
+
+HEADER = (
+    "case", "slice", "mesh", "models", "GiB a chip at peak", "arguments GiB", "temporaries GiB",
+    "updated in place / caches GiB", "copies", "reductions a step", "other collectives a step", "MB they bring",
+    "MB of HBM a step / bound", "bound ms", "compile s",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--layers", type=int, help="of each model; by default all")
+    parser.add_argument("--json", action="store_true", help="print one JSON object of facts by case")
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps({name: compile_case(CASES[name], options.layers) for name in options.only}))
+        return
+    print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
+    for name in options.only:
+        facts = compile_case(CASES[name], options.layers)
+        print("| " + " | ".join(row(name, CASES[name], facts)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

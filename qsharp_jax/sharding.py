@@ -1,0 +1,236 @@
+"""Where arrays lie on a mesh of devices: logical axes of every leaf, rules from logical to mesh axes, shardings.
+
+A leaf's name gives its logical axes (`PARAMETERS`, `CACHE`); one table a use (`DECODE`, `FIT`) gives the mesh axes that
+divide each of them. Mesh axes: `data` divides the rows, `tensor` a layer's heads, hidden units and the vocabulary,
+`fsdp` (in fitting) the rows and the weights' `embed`, `attention_data` (in decoding) the rows of the caches as `data`
+does and the hidden units and the vocabulary as `tensor` does: for more chips than there are kv heads. Models are known
+here by their leaves' names and a few numbers of their configs alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qsharp_jax.errors import UserError, nearest
+
+Axes = tuple[str | None, ...]  # one logical axis a dimension; None is never divided
+Rules = Mapping[str, tuple[str, ...]]
+
+# By a leaf's own name, or with the name above it. Leaves below "layers" have the layers before these unless unstacked.
+PARAMETERS: Mapping[str, Axes] = {
+    "embedding": ("vocab", "embed"),
+    "positions": (None, "embed"),
+    "token_shift": (None,),
+    "query.kernel": ("embed", "heads"),
+    "key.kernel": ("embed", "kv"),
+    "value.kernel": ("embed", "kv"),
+    "query.bias": ("heads",),
+    "key.bias": ("kv",),
+    "value.bias": ("kv",),
+    "output.kernel": ("heads", "embed"),
+    "output.bias": (None,),
+    "up.kernel": ("embed", "mlp"),
+    "gate.kernel": ("embed", "mlp"),
+    "up.bias": ("mlp",),
+    "gate.bias": ("mlp",),
+    "down.kernel": ("mlp", "embed"),
+    "down.bias": (None,),
+    "head": ("embed", "vocab"),  # of a language model
+    "head.kernel": ("embed", "outputs"),  # of a guide
+    "head.bias": ("outputs",),
+    "scale": (None,),  # of every norm
+    "attention_norm.bias": (None,),
+    "mlp_norm.bias": (None,),
+    "final_norm.bias": (None,),
+}
+CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
+
+# Beside the arrays' axes there are those of what is computed: `stream` is the batch of the residual stream, `rows` that
+# of what one device does with a row's whole vocabulary.
+DECODE: Rules = {
+    "batch": ("data", "attention_data"),
+    "stream": ("data",),
+    "rows": ("data", "attention_data", "tensor"),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor", "attention_data"),
+    "vocab": ("tensor", "attention_data"),
+    "outputs": ("tensor", "attention_data"),
+    "embed": (),
+    "layers": (),
+}
+FIT: Rules = {
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "outputs": ("tensor",),
+    "embed": ("fsdp",),
+    "layers": (),
+}
+# Left whole on every device where the mesh does not divide them. A kv head cut in two would have its whole cache
+# copied in every step.
+WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
+
+
+def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the named axes, for `jax.set_mesh`. The last axis has the devices that are nearest to each other.
+
+    Args:
+      sizes: devices along each mesh axis, such as {"data": 2, "tensor": 4}.
+      rules: `DECODE` or `FIT`.
+      devices: by default all.
+
+    Raises:
+      UserError: for an axis that the rules do not know, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    known = {axis for axes in rules.values() for axis in axes}
+    for name in sizes:
+        if name not in known:
+            raise UserError(f"the mesh has an axis {name!r}, which no rule uses; {nearest(name, known)}")
+    if math.prod(sizes.values()) != len(devices):
+        words = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"a mesh of {words} needs {math.prod(sizes.values())} devices, and there are {len(devices)}")
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+
+
+def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
+    """The mesh axes of each dimension; those that the mesh does not have divide nothing.
+
+    Raises:
+      ValueError: for a logical axis that is not in the rules, or a mesh axis that would divide two dimensions.
+    """
+    if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
+        raise ValueError(f"unknown logical axes {', '.join(unknown)}; known are {', '.join(rules)}")
+    parts = [() if axis is None else tuple(a for a in rules[axis] if a in mesh.shape) for axis in axes]
+    used = [axis for part in parts for axis in part]
+    if twice := sorted({axis for axis in used if used.count(axis) > 1}):
+        raise ValueError(f"mesh axis {', '.join(twice)} would divide two dimensions of an array with axes {axes}")
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings for a `LanguageModel` or `ValueModel`, a tree like it; its leaves may be abstract, stacked or not.
+
+    The `params` of the result are what `hf.load_ref(..., shardings=)` takes and what a restore aims at. The model is
+    cut at whole heads; kv heads that the mesh does not divide are on every device, as is an uneven vocabulary.
+
+    Raises:
+      UserError: for query heads or hidden units that the mesh does not divide.
+    """
+    trunk = getattr(model.config, "trunk", model.config)
+    of_each_token = trunk is not model.config and model.config.type == "q"
+    units = {"heads": trunk.heads, "kv": trunk.kv_heads, "outputs": trunk.vocab_size if of_each_token else 1}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        axes = next((PARAMETERS[n] for n in (".".join(names[-2:]), names[-1]) if n in PARAMETERS), None)
+        if axes is None:
+            raise ValueError(f"no logical axes are known for parameter {'.'.join(names)}")
+        if "layers" in names and leaf.ndim == len(axes) + 1:
+            axes = ("layers", *axes)
+        return NamedSharding(mesh, _fitting_spec(leaf.shape, axes, mesh, rules, units))
+
+    return jax.tree.map_with_path(place, model)
+
+
+def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings for what has an entry a row, a tree like it: a decode loop's `State`, its `Controls`, a batch.
+
+    Buffers of a KV cache, under `keys` and `values`, are cut by row and kv head; other arrays by row; scalars not.
+
+    Raises:
+      UserError: for a number of rows that the mesh does not divide.
+    """
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs_of_rows(tree, mesh, rules))
+
+
+def place_rows(tree: Any) -> Any:
+    """Puts what has an entry a row where `of_rows` says for decoding; without a mesh (`jax.set_mesh`) as it is.
+
+    Raises:
+      UserError: as `of_rows`.
+    """
+    mesh = jax.sharding.get_mesh()
+    return tree if mesh.empty else jax.device_put(tree, of_rows(tree, mesh, DECODE))
+
+
+# --- Inside jit, in decoding; without a mesh these do nothing -------------------------------------------------------
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays an array out as `DECODE` says for these logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, DECODE, mesh))
+
+
+def constrain_rows(tree: Any) -> Any:
+    """Lays out what has an entry a row as `of_rows` does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, _specs_of_rows(tree, mesh, DECODE))
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Lays [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _whole_rows(x.shape[0], mesh))
+
+
+def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays with B rows each, every row for itself, so that devices need not wait for each other.
+
+    The compiler divides other operations by row by itself, but has all devices agree before each turn of a loop.
+    """
+
+    def mapped(*arrays: jax.Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(*arrays)
+        rows = _whole_rows(arrays[0].shape[0], mesh)
+        return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+    return mapped
+
+
+def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
+    return spec(("batch" if rows % _parts("rows", DECODE, mesh) else "rows",), DECODE, mesh)
+
+
+def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
+    """Into how many the mesh divides a logical axis."""
+    return math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
+
+
+def _specs_of_rows(tree: Any, mesh: Any, rules: Rules) -> Any:
+    def place(path: Any, leaf: Any) -> PartitionSpec:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        rows = ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+        return _fitting_spec(leaf.shape, CACHE if {"keys", "values"} & set(names) else rows, mesh, rules, {})
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, units: Mapping[str, int]) -> PartitionSpec:
+    """`spec` for an array of this shape. `units`: how many pieces a logical axis consists of, by default its length."""
+    if len(axes) != len(shape):
+        raise ValueError(f"an array of shape {tuple(shape)} has axes {axes}")
+    whole = []
+    for axis, size in zip(axes, shape, strict=True):
+        pieces = units.get(axis, size)
+        uneven = pieces % _parts(axis, rules, mesh)
+        whole.append(None if uneven and axis in WHOLE_IF_UNEVEN else axis)
+        if uneven and axis not in WHOLE_IF_UNEVEN:
+            over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[axis] if a in mesh.shape)
+            fits = ", ".join(str(n) for n in range(1, mesh.size + 1) if pieces % n == 0)
+            what = {"heads": "query heads", "batch": "rows of the batch", "mlp": "hidden units of the mlp"}
+            raise UserError(
+                f"{pieces} {what.get(axis, axis)} cannot be divided by the mesh's {over};"
+                f" sizes that divide them are {fits}"
+            )
+    return spec(tuple(whole), rules, mesh)
