@@ -71,23 +71,38 @@ def attend(
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
     """
     batch, tokens, heads, width = query.shape
+    dtype = query.dtype
     groups, size = keys.shape[1], keys.shape[2]
     chex.assert_shape([key, value], (batch, tokens, groups, width))
     chex.assert_shape([keys, values], (batch, groups, size, width))
     chex.assert_shape(start, (batch,))
 
-    # h: the query heads that share a kv head.
-    query = query.reshape(batch, tokens, groups, heads // groups, width) * width**-0.5
-    scores = jnp.einsum("bqghe,bgse->bghqs", query, keys, preferred_element_type=jnp.float32)
+    # The query heads that share a kv head, and the tokens, are the rows N = H/G * Q of one product with the cache.
+    shared = heads // groups
+
+    def rows(x: jax.Array) -> jax.Array:
+        """[B, Q, G, H/G, E] -> [B, G, N, E]."""
+        return x.transpose(0, 2, 3, 1, 4).reshape(batch, groups, shared * tokens, width)
+
+    def repeat(x: jax.Array) -> jax.Array:
+        """[B, Q, G, E] -> [B, G, N, E]."""
+        return rows(jnp.broadcast_to(x[:, :, :, None], (batch, tokens, groups, shared, width)))
+
+    query = rows((query * width**-0.5).reshape(batch, tokens, groups, shared, width))
+    scores = jnp.einsum("bgne,bgse->bgns", query, keys, preferred_element_type=jnp.float32)
     positions = jnp.arange(size)
     seen = (positions >= start[:, None]) & (positions < index)  # [B, S]
-    scores = jnp.where(seen[:, None, None, None], scores, -jnp.inf)
-    pending = jnp.einsum("bqghe,bge->bghq", query, key[:, 0], preferred_element_type=jnp.float32)
-    own = jnp.einsum("bqghe,bqge->bghq", query, key, preferred_element_type=jnp.float32)
-    own = jnp.where(jnp.arange(tokens) > 0, own, -jnp.inf)  # that of token 0 is `pending`
-    scores = jnp.concatenate([scores, pending[..., None], own[..., None]], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    attention = jnp.einsum("bghqs,bgse->bqghe", weights[..., :-2], values)
-    attention += jnp.einsum("bghq,bge->bqghe", weights[..., -2], value[:, 0])
-    attention += jnp.einsum("bghq,bqge->bqghe", weights[..., -1], value)
-    return attention.reshape(batch, tokens, heads, width).astype(query.dtype)
+    scores += jnp.where(seen, 0, -jnp.inf)[:, None, None]
+    pending = jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
+    own = jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
+    own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # that of token 0 is `pending`
+
+    # The softmax over the three parts; its division comes last, on [B, G, N, E] in place of [B, G, N, S].
+    largest = jnp.maximum(jnp.maximum(scores.max(-1), pending), own)
+    scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
+    total = scores.sum(-1) + pending + own
+    attention = jnp.einsum("bgns,bgse->bgne", scores.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    attention += pending[..., None] * value[:, 0, :, None] + own[..., None] * repeat(value)
+    attention = (attention / total[..., None]).astype(dtype)
+    attention = attention.reshape(batch, groups, shared, tokens, width).transpose(0, 3, 1, 2, 4)
+    return attention.reshape(batch, tokens, heads, width)
