@@ -28,14 +28,6 @@ TOKENS = np.random.default_rng(0).integers(0, 11, SEGMENTS.shape)
 forward = jax.jit(value.forward, static_argnames="config")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs are small and many: compiling them well takes longer than running them ever will."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 every_head = pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
 
 
