@@ -8,9 +8,10 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qsharp_jax.errors import UserError
-from qsharp_jax.models import hf
+from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
@@ -60,6 +61,18 @@ class Folders:
             made["reference"] = hf.read_config(self.ref, self._dtype(self.ref))
         if self.guide:
             made["guide"] = hf.read_guide_config(self.guide, self._dtype(self.guide)).trunk
+        return made
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
+        made = {}
+        if self.ref:
+            dtype = self._dtype(self.ref)
+            made["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
+        if self.guide:
+            dtype = self._dtype(self.guide)
+            made["guide"] = value.abstract(hf.read_guide_config(self.guide, dtype), dtype)
         return made
 
     def load_ref(self) -> LanguageModel:

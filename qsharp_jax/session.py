@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -96,6 +97,11 @@ class Session:
         """The shapes of the "reference" and of the "guide"'s trunk."""
         return {"reference": self.ref_config, "guide": self.guide_config.trunk}
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
+        return {"reference": decoder.abstract(self.ref_config), "guide": value.abstract(self.guide_config)}
+
     def seed(self, name: str) -> int:
         """A seed of its own for every use, so that no two of them share random numbers."""
         return zlib.crc32(f"{self.config.seed}/{name}".encode())
@@ -133,8 +139,7 @@ class Session:
           UserError: if its pre-training has not ended, or the checkpoint is damaged.
         """
         checkpoints = _finished(self.workdir.ref, "reference model", "run")
-        shapes = jax.eval_shape(functools.partial(decoder.init, config=self.ref_config), jax.random.key(0))
-        return LanguageModel(checkpoints.restore_params(shapes), self.ref_config)
+        return LanguageModel(checkpoints.restore_params(decoder.abstract(self.ref_config)), self.ref_config)
 
     def load_guide(self, number: int | None = None) -> ValueModel:
         """The guide fitted in a round, by default in the last that has one.
@@ -144,7 +149,7 @@ class Session:
         """
         number = self.fitted_rounds() or 1 if number is None else number
         checkpoints = _finished(self.guide_folder(number), f"guide of round {number}", "fit")
-        shapes = jax.eval_shape(functools.partial(value.init, config=self.guide_config), jax.random.key(0))
+        shapes = value.abstract(self.guide_config)
         if offsets := self.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
             trunk = self.guide_config.trunk
             shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, trunk), jax.random.key(0))

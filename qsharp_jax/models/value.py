@@ -71,6 +71,12 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
     return {"trunk": {name: leaf for name, leaf in trunk.items() if name != "head"}, "head": head}  # no next tokens
 
 
+def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
+    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+
+
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
     """A V-type head's float32 outputs [..., M] from the tokens' own hidden states [..., D]."""
     kernel = params["head"]["kernel"].astype(config.trunk.compute_dtype)

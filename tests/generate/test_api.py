@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from qsharp_jax import generate as module
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate import api, generate
+from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -275,3 +276,23 @@ def test_a_guide_of_another_vocabulary_or_a_shorter_context_is_refused():
         generate(ref, guide_with(vocab_size=15), PROMPTS, eta=0.1, rng=0, **COMMON)
     with pytest.raises(UserError, match="prompt 1 has 16 tokens, .* is more than the guide's 20 positions"):
         generate(ref, guide_with(max_positions=20), PROMPTS, eta=0.1, rng=0, **COMMON)
+
+
+def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    """Six rows of 16 - 1 + 16 positions, made 32: keys and values of 2 layers and of 1, 2 heads of 4 float32 each."""
+    caches = {"ref": 2 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4, "guide": 1 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4}
+    ref, guide = decoding_models("v-bernoulli")
+    monkeypatch.setattr(memory, "GB", 1e3)
+    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()))
+    run(rng=0, eta=0.1)
+    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()) - 1)
+    monkeypatch.setattr(api, "prefill", lambda *_, **__: pytest.fail("it computes"))
+    weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) for model in (ref, guide)]
+    words = (
+        f"has 36.92 GB of memory free beside the reference's weights {weights[0] / 1e3:.2f} GB and the guide's weights"
+        f" {weights[1] / 1e3:.2f} GB, and the reference's cache 24.60 GB and the guide's cache 12.32 GB are needed"
+    )
+    with pytest.raises(UserError, match=words):
+        run(rng=0, eta=0.1)
+    with pytest.raises(pytest.fail.Exception, match="it computes"):
+        run(rng=0, guided=False)  # which needs the reference's alone
