@@ -1,6 +1,7 @@
 """What a caller of `generate` sees: pi_ref without a guide, one program for all settings, where rows end, refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -276,6 +277,21 @@ def test_a_guide_of_another_vocabulary_or_a_shorter_context_is_refused():
         generate(ref, guide_with(vocab_size=15), PROMPTS, eta=0.1, rng=0, **COMMON)
     with pytest.raises(UserError, match="prompt 1 has 16 tokens, .* is more than the guide's 20 positions"):
         generate(ref, guide_with(max_positions=20), PROMPTS, eta=0.1, rng=0, **COMMON)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["v-bernoulli", "v-scalar"])
+def test_the_caches_that_are_counted_are_those_that_prefill_makes(case, dtype):
+    ref, _ = models(case)
+    config = dataclasses.replace(ref.config, dtype=dtype)
+    made = jax.eval_shape(
+        functools.partial(module.prefill, config=config, size=32, samples=2),
+        ref.params, tokens=np.zeros((3, 15), np.int32), start=np.zeros(3, np.int32),
+    )  # fmt: skip
+    counted = module.caches({"reference": config}, 6, 32)["the reference's cache"]
+    assert jax.tree.structure(made) == jax.tree.structure(counted)
+    for leaf, other in zip(jax.tree.leaves(made), jax.tree.leaves(counted), strict=True):
+        assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
 
 
 def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
