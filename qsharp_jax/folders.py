@@ -6,7 +6,7 @@ Everything that can be refused without the weights is refused before they are re
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,7 @@ class Folders:
     stop_ids: Sequence[int] | None = None
 
     def __post_init__(self):
-        for what, config in self.configs.items():
-            if config.vocab_size < self.text.vocab_size:
-                raise UserError(
-                    f"the {what} has {config.vocab_size} tokens in its embedding, but the tokenizer in"
-                    f" {self.ref or self.guide} has ids up to {self.text.vocab_size - 1}; put the model's own there"
-                )
-        if self.ref and self.guide and has_tokenizer(self.guide):  # it needs none of its own
-            check_same_tokens(self.text, Text.load(self.guide))
+        check_vocabulary(self.text, self.configs, self.ref and self.guide, f"the tokenizer in {self.ref or self.guide}")
 
     @functools.cached_property
     def text(self) -> Text:
@@ -83,6 +76,27 @@ class Folders:
 
     def _dtype(self, folder: Path) -> str:
         return self.dtype or stored_dtype(folder)
+
+
+def check_vocabulary(text: Text, configs: Mapping[str, DecoderConfig], guide: Path | None, whose: str) -> None:
+    """That models have the tokens of a text's tokenizer.
+
+    Args:
+      configs: the models' shapes, by their names in a message.
+      guide: a folder whose tokenizer, if it has one, must have the same entries; it needs none of its own.
+      whose: words for the text's tokenizer.
+
+    Raises:
+      UserError: naming the first model or entry that does not fit.
+    """
+    for what, config in configs.items():
+        if config.vocab_size < text.vocab_size:
+            raise UserError(
+                f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to"
+                f" {text.vocab_size - 1}; put the model's own there"
+            )
+    if guide and has_tokenizer(guide):
+        check_same_tokens(text, Text.load(guide))
 
 
 def stored_dtype(folder: Path) -> str:

@@ -32,13 +32,13 @@ class ValueConfig:
 
     def __post_init__(self):
         if self.type not in ("v", "q"):
-            raise ValueError(f"guide.type is {self.type!r}; it must be v or q")
+            raise ValueError(f"value.type is {self.type!r}; it must be v or q")
         if self.distribution not in ("bernoulli", "categorical", "scalar"):
             raise ValueError(
-                f"guide.distribution is {self.distribution!r}; it must be bernoulli, categorical or scalar"
+                f"value.distribution is {self.distribution!r}; it must be bernoulli, categorical or scalar"
             )
         if self.distribution == "categorical" and len(self.atoms) < 2:
-            raise ValueError("a categorical guide needs at least two guide.atoms")
+            raise ValueError("a categorical guide needs at least two value.atoms")
 
     @property
     def outputs(self) -> int:
