@@ -39,7 +39,8 @@ class Folders:
     stop_ids: Sequence[int] | None = None
 
     def __post_init__(self):
-        check_vocabulary(self.text, self.configs, self.ref and self.guide, f"the tokenizer in {self.ref or self.guide}")
+        configs = self.configs  # first of all, whether these are folders of models
+        check_vocabulary(self.text, configs, self.ref and self.guide, f"the tokenizer in {self.ref or self.guide}")
 
     @functools.cached_property
     def text(self) -> Text:
