@@ -1,6 +1,6 @@
 """The main job: word problems, with a reference model made on the spot. Some minutes on two CPU cores."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -14,7 +14,14 @@ def get_config() -> ConfigDict:
     c.task.equation_fraction = 0.4  # share of pre-training texts that are bare equations
     c.task.error_scale = 1.0  # of the corpus's reading errors; 0 gives a clean corpus
 
-    c.model = ConfigDict()  # of the reference and of the guide's trunk
+    c.ref = "pretrain"  # made here, from the two sections below; or the folder of a model, as transformers keeps them
+    c.guide = (
+        "ref"  # starts from the reference's weights; scratch: of the shape below; or a folder, of a model or guide
+    )
+    c.dtype = config_dict.placeholder(str)  # float32 or bfloat16, of models in folders; None: each folder's own
+    c.prompt_format = "plain"  # or chat, one turn in the chat template of the reference's folder
+
+    c.model = ConfigDict()
     c.model.size = "tiny"
 
     c.pretrain = ConfigDict()  # pi_ref, by maximum likelihood on the task's texts
@@ -27,11 +34,10 @@ def get_config() -> ConfigDict:
     c.pretrain.optimizer = optimizer("muon", 0.02)
     c.pretrain.optimizer.adam_learning_rate = 4e-3  # Muon's AdamW, for all but the blocks' matrices
 
-    c.guide = ConfigDict()
-    c.guide.type = "v"  # v: read at the appended token; q: a head over the vocabulary
-    c.guide.distribution = "bernoulli"  # or categorical, scalar
-    c.guide.atoms = ()  # rewards of the categorical's atoms
-    c.guide.init = "ref"  # or scratch
+    c.value = ConfigDict()  # the guide's head
+    c.value.type = "v"  # v: read at the appended token; q: a head over the vocabulary
+    c.value.distribution = "bernoulli"  # or categorical, scalar
+    c.value.atoms = ()  # rewards of the categorical's atoms
 
     c.generate = ConfigDict()
     c.generate.temperature = 1.0

@@ -149,6 +149,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _whole(least: int) -> Rule:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"a whole number, at least {least}"
 
@@ -195,6 +199,10 @@ _OPTIMIZER = {
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "rounds": _whole(1),
+    "ref": (_is_text, "pretrain, or the folder of a model"),
+    "guide": (_is_text, "ref, scratch, or the folder of a model"),
+    "dtype": (lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for a folder's own"),
+    "prompt_format": _one_of("plain", "chat"),
     "generate.temperature": _NOT_NEGATIVE,
     "generate.top_p": _SHARE,
     "generate.top_k": _whole(0),
@@ -227,10 +235,9 @@ RULES: dict[str, Rule] = {
     "evaluate.samples": _whole(1),
     "evaluate.etas": _ETAS,
     "evaluate.batch_size": _whole(1),
-    "guide.type": _one_of("v", "q"),
-    "guide.distribution": _one_of("bernoulli", "categorical", "scalar"),
-    "guide.init": _one_of("ref", "scratch"),
-    "guide.atoms": _ASCENDING,
+    "value.type": _one_of("v", "q"),
+    "value.distribution": _one_of("bernoulli", "categorical", "scalar"),
+    "value.atoms": _ASCENDING,
     **{f"{section}.optimizer.{name}": rule for section in ("pretrain", "fit") for name, rule in _OPTIMIZER.items()},
 }
 

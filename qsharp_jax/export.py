@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax import report
+from qsharp_jax.errors import UserError
 from qsharp_jax.models import hf
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.session import Session
@@ -17,10 +18,12 @@ def write(session: Session, what: str, folder: str | Path) -> None:
       folder: new, empty, or an earlier export, which is replaced.
 
     Raises:
-      UserError: if the run has no such model yet, no class of `transformers` computes it, or something else is in the
-        folder.
+      UserError: if the run has no such model yet, its reference is a folder's anyway, no class of `transformers`
+        computes the model, or something else is in the folder.
       OSError: if the folder cannot be written.
     """
+    if what == "ref" and session.ref_folder:
+        raise UserError(f"this run's reference is that of the folder {session.ref_folder}; use it as it is")
     hf.check_folder(folder)
     tokenizer, rows = session.text.for_other_programs(), _results(session)
     if what == "ref":

@@ -6,11 +6,12 @@ Everything that can be refused without the weights is refused before they are re
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qsharp_jax.errors import UserError
-from qsharp_jax.models import hf
+from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
@@ -38,14 +39,8 @@ class Folders:
     stop_ids: Sequence[int] | None = None
 
     def __post_init__(self):
-        for what, config in self.configs.items():
-            if config.vocab_size < self.text.vocab_size:
-                raise UserError(
-                    f"the {what} has {config.vocab_size} tokens in its embedding, but the tokenizer in"
-                    f" {self.ref or self.guide} has ids up to {self.text.vocab_size - 1}; put the model's own there"
-                )
-        if self.ref and self.guide and has_tokenizer(self.guide):  # it needs none of its own
-            check_same_tokens(self.text, Text.load(self.guide))
+        configs = self.configs  # first of all, whether these are folders of models
+        check_vocabulary(self.text, configs, self.ref and self.guide, f"the tokenizer in {self.ref or self.guide}")
 
     @functools.cached_property
     def text(self) -> Text:
@@ -62,6 +57,18 @@ class Folders:
             made["guide"] = hf.read_guide_config(self.guide, self._dtype(self.guide)).trunk
         return made
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
+        made = {}
+        if self.ref:
+            dtype = self._dtype(self.ref)
+            made["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
+        if self.guide:
+            dtype = self._dtype(self.guide)
+            made["guide"] = value.abstract(hf.read_guide_config(self.guide, dtype), dtype)
+        return made
+
     def load_ref(self) -> LanguageModel:
         return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
 
@@ -70,6 +77,27 @@ class Folders:
 
     def _dtype(self, folder: Path) -> str:
         return self.dtype or stored_dtype(folder)
+
+
+def check_vocabulary(text: Text, configs: Mapping[str, DecoderConfig], guide: Path | None, whose: str) -> None:
+    """That models have the tokens of a text's tokenizer.
+
+    Args:
+      configs: the models' shapes, by their names in a message.
+      guide: a folder whose tokenizer, if it has one, must have the same entries; it needs none of its own.
+      whose: words for the text's tokenizer.
+
+    Raises:
+      UserError: naming the first model or entry that does not fit.
+    """
+    for what, config in configs.items():
+        if config.vocab_size < text.vocab_size:
+            raise UserError(
+                f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to"
+                f" {text.vocab_size - 1}; put the model's own there"
+            )
+    if guide and has_tokenizer(guide):
+        check_same_tokens(text, Text.load(guide))
 
 
 def stored_dtype(folder: Path) -> str:

@@ -10,18 +10,18 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
-from qsharp_jax import tasks, train
+from qsharp_jax import sources, tasks, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.errors import UserError, nearest
-from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.tasks import Problem
 from qsharp_jax.text import Text
@@ -35,21 +35,29 @@ def check(config: ConfigDict) -> None:
       UserError: naming the setting, its value and what is allowed.
     """
     present = configs.keys(config)
-    for key in [*configs.RULES, "task.name", "model.size"]:
+    pretrained = config.get("ref") == "pretrain"
+    asked = [key for key in configs.RULES if pretrained or not key.startswith("pretrain.")]
+    for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
         if key not in present:
             raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")
     for key in present:  # these are arguments of `generate`: another would be refused there, after the pre-training
         if key.startswith("generate.") and key not in configs.RULES:
             raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
     configs.check(config)
+    sources.check_folders(config)
     try:
-        longest = _value_config(config, vocab_size=1).trunk.max_positions
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
         raise UserError(str(error)) from None
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
         words = str(error).strip('"')
         raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
+    session = Session(Workdir(Path(), config))
+    try:
+        sources.check(config, session.text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    longest = min(shape.max_positions for shape in session.configs.values())
     if (new := config.generate.max_new_tokens) >= longest:
         raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
 
@@ -81,20 +89,26 @@ class Session:
 
     @functools.cached_property
     def text(self) -> Text:
-        return Text(self.task.make_tokenizer(self.config.task))
+        return sources.make_text(self.config, self.task)
 
-    @property
+    @functools.cached_property
     def ref_config(self) -> DecoderConfig:
-        return _decoder_config(self.config, self.text.vocab_size)
+        return sources.ref_config(self.config, self.text)
 
-    @property
+    @functools.cached_property
     def guide_config(self) -> ValueConfig:
-        return _value_config(self.config, self.text.vocab_size)
+        return sources.guide_config(self.config, self.text)
 
     @property
     def configs(self) -> dict[str, DecoderConfig]:
         """The shapes of the "reference" and of the "guide"'s trunk."""
         return {"reference": self.ref_config, "guide": self.guide_config.trunk}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
+        dtype = self.ref_config.dtype if self.ref_folder else "float32"  # of what was trained here
+        return {"reference": decoder.abstract(self.ref_config, dtype), "guide": value.abstract(self.guide_config)}
 
     def seed(self, name: str) -> int:
         """A seed of its own for every use, so that no two of them share random numbers."""
@@ -121,20 +135,26 @@ class Session:
         """The config's settings of `generate`, for collection and evaluation alike."""
         settings = dict(self.config.generate)
         settings["top_k_candidates"] = min(settings["top_k_candidates"], self.text.vocab_size)
-        return settings | {"stop_ids": self.text.stop_ids}
+        return settings | {"stop_ids": self.text.stop_ids, "vocab_size": self.text.vocab_size}
 
     def guide_folder(self, number: int) -> Path:
         return self.workdir.guide / f"round_{number}"
 
+    @property
+    def ref_folder(self) -> Path | None:
+        """The reference's own folder; None where it is pre-trained in the workdir."""
+        return sources.folder(self.config, "ref")
+
     def load_ref(self) -> LanguageModel:
-        """The pre-trained reference.
+        """The reference, out of its folder or as it was pre-trained.
 
         Raises:
-          UserError: if its pre-training has not ended, or the checkpoint is damaged.
+          UserError: if its pre-training has not ended, or what was to be read is damaged.
         """
+        if self.ref_folder:
+            return sources.load_ref(self.config)
         checkpoints = _finished(self.workdir.ref, "reference model", "run")
-        shapes = jax.eval_shape(functools.partial(decoder.init, config=self.ref_config), jax.random.key(0))
-        return LanguageModel(checkpoints.restore_params(shapes), self.ref_config)
+        return LanguageModel(checkpoints.restore_params(decoder.abstract(self.ref_config)), self.ref_config)
 
     def load_guide(self, number: int | None = None) -> ValueModel:
         """The guide fitted in a round, by default in the last that has one.
@@ -144,12 +164,16 @@ class Session:
         """
         number = self.fitted_rounds() or 1 if number is None else number
         checkpoints = _finished(self.guide_folder(number), f"guide of round {number}", "fit")
-        shapes = jax.eval_shape(functools.partial(value.init, config=self.guide_config), jax.random.key(0))
+        shapes = value.abstract(self.guide_config)
         if offsets := self.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
             trunk = self.guide_config.trunk
             shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, trunk), jax.random.key(0))
         params = checkpoints.restore_params(shapes)
         return ValueModel({name: leaf for name, leaf in params.items() if name != "future"}, self.guide_config)
+
+    def first_guide(self, ref: LanguageModel | None) -> Params:
+        """The parameters that a guide starts from, if not from those of the round before; see `sources.first_guide`."""
+        return sources.first_guide(self.config, self.guide_config, ref, self.key("guide"))
 
     def fitted_rounds(self) -> int:
         """How many rounds, from the first on, have a fitted guide."""
@@ -171,24 +195,3 @@ def _finished(folder: Path, what: str, command: str) -> Checkpoints:
     if not _is_finished(folder):
         raise UserError(f"there is no {what} in {folder}; run `qsharp {command}` on this workdir first")
     return Checkpoints(folder)
-
-
-def _decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
-    changes = dict(config.model)
-    if "vocab_size" in changes:
-        raise ValueError("model.vocab_size is the tokenizer's; remove it from the config")
-    for field in dataclasses.fields(DecoderConfig):
-        value_ = changes.get(field.name, field.type())
-        if type(value_) is not field.type and not (field.type is float and type(value_) is int):
-            raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {field.type.__name__}")
-    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
-
-
-def _value_config(config: ConfigDict, vocab_size: int) -> ValueConfig:
-    guide = config.guide
-    return ValueConfig(
-        trunk=_decoder_config(config, vocab_size),
-        type=guide.type,
-        distribution=guide.distribution,
-        atoms=tuple(guide.atoms),
-    )

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
 
 from qsharp_jax import config as configs
 from qsharp_jax import train
@@ -27,6 +28,16 @@ from qsharp_jax.workdir import Workdir
 ARITHMETIC = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 TINY = dict(embed=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp=64, max_positions=23)
 STAR_GRAPH = dict(name="star_graph", degree=2, path_length=3, num_nodes=6, pretrain_on="paths")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """For a conftest.py that imports it: programs there are small and many, and compiling them well takes longer than
+    running them ever will.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def session(folder, *overrides: str, task=STAR_GRAPH, model=TINY) -> Session:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qsharp_jax import cli, dataset
+from qsharp_jax import checkpoint, cli, dataset
+from qsharp_jax.models import memory
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "star_graph.py")
@@ -272,6 +273,17 @@ def test_prompts_that_cannot_be_are_refused(finished, tmp_path, capsys):
         (["0,1", "--config.seed=1"], "--config"),
     ]:
         assert words in refused(capsys, *generate, *arguments)
+
+
+def test_too_little_memory_for_a_run_s_models_is_said_before_weights_are_read(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore_params", lambda *_: pytest.fail("it reads"))
+    sentence = refused(capsys, "generate", "--workdir", finished, PROMPT)
+    for part in ("the reference's weights", "the reference's cache", "the guide's weights", "the guide's cache"):
+        assert f"{part} 0.00 GB" in sentence
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT, "response": "0,2"}) + "\n")
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "the guide's weights 0.00 GB are needed" in refused(capsys, "score", "--workdir", finished, *files)
 
 
 def test_steps_out_of_order_say_what_comes_first(copied, capsys):

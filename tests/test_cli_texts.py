@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bpe
 import helpers
+import jax
 import numpy as np
 import numpy_decoder
 import pytest
@@ -17,7 +18,7 @@ import scipy.special
 from test_cli import FIELDS, refused, stdout_lines
 
 from qsharp_jax import cli
-from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models import decoder, hf, memory, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -214,6 +215,26 @@ def test_settings_that_cannot_be_are_refused_before_weights_are_read(light, tmp_
         ((PROMPT, *FEW, "--stream", "--output", tmp_path / "o"), "--stream prints one response"),
     ]:
         assert words in refused(capsys, *pair, *arguments)
+
+
+def test_too_little_memory_is_said_before_weights_are_read(light, tmp_path, capsys, monkeypatch):
+    """The embedding of 320 rows alone is 41 kB; a row's cache has 1 layer, 2 heads of 16, 15 + 8 positions, made 24."""
+    ref, guide = light
+    monkeypatch.setattr(memory, "available", lambda device: 40_000)
+    monkeypatch.setattr(memory, "GB", 1e3)
+    cache = 2 * 24 * 2 * 16 * 4 / 1e3
+    weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e3 for model in (make_ref(), make_guide())]
+    generate = ("generate", "--ref", ref, PROMPT, *FEW)
+    alone = refused(capsys, *generate)
+    assert f"40.00 GB of memory free, and the reference's weights {weights[0]:.2f} GB and the ref" in alone
+    assert f"the reference's cache {cache + 0.008:.2f} GB are needed" in alone
+    both = refused(capsys, *generate, "--guide", guide, "--samples", 3)
+    assert f"the reference's weights {weights[0]:.2f} GB and the guide's weights {weights[1]:.2f} GB and the" in both
+    assert f"the reference's cache {3 * cache + 0.016:.2f} GB and the guide's cache {3 * cache + 0.016:.2f} GB" in both
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "response": "b"}])
+    files = ("--input", source, "--output", tmp_path / "out.jsonl")
+    scores = refused(capsys, "score", "--ref", ref, "--guide", guide, *files)
+    assert f"the reference's weights {weights[0]:.2f} GB and the guide's weights {weights[1]:.2f} GB are" in scores
 
 
 def test_folders_that_do_not_hold_what_they_should(light, models, tmp_path, capsys):

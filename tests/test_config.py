@@ -182,6 +182,10 @@ OPTIMIZER = {
 RANGES = {  # key: (allowed, forbidden)
     "seed": ([0, 5], [-1, 0.5, True, None]),
     "rounds": ([1], [0]),
+    "ref": (["pretrain", "some/folder"], ["", 1, None]),
+    "guide": (["ref", "scratch", "some/folder"], ["", None]),
+    "dtype": ([None, "float32", "bfloat16"], ["float16", 32]),
+    "prompt_format": (["plain", "chat"], ["poem"]),
     "generate.temperature": ([0, 0.8], [-0.1, math.inf]),
     "generate.top_p": ([0.1, 1], [0, 1.1]),
     "generate.top_k": ([0, 20], [-1]),
@@ -214,10 +218,9 @@ RANGES = {  # key: (allowed, forbidden)
     "evaluate.samples": ([1], [0]),
     "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),
     "evaluate.batch_size": ([1], [0]),
-    "guide.type": (["v", "q"], ["V", ""]),
-    "guide.distribution": (["bernoulli", "categorical", "scalar"], ["normal"]),
-    "guide.init": (["ref", "scratch"], ["zero"]),
-    "guide.atoms": ([(), (0, 1), [-1.5, 0, 2]], [(1, 0), (0, 0), (0, math.inf), 1, ("a", "b")]),
+    "value.type": (["v", "q"], ["V", ""]),
+    "value.distribution": (["bernoulli", "categorical", "scalar"], ["normal"]),
+    "value.atoms": ([(), (0, 1), [-1.5, 0, 2]], [(1, 0), (0, 0), (0, math.inf), 1, ("a", "b")]),
     **{f"{section}.optimizer.{name}": values for section in ("pretrain", "fit") for name, values in OPTIMIZER.items()},
 }
 

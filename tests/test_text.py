@@ -43,6 +43,15 @@ def test_decoding_gives_the_text_back_without_special_tokens(name):
     assert text.encode_prompt("") == [text.tokenizer.bos_token_id] and text.decode([]) == ""
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_blanks_around_a_task_s_prompt_do_not_matter(name):
+    text, (prompt, response) = TEXTS[name], tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
+    assert text.encode_prompt(f" {prompt}\n ") == text.encode_prompt(prompt)
+    assert text.encode_response(f"\t{response} ") == text.encode_response(response)
+    with pytest.raises(UserError, match="at character 2 of"):
+        text.encode_prompt("  § ")
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "piece"),
     [

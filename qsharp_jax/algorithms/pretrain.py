@@ -14,7 +14,9 @@ from qsharp_jax.session import Session
 
 
 def run(session: Session) -> LanguageModel:
-    """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one is loaded."""
+    """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
+    if session.ref_folder:
+        return session.load_ref()
     config, model_config = session.config.pretrain, session.ref_config
     checkpoints = Checkpoints(session.workdir.ref)
     if checkpoints.finished():

@@ -21,7 +21,6 @@ import numpy as np
 from qsharp_jax import dataset, rollouts, score, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Rollout
-from qsharp_jax.models import value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -71,18 +70,18 @@ def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> l
 
 
 def fit(
-    session: Session, number: int, ref: LanguageModel, data: list[Rollout], previous: ValueModel | None
+    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
 ) -> ValueModel:
     """A guide fitted to all the data, but for the prompts that are held out to measure it on.
 
-    It starts from `previous`, the guide of the round before, where the config says so and there is one; else anew.
+    It starts from `previous`, the guide of the round before, where the config says so and there is one; else from
+    `Session.first_guide`, which may need the reference.
     """
     config, guide_config = session.config.fit, session.guide_config
     if config.warm_start and previous is not None:
         params = previous.params
     else:
-        trunk = ref.params if session.config.guide.init == "ref" else None
-        params = value.init(session.key("guide"), guide_config, trunk)
+        params = session.first_guide(ref)
     if config.future_offsets:
         future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
         params = params | {"future": future}

@@ -68,11 +68,12 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and rest:
         raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import session
+    from qsharp_jax import session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
         session.check(config)
+        sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
         return Workdir.open(options.workdir, config)

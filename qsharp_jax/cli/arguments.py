@@ -23,7 +23,8 @@ With models of your own, a folder for each with config.json, safetensors and tok
 
 CONFIG_HELP = """\
 Settings: any value of the config file can be changed by --config.KEY=VALUE, for example --config.seed=1 or
---config.collect.samples=8. A workdir remembers its settings, so later commands need --workdir only."""
+--config.collect.samples=8. A workdir remembers its settings, so later commands need --workdir only. Models in folders
+instead of those made on the spot: --config.ref=DIR, and --config.guide=DIR for what the guide starts from."""
 
 FOLDERS_HELP = """\
 Models: those of a run, by --workdir, or of folders with config.json, safetensors and tokenizer files, as

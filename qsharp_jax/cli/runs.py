@@ -46,7 +46,8 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
     previous = session.load_guide(number - 1) if session.config.fit.warm_start and number > 1 else None
-    qsharp.fit(session, number, session.load_ref(), data, previous)
+    ref = None if session.ref_folder else session.load_ref()
+    qsharp.fit(session, number, ref, data, previous)
     print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     encoded = _encode(models, prompts, settings["max_new_tokens"], guided)
     if options.output:
         _check_output(options.output)
-    ref, guide = models.load_ref(), models.load_guide() if guided else None
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
+    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
+    each = len(etas) * options.samples
+    together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
+    names = ("reference", "guide") if guided else ("reference",)
+    _check_memory(models, names, rows // each * each if together else rows, max(map(len, encoded)), settings)
+    ref, guide = models.load_ref(), models.load_guide() if guided else None
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
     if options.stream:
         _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, mode=options.mode, **settings)
@@ -43,9 +49,6 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     from qsharp_jax import rollouts
 
-    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
-    each = len(etas) * options.samples
-    together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
     generation = rollouts.sample(
         ref,
         guide,
@@ -107,11 +110,13 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
         return
 
     from qsharp_jax import score as scoring
+    from qsharp_jax.models import memory
 
     models = _models(workdir, options)
     positions = min(config.max_positions for config in models.configs.values())
     examples = score_file.encode(records, models.text, positions, first=done + 1)
     _check_output(options.output)
+    memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
     vocab_size, rows = models.text.vocab_size, options.batch_size
     log_probs = means = None
     if has_ref:
@@ -208,6 +213,22 @@ def _encode(models, prompts: list[str], max_new_tokens: int, guided: bool) -> li
                 f" than the {what}'s {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
             )
     return encoded
+
+
+def _check_memory(models, names: Sequence[str], rows: int, longest: int, settings: dict) -> None:
+    """That the weights and the caches of the models that run fit, before any weight is read.
+
+    Args:
+      rows: of a batch.
+      longest: tokens of the longest prompt.
+    """
+    from qsharp_jax.generate import cache_size, caches
+    from qsharp_jax.models import memory
+
+    bucket = {name: settings[name] for name in ("prompt_bucket",) if name in settings}
+    size = cache_size(longest, settings["max_new_tokens"], **bucket)
+    weights = {f"the {name}'s weights": models.weights[name] for name in names}
+    memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
 
 
 def _check_output(path: str) -> None:

@@ -5,7 +5,7 @@ Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K 
 
 import functools
 import math
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ from qsharp_jax import guidance, sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import decoder, kv_cache, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
@@ -70,7 +71,8 @@ def generate(
       prompt_bucket: shortest padded length of prompts, in tokens, by default 16; see `padded_length`.
 
     Raises:
-      UserError: for settings out of range, ids outside the vocabulary, or prompts that do not fit the model's context.
+      UserError: for settings out of range, ids outside the vocabulary, prompts that do not fit the model's context, or
+        caches that do not fit into memory.
     """
     run = _Run(ref, guide, prompts, **settings)
     state = decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
@@ -174,9 +176,10 @@ class _Run:
         for row, prompt in enumerate(prompts):
             padded[row, width - len(prompt) :] = prompt
         start = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
-        steps = -(-max_new_tokens // BLOCK) * BLOCK
-        size = -(-(width - 1 + steps) // CACHE_BUCKET) * CACHE_BUCKET
+        steps = _steps(max_new_tokens)
+        size = cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
         self.ref, self.guide = for_decoding(ref), None if guide is None else for_decoding(guide)
+        _check_memory(self.ref, self.guide, rows, size)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
         self.state = first_state(
             fill(self.ref.params, ref.config),
@@ -228,6 +231,28 @@ def padded_length(length: int, shortest: int) -> int:
     return shortest * min(size for size in (1, octave, octave * 3 // 2, octave * 2) if size >= multiple)
 
 
+def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int = PROMPT_BUCKET) -> int:
+    """Positions of the caches that `generate` makes for prompts of which the longest has so many tokens."""
+    filled = padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens)
+    return -(-filled // CACHE_BUCKET) * CACHE_BUCKET
+
+
+def _steps(max_new_tokens: int) -> int:
+    """Whole blocks."""
+    return -(-max_new_tokens // BLOCK) * BLOCK
+
+
+def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[str, KVCache]:
+    """The models' caches as `jax.ShapeDtypeStruct`s, for `memory.check_memory`.
+
+    Args:
+      configs: of the decoders that run, by name: "reference", "guide".
+      rows: of a batch, all samples of its prompts.
+      size: positions, see `cache_size`.
+    """
+    return {f"the {name}'s cache": kv_cache.abstract(config, rows, size) for name, config in configs.items()}
+
+
 def row_seeds(seed: int, rows: int) -> np.ndarray:
     """[rows] uint32 seeds drawn from one."""
     return np.random.SeedSequence(int(seed)).generate_state(rows)
@@ -266,6 +291,17 @@ def _check_prompts(
                     f"prompt {row} has {len(prompt)} tokens, which with max_new_tokens = {budget[row]} is more than"
                     f" the {name}'s {longest} positions; shorten the prompt or the response"
                 )
+
+
+def _check_memory(ref: LanguageModel, guide: ValueModel | None, rows: int, size: int) -> None:
+    """That the caches fit beside the weights, which are there already."""
+    configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
+    if guide is not None:
+        configs["guide"], weights["the guide's weights"] = guide.config.trunk, guide.params
+    embedding = ref.params["embedding"]
+    # How the caches of models on several devices will lie is the compiler's to say.
+    if not isinstance(embedding, jax.Array) or len(embedding.sharding.device_set) == 1:
+        memory.check_memory(caches(configs, rows, size), held=weights)
 
 
 def _check_guide(

@@ -112,10 +112,7 @@ def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
 
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Fresh float32 parameters; every leaf below "layers" has the layers as its first axis.
-
-    `jax.eval_shape(lambda key: init(key, config), key)` is the abstract tree for restoring and for planning memory.
-    """
+    """Fresh float32 parameters; every leaf below "layers" has the layers as its first axis."""
     embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
     normal = nn.initializers.normal(config.embed**-0.5)
     block, x = Block(config), jnp.zeros((1, 1, config.embed))
@@ -136,6 +133,12 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
     if not config.tied:
         params["head"] = normal(head_key, (config.embed, config.vocab_size))
     return params
+
+
+def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
+    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
 def unstack(params: Params) -> Params:

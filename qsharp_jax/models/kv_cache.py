@@ -2,13 +2,15 @@
 
 Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
 A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed to end where the others end, so that
-every row writes at the same index and a step's write is one `dynamic_update_slice`. It knows nothing about models.
+every row writes at the same index and a step's write is one `dynamic_update_slice`. Of a model it knows the shape.
 """
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from qsharp_jax.models.config import DecoderConfig
 
 
 @flax.struct.dataclass
@@ -38,6 +40,17 @@ def from_prefill(kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size
         values=[buffer(value) for value in values],
         start=start,
         index=jnp.asarray(length, jnp.int32),
+    )
+
+
+def abstract(config: DecoderConfig, rows: int, size: int) -> KVCache:
+    """The cache of a decoder with `size` positions as `jax.ShapeDtypeStruct`s, to count its bytes before it is made."""
+    buffer = jax.ShapeDtypeStruct((rows, config.kv_heads, size, config.head_dim), config.compute_dtype)
+    return KVCache(
+        keys=[buffer] * config.layers,
+        values=[buffer] * config.layers,
+        start=jax.ShapeDtypeStruct((rows,), jnp.int32),
+        index=jax.ShapeDtypeStruct((), jnp.int32),
     )
 
 

@@ -12,30 +12,42 @@ from qsharp_jax.errors import UserError
 GB = 1e9
 
 
-def check_memory(parts: Mapping[str, Any]) -> None:
+def check_memory(parts: Mapping[str, Any], *, held: Mapping[str, Any] | None = None) -> None:
     """That arrays still to be made fit on this process's devices.
 
     Args:
       parts: trees of `jax.ShapeDtypeStruct`s by what they are, such as {"the weights": ..., "the cache": ...}. A leaf
         without a sharding is for the default device. Devices that are the host's own share its memory.
+      held: trees of what is there already, and so is no longer free: it is named beside the parts, not counted.
 
     Raises:
       UserError: with the bytes of each part and what is free, in GB of 1e9 bytes.
     """
+    needs = _needs(parts)
+    for device in dict.fromkeys(device for device, _ in needs):
+        total = sum(size for (other, _), size in needs.items() if other == device)
+        free = available(device)
+        if free is not None and total > free:
+            beside = f" beside {_words(held, _needs(held), device)}" if held else ""
+            raise UserError(
+                f"{device.platform} {device.id} has {free / GB:.2f} GB of memory free{beside}, and"
+                f" {_words(parts, needs, device)} are needed on it; use bfloat16, a smaller batch, a shorter context or"
+                " more devices"
+            )
+
+
+def _needs(parts: Mapping[str, Any]) -> Counter[tuple[jax.Device, str]]:
+    """Bytes of each part on each device."""
     needs: Counter[tuple[jax.Device, str]] = Counter()
     for part, tree in parts.items():
         for leaf in jax.tree.leaves(tree):
             for device, size in _bytes(leaf).items():
                 needs[device, part] += size
-    for device in dict.fromkeys(device for device, _ in needs):
-        total = sum(size for (other, _), size in needs.items() if other == device)
-        free = available(device)
-        if free is not None and total > free:
-            words = " and ".join(f"{part} {needs[device, part] / GB:.2f} GB" for part in parts)
-            raise UserError(
-                f"{device.platform} {device.id} has {free / GB:.2f} GB of memory free, and {words} are needed on it;"
-                " use bfloat16, a smaller batch, a shorter context or more devices"
-            )
+    return needs
+
+
+def _words(parts: Mapping[str, Any], needs: Counter[tuple[jax.Device, str]], device: jax.Device) -> str:
+    return " and ".join(f"{part} {needs[device, part] / GB:.2f} GB" for part in parts)
 
 
 def available(device: jax.Device) -> int | None:
@@ -53,7 +65,7 @@ def available(device: jax.Device) -> int | None:
             return None
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> Counter[jax.Device]:
+def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
     """Of one array on each device; CPU devices are all counted on the first."""
     sizes: Counter[jax.Device] = Counter()
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(default_device())

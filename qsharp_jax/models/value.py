@@ -32,13 +32,13 @@ class ValueConfig:
 
     def __post_init__(self):
         if self.type not in ("v", "q"):
-            raise ValueError(f"guide.type is {self.type!r}; it must be v or q")
+            raise ValueError(f"value.type is {self.type!r}; it must be v or q")
         if self.distribution not in ("bernoulli", "categorical", "scalar"):
             raise ValueError(
-                f"guide.distribution is {self.distribution!r}; it must be bernoulli, categorical or scalar"
+                f"value.distribution is {self.distribution!r}; it must be bernoulli, categorical or scalar"
             )
         if self.distribution == "categorical" and len(self.atoms) < 2:
-            raise ValueError("a categorical guide needs at least two guide.atoms")
+            raise ValueError("a categorical guide needs at least two value.atoms")
 
     @property
     def outputs(self) -> int:
@@ -69,6 +69,12 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
     if config.type == "v":
         head["bias"] = jnp.zeros((width,))
     return {"trunk": {name: leaf for name, leaf in trunk.items() if name != "head"}, "head": head}  # no next tokens
+
+
+def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
+    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:

@@ -78,10 +78,12 @@ def word_level_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer with one token for each of `pieces`; ids follow their order, after the special tokens.
 
-    A piece that is not listed becomes <unk>, which callers refuse. Encoding adds no special tokens.
+    A piece that is not listed becomes <unk>, which callers refuse. Encoding adds no special tokens, and takes away the
+    blanks around a text.
     """
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL_TOKENS.values(), *pieces])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, SPECIAL_TOKENS["unk_token"]))
+    core.normalizer = tokenizers.normalizers.Strip()
     core.pre_tokenizer = pre_tokenizer
     core.decoder = decoder
     return transformers.PreTrainedTokenizerFast(

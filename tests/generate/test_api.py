@@ -1,6 +1,7 @@
 """What a caller of `generate` sees: pi_ref without a guide, one program for all settings, where rows end, refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from qsharp_jax import generate as module
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate import api, generate
+from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -275,3 +277,38 @@ def test_a_guide_of_another_vocabulary_or_a_shorter_context_is_refused():
         generate(ref, guide_with(vocab_size=15), PROMPTS, eta=0.1, rng=0, **COMMON)
     with pytest.raises(UserError, match="prompt 1 has 16 tokens, .* is more than the guide's 20 positions"):
         generate(ref, guide_with(max_positions=20), PROMPTS, eta=0.1, rng=0, **COMMON)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["v-bernoulli", "v-scalar"])
+def test_the_caches_that_are_counted_are_those_that_prefill_makes(case, dtype):
+    ref, _ = models(case)
+    config = dataclasses.replace(ref.config, dtype=dtype)
+    made = jax.eval_shape(
+        functools.partial(module.prefill, config=config, size=32, samples=2),
+        ref.params, tokens=np.zeros((3, 15), np.int32), start=np.zeros(3, np.int32),
+    )  # fmt: skip
+    counted = module.caches({"reference": config}, 6, 32)["the reference's cache"]
+    assert jax.tree.structure(made) == jax.tree.structure(counted)
+    for leaf, other in zip(jax.tree.leaves(made), jax.tree.leaves(counted), strict=True):
+        assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+
+
+def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+    """Six rows of 16 - 1 + 16 positions, made 32: keys and values of 2 layers and of 1, 2 heads of 4 float32 each."""
+    caches = {"ref": 2 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4, "guide": 1 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4}
+    ref, guide = decoding_models("v-bernoulli")
+    monkeypatch.setattr(memory, "GB", 1e3)
+    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()))
+    run(rng=0, eta=0.1)
+    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()) - 1)
+    monkeypatch.setattr(api, "prefill", lambda *_, **__: pytest.fail("it computes"))
+    weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) for model in (ref, guide)]
+    words = (
+        f"has 36.92 GB of memory free beside the reference's weights {weights[0] / 1e3:.2f} GB and the guide's weights"
+        f" {weights[1] / 1e3:.2f} GB, and the reference's cache 24.60 GB and the guide's cache 12.32 GB are needed"
+    )
+    with pytest.raises(UserError, match=words):
+        run(rng=0, eta=0.1)
+    with pytest.raises(pytest.fail.Exception, match="it computes"):
+        run(rng=0, guided=False)  # which needs the reference's alone

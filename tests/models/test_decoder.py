@@ -40,14 +40,6 @@ TOKENS = np.random.default_rng(0).integers(0, 23, SEGMENTS.shape)
 forward = jax.jit(decoder.forward, static_argnames=("config", "keep_kv"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs are small and many: compiling them well takes longer than running them ever will."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def model(family):
     config = FAMILIES[family]

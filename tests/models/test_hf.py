@@ -68,14 +68,6 @@ forward = jax.jit(decoder.forward, static_argnames="config")
 value_forward = jax.jit(value.forward, static_argnames="config")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs are small and many: compiling them well takes longer than running them ever will."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """folders(name, dtype) -> the folder of a model that `transformers` made and saved; each is made once."""

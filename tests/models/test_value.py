@@ -28,14 +28,6 @@ TOKENS = np.random.default_rng(0).integers(0, 11, SEGMENTS.shape)
 forward = jax.jit(value.forward, static_argnames="config")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs are small and many: compiling them well takes longer than running them ever will."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 every_head = pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
 
 
@@ -102,9 +94,9 @@ def test_some_tokens_of_a_q_type_are_columns_of_the_full_product(name):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(type="x"), r"guide\.type is 'x'; it must be v or q"),
-        (dict(distribution="gaussian"), r"guide\.distribution is 'gaussian'; it must be bernoulli, categorical or"),
-        (dict(distribution="categorical", atoms=(1.0,)), r"at least two guide\.atoms"),
+        (dict(type="x"), r"value\.type is 'x'; it must be v or q"),
+        (dict(distribution="gaussian"), r"value\.distribution is 'gaussian'; it must be bernoulli, categorical or"),
+        (dict(distribution="categorical", atoms=(1.0,)), r"at least two value\.atoms"),
     ],
 )
 def test_a_bad_config_is_refused_by_the_name_of_its_field(changes, message):

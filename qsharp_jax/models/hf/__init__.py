@@ -5,10 +5,19 @@ card.py. It knows nothing about workdirs, tasks or prompts.
 """
 
 from qsharp_jax.models.hf.export import check_folder, export_guide, export_ref
-from qsharp_jax.models.hf.load import is_guide, load_guide, load_ref, load_trunk, read_config, read_guide_config
+from qsharp_jax.models.hf.load import (
+    check_weights,
+    is_guide,
+    load_guide,
+    load_ref,
+    load_trunk,
+    read_config,
+    read_guide_config,
+)
 
 __all__ = [
     "check_folder",
+    "check_weights",
     "export_guide",
     "export_ref",
     "is_guide",

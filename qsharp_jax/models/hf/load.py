@@ -4,9 +4,10 @@ Nothing is read before every name and shape has been compared and the memory cou
 holds one leaf's slices at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,8 @@ def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, sharding
     Raises:
       UserError: for a config, files or tensors that are not what they should be, and for too little memory.
     """
-    config = configs.read(folder, dtype)
-    if config.classifier or "type" in config.qsharp:
-        raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config.decoder))
-    params = _load(folder, config, shapes, names.decoder_places(config.family), unstacked, shardings)
-    return LanguageModel(params, config.decoder)
+    asked = _ref(folder, dtype)
+    return LanguageModel(_load(asked, unstacked, shardings), asked.config.decoder)
 
 
 def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shardings: Any = None) -> LanguageModel:
@@ -83,11 +80,8 @@ def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shard
     The folder may hold a language model or a guide; its head is left out, so the result predicts no tokens. Arguments
     and errors as of `load_ref`.
     """
-    config = configs.read(folder, dtype)
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config.decoder))
-    shapes.pop("head", None)
-    params = _load(folder, config, shapes, names.decoder_places(config.family), unstacked, shardings, heads_too=True)
-    return LanguageModel(params, config.decoder)
+    asked = _trunk(folder, dtype)
+    return LanguageModel(_load(asked, unstacked, shardings), asked.config.decoder)
 
 
 def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> ValueModel:
@@ -95,38 +89,85 @@ def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardi
 
     Arguments and errors as of `load_ref`.
     """
-    config = configs.read(folder, dtype)
-    made = configs.guide(config, folder)
-    shapes = jax.eval_shape(lambda: value.init(jax.random.key(0), made))
-    params = _load(folder, config, shapes, names.guide_places(config.family, made.type), unstacked, shardings)
-    return ValueModel(params, made)
+    asked = _guide(folder, dtype)
+    return ValueModel(_load(asked, unstacked, shardings), configs.guide(asked.config, folder))
+
+
+def check_weights(folder: str | Path, what: str) -> None:
+    """That `load_ref`, `load_trunk` or `load_guide` will find what they need; the files' headers alone are read.
+
+    Args:
+      what: "ref", "trunk" or "guide".
+
+    Raises:
+      UserError: as they do, but for the memory.
+    """
+    with _open({"ref": _ref, "trunk": _trunk, "guide": _guide}[what](folder, "float32")):
+        pass
 
 
 # --- What is to be read ---------------------------------------------------------------------------------------------
 
 
-def _load(
-    folder: str | Path,
-    config: configs.FolderConfig,
-    shapes: Params,
-    table: Mapping[str, Place],
-    unstacked: bool,
-    shardings: Any,
-    heads_too: bool = False,
-) -> Params:
-    """Parameters of the tree `shapes` (layers stacked). `heads_too`: heads that the tree lacks may be in the folder."""
-    dtype = config.decoder.compute_dtype
-    with Tensors(Path(folder)) as tensors:
-        # Checkpoints of the base model alone leave out its name.
-        prefix = names.PREFIX[config.family]
-        strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
-        table = {path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in table.items()}
-        _check(folder, config, tensors, _expected(shapes, table), table.get("embedding"), heads_too)
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked of a folder.
 
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    Attributes:
+      shapes: the tree of parameters, layers stacked.
+      table: where each of them lies.
+      heads_too: heads that the tree lacks may be in the folder.
+    """
+
+    folder: Path
+    config: configs.FolderConfig
+    shapes: Params
+    table: Mapping[str, Place]
+    heads_too: bool = False
+
+
+def _ref(folder: str | Path, dtype: str) -> _Asked:
+    config = configs.read(folder, dtype)
+    if config.classifier or "type" in config.qsharp:
+        raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
+    return _Asked(Path(folder), config, decoder.abstract(config.decoder), names.decoder_places(config.family))
+
+
+def _trunk(folder: str | Path, dtype: str) -> _Asked:
+    config = configs.read(folder, dtype)
+    shapes = decoder.abstract(config.decoder)
+    shapes.pop("head", None)
+    return _Asked(Path(folder), config, shapes, names.decoder_places(config.family), heads_too=True)
+
+
+def _guide(folder: str | Path, dtype: str) -> _Asked:
+    config = configs.read(folder, dtype)
+    made = configs.guide(config, folder)
+    return _Asked(Path(folder), config, value.abstract(made), names.guide_places(config.family, made.type))
+
+
+@contextlib.contextmanager
+def _open(asked: _Asked) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
+    """The folder's tensors and where each leaf lies among them, once all names and shapes have been compared."""
+    with Tensors(asked.folder) as tensors:
+        # Checkpoints of the base model alone leave out its name.
+        prefix = names.PREFIX[asked.config.family]
+        strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
+        table = {
+            path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in asked.table.items()
+        }
+        expected = _expected(asked.shapes, table)
+        _check(asked.folder, asked.config, tensors, expected, table.get("embedding"), asked.heads_too)
+        yield tensors, table
+
+
+def _load(asked: _Asked, unstacked: bool, shardings: Any) -> Params:
+    dtype = asked.config.decoder.compute_dtype
+    with _open(asked) as (tensors, table):
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), asked.shapes)
         if unstacked:
             trunk = target.get("trunk", target)
-            count = config.decoder.layers
+            count = asked.config.decoder.layers
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype), trunk["layers"])
             trunk["layers"] = [one] * count
         if shardings is not None:

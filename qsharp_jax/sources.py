@@ -1,0 +1,160 @@
+"""Where a run's models come from, by its config: `ref` and `guide`, each made on the spot or read from a folder.
+
+    config.ref     "pretrain": made from the sections `model` and `pretrain`; or the folder of a language model
+    config.guide   how the first guide starts: "ref", from the reference's weights; "scratch", of the shape `model`; or
+                   a folder, of a language model (below a fresh head) or of an exported guide (with its own)
+
+What is wrong with a folder is found without reading its weights. It knows nothing about workdirs or algorithms.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from types import ModuleType
+
+import jax
+from ml_collections import ConfigDict
+
+from qsharp_jax.errors import UserError
+from qsharp_jax.folders import check_vocabulary, stored_dtype
+from qsharp_jax.models import config as model_configs
+from qsharp_jax.models import hf, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.text import Text
+
+ON_THE_SPOT = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
+
+
+def folder(config: ConfigDict, name: str) -> Path | None:
+    """The folder of "ref" or "guide"; None where the model is made on the spot."""
+    return None if config[name] in ON_THE_SPOT[name] else Path(config[name]).expanduser()
+
+
+def make_absolute(config: ConfigDict) -> None:
+    """Folders' paths made absolute, in place, as a workdir is to keep them."""
+    for name, words in ON_THE_SPOT.items():
+        if config[name] not in words:
+            config[name] = os.path.abspath(os.path.expanduser(config[name]))
+
+
+# --- Text and shapes ------------------------------------------------------------------------------------------------
+
+
+def make_text(config: ConfigDict, task: ModuleType) -> Text:
+    """The reference's tokenizer: its folder's, or the task's own."""
+    if ref := folder(config, "ref"):
+        return Text.load(ref, prompt_format=config.prompt_format)
+    return Text(task.make_tokenizer(config.task), config.prompt_format)
+
+
+def ref_config(config: ConfigDict, text: Text) -> DecoderConfig:
+    """The reference's shape, to be computed in the config's dtype, which is the folder's own by default.
+
+    Raises:
+      ValueError: for a section `model` that cannot be.
+      UserError: for a folder of no model that is computed here.
+    """
+    if ref := folder(config, "ref"):
+        return hf.read_config(ref, _dtype(config, ref))
+    return _model_section(config, text.vocab_size)
+
+
+def guide_config(config: ConfigDict, text: Text) -> ValueConfig:
+    """The guide's shape, likewise.
+
+    Raises:
+      UserError: also for the folder of a guide that is not of the kind that the section `value` says.
+    """
+    start = folder(config, "guide")
+    if start:
+        trunk = hf.read_config(start, _dtype(config, start))
+    elif config.guide == "ref":
+        trunk = ref_config(config, text)
+    else:
+        trunk = _model_section(config, text.vocab_size)
+    section = config.value
+    made = ValueConfig(trunk, type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
+    if start and hf.is_guide(start):
+        held = hf.read_guide_config(start, trunk.dtype)
+        for name in ("type", "distribution", "atoms"):
+            if (asked := getattr(made, name)) != (there := getattr(held, name)):
+                raise UserError(
+                    f"config.value.{name} is {asked!r}, and the guide in {start} has {there!r}; change the setting, or"
+                    " start from another guide"
+                )
+    return made
+
+
+def _dtype(config: ConfigDict, model: Path) -> str:
+    return config.dtype or stored_dtype(model)
+
+
+def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
+    changes = dict(config.model)
+    if "vocab_size" in changes:
+        raise ValueError("model.vocab_size is the tokenizer's; remove it from the config")
+    for field in dataclasses.fields(DecoderConfig):
+        value_ = changes.get(field.name, field.type())
+        if type(value_) is not field.type and not (field.type is float and type(value_) is int):
+            raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {field.type.__name__}")
+    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
+
+
+def check_folders(config: ConfigDict) -> None:
+    """That the folders are there.
+
+    Raises:
+      UserError: naming the setting.
+    """
+    for name, words in ON_THE_SPOT.items():
+        path = folder(config, name)
+        if path and not path.is_dir():
+            raise UserError(
+                f"config.{name} is {config[name]!r}, and there is no such folder; give {', '.join(words)}, or the"
+                " folder of a model"
+            )
+
+
+def check(config: ConfigDict, text: Text) -> None:
+    """That the folders hold what the config takes them for, with one vocabulary, but for the weights' values.
+
+    Raises:
+      UserError: saying which does not, and why; ValueError: for sections that cannot be.
+    """
+    ref, guide = folder(config, "ref"), folder(config, "guide")
+    shapes = {"reference": ref_config(config, text), "guide": guide_config(config, text).trunk}
+    check_vocabulary(text, shapes, guide, f"the tokenizer in {ref}" if ref else "the task's tokenizer")
+    if ref:
+        hf.check_weights(ref, "ref")
+    if guide:
+        hf.check_weights(guide, "guide" if hf.is_guide(guide) else "trunk")
+
+
+# --- Weights --------------------------------------------------------------------------------------------------------
+
+
+def load_ref(config: ConfigDict) -> LanguageModel:
+    """The reference out of its folder, in the form for decoding."""
+    ref = folder(config, "ref")
+    return hf.load_ref(ref, dtype=_dtype(config, ref))
+
+
+def first_guide(config: ConfigDict, shape: ValueConfig, ref: LanguageModel | None, key: jax.Array) -> Params:
+    """Float32 parameters, layers stacked, that the first guide starts from.
+
+    Args:
+      shape: that `guide_config` gave.
+      ref: the reference; it is not looked at where the guide's trunk comes out of a folder, the reference's among them.
+      key: for what is drawn at random.
+    """
+    start = folder(config, "guide")
+    if start and hf.is_guide(start):
+        return hf.load_guide(start, dtype="float32", unstacked=False).params
+    start = folder(config, "ref") if config.guide == "ref" else start
+    if start:
+        trunk = hf.load_trunk(start, dtype="float32").params
+    else:
+        trunk = ref.params if config.guide == "ref" else None
+    return value.init(key, shape, trunk)

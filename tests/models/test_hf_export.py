@@ -1,0 +1,168 @@
+"""What an exported folder holds, read back without PyTorch, and what is not exported."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+import transformers
+from helpers import assert_trees_equal
+from hf_folders import CONFIGS, LLAMA, TIED, guide, load_refusal, ref, refusal
+from tokenizers import Tokenizer, models
+
+from qsharp_jax.models import hf
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.hf import export
+from qsharp_jax.models.value import ValueConfig, ValueModel
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "yes": 3, "no": 4}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_a_reference_comes_with_tokenizer_stop_tokens_and_a_card(tmp_path):
+    hf.export_ref(
+        ref(), tmp_path, tokenizer=tokenizer(), stop_ids=(4, 1), trained_on="Word problems.",
+        metrics={"reward": 0.36123, "problems": 500},
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, [1, 4], None)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (type(config), config.eos_token_id) == (transformers.LlamaConfig, [1, 4])
+    assert str(config.dtype).removeprefix("torch.") == "float32"
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.get_vocab(), loaded.eos_token) == (tokenizer().get_vocab(), "</s>")
+    card = (tmp_path / "README.md").read_text()
+    for words in (
+        "Word problems.",
+        "AutoModelForCausalLM.from_pretrained",
+        "| reward | 0.3612 |",
+        "| problems | 500 |",
+    ):
+        assert words in card
+    assert card.startswith("---\nlibrary_name: transformers")
+
+
+@pytest.mark.parametrize(
+    "law, entry, words",
+    [
+        (dict(), dict(distribution="bernoulli", atoms=[], v_min=0.0, v_max=1.0), "sigmoid(outputs)"),
+        (dict(distribution="scalar"), dict(distribution="scalar", atoms=[], v_min=None, v_max=None), "its mean"),
+        (
+            dict(distribution="categorical", atoms=(-1.0, 0.0, 2.0)),
+            dict(distribution="categorical", atoms=[-1.0, 0.0, 2.0], v_min=-1.0, v_max=2.0),
+            "a `softmax` over the rewards -1.0, 0.0, 2.0",
+        ),
+    ],
+)
+def test_a_guide_says_what_its_outputs_stand_for(law, entry, words, tmp_path):
+    hf.export_guide(guide(**law), tmp_path, tokenizer=tokenizer(), trained_on="Rollouts.", metrics={"auc": 0.9})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["qsharp"] == {"type": "v", **entry}
+    assert config["architectures"] == ["LlamaForTokenClassification"]
+    assert transformers.AutoConfig.from_pretrained(tmp_path).num_labels == (len(entry["atoms"]) or 1)
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        words,
+        "AutoModelForTokenClassification.from_pretrained",
+        "qsharp generate",
+        "Rollouts.",
+        "| auc | 0.9",
+    ):
+        assert part in card
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_a_q_type_says_so_in_its_card(made):
+    assert "AutoModelForCausalLM" in (made / "q-guide" / "README.md").read_text()
+    assert json.loads((made / "q-guide" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("largest_file", [10**9, 3000])
+def test_what_is_written_is_read_back_bit_by_bit(name, largest_file, tmp_path):
+    model = ref(CONFIGS[name])
+    hf.export_ref(model, tmp_path, largest_file=largest_file)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (tmp_path / "model.safetensors.index.json").exists()
+    assert (largest_file == 3000) == (tmp_path / "model.safetensors.index.json").exists()
+    again = hf.load_ref(tmp_path, dtype="float32", unstacked=False)
+    assert again.config == model.config
+    assert_trees_equal(again.params, model.params)
+
+
+def test_a_head_in_another_dtype_loses_nothing(tmp_path):
+    model = guide()
+    half = {"trunk": jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params["trunk"])}
+    hf.export_guide(model.replace(params=model.params | half), tmp_path)
+    again = hf.load_guide(tmp_path, dtype="float32", unstacked=False)
+    assert_trees_equal(again.params["head"], model.params["head"])
+    assert_trees_equal(again.params["trunk"], jax.tree.map(lambda leaf: leaf.astype("float32"), half["trunk"]))
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
+    hf.export_ref(ref(), tmp_path, tokenizer=tokenizer(), largest_file=3000)
+    (tmp_path / "notes.txt").write_text("mine")
+    hf.export_guide(guide(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "notes.txt"
+    ]  # fmt: skip
+    hf.load_guide(tmp_path, dtype="float32")
+
+    for name, content in [("notes.txt", "mine"), ("config.json", '{"model_type": "llama"}'), ("config.json", "[")]:
+        other = tmp_path / f"{name}{len(content)}"
+        other.mkdir()
+        (other / name).write_text(content)
+        assert "is not empty and not an earlier export; give a new folder" in refusal(hf.export_ref, ref(), other)
+        assert (other / name).read_text() == content
+    assert "is a file; give a new folder" in refusal(hf.export_ref, ref(), tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("stop_at", ["write", "replace"])
+def test_a_kill_leaves_no_half_model_and_the_next_export_mends_it(stop_at, tmp_path, monkeypatch):
+    hf.export_ref(ref(), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export.files if stop_at == "write" else export.os, stop_at, killed)
+        hf.export_ref(ref(TIED), tmp_path)
+    if stop_at == "write":  # the earlier export is still whole
+        assert (tmp_path / "model.safetensors").read_bytes() == before
+        hf.load_ref(tmp_path, dtype="float32")
+    else:
+        assert "has no config.json" in load_refusal(tmp_path)
+    hf.export_ref(ref(TIED), tmp_path)
+    assert hf.load_ref(tmp_path, dtype="float32").config == TIED
+    assert not (tmp_path / ".partial").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(token_shift=True), "a model with token_shift cannot be exported"),
+        (dict(positions="learned"), "no class of transformers computes it"),
+        (dict(qkv_bias=True, qk_norm=True), "no class of transformers computes it"),
+        (dict(heads=3, kv_heads=3), "no class of transformers computes it"),
+    ],
+)
+def test_a_model_without_a_class_in_transformers_is_refused_before_anything_is_written(changes, message, tmp_path):
+    config = dataclasses.replace(LLAMA, **changes)
+    assert message in refusal(hf.export_ref, LanguageModel({}, config), tmp_path / "new")
+    assert message in refusal(hf.export_guide, ValueModel({}, ValueConfig(config)), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_q_type_with_several_outputs_a_token_is_refused(tmp_path):
+    config = ValueConfig(LLAMA, type="q", distribution="categorical", atoms=(0.0, 1.0))
+    message = refusal(hf.export_guide, ValueModel({}, config), tmp_path / "new")
+    assert message.startswith("a Q-type guide with several outputs a token has no form in transformers")
