@@ -26,6 +26,7 @@ Options
   --port PORT   of the first box, where the processes of several meet (8476)
   --repo URL    with --hosts: the boxes clone this in place of the copy
   --dry-run     prints the commands and runs none
+  --help        this
 
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. With --hosts FILE is a path in the repository, and
 on several boxes DIR has to be one folder for all: the absolute path of a network folder, or gs://BUCKET/DIR. On one box
@@ -54,11 +55,11 @@ read_options() {
     while (($#)); do
         option=$1
         case $option in
-            --hosts) names=$(value "$@") && shift ;;
-            --slurm) nodes=$(value "$@") && shift ;;
-            --gpus) gpus=$(value "$@") && shift ;;
-            --port) port=$(value "$@") && shift ;;
-            --repo) url=$(value "$@") && shift ;;
+            --hosts) take "$@" && names=$value && shift ;;
+            --slurm) take "$@" && nodes=$value && shift ;;
+            --gpus) take "$@" && gpus=$value && shift ;;
+            --port) take "$@" && port=$value && shift ;;
+            --repo) take "$@" && url=$value && shift ;;
             --dry-run) dry_run=yes ;;
             --help | -h) usage && exit ;;
             --) shift && break ;;

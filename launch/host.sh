@@ -58,14 +58,12 @@ state() {
 
 stop() {
     local signal
+    # Where a launcher waits for this run, it shall not take it for one that a reboot ended.
+    if running; then echo 143 >"$place/EXIT"; fi
     for signal in TERM KILL; do
         if running; then kill "-$signal" -- "-$(cat "$place/PID")" || true; fi
         for _ in {1..300}; do
-            if ! running; then
-                # Where a launcher waits for this run, it shall not take it for one that a reboot ended.
-                [[ ! -e $place/PID || -e $place/EXIT ]] || echo 143 >"$place/EXIT"
-                return
-            fi
+            running || return 0
             sleep 0.1
         done
     done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What tpu.sh and cuda.sh share: they source it. A host's side is host.sh.
+# shellcheck disable=SC2034 # variables for those two
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0")
 dry_run=
-# shellcheck disable=SC2034 # for the scripts that source this file
 poll=${QSHARP_POLL_SECONDS:-60}
 
 say() { echo "$program: $*" >&2; }
@@ -15,10 +15,10 @@ fail() {
     exit 2
 }
 
-# The value of an option: `value "$@"`, with the option first.
-value() {
+# Sets $value to that of an option: `take "$@"`, with the option first.
+take() {
     [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value; see $program --help"
-    echo "$2"
+    value=$2
 }
 
 # The words as a shell reads them: what needs no quotes stands without.
@@ -44,7 +44,7 @@ read_run_arguments() {
         word=$1
         case $word in
             --config | --workdir)
-                value "$@" >/dev/null
+                take "$@"
                 word=$1=$2
                 shift
                 ;;

@@ -27,13 +27,14 @@ Options
   --project P      else gcloud's
   --repo URL       the hosts clone this; else git's HEAD here is copied to them, without changes not committed
   --dry-run        prints the commands and runs none
+  --help           this
 
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. FILE is a path in the repository. On a slice of
 several hosts DIR has to be one folder for all: gs://BUCKET/DIR, or the absolute path of a network folder. On one host a
 relative DIR is under ~/qsharp there, and lost with the TPU.
 
 On each host ~/qsharp has code/, venv/, LOG, PID and EXIT (the exit code). Where the image has no Python >= 3.11, uv
-brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds no TPU, and never falls back to the CPU.
+brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds no TPU, and does not fall back to CPU.
 
   QSHARP_POLL_SECONDS   between two looks (60)
   QSHARP_ATTEMPTS       failures and pre-emptions in a row, without the program seen running in between, until it
@@ -54,12 +55,12 @@ read_options() {
     esac
     while (($#)); do
         case $1 in
-            --name) name=$(value "$@") && shift ;;
-            --zone) zone=$(value "$@") && shift ;;
-            --type) type=$(value "$@") && shift ;;
-            --version) version=$(value "$@") && shift ;;
-            --project) project=$(value "$@") && shift ;;
-            --repo) url=$(value "$@") && shift ;;
+            --name) take "$@" && name=$value && shift ;;
+            --zone) take "$@" && zone=$value && shift ;;
+            --type) take "$@" && type=$value && shift ;;
+            --version) take "$@" && version=$value && shift ;;
+            --project) take "$@" && project=$value && shift ;;
+            --repo) take "$@" && url=$value && shift ;;
             --spot) spot=yes ;;
             --queued) queued=yes ;;
             --dry-run) dry_run=yes ;;

@@ -96,7 +96,7 @@ class World:
 
     def run(self, script: str, *words: str, **more: str) -> subprocess.CompletedProcess:
         process = self.start(script, *words, **more)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def calls(self) -> list[list[str]]:
@@ -115,7 +115,7 @@ class World:
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait(self, condition, seconds: float = 30):
+    def wait(self, condition, seconds: float = 90):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.lines("calls")

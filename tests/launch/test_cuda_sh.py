@@ -93,7 +93,7 @@ def test_a_box_that_is_gone_ends_the_others(world):
     launched = world.start("cuda.sh", *TWO, *ARGUMENTS)
     world.wait(lambda: len(world.started()) == 2 and world.verbs()[-1] == "state")
     os.killpg(world.pids()[0], signal.SIGKILL)
-    _, err = launched.communicate(timeout=60)
+    _, err = launched.communicate(timeout=180)
     assert launched.returncode == 1 and "gone from a box" in err
     assert not world.alive()
 
@@ -105,7 +105,7 @@ def test_while_it_runs_a_box_may_be_out_of_reach(world):
     world.fail_once("state", "ssh: connect to host box1 port 22: Connection timed out")
     world.wait(lambda: not (world.folder / "fail" / "state").exists())
     (world.folder / "finish").touch()
-    _, err = launched.communicate(timeout=60)
+    _, err = launched.communicate(timeout=180)
     assert launched.returncode == 0 and "out of reach (1 of 30" in err
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_launch_finds_the_program_running_and_the_other_commands_
     first = world.start("cuda.sh", *TWO, *ARGUMENTS)
     world.wait(lambda: len(world.started()) == 2 and world.verbs()[-1] == "state")
     first.terminate()
-    first.communicate(timeout=60)
+    first.communicate(timeout=180)
 
     other = world.run("cuda.sh", *TWO, *ARGUMENTS, "--config.seed=2")
     assert other.returncode == 2 and "another run is under way" in other.stderr
@@ -133,9 +133,9 @@ def test_an_interrupted_launch_finds_the_program_running_and_the_other_commands_
     again = world.start("cuda.sh", *TWO, *ARGUMENTS)
     assert again.stderr.readline() == "cuda.sh: running on 2 box(es); `cuda.sh attach` shows the log\n"
     assert world.run("cuda.sh", "stop", *TWO).returncode == 0
-    again.communicate(timeout=60)
+    again.communicate(timeout=180)
     assert again.returncode == 143 and not world.alive()
-    assert "this is host me@box1" in attached.communicate(timeout=60)[0]
+    assert "this is host me@box1" in attached.communicate(timeout=180)[0]
     assert len(world.started()) == 2 and len([call for call in world.calls() if verb(call) == "install"]) == 2
 
 
