@@ -1,11 +1,12 @@
-"""Milliseconds a decode step: our loop, guided and not, `transformers` with a LogitsProcessor, and the bytes' bound.
+"""Milliseconds a decode step: our loop, guided and not, `transformers` with a LogitsProcessor, and the bound.
 
     python benchmarks/decode.py [--rounds 5] [--batch 1,16] [--new-tokens 256] [--without-torch]
 
 Random weights, float32, the same in both programs: a Llama-shaped reference of 110M parameters (768 x 12) and a guide
 of 23M (384 x 6), vocabulary 32,000, 20 candidates, prompts of 128 tokens, sampling at temperature 1. Steps are timed
 apart from prefill, for `transformers` as the difference to a run of one new token. All variants are measured in turn in
-each round, so that their ratios hold when the machine's speed drifts; the median over rounds is printed.
+each round, so that their ratios hold when the machine's speed drifts; the median over rounds is printed. The bound is
+that of the machine's own speed of reading and of multiplying matrices, both measured in the same run: see `bound`.
 """
 
 import argparse
@@ -50,43 +51,50 @@ def prompts(batch: int) -> np.ndarray:
 
 
 def ours(
-    ref: LanguageModel, guide: ValueModel | None, batch: int, steps: int, slots: int = 0
-) -> tuple[np.ndarray, float, float]:
-    """Tokens, milliseconds of the prefill, and of one decode step."""
-    tokens, start = prompts(batch), np.zeros(batch, np.int32)
-    size = -(-(PROMPT - 1 + steps) // 8) * 8
-    fill = functools.partial(generate.prefill, tokens=tokens[:, :-1], start=start, size=size)
-    controls = generate.Controls(
-        eta=jnp.full(batch, ETA), temperature=jnp.ones(batch), top_p=jnp.ones(batch),
-        top_k=jnp.zeros(batch, jnp.int32), threshold=jnp.full(batch, 1e-3), budget=jnp.full(batch, steps),
-        seed=jnp.arange(batch, dtype=jnp.uint32),
-    )  # fmt: skip
-    settings = generate.Settings(
-        stop_ids=(), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=slots * batch, record=()
-    )
+    ref: LanguageModel, guide: ValueModel | None, batch: int, steps: int, slots: int | None = None
+) -> tuple[float, float]:
+    """Milliseconds of the prefill, and of one decode step."""
     began = time.perf_counter()
-    caches = [fill(ref.params, ref.config)]
-    caches.append(None if guide is None else fill(guide.params["trunk"], guide.config.trunk))
-    jax.block_until_ready(caches)
+    run = generate.Run(
+        ref, guide, prompts(batch).tolist(), eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots,
+        max_new_tokens=steps, rng=0, stop_ids=(), record=(),
+    )  # fmt: skip
+    jax.block_until_ready(run.state)
     filled = time.perf_counter()
-    state = jax.block_until_ready(generate.first_state(*caches, tokens, start, steps, settings))
-    ready = time.perf_counter()
-    state = jax.block_until_ready(generate.decode(ref, guide, state, controls, settings=settings))
-    done = time.perf_counter()
-    return np.asarray(state.record.token), (filled - began) * 1e3, (done - ready) / steps * 1e3
+    jax.block_until_ready(generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings))
+    return (filled - began) * 1e3, (time.perf_counter() - filled) / steps * 1e3
 
 
-def step_bytes(ref: LanguageModel, guide: ValueModel | None, batch: int, steps: int) -> int:
-    """Weights and whole cache buffers once each; of an embedding table that is not the head only a few rows."""
-    total = 0
-    decoders = [(ref.params, ref.config)] + ([] if guide is None else [(guide.params["trunk"], guide.config.trunk)])
-    for params, shape in decoders:
-        is_head = params is ref.params
-        weights = {name: leaf for name, leaf in params.items() if name != "embedding" or is_head}
-        total += sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-        cache = 2 * shape.layers * batch * shape.kv_heads * (PROMPT - 1 + steps) * shape.head_dim
-        total += cache * shape.compute_dtype.itemsize
-    return total
+def bound(
+    ref: LanguageModel,
+    guide: ValueModel | None,
+    batch: int,
+    steps: int,
+    slots: int | None,
+    machine: tuple[float, float],
+) -> float:
+    """Milliseconds that a step takes at least: for each model the larger of reading and of computing.
+
+    Read are the weights and the whole cache buffers, once each; of an embedding that is not the head only a few rows.
+    Computed are the products with the weights for every token that goes through the model, and attention's two.
+
+    Args:
+      machine: bytes read a second, and floating-point operations a second.
+    """
+    candidates = CANDIDATES if slots is None else slots
+    decoders = [(ref.params, ref.config, batch)]
+    if guide is not None:
+        decoders.append((guide.params["trunk"], guide.config.trunk, batch * (1 + candidates)))
+    total = 0.0
+    for params, shape, tokens in decoders:
+        unused = () if params is ref.params else ("embedding",)
+        weights = sum(leaf.size for name in params if name not in unused for leaf in jax.tree.leaves(params[name]))
+        positions = PROMPT - 1 + steps
+        cache = 2 * shape.layers * batch * shape.kv_heads * positions * shape.head_dim
+        attention = 4 * shape.layers * tokens * shape.heads * positions * shape.head_dim
+        reading = (weights + cache) * shape.compute_dtype.itemsize / machine[0]
+        total += max(reading, (2 * tokens * weights + attention) / machine[1])
+    return total * 1e3
 
 
 def read_bandwidth() -> float:
@@ -97,6 +105,16 @@ def read_bandwidth() -> float:
     began = time.perf_counter()
     jax.block_until_ready(step(x))
     return x.nbytes / (time.perf_counter() - began)
+
+
+def matmul_speed() -> float:
+    """Floating-point operations a second of a product of two float32 matrices of 4096 x 4096."""
+    multiply = jax.jit(jnp.matmul)
+    x = jnp.ones((4096, 4096))
+    jax.block_until_ready(multiply(x, x))
+    began = time.perf_counter()
+    jax.block_until_ready(multiply(x, x))
+    return 2 * 4096**3 / (time.perf_counter() - began)
 
 
 class Torch:
@@ -134,9 +152,9 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, float32"
     )
     variants = {
-        "ours, unguided": lambda batch: ours(ref, None, batch, steps)[1:],
-        "ours, guided": lambda batch: ours(ref, guide, batch, steps)[1:],
-        "ours, packed": lambda batch: ours(ref, guide, batch, steps, SLOTS)[1:],
+        "ours, unguided": lambda batch: ours(ref, None, batch, steps),
+        "ours, guided": lambda batch: ours(ref, guide, batch, steps),
+        "ours, packed": lambda batch: ours(ref, guide, batch, steps, SLOTS),
     }
     if not options.without_torch:
         torch = Torch(ref, guide)
@@ -145,26 +163,28 @@ def main() -> None:
             "transformers, guided": lambda batch: torch.milliseconds(True, batch, steps),
         }
     times = {(batch, name): [] for batch in batches for name in variants}
-    bandwidths = []
-    for number in range(options.rounds + 1):
+    machine = []
+    for _ in range(options.rounds + 1):  # the first round compiles
         for batch, name in times:
+            began = time.perf_counter()
             measured = variants[name](batch)
-            if number:  # the first round compiles
-                times[batch, name].append(measured)
-        bandwidths.append(read_bandwidth())
-    bandwidth = float(np.max(bandwidths))
-    print(f"reading 1 GiB: {bandwidth / 1e9:.1f} GB/s\n")
-    print("| batch | program                | prefill ms | ms a step | MB a step | bound / measured | ours / this |")
-    print("| ----- | ---------------------- | ---------- | --------- | --------- | ---------------- | ----------- |")
-    for (batch, name), measured in times.items():
-        prefill, step = np.median(measured, axis=0)
+            times[batch, name].append((*measured, time.perf_counter() - began))
+        machine.append((read_bandwidth(), matmul_speed()))
+    machine = np.max(machine, axis=0)
+    print(f"reading 1 GiB: {machine[0] / 1e9:.1f} GB/s; a product of matrices: {machine[1] / 1e9:.0f} GFLOP/s\n")
+    heads = ("batch", f"{'program':22s}", "prefill ms", "ms a step", "bound ms", "bound / measured", "this / ours")
+    heads += ("compiled in s",)
+    print(f"| {' | '.join(heads)} |\n| {' | '.join('-' * len(head) for head in heads)} |")
+    for (batch, name), ((*_, first), *measured) in times.items():
+        prefill, step, seconds = np.median(measured, axis=0)
         guided = not name.endswith("unguided")
-        bytes_ = step_bytes(ref, guide if guided else None, batch, steps)
-        mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[:, 1]
+        least = bound(ref, guide if guided else None, batch, steps, SLOTS if "packed" in name else None, machine)
+        mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[1:, 1]
         ratio = np.median(np.asarray(measured)[:, 1] / mine)
+        compiled = f"{first - seconds:.1f}" if name.startswith("ours") else ""
         print(
-            f"| {batch:5d} | {name:22s} | {prefill:10.1f} | {step:9.2f} | {bytes_ / 1e6:9.0f} |"
-            f" {bytes_ / bandwidth * 1e3 / step:16.2f} | {ratio:10.2f}x |"
+            f"| {batch:5d} | {name:22s} | {prefill:10.1f} | {step:9.2f} | {least:8.2f} | {least / step:16.2f} |"
+            f" {ratio:10.2f}x | {compiled:>13s} |"
         )
 
 

@@ -191,11 +191,11 @@ SEEDS = np.uint32([0, 1, 2, 3, 4, 2**32 - 1])
 def end_states(monkeypatch):
     """The loop's last state of each call to `generate` from now on."""
     states = []
-    generation = api._Run.generation
+    generation = api.Run.generation
 
     def keep(self, state):
         states.append(jax.device_get(state.replace(ref_cache=None, guide_cache=None)))
         return generation(self, state)
 
-    monkeypatch.setattr(api._Run, "generation", keep)
+    monkeypatch.setattr(api.Run, "generation", keep)
     return states

@@ -3,7 +3,7 @@
 It takes and gives token ids; it knows nothing about text, tasks or rewards.
 """
 
-from qsharp_jax.generate.api import cache_size, caches, for_decoding, generate, row_seeds, stream
+from qsharp_jax.generate.api import Run, cache_size, caches, for_decoding, generate, row_seeds, stream
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
@@ -14,6 +14,7 @@ __all__ = [
     "Controls",
     "Generation",
     "Record",
+    "Run",
     "Settings",
     "State",
     "cache_size",

@@ -74,7 +74,7 @@ def generate(
       UserError: for settings out of range, ids outside the vocabulary, prompts that do not fit the model's context, or
         caches that do not fit into memory.
     """
-    run = _Run(ref, guide, prompts, **settings)
+    run = Run(ref, guide, prompts, **settings)
     state = decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
     return run.generation(state)
 
@@ -83,7 +83,7 @@ def stream(
     ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
-    run = _Run(ref, guide, prompts, **settings)
+    run = Run(ref, guide, prompts, **settings)
     state, shown, going_on = run.state, np.zeros(len(run.controls.seed), int), True
     while going_on:
         until = jnp.int32(state.step + BLOCK)
@@ -94,8 +94,11 @@ def stream(
     return run.generation(state)
 
 
-class _Run:
-    """The checked arguments of `generate` as the loop's arrays, with the prompts prefilled."""
+class Run:
+    """The checked arguments of `generate` as the loop's arrays, prompts prefilled: `decode` goes on from `state`.
+
+    Arguments and errors as of `generate`. `ref` and `guide` are in the decoding form; `guide` is None where none runs.
+    """
 
     def __init__(
         self,
