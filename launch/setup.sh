@@ -14,7 +14,7 @@ export QSHARP_VENV
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 
 fail() {
-    echo "setup.sh: $*" >&2
+    echo "$(basename "$0"): $*" >&2
     exit 2
 }
 
@@ -70,8 +70,8 @@ install_package() {
 set_up() {
     local extras accelerator
     accelerator=$(accelerator)
+    [[ -z $accelerator || " $* " == *" $accelerator "* ]] || set -- "$accelerator" "$@"
     extras=$(IFS=, && echo "$*")
-    extras=$accelerator${accelerator:+${extras:+,}}$extras
     # The tests' libtpu compiles for TPUs, but would look for one at every start.
     [[ -n $accelerator ]] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
     mkdir -p "$(dirname "$QSHARP_VENV")"
