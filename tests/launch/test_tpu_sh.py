@@ -1,4 +1,4 @@
-"""launch/tpu.sh against a gcloud that plays a TPU's life, and hosts that are folders: the same program is started on each."""
+"""launch/tpu.sh against a gcloud that plays a TPU's life, and hosts that are folders: what is called, in which order."""
 
 import json
 import os
