@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A host's side of a launch: tpu.sh and cuda.sh call it there by ssh, in the copy of the code. Beside that copy lie
-# venv/ and what a run leaves: LOG (all it printed), ID (which run it was), PID, and EXIT (its exit code) once it is over.
+# venv/ and what a run leaves: LOG (all it printed), ID (which run it was), PID, and EXIT (its exit code) at the end.
 #
 #   host.sh install [EXTRA]     a Python >= 3.11 where there is none, then launch/setup.sh
 #   host.sh start ID ARGUMENTS  `qsharp run ARGUMENTS` under nohup; ends what ran before

@@ -1,7 +1,7 @@
 """Stand-ins for gcloud, ssh, Python and the installed program, so that launches run whole on one machine.
 
-Hosts are folders: a command for a host runs in bash with that folder as its home. `World` is what a test sets up and asks;
-this file, run as a program, is the fake `gcloud` and the fake `ssh`. They share a folder, $FAKE:
+Hosts are folders: a command for a host runs in bash with that folder as its home. `World` is what a test sets up and
+asks; this file, run as a program, is the fake `gcloud` and the fake `ssh`. They share a folder, $FAKE:
 
   world.json   hosts: how many; lives: the states that `describe` plays, a list for each time that the TPU is made;
                programs: what the program does on each host, a list for each of these lives (see QSHARP)
@@ -32,7 +32,7 @@ case "$*" in
 esac
 """
 
-# The installed program: ends at once with the exit code that the world gives it, runs on, or ends when the file `finish` is there.
+# The installed program: ends at once with the exit code that the world gives it, runs on, or waits for a file `finish`.
 QSHARP = """#!/bin/bash
 echo "$FAKE_HOST|$JAX_PLATFORMS|$XLA_FLAGS|$CUDA_VISIBLE_DEVICES|$PWD|$*" >>"$FAKE/started"
 echo "this is host $FAKE_HOST"
