@@ -78,7 +78,7 @@ class Program:
     def copies(self, shapes: Iterable[tuple[int, ...]]) -> list[Instruction]:
         """In the loop, the copies and transpositions of arrays of these shapes, in whatever order of axes.
 
-        What goes from HBM to fast memory is a read ahead of its use and not counted; the way back is.
+        What goes from HBM to fast memory is a read ahead of its use and not counted; the way back is, see `write_back`.
         """
         wanted = {_order(shape) for shape in shapes}
         found = []
@@ -139,6 +139,11 @@ class Program:
                 reached.add(name)
                 waiting += [called for i in self.computations[name] for called in i.called]
         return reached
+
+
+def write_back(copy: Instruction) -> bool:
+    """Whether a copy goes from fast memory to HBM: the compiler had held the array there."""
+    return copy.kind == "copy-start" and not copy.results[0].fast and copy.results[1].fast
 
 
 def count(instructions: Iterable[Instruction]) -> Counter[str]:

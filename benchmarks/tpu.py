@@ -97,7 +97,9 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         cache=_bytes(caches),
-        copies=[i.text[:200] for i in copies],
+        copies=[i.text[:200] for i in copies if not program.write_back(i)],
+        write_backs=[i.text[:200] for i in copies if program.write_back(i)],
+        write_back_bytes=sum(i.results[0].bytes for i in copies if program.write_back(i)),
         layers=ref_config.layers + guide_config.trunk.layers,
         reductions=[f"{i.source}: {i.text[:200]}" for i in collectives if i.kind in program.REDUCTIONS],
         collectives=program.count(collectives),
@@ -165,6 +167,7 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
         gib(facts["temporaries"]),
         f"{gib(facts['aliased'])} / {gib(facts['cache'])}",
         str(len(facts["copies"])),
+        f"{len(facts['write_backs'])} ({mb(facts['write_back_bytes'])} MB)",
         f"2 x {facts['layers']} + {len(facts['reductions']) - 2 * facts['layers']}",
         ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())),
         mb(facts["collective_bytes"]),
@@ -176,8 +179,8 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
 
 HEADER = (
     "case", "slice", "mesh", "models", "GiB a chip at peak", "arguments GiB", "temporaries GiB",
-    "updated in place / caches GiB", "copies", "reductions a step", "other collectives a step", "MB they bring",
-    "MB of HBM a step / bound", "bound ms", "compile s",
+    "updated in place / caches GiB", "copies", "write-backs", "reductions a step", "other collectives a step",
+    "MB they bring", "MB of HBM a step / bound", "bound ms", "compile s",
 )  # fmt: skip
 
 

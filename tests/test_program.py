@@ -92,6 +92,10 @@ def test_copies_in_the_loop_are_found_and_reads_ahead_are_none(extra, names):
     assert not read(extra).copies([(64, 256)])
 
 
+def test_a_way_back_from_fast_memory_is_told_from_a_copy_within_hbm():
+    assert [program.write_back(*read(extra).copies([(16, 1, 2048, 128)])) for extra in (BACK, TURNED)] == [True, False]
+
+
 def test_bytes_count_what_is_in_hbm_once_a_read_and_once_a_write():
     kernel, gathered = 64 * 256 * 2, 2 * 8 * 4 * 2
     assert read().hbm_bytes() == CACHE + kernel + gathered, "of the table only rows, of the rest all that is in HBM"

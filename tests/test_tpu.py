@@ -183,13 +183,14 @@ def test_a_training_step_updates_its_state_in_place(programs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["8b-v5e", "8b-v5e-packed"])
-def test_an_8b_with_a_1b_guide_decodes_on_eight_v5e(name):
-    facts = printed_by(ROOT / "benchmarks" / "tpu.py", "--only", name, "--json")[name]
+def test_an_8b_with_a_1b_guide_decodes_on_eight_v5e():
+    facts = printed_by(ROOT / "benchmarks" / "tpu.py", "--only", "8b-v5e", "--json")["8b-v5e"]
     assert facts["peak"] < facts["hbm"]
     assert facts["aliased"] >= facts["cache"], "caches and carry are updated in place"
     assert facts["copies"] == [], "no weight or cache is copied in the loop"
+    # Of the last layers' caches some wait in fast memory until they are written, and go back as a whole.
+    assert facts["write_back_bytes"] < 0.05 * facts["bound_bytes"]
     # Two embeddings and the tokens, beside two a layer: the rows' vocabularies are on one chip each.
     assert len(facts["reductions"]) <= 2 * facts["layers"] + 3
     assert facts["repeated"] == 0, "no chip waits for the others within a search over the vocabulary"
-    assert facts["hbm_bytes"] < 1.25 * facts["bound_bytes"]
+    assert facts["hbm_bytes"] < 1.1 * facts["bound_bytes"]

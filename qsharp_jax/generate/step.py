@@ -122,24 +122,25 @@ def advance(
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turn, block = decoder.rotation(positions, config), decoder.Block(config)
-    all_keys, all_values = [], []
+    new = []
     for layer, keys, values_ in zip(params["layers"], cache.keys, cache.values, strict=True):
 
         def attend(query, key, value, keys=keys, values_=values_):
             query, key, value = unpack(query), unpack(key), unpack(value)
             attention = kv_cache.attend(query, key, value, keys, values_, cache.start, cache.index)
-            # Read first, then written: else a TPU moves whole buffers to its fast memory, writes there, and moves them
-            # back.
-            attention, keys, values_ = jax.lax.optimization_barrier((attention, keys, values_))
-            keys = kv_cache.write(keys, key[:, :1], cache.index)
-            values_ = kv_cache.write(values_, value[:, :1], cache.index)
-            return pack(attention), (keys, values_)
+            return pack(attention), (key[:, :1], value[:, :1])
 
-        x, (keys, values_) = block.apply({"params": layer}, x, turn, attend)
+        x, pair = block.apply({"params": layer}, x, turn, attend)
         x = sharding.constrain(x, *stream)
-        all_keys.append(keys)
-        all_values.append(values_)
-    cache = cache.replace(keys=all_keys, values=all_values, index=cache.index + 1)
+        new.append(pair)
+    # All buffers are read before any is written: else a TPU takes one to its fast memory, writes there and moves all of
+    # it back.
+    x, new, cache = jax.lax.optimization_barrier((x, new, cache))
+    cache = cache.replace(
+        keys=[kv_cache.write(old, key, cache.index) for old, (key, _) in zip(cache.keys, new, strict=True)],
+        values=[kv_cache.write(old, value, cache.index) for old, (_, value) in zip(cache.values, new, strict=True)],
+        index=cache.index + 1,
+    )
     return unpack(decoder.normalise(params, config, x)), cache
 
 

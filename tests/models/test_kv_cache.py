@@ -14,7 +14,7 @@ attend = jax.jit(kv_cache.attend)
 
 
 def step(seed=0, queries=Q):
-    """Random query, key, value of a step and buffers that hold the pending token's key and value at INDEX."""
+    """Random query, key, value of a step, and buffers as they are after its write: the pending token's at INDEX."""
     rng = np.random.default_rng(seed)
     query, key, value, keys, values = (
         np.float32(rng.normal(size=shape))
@@ -45,9 +45,9 @@ def test_each_token_sees_its_row_up_to_the_pending_one_and_a_candidate_itself(qu
                 np.testing.assert_allclose(got[b, q, h], attend_one(query[b, q, h], seen), atol=1e-5)
 
 
-def test_nothing_before_the_start_or_after_the_index_matters():
+def test_nothing_before_the_start_or_from_the_index_on_matters():
     query, key, value, keys, values = step()
-    hidden = (np.arange(S) < START[:, None]) | (np.arange(S) > INDEX)  # [B, S]
+    hidden = (np.arange(S) < START[:, None]) | (np.arange(S) >= INDEX)  # [B, S]
     garbage = np.where(hidden[:, None, :, None], np.float32(1e4), 0)
     np.testing.assert_array_equal(
         attend(query, key, value, keys + garbage, values + garbage, START, INDEX),
