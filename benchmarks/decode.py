@@ -1,15 +1,18 @@
 """Milliseconds a decode step: our loop, guided and not, `transformers` with a LogitsProcessor, and the bound.
 
-    python benchmarks/decode.py [--rounds 5] [--batch 1,16] [--new-tokens 256] [--without-torch]
+    python benchmarks/decode.py [--models small] [--batch 1,16] [--rounds 5] [--new-tokens 256] [--without-torch]
+    python benchmarks/decode.py --models 8b --batch 1,16,64 --new-tokens 512          # on an accelerator
 
-Random weights, float32, the same in both programs: a Llama-shaped reference of 110M parameters (768 x 12) and a guide
-of 23M (384 x 6), vocabulary 32,000, 20 candidates, prompts of 128 tokens, sampling at temperature 1. Steps are timed
-apart from prefill, for `transformers` as the difference to a run of one new token. All variants are measured in turn in
-each round, so that their ratios hold when the machine's speed drifts; the median over rounds is printed. The bound is
-that of the machine's own speed of reading and of multiplying matrices, both measured in the same run: see `bound`.
+Random weights, the same in both programs. `small`: float32, a Llama-shaped reference of 110M parameters (768 x 12) and
+a guide of 23M (384 x 6), vocabulary 32,000, prompts of 128 tokens. `8b`: bfloat16, the shapes of Llama 3.1 8B and Llama
+3.2 1B, prompts of 512. 20 candidates, sampling at temperature 1. Steps are timed apart from prefill, for `transformers`
+as the difference to a run of one new token. All variants are measured in turn in each round, so that their ratios hold
+when the machine's speed drifts; the median over rounds is printed. The bound is that of the machine's own speed of
+reading and of multiplying matrices, both measured in the same run: see `bound`.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import platform
@@ -26,43 +29,65 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
-VOCABULARY, PROMPT, CANDIDATES, ETA = 32_000, 128, 20, 0.1
+CANDIDATES, ETA = 20, 0.1
 SLOTS = 4  # guide positions that a row has on average when candidates are packed
+PROMPT = {"small": 128, "8b": 512}
 
 
 def llama_shape(embed: int, layers: int, heads: int) -> DecoderConfig:
     return config.make(
-        "tiny", vocab_size=VOCABULARY, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=embed // heads,
+        "tiny", vocab_size=32_000, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=embed // heads,
         mlp=4 * embed * 2 // 3, max_positions=1024, tied=True,
     )  # fmt: skip
 
 
-def models() -> tuple[LanguageModel, ValueModel]:
-    ref_config, trunk = llama_shape(768, 12, 12), llama_shape(384, 6, 6)
-    ref = LanguageModel(decoder.init(jax.random.key(0), ref_config), ref_config)
+def shapes(name: str) -> tuple[DecoderConfig, DecoderConfig]:
+    """Of the reference and of the guide's trunk."""
+    if name == "small":
+        return llama_shape(768, 12, 12), llama_shape(384, 6, 6)
+    return tuple(config.make(size, dtype="bfloat16") for size in ("llama3.1-8b", "llama3.2-1b"))
+
+
+def models(name: str) -> tuple[LanguageModel, ValueModel]:
+    def in_dtype(params, config: DecoderConfig):
+        return jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+
+    def make_guide(key: jax.Array, config: ValueConfig):
+        params = value.init(key, config)
+        params["head"]["kernel"] = jax.random.normal(key, params["head"]["kernel"].shape) * 0.05
+        return in_dtype(params, config.trunk)
+
+    ref_config, trunk = shapes(name)
     guide_config = ValueConfig(trunk)
-    params = value.init(jax.random.key(1), guide_config)
-    params["head"]["kernel"] = jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape) * 0.05
-    return generate.for_decoding(ref), generate.for_decoding(ValueModel(params, guide_config))
+    ref = jax.jit(lambda key: in_dtype(decoder.init(key, ref_config), ref_config))(jax.random.key(0))
+    guide = jax.jit(lambda key: make_guide(key, guide_config))(jax.random.key(1))
+    return generate.for_decoding(LanguageModel(ref, ref_config)), generate.for_decoding(ValueModel(guide, guide_config))
 
 
-def prompts(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(VOCABULARY, size=(batch, PROMPT)).astype(np.int32)
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every program does: `batch` prompts of `prompt` tokens, `steps` new ones for each."""
+
+    batch: int
+    prompt: int
+    steps: int
+    vocabulary: int
+
+    def prompts(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(self.vocabulary, size=(self.batch, self.prompt)).astype(np.int32)
 
 
-def ours(
-    ref: LanguageModel, guide: ValueModel | None, batch: int, steps: int, slots: int | None = None
-) -> tuple[float, float]:
+def ours(ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | None = None) -> tuple[float, float]:
     """Milliseconds of the prefill, and of one decode step."""
     began = time.perf_counter()
     run = generate.Run(
-        ref, guide, prompts(batch).tolist(), eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots,
-        max_new_tokens=steps, rng=0, stop_ids=(), record=(),
+        ref, guide, work.prompts().tolist(), eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots,
+        max_new_tokens=work.steps, rng=0, stop_ids=(), record=(),
     )  # fmt: skip
     jax.block_until_ready(run.state)
     filled = time.perf_counter()
     jax.block_until_ready(generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings))
-    return (filled - began) * 1e3, (time.perf_counter() - filled) / steps * 1e3
+    return (filled - began) * 1e3, (time.perf_counter() - filled) / work.steps * 1e3
 
 
 def bound(
@@ -82,15 +107,15 @@ def bound(
       machine: bytes read a second, and floating-point operations a second.
     """
     candidates = CANDIDATES if slots is None else slots
-    decoders = [(ref.params, ref.config, batch)]
+    decoders = [(ref.params, ref.config, work.batch)]
     if guide is not None:
-        decoders.append((guide.params["trunk"], guide.config.trunk, batch * (1 + candidates)))
+        decoders.append((guide.params["trunk"], guide.config.trunk, work.batch * (1 + candidates)))
     total = 0.0
     for params, shape, tokens in decoders:
         unused = () if params is ref.params else ("embedding",)
         weights = sum(leaf.size for name in params if name not in unused for leaf in jax.tree.leaves(params[name]))
-        positions = PROMPT - 1 + steps
-        cache = 2 * shape.layers * batch * shape.kv_heads * positions * shape.head_dim
+        positions = work.prompt - 1 + work.steps
+        cache = 2 * shape.layers * work.batch * shape.kv_heads * positions * shape.head_dim
         attention = 4 * shape.layers * tokens * shape.heads * positions * shape.head_dim
         reading = (weights + cache) * shape.compute_dtype.itemsize / machine[0]
         total += max(reading, (2 * tokens * weights + attention) / machine[1])
@@ -107,10 +132,10 @@ def read_bandwidth() -> float:
     return x.nbytes / (time.perf_counter() - began)
 
 
-def matmul_speed() -> float:
-    """Floating-point operations a second of a product of two float32 matrices of 4096 x 4096."""
+def matmul_speed(dtype: jnp.dtype) -> float:
+    """Floating-point operations a second of a product of two matrices of 4096 x 4096."""
     multiply = jax.jit(jnp.matmul)
-    x = jnp.ones((4096, 4096))
+    x = jnp.ones((4096, 4096), dtype)
     jax.block_until_ready(multiply(x, x))
     began = time.perf_counter()
     jax.block_until_ready(multiply(x, x))
@@ -122,54 +147,60 @@ class Torch:
 
     def __init__(self, ref: LanguageModel, guide: ValueModel):
         import logits_processor
+        import torch
         from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         with tempfile.TemporaryDirectory() as folder:
             hf.export_ref(ref, f"{folder}/ref")
             hf.export_guide(guide, f"{folder}/guide")
-            self.ref = AutoModelForCausalLM.from_pretrained(f"{folder}/ref").eval()
-            self.guide = AutoModelForTokenClassification.from_pretrained(f"{folder}/guide").eval()
+            self.ref = AutoModelForCausalLM.from_pretrained(f"{folder}/ref", dtype="auto").to(device).eval()
+            self.guide = (
+                AutoModelForTokenClassification.from_pretrained(f"{folder}/guide", dtype="auto").to(device).eval()
+            )
         self.generate = functools.partial(logits_processor.generate, candidates=CANDIDATES, eta=ETA)
 
-    def milliseconds(self, guided: bool, batch: int, steps: int) -> tuple[float, float]:
+    def milliseconds(self, guided: bool, work: Work) -> tuple[float, float]:
         """Of a run of one new token, and of one step more."""
         guide = self.guide if guided else None
-        _, first = self.generate(self.ref, guide, prompts(batch), 1)
-        _, all_ = self.generate(self.ref, guide, prompts(batch), steps)
-        return first * 1e3, (all_ - first) / (steps - 1) * 1e3
+        _, first = self.generate(self.ref, guide, work.prompts(), 1)
+        _, all_ = self.generate(self.ref, guide, work.prompts(), work.steps)
+        return first * 1e3, (all_ - first) / (work.steps - 1) * 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", choices=PROMPT, default="small")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
-    steps, batches = options.new_tokens, [int(batch) for batch in options.batch.split(",")]
-    ref, guide = models()
-    print(
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, float32"
-    )
+    ref, guide = models(options.models)
+    works = {
+        int(batch): Work(int(batch), PROMPT[options.models], options.new_tokens, ref.config.vocab_size)
+        for batch in options.batch.split(",")
+    }
+    print(f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
     variants = {
-        "ours, unguided": lambda batch: ours(ref, None, batch, steps),
-        "ours, guided": lambda batch: ours(ref, guide, batch, steps),
-        "ours, packed": lambda batch: ours(ref, guide, batch, steps, SLOTS),
+        "ours, unguided": lambda work: ours(ref, None, work),
+        "ours, guided": lambda work: ours(ref, guide, work),
+        "ours, packed": lambda work: ours(ref, guide, work, SLOTS),
     }
     if not options.without_torch:
         torch = Torch(ref, guide)
         variants |= {
-            "transformers, unguided": lambda batch: torch.milliseconds(False, batch, steps),
-            "transformers, guided": lambda batch: torch.milliseconds(True, batch, steps),
+            "transformers, unguided": lambda work: torch.milliseconds(False, work),
+            "transformers, guided": lambda work: torch.milliseconds(True, work),
         }
-    times = {(batch, name): [] for batch in batches for name in variants}
+    times = {(batch, name): [] for batch in works for name in variants}
     machine = []
     for _ in range(options.rounds + 1):  # the first round compiles
         for batch, name in times:
             began = time.perf_counter()
-            measured = variants[name](batch)
+            measured = variants[name](works[batch])
             times[batch, name].append((*measured, time.perf_counter() - began))
-        machine.append((read_bandwidth(), matmul_speed()))
+        machine.append((read_bandwidth(), matmul_speed(ref.config.compute_dtype)))
     machine = np.max(machine, axis=0)
     print(f"reading 1 GiB: {machine[0] / 1e9:.1f} GB/s; a product of matrices: {machine[1] / 1e9:.0f} GFLOP/s\n")
     heads = ("batch", f"{'program':22s}", "prefill ms", "ms a step", "bound ms", "bound / measured", "this / ours")
@@ -178,7 +209,7 @@ def main() -> None:
     for (batch, name), ((*_, first), *measured) in times.items():
         prefill, step, seconds = np.median(measured, axis=0)
         guided = not name.endswith("unguided")
-        least = bound(ref, guide if guided else None, batch, steps, SLOTS if "packed" in name else None, machine)
+        least = bound(ref, guide if guided else None, works[batch], SLOTS if "packed" in name else None, machine)
         mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[1:, 1]
         ratio = np.median(np.asarray(measured)[:, 1] / mine)
         compiled = f"{first - seconds:.1f}" if name.startswith("ours") else ""

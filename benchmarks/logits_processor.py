@@ -27,17 +27,22 @@ class Guidance(LogitsProcessor):
         candidates = scores.topk(self.candidates, dim=-1).indices
         tokens = torch.cat([input_ids[:, -1:], candidates], dim=1)
         count = tokens.shape[1]
-        mask = torch.full((count, past + count), torch.finfo(scores.dtype).min)
+        dtype = self.guide.dtype
+        mask = torch.full((count, past + count), torch.finfo(dtype).min, dtype=dtype, device=scores.device)
         mask[:, : past + 1] = 0
         mask[range(count), range(past, past + count)] = 0
-        positions = torch.tensor([[past] + [past + 1] * self.candidates])
-        logits = self.guide(
-            tokens,
-            attention_mask=mask.expand(len(tokens), 1, -1, -1),
-            position_ids=positions.expand(len(tokens), -1),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, 1:, 0]
+        positions = torch.tensor([[past] + [past + 1] * self.candidates], device=scores.device)
+        logits = (
+            self.guide(
+                tokens,
+                attention_mask=mask.expand(len(tokens), 1, -1, -1),
+                position_ids=positions.expand(len(tokens), -1),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            .logits[:, 1:, 0]
+            .float()
+        )
         self.cache.crop(-self.candidates)
         softplus = torch.nn.functional.softplus
         return scores.scatter_add(1, candidates, softplus(logits + 1 / self.eta) - softplus(logits))
@@ -60,5 +65,7 @@ def generate(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=sample, top_k=0, pad_token_id=0
     )
     began = time.perf_counter()
-    tokens = ref.generate(torch.from_numpy(prompts).long(), generation_config=config, logits_processor=processors)
-    return tokens[:, prompts.shape[1] :].numpy(), time.perf_counter() - began
+    tokens = ref.generate(
+        torch.from_numpy(prompts).long().to(ref.device), generation_config=config, logits_processor=processors
+    )
+    return tokens[:, prompts.shape[1] :].cpu().numpy(), time.perf_counter() - began
