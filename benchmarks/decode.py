@@ -91,12 +91,7 @@ def ours(ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | 
 
 
 def bound(
-    ref: LanguageModel,
-    guide: ValueModel | None,
-    batch: int,
-    steps: int,
-    slots: int | None,
-    machine: tuple[float, float],
+    ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | None, machine: tuple[float, float]
 ) -> float:
     """Milliseconds that a step takes at least: for each model the larger of reading and of computing.
 
