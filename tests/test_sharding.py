@@ -38,6 +38,7 @@ MESHES = {
     "data 2, tensor 4": {"data": 2, "tensor": 4},
     "caches apart, mlp together": {"attention_data": 2, "tensor": 2},
 }
+CASES = [("own", name) for name in MESHES] + [("packed", "data 2, tensor 4")]
 
 
 # --- In the other process: decode on every mesh ---------------------------------------------------------------------
@@ -68,7 +69,8 @@ def main():
         placed = [jax.device_put(model, sharding.of_model(model, mesh, DECODE)) for model in (ref, guide)]
         with jax.set_mesh(mesh):
             for variant, changes in variants.items():
-                found[variant][name] = decoded(*placed, **changes)
+                if (variant, name) in CASES:
+                    found[variant][name] = decoded(*placed, **changes)
     print(json.dumps(found))
 
 
@@ -91,8 +93,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("variant", ["own", "packed"])
+@pytest.mark.parametrize("variant, mesh", CASES)
 def test_a_mesh_decodes_what_one_device_does(found, variant, mesh):
     expected, actual = found[variant]["one device"], found[variant][mesh]
     for name in ("tokens", "lengths", "dropped"):
