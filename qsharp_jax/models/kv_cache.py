@@ -54,6 +54,13 @@ def abstract(config: DecoderConfig, rows: int, size: int) -> KVCache:
     )
 
 
+def write_pair(
+    buffers: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys and values, each [B, G, S, E], with [B, 1, G, E] of each at position `index` of every row."""
+    return tuple(write(buffer, pair, index) for buffer, pair in zip(buffers, new, strict=True))
+
+
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     """`buffer` [B, G, S, E] with `new` [B, 1, G, E] at position `index` of every row."""
     return jax.lax.dynamic_update_slice(buffer, new.swapaxes(1, 2).astype(buffer.dtype), (0, 0, index, 0))
@@ -70,8 +77,8 @@ def attend(
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
-    Token 0 is the pending one, whose key and value are yet to be written at `index`. Tokens 1.. are candidates for the
-    position after it: each sees the cache, the pending token and itself, not the other candidates.
+    Token 0 is the pending one; the buffers may hold its key and value at `index` already or not. Tokens 1.. are
+    candidates for the position after it: each sees the cache, the pending token and itself, not the other candidates.
 
     Args:
       query: [B, Q, H, E].
