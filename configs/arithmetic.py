@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     c.fit = ConfigDict()
     c.fit.epochs = 5
     c.fit.batch_size = 32
+    c.fit.accumulate = 1  # parts that a batch is taken in, for less memory; the step is the whole batch's
     c.fit.length_bucket = 24
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to
     c.fit.projection = "two_hot"  # of rewards on a categorical's atoms, or nearest

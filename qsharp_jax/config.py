@@ -222,6 +222,7 @@ RULES: dict[str, Rule] = {
     "pretrain.save_every": _whole(1),
     "fit.epochs": _whole(1),
     "fit.batch_size": _whole(1),
+    "fit.accumulate": _whole(1),
     "fit.length_bucket": _whole(1),
     "fit.log_every": _whole(1),
     "fit.save_every": _whole(1),

@@ -44,6 +44,11 @@ def check(config: ConfigDict) -> None:
         if key.startswith("generate.") and key not in configs.RULES:
             raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
     configs.check(config)
+    if config.fit.batch_size % config.fit.accumulate:
+        raise UserError(
+            f"config.fit.accumulate is {config.fit.accumulate}; it must divide config.fit.batch_size, which is"
+            f" {config.fit.batch_size}"
+        )
     sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)

@@ -205,6 +205,7 @@ RANGES = {  # key: (allowed, forbidden)
     "pretrain.save_every": ([1], [0]),
     "fit.epochs": ([1], [0]),
     "fit.batch_size": ([1], [0]),
+    "fit.accumulate": ([1, 4], [0, 1.5]),
     "fit.length_bucket": ([1], [0]),
     "fit.log_every": ([1], [0]),
     "fit.save_every": ([1], [0]),

@@ -117,6 +117,7 @@ def fit(
         ),
         optimizer=optimizer,
         schedule=train.make_schedule(config.optimizer, total_steps),
+        accumulate=config.accumulate,
         checkpoints=Checkpoints(session.guide_folder(number)),
         loop=train.Loop(
             name=f"round {number}: fit",
