@@ -224,6 +224,7 @@ RULES: dict[str, Rule] = {
     "fit.batch_size": _whole(1),
     "fit.accumulate": _whole(1),
     "fit.length_bucket": _whole(1),
+    "fit.pack_length": _whole(0),
     "fit.log_every": _whole(1),
     "fit.save_every": _whole(1),
     "fit.holdout": _FRACTION,

@@ -125,9 +125,14 @@ def language_model_loss(
     whole = batch if whole is None else whole
     hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
     logits = decoder.logits(params, config, hidden[:, :-1])
-    targets, mask, of = batch.tokens[:, 1:], batch.response_mask[:, 1:], whole.response_mask[:, 1:]
+    targets, mask, of = batch.tokens[:, 1:], _has_context(batch), _has_context(whole)
     loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), mask, of)
     return loss, {"accuracy": masked_mean(logits.argmax(-1) == targets, mask, of)}
+
+
+def _has_context(batch: Batch) -> jax.Array:
+    """[B, T - 1]: whether the token one place later is one of a response, with a token of its own segment before it."""
+    return batch.response_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
 
 
 def value_loss(
@@ -194,7 +199,8 @@ def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: 
 def _has_future(batch: Batch, offset: int) -> jax.Array:
     """[B, T - offset]: whether the token `offset` places later is to be predicted."""
     both = batch.response_mask[:, :-offset] & batch.response_mask[:, offset:]
-    return both & (batch.reward_to_go[:, :-offset] > 0)
+    same = batch.segments[:, :-offset] == batch.segments[:, offset:]
+    return both & same & (batch.reward_to_go[:, :-offset] > 0)
 
 
 def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Array:

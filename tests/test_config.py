@@ -207,6 +207,7 @@ RANGES = {  # key: (allowed, forbidden)
     "fit.batch_size": ([1], [0]),
     "fit.accumulate": ([1, 4], [0, 1.5]),
     "fit.length_bucket": ([1], [0]),
+    "fit.pack_length": ([0, 1024], [-1, None]),
     "fit.log_every": ([1], [0]),
     "fit.save_every": ([1], [0]),
     "fit.holdout": ([0, 0.5], [-0.1, 1]),

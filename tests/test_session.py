@@ -18,3 +18,13 @@ def test_a_batch_that_its_parts_do_not_divide(tmp_path):
         session.check(config)
     config.fit.accumulate = 4
     session.check(config)
+
+
+def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
+    """Prompts of 16 tokens and up to 7 new ones: 22 are too few, 23 are enough, and 0 packs nothing."""
+    config = changed(tmp_path, "fit.pack_length=22")
+    with pytest.raises(UserError, match="fit.pack_length is 22; it must be at least 23"):
+        session.check_problems(config)
+    for enough in (23, 0):
+        config.fit.pack_length = enough
+        session.check_problems(config)

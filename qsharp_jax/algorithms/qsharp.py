@@ -93,6 +93,7 @@ def fit(
         [dataset.from_rollout(r) for r in learned],
         rows=config.batch_size,
         bucket=config.length_bucket,
+        pack_length=config.pack_length,
         seed=session.seed("fit"),
     )
 

@@ -107,12 +107,13 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
 
-    Arguments as in `decoder.forward`. A Q-type reads them before the token; a row's first token has none (zeros).
+    Arguments as in `decoder.forward`. A Q-type reads them before the token; a segment's first token has none (zeros).
     """
     hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
     if config.type == "v":
         return outputs(params, config, hidden), hidden
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    before = jnp.where(decoder.previous_tokens(tokens, segments)[..., None] >= 0, before, 0)
     return outputs_at(params, config, before, tokens), hidden
 
 
