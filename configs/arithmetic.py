@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     c.fit.epochs = 5
     c.fit.batch_size = 32
     c.fit.accumulate = 1  # parts that a batch is taken in, for less memory; the step is the whole batch's
+    c.fit.remat = "dots"  # kept for the gradient: matrix products; none: everything; full: the blocks' inputs alone
     c.fit.length_bucket = 24
     c.fit.pack_length = 0  # tokens of a row that several rollouts share; 0: one a row, padded as the bucket says
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to

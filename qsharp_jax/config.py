@@ -223,6 +223,7 @@ RULES: dict[str, Rule] = {
     "fit.epochs": _whole(1),
     "fit.batch_size": _whole(1),
     "fit.accumulate": _whole(1),
+    "fit.remat": _one_of("none", "dots", "full"),
     "fit.length_bucket": _whole(1),
     "fit.pack_length": _whole(0),
     "fit.log_every": _whole(1),

@@ -144,6 +144,7 @@ def value_loss(
     projection: values.Projection = "two_hot",
     clip: bool = False,
     future_weight: float = 0.0,
+    remat: decoder.Remat = "dots",
 ) -> tuple[jax.Array, dict]:
     """Mean negative log-likelihood of the reward-to-go over all labelled tokens of the batch.
 
@@ -154,9 +155,10 @@ def value_loss(
     Args:
       params: a value model's parameters, with "future" [F, D, V] or without.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
+      remat: of the trunk, see `decoder.forward`.
     """
     whole = batch if whole is None else whole
-    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions)
+    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions, remat=remat)
     distribution = values.from_outputs(config.distribution, outputs, config.atoms)
     options = {"projection": projection, "clip": clip} if config.distribution == "categorical" else {}
     mask, of = batch.label_mask, whole.label_mask

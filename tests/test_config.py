@@ -206,6 +206,7 @@ RANGES = {  # key: (allowed, forbidden)
     "fit.epochs": ([1], [0]),
     "fit.batch_size": ([1], [0]),
     "fit.accumulate": ([1, 4], [0, 1.5]),
+    "fit.remat": (["none", "dots", "full"], ["some", None, True]),
     "fit.length_bucket": ([1], [0]),
     "fit.pack_length": ([0, 1024], [-1, None]),
     "fit.log_every": ([1], [0]),

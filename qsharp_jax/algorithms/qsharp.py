@@ -115,6 +115,7 @@ def fit(
             projection=config.projection,
             clip=config.clip_rewards,
             future_weight=config.future_weight,
+            remat=config.remat,
         ),
         optimizer=optimizer,
         schedule=train.make_schedule(config.optimizer, total_steps),
