@@ -82,11 +82,11 @@ def get_config() -> ConfigDict:
 
 def optimizer(name: str, learning_rate: float) -> ConfigDict:
     c = ConfigDict()
-    c.name = name
+    c.name = name  # adamw, adafactor (moments of rows and columns alone), or muon
     c.learning_rate = learning_rate  # at its peak
     c.adam_learning_rate = learning_rate
     c.weight_decay = 0.01
-    c.b2 = 0.98
+    c.b2 = 0.98  # of AdamW
     c.clip = 1.0  # global norm of the gradient
     c.warmup_steps = 50
     c.schedule = "cosine"

@@ -185,7 +185,7 @@ _ASCENDING = (
 )
 
 _OPTIMIZER = {
-    "name": _one_of("adamw", "muon"),
+    "name": _one_of("adamw", "adafactor", "muon"),
     "learning_rate": _POSITIVE_FINITE,
     "adam_learning_rate": _POSITIVE_FINITE,
     "b2": _FRACTION,

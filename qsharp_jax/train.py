@@ -68,15 +68,24 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, or Muon on the blocks' matrices with AdamW on the rest, at the peak rate.
+    """Global-norm clipping, then AdamW, Adafactor, or Muon on the blocks' matrices (AdamW elsewhere), at the peak rate.
 
-    Weight decay is on matrices only: not on norms, biases and the like.
+    Weight decay is on matrices only: not on norms, biases and the like. Adafactor (Shazeer and Stern, arXiv 1804.04235)
+    keeps a row and a column of second moments of a matrix in place of AdamW's two numbers a weight.
 
     Args:
-      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2, clip.
+      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2 (of AdamW), clip.
     """
     if config.name == "adamw":
         rule = optax.adamw(config.learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    elif config.name == "adafactor":
+        # A rate relative to a parameter's size would hold the guide's head, which begins at zero, where it is.
+        rule = optax.adafactor(
+            config.learning_rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=config.learning_rate * config.weight_decay,
+            weight_decay_mask=_is_matrix,
+        )
     else:
         # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
         muon = optax.contrib.muon(

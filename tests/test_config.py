@@ -169,7 +169,7 @@ def test_an_unknown_key_or_argument_is_named(path, argument, words):
 
 
 OPTIMIZER = {
-    "name": (["adamw", "muon"], ["sgd", None]),
+    "name": (["adamw", "adafactor", "muon"], ["sgd", None]),
     "learning_rate": ([1e-5, 1], [0, -1.0, math.inf, math.nan, "1"]),
     "adam_learning_rate": ([1e-5], [0]),
     "b2": ([0, 0.98], [1, -0.1]),
