@@ -57,7 +57,10 @@ def get_config() -> ConfigDict:
     c.fit = ConfigDict()
     c.fit.epochs = 5
     c.fit.batch_size = 32
+    c.fit.accumulate = 1  # parts that a batch is taken in, for less memory; the step is the whole batch's
+    c.fit.remat = "dots"  # kept for the gradient: matrix products; none: everything; full: the blocks' inputs alone
     c.fit.length_bucket = 24
+    c.fit.pack_length = 0  # tokens of a row that several rollouts share; 0: one a row, padded as the bucket says
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to
     c.fit.projection = "two_hot"  # of rewards on a categorical's atoms, or nearest
     c.fit.clip_rewards = False
@@ -79,11 +82,11 @@ def get_config() -> ConfigDict:
 
 def optimizer(name: str, learning_rate: float) -> ConfigDict:
     c = ConfigDict()
-    c.name = name
+    c.name = name  # adamw, adafactor (moments of rows and columns alone), or muon
     c.learning_rate = learning_rate  # at its peak
     c.adam_learning_rate = learning_rate
     c.weight_decay = 0.01
-    c.b2 = 0.98
+    c.b2 = 0.98  # of AdamW
     c.clip = 1.0  # global norm of the gradient
     c.warmup_steps = 50
     c.schedule = "cosine"

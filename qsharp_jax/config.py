@@ -185,7 +185,7 @@ _ASCENDING = (
 )
 
 _OPTIMIZER = {
-    "name": _one_of("adamw", "muon"),
+    "name": _one_of("adamw", "adafactor", "muon"),
     "learning_rate": _POSITIVE_FINITE,
     "adam_learning_rate": _POSITIVE_FINITE,
     "b2": _FRACTION,
@@ -222,7 +222,10 @@ RULES: dict[str, Rule] = {
     "pretrain.save_every": _whole(1),
     "fit.epochs": _whole(1),
     "fit.batch_size": _whole(1),
+    "fit.accumulate": _whole(1),
+    "fit.remat": _one_of("none", "dots", "full"),
     "fit.length_bucket": _whole(1),
+    "fit.pack_length": _whole(0),
     "fit.log_every": _whole(1),
     "fit.save_every": _whole(1),
     "fit.holdout": _FRACTION,

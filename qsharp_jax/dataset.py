@@ -138,11 +138,11 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of prompt and response, right-padded.
+    """Rows of prompt and response, right-padded; a packed row has several, one behind the other.
 
     Attributes:
       tokens: [B, T] int32.
-      segments: [B, T] int32, 0 at padding.
+      segments: [B, T] int32, from 1 on in each row, 0 at padding.
       positions: [B, T] int32, counted from each segment's first token.
       response_mask: [B, T] bool, true at response tokens.
       label_mask: [B, T] bool, true at response tokens that carry a label.
@@ -175,19 +175,26 @@ def from_rollout(rollout: Rollout) -> Example:
 
 
 def make_batch(examples: Sequence[Example], rows: int, width: int) -> Batch:
-    """`examples` as a batch of `rows` x `width`; rows that are left over are padding."""
+    """`examples`, one a row, as a batch of `rows` x `width`; rows that are left over are padding."""
+    return make_packed_batch([[example] for example in examples], rows, width)
+
+
+def make_packed_batch(groups: Sequence[Sequence[Example]], rows: int, width: int) -> Batch:
+    """Groups of examples, one group a row and each example a segment of it, as a batch of `rows` x `width`."""
     tokens, segments, positions = (np.zeros((rows, width), np.int32) for _ in range(3))
     response_mask, label_mask = np.zeros((rows, width), bool), np.zeros((rows, width), bool)
     reward_to_go = np.zeros((rows, width), np.float32)
-    for row, example in enumerate(examples):
-        begin, end = len(example.prompt), len(example)
-        tokens[row, :end] = [*example.prompt, *example.response]
-        segments[row, :end] = 1
-        positions[row, :end] = np.arange(end)
-        response_mask[row, begin:end] = True
-        label_mask[row, begin + example.first_label : end] = True
-        # The reward comes at the end, so every token of the response has the whole of it still to come.
-        reward_to_go[row, begin:end] = example.reward
+    for row, group in enumerate(groups):
+        end = 0
+        for segment, example in enumerate(group, start=1):
+            first, begin, end = end, end + len(example.prompt), end + len(example)
+            tokens[row, first:end] = [*example.prompt, *example.response]
+            segments[row, first:end] = segment
+            positions[row, first:end] = np.arange(len(example))
+            response_mask[row, begin:end] = True
+            label_mask[row, begin + example.first_label : end] = True
+            # The reward comes at the end, so every token of the response has the whole of it still to come.
+            reward_to_go[row, begin:end] = example.reward
     return Batch(tokens, segments, positions, response_mask, label_mask, reward_to_go)
 
 
@@ -204,20 +211,58 @@ def length_batches(lengths: Sequence[int], *, rows: int, bucket: int) -> list[tu
     return batches
 
 
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in groups whose lengths add up to at most `capacity`, by best-fit decreasing (Johnson 1973).
+
+    Longest first, each goes to the group that has the least place left among those that have place for it.
+
+    Raises:
+      UserError: if one is longer than `capacity`.
+    """
+    if max(lengths, default=0) > capacity:
+        raise UserError(
+            f"an example of {max(lengths)} tokens does not fit into fit.pack_length, which is {capacity}; give a longer"
+            " one, or 0 to pack nothing"
+        )
+    groups: list[list[int]] = []
+    with_place: list[list[int]] = [[] for _ in range(capacity + 1)]  # groups, by the place that they have left
+    present = 0  # bit p: a group has place p left
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[index])
+        if fitting := present >> length << length:
+            place = (fitting & -fitting).bit_length() - 1  # the lowest bit
+            group = with_place[place].pop()
+            present ^= 0 if with_place[place] else 1 << place
+        else:
+            place, group = capacity, len(groups)
+            groups.append([])
+        groups[group].append(index)
+        with_place[place - length].append(group)
+        present |= 1 << place - length
+    return groups
+
+
 class Batches:
-    """Shuffled batches, bucketed by length: `batches[step]` depends on the seed and the step only.
+    """Shuffled batches, bucketed by length or packed: `batches[step]` depends on the seed and the step only.
 
     Every example comes once an epoch.
     """
 
-    def __init__(self, examples: Sequence[Example], *, rows: int, bucket: int, seed: int):
+    def __init__(self, examples: Sequence[Example], *, rows: int, bucket: int, seed: int, pack_length: int = 0):
         """Args:
         rows: B, of every batch.
         bucket: widths are multiples of it, in tokens.
         seed: of the shuffling.
+        pack_length: several examples share a row, and every batch is of this width, in tokens; 0: one example a row.
+
+        Raises:
+          UserError: if an example is longer than `pack_length`.
         """
         self._examples, self._rows, self._bucket, self._seed = examples, rows, bucket, seed
         self._lengths = np.asarray([len(example) for example in examples])
+        self._pack_length = pack_length
+        # How lengths share rows is the same in every epoch; which examples of a length, is shuffled.
+        self._groups = pack(-np.sort(-self._lengths), pack_length) if pack_length else None
         self._epoch, self._order = 0, self._shuffled(0)
 
     @property
@@ -228,11 +273,16 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch != epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
-        width, indices = self._order[place]
-        return make_batch([self._examples[index] for index in indices], self._rows, width)
+        width, groups = self._order[place]
+        return make_packed_batch([[self._examples[i] for i in group] for group in groups], self._rows, width)
 
-    def _shuffled(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    def _shuffled(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
+        """The epoch's batches: widths, and the examples of each row."""
         rng = np.random.default_rng((self._seed, epoch))
         shuffle = rng.permutation(len(self._lengths))
-        batches = length_batches(self._lengths[shuffle], rows=self._rows, bucket=self._bucket)
-        return [(batches[i][0], shuffle[batches[i][1]]) for i in rng.permutation(len(batches))]
+        if self._groups is None:
+            batches = length_batches(self._lengths[shuffle], rows=self._rows, bucket=self._bucket)
+            return [(batches[i][0], [*shuffle[batches[i][1]][:, None]]) for i in rng.permutation(len(batches))]
+        longest_first = shuffle[np.argsort(-self._lengths[shuffle], kind="stable")]
+        groups = [longest_first[self._groups[i]] for i in rng.permutation(len(self._groups))]
+        return [(self._pack_length, groups[i : i + self._rows]) for i in range(0, len(groups), self._rows)]

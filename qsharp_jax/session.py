@@ -44,6 +44,11 @@ def check(config: ConfigDict) -> None:
         if key.startswith("generate.") and key not in configs.RULES:
             raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
     configs.check(config)
+    if config.fit.batch_size % config.fit.accumulate:
+        raise UserError(
+            f"config.fit.accumulate is {config.fit.accumulate}; it must divide config.fit.batch_size, which is"
+            f" {config.fit.batch_size}"
+        )
     sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)
@@ -63,16 +68,24 @@ def check(config: ConfigDict) -> None:
 
 
 def check_problems(config: ConfigDict) -> None:
-    """That the task has as many problems as are asked for: this takes seconds, so it is for new runs only.
+    """That the task has as many problems as are asked for, and that their rollouts will fit into packed rows.
 
-    A workdir keeps its settings, so one that shows to be impossible after the pre-training would cost a new one.
+    This takes seconds, so it is for new runs only. A workdir keeps its settings, so one that shows to be impossible
+    after the pre-training would cost a new one.
 
     Raises:
-      UserError: with how many there are.
+      UserError: with how many there are, or how long they may be.
     """
     session = Session(Workdir(Path(), config))
-    session.train_problems(1)
+    problems = session.all_train_problems()
     session.test_problems()
+    if pack_length := config.fit.pack_length:
+        prompt = max(len(session.text.encode_prompt(problem.prompt)) for problem in problems)
+        if (longest := prompt + config.generate.max_new_tokens) > pack_length:
+            raise UserError(
+                f"config.fit.pack_length is {pack_length}; it must be at least {longest}, the tokens of the longest"
+                " prompt and config.generate.max_new_tokens, or 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +133,10 @@ class Session:
     def train_problems(self, number: int) -> list[Problem]:
         """The problems of a round: each round's are new ones."""
         count = self.config.collect.prompts
-        return self._problems("train", count * self.config.rounds)[count * (number - 1) : count * number]
+        return self.all_train_problems()[count * (number - 1) : count * number]
+
+    def all_train_problems(self) -> list[Problem]:
+        return self._problems("train", self.config.collect.prompts * self.config.rounds)
 
     def test_problems(self) -> list[Problem]:
         return self._problems("test", self.config.evaluate.problems)

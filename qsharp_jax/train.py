@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.progress import Bar
 
 Params = Any
-LossFn = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # of (params, batch), or (params, part, whole batch)
 Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
 
 
@@ -67,15 +68,24 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW, or Muon on the blocks' matrices with AdamW on the rest, at the peak rate.
+    """Global-norm clipping, then AdamW, Adafactor, or Muon on the blocks' matrices (AdamW elsewhere), at the peak rate.
 
-    Weight decay is on matrices only: not on norms, biases and the like.
+    Weight decay is on matrices only: not on norms, biases and the like. Adafactor (Shazeer and Stern, arXiv 1804.04235)
+    keeps a row and a column of second moments of a matrix in place of AdamW's two numbers a weight.
 
     Args:
-      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2, clip.
+      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2 (of AdamW), clip.
     """
     if config.name == "adamw":
         rule = optax.adamw(config.learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    elif config.name == "adafactor":
+        # A rate relative to a parameter's size would hold the guide's head, which begins at zero, where it is.
+        rule = optax.adafactor(
+            config.learning_rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=config.learning_rate * config.weight_decay,
+            weight_decay_mask=_is_matrix,
+        )
     else:
         # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
         muon = optax.contrib.muon(
@@ -113,23 +123,37 @@ def _muon_matrices(params: Params) -> Params:
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def language_model_loss(params: Params, batch: Batch, *, config: DecoderConfig) -> tuple[jax.Array, dict]:
+# A loss and its metrics are means over a batch. Where `whole` is given, `batch` is a part of its rows, and the sums are
+# divided by the whole's counts: the parts' losses, metrics and gradients then add up to the whole's.
+
+
+def language_model_loss(
+    params: Params, batch: Batch, whole: Batch | None = None, *, config: DecoderConfig
+) -> tuple[jax.Array, dict]:
     """Mean cross-entropy of the next token, in nats, over response tokens."""
+    whole = batch if whole is None else whole
     hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
     logits = decoder.logits(params, config, hidden[:, :-1])
-    targets, mask = batch.tokens[:, 1:], batch.response_mask[:, 1:]
-    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), mask)
-    return loss, {"accuracy": masked_mean(logits.argmax(-1) == targets, mask)}
+    targets, mask, of = batch.tokens[:, 1:], _has_context(batch), _has_context(whole)
+    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), mask, of)
+    return loss, {"accuracy": masked_mean(logits.argmax(-1) == targets, mask, of)}
+
+
+def _has_context(batch: Batch) -> jax.Array:
+    """[B, T - 1]: whether the token one place later is one of a response, with a token of its own segment before it."""
+    return batch.response_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
 
 
 def value_loss(
     params: Params,
     batch: Batch,
+    whole: Batch | None = None,
     *,
     config: ValueConfig,
     projection: values.Projection = "two_hot",
     clip: bool = False,
     future_weight: float = 0.0,
+    remat: decoder.Remat = "dots",
 ) -> tuple[jax.Array, dict]:
     """Mean negative log-likelihood of the reward-to-go over all labelled tokens of the batch.
 
@@ -140,15 +164,18 @@ def value_loss(
     Args:
       params: a value model's parameters, with "future" [F, D, V] or without.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
+      remat: of the trunk, see `decoder.forward`.
     """
-    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions)
+    whole = batch if whole is None else whole
+    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions, remat=remat)
     distribution = values.from_outputs(config.distribution, outputs, config.atoms)
     options = {"projection": projection, "clip": clip} if config.distribution == "categorical" else {}
-    nll = masked_mean(distribution.nll(batch.reward_to_go, **options), batch.label_mask)
-    metrics = {"nll": nll, "brier": masked_mean((distribution.mean() - batch.reward_to_go) ** 2, batch.label_mask)}
+    mask, of = batch.label_mask, whole.label_mask
+    nll = masked_mean(distribution.nll(batch.reward_to_go, **options), mask, of)
+    metrics = {"nll": nll, "brier": masked_mean((distribution.mean() - batch.reward_to_go) ** 2, mask, of)}
     if "future" not in params:
         return nll, metrics
-    future = future_token_loss(params["future"], hidden, batch)
+    future = future_token_loss(params["future"], hidden, batch, whole)
     return nll + future_weight * future, metrics | {"future_nll": future}
 
 
@@ -166,7 +193,7 @@ def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> No
             raise UserError(f"a {config.distribution} guide cannot learn these rewards: {error}") from None
 
 
-def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
+def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:
     """Mean cross-entropy of the tokens 1, 2, ... F places later, by linear heads [F, D, V] on hidden [B, T, D].
 
     Only responses with a positive reward are learned from. Multi-token prediction: Gloeckle et al., arXiv 2404.19737.
@@ -175,10 +202,16 @@ def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch) -> jax.
     for offset in range(1, len(heads) + 1):
         logits = hidden[:, :-offset] @ heads[offset - 1]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, offset:])
-        mask = batch.response_mask[:, :-offset] & batch.response_mask[:, offset:]
-        mask &= batch.reward_to_go[:, :-offset] > 0
-        total, count = total + (loss * mask).sum(), count + mask.sum()
+        total += (loss * _has_future(batch, offset)).sum()
+        count += _has_future(batch if whole is None else whole, offset).sum()
     return total / jnp.maximum(count, 1)
+
+
+def _has_future(batch: Batch, offset: int) -> jax.Array:
+    """[B, T - offset]: whether the token `offset` places later is to be predicted."""
+    both = batch.response_mask[:, :-offset] & batch.response_mask[:, offset:]
+    same = batch.segments[:, :-offset] == batch.segments[:, offset:]
+    return both & same & (batch.reward_to_go[:, :-offset] > 0)
 
 
 def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Array:
@@ -186,9 +219,9 @@ def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Arra
     return jax.random.normal(key, (offsets, config.embed, config.vocab_size)) * config.embed**-0.5
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of x over the true entries of mask; 0 if there are none."""
-    return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
+    """Mean of x over the true entries of mask; 0 if there are none. With `whole`, its count is what is divided by."""
+    return jnp.where(mask, x, 0).sum() / jnp.maximum((mask if whole is None else whole).sum(), 1)
 
 
 # --- Step and loop --------------------------------------------------------------------------------------------------
@@ -201,17 +234,48 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def train_step(
-    state: TrainState, batch: Batch, rate: jax.Array, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    rate: jax.Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, times `rate`, the schedule's; metrics are scalars on the device.
 
     The rate is an argument, so that one program serves trainings of any length.
+
+    Args:
+      accumulate: parts that the batch's rows are taken in, one after the other; it divides the rows. The update is
+        that of the whole batch.
     """
-    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), gradients = gradient_fn(state.params, batch)
+    else:
+        (loss, metrics), gradients = _accumulated(gradient_fn, state.params, batch, accumulate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def _accumulated(gradient_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple:
+    """What `gradient_fn` gives for the batch, as the sum over its parts: the activations of one exist at a time."""
+    chex.assert_is_divisible(len(batch.tokens), parts)
+
+    # Every part takes rows from all over the batch: from each device's share of them, where devices divide the rows.
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_fn(params, part, batch)), None
+
+    split_batch = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], split_batch), batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, split_batch)[0]
 
 
 class BatchSource(Protocol):
@@ -242,10 +306,14 @@ def fit(
     checkpoints: Checkpoints,
     loop: Loop,
     schedule: Schedule = lambda step: 1.0,
+    accumulate: int = 1,
 ) -> TrainState:
     """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
 
     Returns at once if the last checkpoint is a final one.
+
+    Args:
+      accumulate: as in `train_step`.
 
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
@@ -253,7 +321,8 @@ def fit(
     state = checkpoints.restore(state)
     if checkpoints.finished():
         return state
-    step_fn = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0)
+    step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
+    step_fn = jax.jit(step_fn, donate_argnums=0)
     first = int(state.step)
     window: list[dict] = []
     tokens, since = 0, time.monotonic()

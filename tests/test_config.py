@@ -169,7 +169,7 @@ def test_an_unknown_key_or_argument_is_named(path, argument, words):
 
 
 OPTIMIZER = {
-    "name": (["adamw", "muon"], ["sgd", None]),
+    "name": (["adamw", "adafactor", "muon"], ["sgd", None]),
     "learning_rate": ([1e-5, 1], [0, -1.0, math.inf, math.nan, "1"]),
     "adam_learning_rate": ([1e-5], [0]),
     "b2": ([0, 0.98], [1, -0.1]),
@@ -205,7 +205,10 @@ RANGES = {  # key: (allowed, forbidden)
     "pretrain.save_every": ([1], [0]),
     "fit.epochs": ([1], [0]),
     "fit.batch_size": ([1], [0]),
+    "fit.accumulate": ([1, 4], [0, 1.5]),
+    "fit.remat": (["none", "dots", "full"], ["some", None, True]),
     "fit.length_bucket": ([1], [0]),
+    "fit.pack_length": ([0, 1024], [-1, None]),
     "fit.log_every": ([1], [0]),
     "fit.save_every": ([1], [0]),
     "fit.holdout": ([0, 0.5], [-0.1, 1]),

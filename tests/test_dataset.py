@@ -214,6 +214,7 @@ cases = st.fixed_dictionaries(
         rows=st.integers(1, 5),
         bucket=st.integers(1, 9),
         seed=st.integers(0, 2**32 - 1),
+        pack_length=st.sampled_from([0, 30, 47]),  # no example is longer than 30
     )
 )
 
@@ -227,8 +228,9 @@ def rows_of(batch):
     """The batch's sequences, without padding, as (prompt, response)."""
     found = []
     for tokens, segments, response in zip(batch.tokens, batch.segments, batch.response_mask, strict=True):
-        if segments.any():
-            found.append((tokens[(segments > 0) & ~response].tolist(), tokens[response].tolist()))
+        for segment in range(1, segments.max() + 1):
+            mine = segments == segment
+            found.append((tokens[mine & ~response].tolist(), tokens[mine & response].tolist()))
     return found
 
 
@@ -248,7 +250,7 @@ def test_every_example_comes_once_an_epoch(case):
 def test_batches_have_few_shapes_that_fit(case):
     """All have the same rows; widths are multiples of the bucket, and no row has a whole bucket of padding."""
     lengths = case.pop("lengths")
-    batches = Batches(examples_of(lengths), **case)
+    batches = Batches(examples_of(lengths), **case | {"pack_length": 0})
     buckets = {-(-(prompt + response) // case["bucket"]) for prompt, response in lengths}
     full = 0
     for step in range(batches.steps_per_epoch):
@@ -288,3 +290,64 @@ def test_epochs_and_seeds_differ():
         assert together[0] != together[1]
     widths = [len(batch[0][0]) for batch in orders[0]]
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)  # lengths are mixed over the epoch
+
+
+# --- Packing --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 80))
+def test_packed_groups_hold_everything_once_and_are_full(lengths, capacity):
+    """Within the capacity; and no two groups would fit into one, which a packing that wastes half of it would have."""
+    groups = dataset.pack(lengths, capacity)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    sums = sorted(sum(lengths[index] for index in group) for group in groups)
+    assert all(total <= capacity for total in sums)
+    assert len(sums) < 2 or sums[0] + sums[1] > capacity
+
+
+def test_packing_by_hand():
+    """Best fit, not first fit: the 1 goes to where 1 is left, not to the first group, where 3 are."""
+    assert dataset.pack([1, 5, 7, 4], capacity=10) == [[2], [1, 3, 0]]
+
+
+def test_a_packed_batch_by_hand():
+    """Two examples share a row: segments 1 and 2, positions from 0 in each, labels and rewards each its own."""
+    group = [Example([11, 12], [13, 14, 2], reward=0.5, first_label=1), Example([15], [16, 2], reward=-2.0)]
+    batch = dataset.make_packed_batch([group], rows=2, width=10)
+    assert batch.tokens.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2, 0, 0], [0] * 10]
+    assert batch.segments.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0] * 10]
+    assert batch.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.response_mask.astype(int).tolist() == [[0, 0, 1, 1, 1, 0, 1, 1, 0, 0], [0] * 10]
+    assert batch.label_mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 1, 1, 0, 0], [0] * 10]
+    assert batch.reward_to_go[0].tolist() == [0, 0, 0.5, 0.5, 0.5, 0, -2, -2, 0, 0]
+
+
+def test_padding_is_under_a_twentieth_of_packed_batches():
+    """Of lengths as reasoning rollouts have them, log-normal, in rows of twice the longest; buckets leave more."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.0, 0.6, 1500), 20, 1024).astype(int)
+    examples = [Example([1] * 10, [2] * (length - 10)) for length in lengths]
+
+    def padding(**changes):
+        batches = Batches(examples, rows=4, bucket=128, seed=0, **changes)
+        masks = [batches[step].segments > 0 for step in range(batches.steps_per_epoch)]
+        return 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+
+    assert padding(pack_length=2048) < 0.05 < 0.2 < padding()
+
+
+def test_packed_epochs_have_as_many_steps_and_other_companies():
+    """All batches of one shape; examples of one length change places from epoch to epoch."""
+    examples = examples_of([(3, 3)] * 20 + [(9, 9)] * 20 + [(2, 5)] * 7)
+    batches = Batches(examples, rows=4, bucket=6, seed=0, pack_length=40)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        assert {batches[step].tokens.shape for step in steps} == {(4, 40)}
+        epochs.append({frozenset(row[0][0] for row in rows_of(batches[step])) for step in steps})
+    assert epochs[0] != epochs[1]
+
+
+def test_an_example_longer_than_a_packed_row_is_refused():
+    with pytest.raises(UserError, match="example of 18 tokens.*fit.pack_length, which is 17"):
+        Batches(examples_of([(3, 3), (9, 9)]), rows=2, bucket=6, seed=0, pack_length=17)

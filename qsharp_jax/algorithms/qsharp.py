@@ -93,6 +93,7 @@ def fit(
         [dataset.from_rollout(r) for r in learned],
         rows=config.batch_size,
         bucket=config.length_bucket,
+        pack_length=config.pack_length,
         seed=session.seed("fit"),
     )
 
@@ -114,9 +115,11 @@ def fit(
             projection=config.projection,
             clip=config.clip_rewards,
             future_weight=config.future_weight,
+            remat=config.remat,
         ),
         optimizer=optimizer,
         schedule=train.make_schedule(config.optimizer, total_steps),
+        accumulate=config.accumulate,
         checkpoints=Checkpoints(session.guide_folder(number)),
         loop=train.Loop(
             name=f"round {number}: fit",

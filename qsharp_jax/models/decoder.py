@@ -6,7 +6,7 @@ whole sequence here, over a cache in `kv_cache.py`. It knows nothing about value
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -18,6 +18,7 @@ import numpy as np
 from qsharp_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
 # attend(query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> (attention [B, T, H, E], whatever is to be kept)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -186,6 +187,17 @@ def previous_tokens(tokens: jax.Array, segments: jax.Array) -> jax.Array:
     return jnp.pad(jnp.where(same, tokens[:, :-1], -1), ((0, 0), (1, 0)), constant_values=-1)
 
 
+def _rematerialised(run_block: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return run_block
+    policies = {
+        # The products with weights are kept; what lies between them, attention's scores above all, is done again.
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(run_block, policy=policies[remat])
+
+
 def forward(
     params: Params,
     config: DecoderConfig,
@@ -194,16 +206,19 @@ def forward(
     positions: jax.Array,
     *,
     keep_kv: bool = False,
+    remat: Remat = "dots",
 ) -> tuple[jax.Array, Any]:
     """Normed hidden states of whole sequences under causal attention.
 
-    Stacked layers are scanned, with rematerialisation of each block; a list of layers is unrolled.
+    Stacked layers are scanned, with rematerialisation of each block as `remat` says; a list of layers is unrolled.
 
     Args:
       tokens: [B, T] ids.
       segments: [B, T], 0 at padding; tokens attend within their own segment only.
       positions: [B, T], counted from each segment's first token.
       keep_kv: also return every layer's keys and values.
+      remat: what is done again for the gradient, of stacked layers. "none": nothing, all is kept; "dots": all but the
+        products with weights; "full": all, from each block's input.
 
     Returns:
       hidden [B, T, D], and with `keep_kv` a (keys, values) pair of [B, T, G, E] a layer (stacked, or a list).
@@ -229,7 +244,5 @@ def forward(
             x, pair = run_block(x, layer)
             kept.append(pair)
     else:
-        # The products with weights are kept; what lies between them, attention's scores above all, is done again.
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        x, kept = jax.lax.scan(jax.checkpoint(run_block, policy=policy), x, params["layers"])
+        x, kept = jax.lax.scan(_rematerialised(run_block, remat), x, params["layers"])
     return normalise(params, config, x), kept

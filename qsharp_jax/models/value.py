@@ -103,16 +103,23 @@ def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: j
 
 
 def forward(
-    params: Params, config: ValueConfig, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+    params: Params,
+    config: ValueConfig,
+    tokens: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    *,
+    remat: decoder.Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
 
-    Arguments as in `decoder.forward`. A Q-type reads them before the token; a row's first token has none (zeros).
+    Arguments as in `decoder.forward`. A Q-type reads them before the token; a segment's first token has none (zeros).
     """
-    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
+    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions, remat=remat)
     if config.type == "v":
         return outputs(params, config, hidden), hidden
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    before = jnp.where(decoder.previous_tokens(tokens, segments)[..., None] >= 0, before, 0)
     return outputs_at(params, config, before, tokens), hidden
 
 

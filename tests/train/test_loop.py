@@ -139,15 +139,16 @@ class killed_at:
         return self._batches[step]
 
 
-def test_a_training_that_was_stopped_ends_bit_for_bit_the_same(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_training_that_was_stopped_ends_bit_for_bit_the_same(tmp_path, name):
     """20 steps at once, or killed at step 11 and started again: the same parameters and moments, over three epochs."""
     batches = Batches(helpers.random_examples(np.random.default_rng(0), count=14), rows=2, bucket=12, seed=1)
     assert 20 > 2 * batches.steps_per_epoch
-    straight = bag_fit(tmp_path / "straight", batches)
+    straight = bag_fit(tmp_path / "straight", batches, name)
     with pytest.raises(Killed):
-        bag_fit(tmp_path / "stopped", killed_at(11, batches))
+        bag_fit(tmp_path / "stopped", killed_at(11, batches), name)
     assert int(Checkpoints(tmp_path / "stopped").restore(straight).step) == 8
-    resumed = bag_fit(tmp_path / "stopped", batches)
+    resumed = bag_fit(tmp_path / "stopped", batches, name)
     assert int(resumed.step) == 20
     assert_trees_equal(resumed, straight)
     assert_trees_equal(Checkpoints(tmp_path / "stopped").restore(straight), straight)

@@ -86,7 +86,7 @@ def test_value_loss_is_the_mean_nll_of_labelled_tokens(monkeypatch, kind):
     batch = dataset.make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
     config = make_guide("v", kind).config
     outputs = np.float32(3 * rng.normal(size=(5, 10, config.outputs)))
-    monkeypatch.setattr(value, "forward", lambda *arguments: (jnp.asarray(outputs), None))
+    monkeypatch.setattr(value, "forward", lambda *arguments, **_: (jnp.asarray(outputs), None))
     loss, metrics = jax.jit(functools.partial(train.value_loss, config=config))({}, batch)
     nll, brier = nll_of_labels(kind, outputs, batch)
     np.testing.assert_allclose([loss, metrics["nll"], metrics["brier"]], [nll, nll, brier], rtol=1e-5)
@@ -207,7 +207,9 @@ def test_the_auxiliary_loss_is_added_with_its_weight(monkeypatch):
     batch = dataset.make_batch(helpers.random_examples(rng), rows=5, width=10)
     config = make_guide("v", "bernoulli").config
     # A "model" whose trunk is the hidden states themselves.
-    monkeypatch.setattr(value, "forward", lambda params, *rest: (params["trunk"] @ params["head"], params["trunk"]))
+    monkeypatch.setattr(
+        value, "forward", lambda params, *rest, **_: (params["trunk"] @ params["head"], params["trunk"])
+    )
     params = {"trunk": jnp.float32(rng.normal(size=(5, 10, 32))), "head": jnp.float32(rng.normal(size=(32, 1)))}
     future = jnp.float32(rng.normal(size=(2, 32, V)))
 
@@ -224,3 +226,65 @@ def test_the_auxiliary_loss_is_added_with_its_weight(monkeypatch):
     np.testing.assert_allclose([metrics["nll"], metrics["future_nll"]], [nll, auxiliary], rtol=1e-6)
     np.testing.assert_allclose(by_both["future"], 0.3 * by_auxiliary[0], rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(by_both["trunk"], by_nll["trunk"] + 0.3 * by_auxiliary[1], rtol=1e-4, atol=1e-8)
+
+
+# --- Packed batches -------------------------------------------------------------------------------------------------
+
+
+def packed_and_unpacked():
+    """The same eight examples in three rows and in eight; a response begins and ends next to another example's."""
+    rng = np.random.default_rng(7)
+    examples = helpers.random_examples(rng, count=8, longest=6)
+    groups = [[examples[i] for i in group] for group in dataset.pack([len(e) for e in examples], 24)]
+    assert max(map(len, groups)) > 2
+    return dataset.make_packed_batch(groups, 5, 24), dataset.make_batch(examples, 8, 12)
+
+
+@pytest.mark.parametrize("name", ["v", "q", "future", "language model"])
+def test_the_loss_of_a_packed_batch_is_that_of_its_examples_apart(name):
+    """And its gradient: nothing is read or predicted from one segment to another, with a token shift and learned
+    positions too."""
+    lm = helpers.random_model(V, seed=5, max_positions=16, positions="learned", token_shift=True)
+    if name == "language model":
+        params, loss_fn = lm.params, functools.partial(train.language_model_loss, config=lm.config)
+    else:
+        guide = helpers.random_guide(lm.config, type="q" if name == "q" else "v")
+        params = guide.params
+        if name == "future":
+            params = params | {"future": train.init_future(jax.random.key(0), 3, lm.config)}
+        loss_fn = functools.partial(train.value_loss, config=guide.config, future_weight=0.5)
+    step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    packed, unpacked = (step(params, batch) for batch in packed_and_unpacked())
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(unpacked), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_token_of_a_segment_has_nothing_before_it():
+    """Without a prompt: a Q-type reads zeros there, and a language model predicts nothing, packed or not."""
+    examples = [Example([], [3, 4, 5], reward=1.0), Example([], [6, 7], reward=0.0)]
+    packed, apart = dataset.make_packed_batch([examples], 1, 6), dataset.make_batch(examples, 2, 3)
+    guide = make_guide("q", "bernoulli")
+    q_loss = jitted_value_loss(guide.config)
+    np.testing.assert_allclose(q_loss(guide.params, packed)[0][0], q_loss(guide.params, apart)[0][0], rtol=1e-6)
+    lm_loss = jax.jit(functools.partial(train.language_model_loss, config=LM.config))
+    np.testing.assert_allclose(lm_loss(LM.params, packed)[0], lm_loss(LM.params, apart)[0], rtol=1e-6)
+
+
+# --- Rematerialisation ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_again_changes_memory_and_nothing_else():
+    """One loss and one gradient; the memory that the compiler sets aside falls from keeping all to keeping inputs."""
+    lm = helpers.random_model(V, seed=5, max_positions=64, layers=4)
+    guide = helpers.random_guide(lm.config)
+    examples = helpers.random_examples(np.random.default_rng(1), count=16, longest=30)
+    batch = dataset.make_batch(examples, rows=16, width=64)
+    found, memory = {}, {}
+    for remat in ("none", "dots", "full"):
+        loss = functools.partial(train.value_loss, config=guide.config, remat=remat)
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(guide.params, batch).compile()
+        found[remat], memory[remat] = compiled(guide.params, batch), compiled.memory_analysis().temp_size_in_bytes
+    for remat in ("dots", "full"):
+        for a, b in zip(jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert memory["none"] > 1.1 * memory["dots"] > 1.2 * memory["full"]

@@ -41,7 +41,7 @@ def first_update(optimizer, gradients, params):
     return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradients, params)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_weight_decay_shrinks_matrices_alone(name):
     """With gradient zero, a step takes learning rate * decay of each matrix, and leaves norms and biases as they are."""
     params = all_parameters()
@@ -55,7 +55,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
             kept.add(path.rpartition("/")[2])
         else:
             blocks = name == "muon" and "layers/" in path
-            rate = config.learning_rate if blocks or name == "adamw" else config.adam_learning_rate
+            rate = config.learning_rate if blocks or name != "muon" else config.adam_learning_rate
             np.testing.assert_allclose(
                 update, -rate * config.weight_decay * names_of(params)[path], rtol=1e-5, err_msg=path
             )
@@ -113,7 +113,30 @@ def test_muon_is_for_the_blocks_matrices_and_adamw_for_the_rest():
     assert seen == 7  # query, key, value, output, up, gate, down
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_adafactor_by_hand():
+    """Two steps on a stack of matrices: each step's second moments are the outer product of a row's and a column's
+    means over the rows' mean; a first step forgets what was before, the second weighs by 1 - 2^-0.8; the update's RMS
+    is at most 1. And next to nothing is kept of a matrix."""
+    rng = np.random.default_rng(0)
+    params = {"layers": {"up": {"kernel": jnp.ones((2, 128, 160))}}}
+    gradients = [np.float32(rng.normal(size=(2, 128, 160)) * rng.random((2, 128, 1)) * scale) for scale in (1, 3)]
+    config = helpers.optimizer_config("adafactor", weight_decay=0.0)
+    optimizer = train.make_optimizer(config)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 0.02 * 2 * 128 * 160
+    rows, columns = 0.0, 0.0
+    for step, gradient in enumerate(np.float64(gradients)):
+        keep = 1 - (step + 1.0) ** -0.8
+        rows = keep * rows + (1 - keep) * (gradient**2).mean(axis=2)
+        columns = keep * columns + (1 - keep) * (gradient**2).mean(axis=1)
+        moments = rows[:, :, None] * columns[:, None, :] / rows.mean(axis=1)[:, None, None]
+        expected = gradient / np.sqrt(moments)
+        expected /= max(1.0, np.sqrt((expected**2).mean()))
+        updates, state = update({"layers": {"up": {"kernel": gradients[step]}}}, state, params)
+        np.testing.assert_allclose(updates["layers"]["up"]["kernel"], -config.learning_rate * expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_the_gradient_is_clipped_by_its_global_norm(name):
     """Scaled as one vector: with clip 1, a gradient of norm 1000 is the same as one of norm 1."""
     params = {"layers": {"up": {"kernel": jnp.ones((1, 3, 4))}}, "embedding": jnp.ones((2, 3))}
