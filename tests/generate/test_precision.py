@@ -31,7 +31,7 @@ SHAPES = {
 PROMPTS = [[7], [*range(3, 36)], [0, 18, 5], [11, 2, 12, 59, 4, 4, 31, 8, 50, 21, 1]]
 ETA = np.repeat([0.1, 0.3, 1.0, 0.1], SAMPLES)
 
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # nats; of bfloat16 0.084 was measured
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.1}  # nats; of bfloat16 0.069 was measured
 
 forward = jax.jit(decoder.forward, static_argnames="config")
 value_forward = jax.jit(value.forward, static_argnames="config")
