@@ -62,6 +62,8 @@ def get_config() -> ConfigDict:
     c.fit.length_bucket = 24
     c.fit.pack_length = 0  # tokens of a row that several rollouts share; 0: one a row, padded as the bucket says
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to
+    c.fit.evaluate_every = 0  # steps between measurements of the guide; 0: at the end alone
+    c.fit.patience = 0  # measurements in a row without a better nll that end the fit, with the best guide; 0: off
     c.fit.projection = "two_hot"  # of rewards on a categorical's atoms, or nearest
     c.fit.clip_rewards = False
     c.fit.warm_start = True  # from the guide of the round before; the paper's start anew is False

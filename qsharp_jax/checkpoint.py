@@ -4,6 +4,7 @@ A folder holds the last steps of one training. It knows nothing about what is tr
 """
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from qsharp_jax.errors import UserError
@@ -33,6 +35,15 @@ def _silent_log() -> Iterator[None]:
         log.setLevel(level)
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The parameters with the least held-out loss so far, on the host, and the step that they are of."""
+
+    params: Any
+    step: int
+    loss: float
+
+
 class Checkpoints:
     """The checkpoints in one folder."""
 
@@ -41,8 +52,10 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, state: Any, *, final: bool = False) -> None:
-        """Saves a state with `params` and `step`; `final` marks the training as finished.
+    def save(self, state: Any, *, final: bool = False, best: Best | None = None) -> None:
+        """Saves a state with `params` and `step`, with the best parameters so far if there are such.
+
+        `final` marks the training as finished.
 
         Raises:
           OSError: naming the folder, if it cannot be written; the checkpoints before stay.
@@ -50,9 +63,13 @@ class Checkpoints:
         training = {"opt_state": state.opt_state, "step": state.step}
         # Orbax's writers, once they meet a full disk, go on complaining from threads of their own.
         if shutil.disk_usage(self._folder).free < sum(
-            leaf.nbytes for leaf in jax.tree.leaves((state.params, training))
+            leaf.nbytes for leaf in jax.tree.leaves((state.params, training, best and best.params))
         ):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+        items, progress = {}, {"final": final}
+        if best:
+            items["best"] = ocp.args.StandardSave(best.params)
+            progress["best"] = {"step": best.step, "loss": best.loss}
         try:
             with _silent_log():
                 self._manager.save(
@@ -60,7 +77,8 @@ class Checkpoints:
                     args=ocp.args.Composite(
                         params=ocp.args.StandardSave(state.params),
                         training=ocp.args.StandardSave(training),
-                        progress=ocp.args.JsonSave({"final": final}),
+                        progress=ocp.args.JsonSave(progress),
+                        **items,
                     ),
                     force=True,
                 )
@@ -89,6 +107,20 @@ class Checkpoints:
             training=ocp.args.StandardRestore(_abstract(training)),
         )
         return state.replace(params=saved.params, **saved.training)
+
+    def restore_best(self, params: Any) -> Best | None:
+        """The best parameters that the last checkpoint has beside its own, shaped like `params`; None without any.
+
+        Raises:
+          UserError: if they are damaged or of another shape.
+        """
+        if self._manager.latest_step() is None:
+            return None
+        found = self._restore(progress=ocp.args.JsonRestore()).progress.get("best")
+        if found is None:
+            return None
+        best = self._restore(best=ocp.args.StandardRestore(_abstract(params))).best
+        return Best(jax.tree.map(np.array, best), found["step"], found["loss"])
 
     def restore_params(self, params: Any) -> Any:
         """The last saved parameters, shaped like `params` (arrays or `jax.ShapeDtypeStruct`s).

@@ -229,6 +229,8 @@ RULES: dict[str, Rule] = {
     "fit.log_every": _whole(1),
     "fit.save_every": _whole(1),
     "fit.holdout": _FRACTION,
+    "fit.evaluate_every": _whole(0),
+    "fit.patience": _whole(0),
     "fit.projection": _one_of("two_hot", "nearest"),
     "fit.clip_rewards": _TRUTH,
     "fit.warm_start": _TRUTH,

@@ -46,7 +46,7 @@ def log_probs(
 def _responses(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
-    """What `of_batch` gives the tokens [B, T] of a batch, at every example's response."""
+    """What `of_batch` gives the tokens of a batch, [B, T] or [B, T, ...], at every example's response."""
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]
@@ -60,6 +60,15 @@ def _responses(
 def _means(guide: ValueModel, batch: Batch) -> jax.Array:
     outputs, _ = value.forward(guide.params, guide.config, batch.tokens, batch.segments, batch.positions)
     return values.from_outputs(guide.config.distribution, outputs, guide.config.atoms).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("projection", "clip"))
+def _means_and_nll(guide: ValueModel, batch: Batch, *, projection: values.Projection, clip: bool) -> jax.Array:
+    """[B, T, 2]: the mean of Z at every token, and the negative log-likelihood of the reward-to-go."""
+    outputs, _ = value.forward(guide.params, guide.config, batch.tokens, batch.segments, batch.positions)
+    distribution = values.from_outputs(guide.config.distribution, outputs, guide.config.atoms)
+    nll = values.nll(distribution, batch.reward_to_go, projection=projection, clip=clip)
+    return jnp.stack([distribution.mean(), nll], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="vocab_size")
@@ -123,14 +132,33 @@ def ranking(last: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) ->
 
 
 def quality(
-    guide: ValueModel, examples: Sequence[Example], prompt_ids: Sequence[str], *, rows: int, bucket: int
+    guide: ValueModel,
+    examples: Sequence[Example],
+    prompt_ids: Sequence[str],
+    *,
+    rows: int,
+    bucket: int,
+    projection: values.Projection = "two_hot",
+    clip: bool = False,
 ) -> dict[str, float]:
-    """Brier score and calibration error over labelled tokens, and the ranking within prompts, on held-out rollouts."""
-    scores = score(guide, examples, rows=rows, bucket=bucket)
-    labelled = np.concatenate([s[example.first_label :] for s, example in zip(scores, examples, strict=True)])
+    """How good a guide is on held-out rollouts.
+
+    Args:
+      rows, bucket: as in `score`.
+      projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
+
+    Returns:
+      nll, brier, calibration_error: over labelled tokens; negative log-likelihood in nats.
+      ranking: within prompts.
+    """
+    of_batch = functools.partial(_means_and_nll, guide, projection=projection, clip=clip)
+    scores = _responses(of_batch, examples, rows=rows, bucket=bucket)
+    both = np.concatenate([s[example.first_label :] for s, example in zip(scores, examples, strict=True)])
+    labelled, nll = both[:, 0], both[:, 1]
     rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])
-    last = np.asarray([s[-1] for s in scores])
+    last = np.asarray([s[-1, 0] for s in scores])
     return {
+        "nll": float(np.mean(nll, dtype=np.float64)),
         "brier": float(np.mean((labelled - rewards) ** 2)),
         "calibration_error": calibration_error(labelled, rewards),
         "ranking": ranking(last, np.asarray([e.reward for e in examples]), prompt_ids),

@@ -49,6 +49,16 @@ def check(config: ConfigDict) -> None:
             f"config.fit.accumulate is {config.fit.accumulate}; it must divide config.fit.batch_size, which is"
             f" {config.fit.batch_size}"
         )
+    if config.fit.patience and not config.fit.evaluate_every:
+        raise UserError(
+            f"config.fit.patience is {config.fit.patience} and config.fit.evaluate_every 0; patience counts"
+            " evaluations, so say how many steps lie between them"
+        )
+    if config.fit.evaluate_every and not config.fit.holdout:
+        raise UserError(
+            f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
+            " prompts to evaluate on"
+        )
     sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)

@@ -22,7 +22,7 @@ import optax
 import optax.contrib
 
 from qsharp_jax import values
-from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, value
@@ -169,9 +169,8 @@ def value_loss(
     whole = batch if whole is None else whole
     outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions, remat=remat)
     distribution = values.from_outputs(config.distribution, outputs, config.atoms)
-    options = {"projection": projection, "clip": clip} if config.distribution == "categorical" else {}
     mask, of = batch.label_mask, whole.label_mask
-    nll = masked_mean(distribution.nll(batch.reward_to_go, **options), mask, of)
+    nll = masked_mean(values.nll(distribution, batch.reward_to_go, projection=projection, clip=clip), mask, of)
     metrics = {"nll": nll, "brier": masked_mean((distribution.mean() - batch.reward_to_go) ** 2, mask, of)}
     if "future" not in params:
         return nll, metrics
@@ -286,7 +285,11 @@ class BatchSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How often the loop looks up, in steps, and where it writes."""
+    """How often the loop looks up, in steps, and where it writes.
+
+    `measure` is asked at the end, and every `evaluate_every` steps if that is not 0; its numbers are logged. With
+    `patience` they have an "nll": after so many evaluations since the one with the least, training ends.
+    """
 
     total_steps: int
     log_every: int
@@ -294,7 +297,9 @@ class Loop:
     name: str  # of the phase, in metrics and progress bars
     log: Callable[[dict], None]
     stop: Callable[[dict], bool] = lambda metrics: False  # asked with the averages at each log line
-    measure: Callable[[Params], dict] = lambda params: {}  # at the end; its numbers are logged
+    measure: Callable[[Params], dict] = lambda params: {}
+    evaluate_every: int = 0
+    patience: int = 0  # 0: off
 
 
 def fit(
@@ -310,7 +315,8 @@ def fit(
 ) -> TrainState:
     """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
 
-    Returns at once if the last checkpoint is a final one.
+    Returns at once if the last checkpoint is a final one. With `loop.patience`, the parameters that are returned, and
+    lie in the final checkpoint, are those of the best evaluation.
 
     Args:
       accumulate: as in `train_step`.
@@ -323,11 +329,12 @@ def fit(
         return state
     step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
     step_fn = jax.jit(step_fn, donate_argnums=0)
-    first = int(state.step)
+    best = checkpoints.restore_best(state.params)
+    first, evaluated = int(state.step), False
     window: list[dict] = []
     tokens, since = 0, time.monotonic()
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
-        batch = batches[step]
+        batch, evaluated = batches[step], False
         state, metrics = step_fn(state, batch, np.float32(schedule(step)))
         window.append(metrics)
         tokens += int(batch.segments.astype(bool).sum())
@@ -346,13 +353,33 @@ def fit(
             window, tokens, since = [], 0, time.monotonic()
             if loop.stop(means):
                 break
+        if evaluated := loop.evaluate_every > 0 and (step + 1) % loop.evaluate_every == 0:
+            began = time.monotonic()
+            best = _evaluate(state, loop, best)
+            since += time.monotonic() - began
+            if loop.patience and step + 1 - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
+                break
         if saving and not last:
-            checkpoints.save(state)
+            checkpoints.save(state, best=best)
     bar.close()
-    if measures := loop.measure(state.params):
-        loop.log({"phase": loop.name, "step": int(state.step), **measures})
+    if not evaluated:
+        best = _evaluate(state, loop, best)
+    if best:
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), best.params, state.params)
+        state = state.replace(params=params)
     checkpoints.save(state, final=True)
     return state
+
+
+def _evaluate(state: TrainState, loop: Loop, best: Best | None) -> Best | None:
+    """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
+    measures, step = loop.measure(state.params), int(state.step)
+    if loop.patience and measures["nll"] < (best.loss if best else math.inf):
+        # Copied: the next step donates these.
+        best = Best(jax.tree.map(np.array, state.params), step, measures["nll"])
+    if measures:
+        loop.log({"phase": loop.name, "step": step, **measures, **({"best_step": best.step} if best else {})})
+    return best
 
 
 def device_memory() -> dict[str, int]:

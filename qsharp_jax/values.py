@@ -208,6 +208,19 @@ def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | Non
     return Bernoulli(outputs[..., 0]) if kind == "bernoulli" else Scalar(outputs[..., 0])
 
 
+def nll(
+    distribution: Distribution,
+    reward_to_go: chex.Numeric,
+    *,
+    projection: Projection = "two_hot",
+    clip: bool = False,
+) -> jax.Array:
+    """The distribution's own `nll`; how rewards are put on atoms matters to a `Categorical` alone."""
+    if isinstance(distribution, Categorical):
+        return distribution.nll(reward_to_go, projection=projection, clip=clip)
+    return distribution.nll(reward_to_go)
+
+
 def project(
     reward_to_go: chex.Numeric, atoms: np.typing.ArrayLike, *, method: Projection = "two_hot", clip: bool = False
 ) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import assert_trees_equal
 
-from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.errors import UserError
 from qsharp_jax.train import TrainState
 
@@ -70,6 +70,20 @@ def test_parameters_alone_need_shapes_only(tmp_path):
     save(tmp_path, 4)
     shapes = jax.eval_shape(lambda: make_state(0).params)
     assert_trees_equal(Checkpoints(tmp_path).restore_params(shapes), make_state(4).params)
+
+
+def test_the_best_parameters_lie_beside_the_last(tmp_path):
+    """Bit for bit, with their step and figure, in a new object; a checkpoint without them has none."""
+    best = Best(jax.tree.map(np.array, make_state(3).params), 3, 0.1 + 0.2)
+    assert Checkpoints(tmp_path).restore_best(best.params) is None
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(7), best=best)
+    found = Checkpoints(tmp_path).restore_best(make_state(0).params)
+    assert (found.step, found.loss) == (3, 0.1 + 0.2)
+    assert_trees_equal(found.params, best.params)
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(7))
+    checkpoints.save(make_state(9), final=True)
+    assert Checkpoints(tmp_path).restore_best(best.params) is None
 
 
 def test_finished_is_said_by_the_last_checkpoint(tmp_path):

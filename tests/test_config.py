@@ -212,6 +212,8 @@ RANGES = {  # key: (allowed, forbidden)
     "fit.log_every": ([1], [0]),
     "fit.save_every": ([1], [0]),
     "fit.holdout": ([0, 0.5], [-0.1, 1]),
+    "fit.evaluate_every": ([0, 100], [-1, 0.5]),
+    "fit.patience": ([0, 3], [-1, True]),
     "fit.projection": (["two_hot", "nearest"], ["mean"]),
     "fit.clip_rewards": ([True, False], [1, "no"]),
     "fit.warm_start": ([True, False], [0, "yes"]),

@@ -28,3 +28,15 @@ def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
     for enough in (23, 0):
         config.fit.pack_length = enough
         session.check_problems(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("fit.patience=3",), "fit.patience is 3 and config.fit.evaluate_every 0"),
+        (("fit.evaluate_every=5", "fit.holdout=0"), "fit.evaluate_every is 5 and config.fit.holdout 0"),
+    ],
+)
+def test_evaluations_that_would_never_come_or_have_nothing_to_measure(tmp_path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        session.check(changed(tmp_path, *overrides))

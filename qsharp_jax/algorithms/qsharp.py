@@ -21,6 +21,7 @@ import numpy as np
 from qsharp_jax import dataset, rollouts, score, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Rollout
+from qsharp_jax.errors import UserError
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -89,6 +90,11 @@ def fit(
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
     held_out = [r for r in data if _is_held_out(r, config.holdout)]
+    if config.evaluate_every and not held_out:
+        raise UserError(
+            f"fit.evaluate_every is {config.evaluate_every}, and none of {len(data)} rollouts is of a held-out prompt;"
+            " raise fit.holdout, or give 0"
+        )
     batches = Batches(
         [dataset.from_rollout(r) for r in learned],
         rows=config.batch_size,
@@ -102,7 +108,10 @@ def fit(
             return {}
         examples, ids = [dataset.from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
         guide = ValueModel(params, guide_config)
-        return score.quality(guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket)
+        return score.quality(
+            guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket, projection=config.projection,
+            clip=config.clip_rewards,
+        )  # fmt: skip
 
     total_steps = config.epochs * batches.steps_per_epoch
     optimizer = train.make_optimizer(config.optimizer)
@@ -128,6 +137,8 @@ def fit(
             save_every=config.save_every,
             log=session.workdir.append_metrics,
             measure=measure,
+            evaluate_every=config.evaluate_every,
+            patience=config.patience,
         ),
     )
     return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)

@@ -96,8 +96,8 @@ def bag_loss(params, batch):
     return train.masked_mean(optax.sigmoid_binary_cross_entropy(logits, batch.reward_to_go), batch.label_mask), {}
 
 
-def bag_fit(folder, batches, name="muon", **changes):
-    config = helpers.optimizer_config(name, warmup_steps=3, schedule="cosine", clip=1.0)
+def bag_fit(folder, batches, name="muon", schedule="cosine", **changes):
+    config = helpers.optimizer_config(name, warmup_steps=3, schedule=schedule, clip=1.0)
     optimizer = train.make_optimizer(config)
     return train.fit(
         train.init_state(bag_params(), optimizer), batches, loss_fn=bag_loss, optimizer=optimizer,
@@ -201,6 +201,71 @@ def test_metrics_lines(tmp_path):
         assert line["phase"] == "toy" and line["tokens_per_second"] > 0
     np.testing.assert_allclose(lines[-1].pop("brier"), x, rtol=1e-5)
     assert lines[-1] == {"phase": "toy", "step": 11}
+
+
+def test_evaluations_between(tmp_path):
+    """Every so many steps and once at the end, of the parameters of that step; without patience the last are kept."""
+    x, xs = 0.0, []
+    for step in range(11):
+        x -= 0.1 * 2 * (x - step)
+        xs.append(x)
+    for total, at in [(11, [3, 6, 9, 11]), (9, [3, 6, 9])]:
+        lines, measure = [], lambda params: {"nll": float(params["x"][0])}  # it gets worse and worse
+        state = toy_fit(tmp_path / str(total), lines=lines, total_steps=total, evaluate_every=3, measure=measure)
+        measured = [line for line in lines if "nll" in line]
+        assert [line["step"] for line in measured] == at and all(set(m) == {"phase", "step", "nll"} for m in measured)
+        np.testing.assert_allclose([line["nll"] for line in measured], [xs[step - 1] for step in at], rtol=1e-5)
+        assert state.params["x"][0] == measured[-1]["nll"]
+
+
+EVERY, PATIENCE = 5, 3
+
+
+def overfitting(folder, kill_at=None, **changes):
+    """Five examples learned by heart, measured on the same sequences with other rewards; with the lines written."""
+    rng = np.random.default_rng(3)
+    learned = helpers.random_examples(rng, count=5)
+    held_out = dataset.make_batch(helpers.random_examples(rng, count=40), rows=40, width=10)
+    batches = Batches(learned, rows=2, bucket=12, seed=1)
+    nll = jax.jit(lambda params: bag_loss(params, held_out)[0])
+    lines = []
+    loop = dict(total_steps=120, evaluate_every=EVERY, patience=PATIENCE, log=lines.append) | changes
+    loop["measure"] = lambda params: {"nll": float(nll(params))}
+    state = bag_fit(folder, batches if kill_at is None else killed_at(kill_at, batches), "adamw", "constant", **loop)
+    return state, [line for line in lines if "loss" not in line], nll
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    return overfitting(tmp_path_factory.mktemp("straight"))
+
+
+def test_an_over_fitting_guide_is_stopped_and_the_best_is_returned(tmp_path, overfitted):
+    """Stopped so many evaluations after the best; returned is what a training up to the best would have ended with."""
+    state, lines, nll = overfitted
+    figures = [line["nll"] for line in lines]
+    best = int(np.argmin(figures))
+    assert 0 < best and len(figures) == best + 1 + PATIENCE and int(state.step) == (best + 1 + PATIENCE) * EVERY < 120
+    assert lines[-1]["best_step"] == (best + 1) * EVERY
+    assert float(nll(state.params)) == figures[best] < figures[-1] - 0.005
+    until, *_ = overfitting(tmp_path, total_steps=(best + 1) * EVERY, patience=0)
+    assert_trees_equal(state.params, until.params)
+
+
+@pytest.mark.parametrize("after_best", [-2, 6, 13])
+def test_patience_goes_on_where_it_was_stopped(tmp_path, overfitted, after_best):
+    """Killed before the best evaluation or after it, and after a checkpoint or before: the same best, at the same
+    step, returned and in the final checkpoint, which is not taken up again."""
+    straight, lines, _ = overfitted
+    with pytest.raises(Killed):
+        overfitting(tmp_path, kill_at=lines[-1]["best_step"] + after_best)
+    state, resumed, _ = overfitting(tmp_path)
+    assert_trees_equal(state, straight)
+    assert resumed == lines[-len(resumed) :]
+    assert_trees_equal(Checkpoints(tmp_path).restore(straight), straight)
+    again, none, _ = overfitting(tmp_path)
+    assert_trees_equal(again, straight)
+    assert not none
 
 
 def bad_from(step, what):
@@ -347,7 +412,7 @@ def write_rollouts(session, number, prompts=30):
 def test_the_fit_of_a_run(tmp_path):
     """pi_ref's arrays survive; the guide is fitted to all rounds but held-out prompts, is measured on those, and is
     what is loaded later: without the auxiliary heads, which lie in the checkpoint for resuming alone."""
-    session = helpers.session(tmp_path, "fit.future_offsets=2")
+    session = helpers.session(tmp_path, "fit.future_offsets=2", "fit.evaluate_every=5", "fit.patience=9")
     ref = helpers.random_model(session.text.vocab_size)
     before = jax.tree.map(np.array, ref.params)
     for number in (1, 2):
@@ -358,10 +423,13 @@ def test_the_fit_of_a_run(tmp_path):
     assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
     assert_trees_equal(session.load_guide(2).params, guide.params)
 
-    first, *_, last = session.workdir.read_metrics()
-    assert first["phase"] == last["phase"] == "round 2: fit"
-    assert {"nll", "brier", "future_nll"} <= set(first)
-    assert {"brier", "calibration_error", "ranking"} <= set(last)
+    *_, averages, last = session.workdir.read_metrics()
+    assert averages["phase"] == last["phase"] == "round 2: fit"
+    assert {"nll", "brier", "future_nll"} <= set(averages)
+    assert {"nll", "brier", "calibration_error", "ranking", "best_step"} <= set(last)
+    measured = {line["step"]: line["nll"] for line in session.workdir.read_metrics() if "ranking" in line}
+    assert set(measured) == {*range(5, last["step"], 5), last["step"]}
+    assert measured[last["best_step"]] == min(measured.values())
     # 60 rollouts less those held out, in batches of 8, twice over.
     assert 2 * math.ceil(40 / 8) <= last["step"] < 2 * math.ceil(60 / 8)
 
