@@ -161,6 +161,22 @@ def place_rows(tree: Any) -> Any:
     return tree if mesh.empty else jax.device_put(tree, of_rows(tree, mesh, DECODE))
 
 
+def abstract_rows(tree: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of what has an entry a row, with the shardings that `place_rows` would give it.
+
+    Raises:
+      UserError: as `of_rows`.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        of_rows(tree, mesh, DECODE),
+    )
+
+
 # --- Inside jit, in decoding; without a mesh these do nothing -------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from qsharp_jax import generate, sharding
 from qsharp_jax.errors import UserError
-from qsharp_jax.models import config, decoder, value
+from qsharp_jax.models import config, decoder, memory, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -177,6 +177,17 @@ def test_caches_are_divided_by_row_and_kv_head():
     assert made.keys == made.values == [P(("data", "attention_data"), "tensor", None, None)]
     assert made.start == P(("data", "attention_data"))
     assert made.index == P()
+
+
+def test_memory_is_counted_where_the_caches_will_lie():
+    mesh = sharding.make_mesh({"data": 1, "tensor": 1}, DECODE, jax.devices()[:1])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache())
+    assert sharding.abstract_rows(zeros) is zeros, "no mesh is set"
+    with jax.set_mesh(mesh):
+        counted, placed = sharding.abstract_rows(cache()), sharding.place_rows(zeros)
+        with pytest.raises(UserError, match="cache .* GB"):
+            memory.check_memory({"the cache": sharding.abstract_rows(cache(rows=10**9))})
+    assert [leaf.sharding for leaf in jax.tree.leaves(counted)] == [leaf.sharding for leaf in jax.tree.leaves(placed)]
 
 
 def test_an_uneven_vocabulary_is_on_every_device():

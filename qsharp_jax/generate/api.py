@@ -301,10 +301,7 @@ def _check_memory(ref: LanguageModel, guide: ValueModel | None, rows: int, size:
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     if guide is not None:
         configs["guide"], weights["the guide's weights"] = guide.config.trunk, guide.params
-    embedding = ref.params["embedding"]
-    # How the caches of models on several devices will lie is the compiler's to say.
-    if not isinstance(embedding, jax.Array) or len(embedding.sharding.device_set) == 1:
-        memory.check_memory(caches(configs, rows, size), held=weights)
+    memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), held=weights)
 
 
 def _check_guide(
