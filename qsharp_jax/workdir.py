@@ -33,9 +33,13 @@ class Workdir:
     def open(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
 
-        Raises UserError if `path` is a file, if it is no workdir and no config is given, if another process holds it,
-        or if it holds a run with other settings; OSError if it cannot be written.
+        Raises UserError if `path` is a URL or a file, if it is no workdir and no config is given, if another process
+        holds it, or if it holds a run with other settings; OSError if it cannot be written.
         """
+        if "://" in str(path):  # it would be made here, as a folder of that name
+            raise UserError(
+                f"{path} is no folder of this machine; give --workdir a folder, or where the bucket is mounted"
+            )
         path = Path(path)
         stored = path / "config.json"
         if config is None and not stored.is_file():
