@@ -29,8 +29,8 @@ Options
   --help        this
 
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. With --hosts FILE is a path in the repository, and
-on several boxes DIR has to be one folder for all: the absolute path of a network folder, or gs://BUCKET/DIR. On one box
-a relative DIR is under ~/qsharp/BOX there. The boxes reach each other under the names given here.
+on several boxes DIR has to be one folder for all: the absolute path of a network folder. On one box a
+relative DIR is under ~/qsharp/BOX there. The boxes reach each other under the names given here.
 On each box ~/qsharp/BOX has code/, venv/, LOG, PID and EXIT (the exit code).
 
 The environment of the program, in every case; what is set here wins:

@@ -69,9 +69,10 @@ host_arguments() {
 }
 
 check_shared_workdir() { # HOSTS
-    (($1 == 1)) || [[ $workdir == gs://* || $workdir == /* ]] ||
-        fail "--workdir $workdir would be another folder on each of the $1 hosts; give gs://BUCKET/DIR or the" \
-            "absolute path of a network folder"
+    [[ $workdir != *://* ]] || fail "--workdir $workdir is no folder; give the path where the hosts mount the bucket"
+    (($1 == 1)) || [[ $workdir == /* ]] ||
+        fail "--workdir $workdir would be another folder on each of the $1 hosts; give the absolute path of a network" \
+            "folder"
 }
 
 # What is copied is HEAD: a config file that is not in it would be missing on the hosts.
