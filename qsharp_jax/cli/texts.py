@@ -222,11 +222,10 @@ def _check_memory(models, names: Sequence[str], rows: int, longest: int, setting
       rows: of a batch.
       longest: tokens of the longest prompt.
     """
-    from qsharp_jax.generate import cache_size, caches
+    from qsharp_jax.generate import PROMPT_BUCKET, cache_size, caches
     from qsharp_jax.models import memory
 
-    bucket = {name: settings[name] for name in ("prompt_bucket",) if name in settings}
-    size = cache_size(longest, settings["max_new_tokens"], **bucket)
+    size = cache_size(longest, settings["max_new_tokens"], settings.get("prompt_bucket", PROMPT_BUCKET))
     weights = {f"the {name}'s weights": models.weights[name] for name in names}
     memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
 

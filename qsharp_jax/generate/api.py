@@ -234,7 +234,7 @@ def padded_length(length: int, shortest: int) -> int:
     return shortest * min(size for size in (1, octave, octave * 3 // 2, octave * 2) if size >= multiple)
 
 
-def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int = PROMPT_BUCKET) -> int:
+def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int) -> int:
     """Positions of the caches that `generate` makes for prompts of which the longest has so many tokens."""
     filled = padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens)
     return -(-filled // CACHE_BUCKET) * CACHE_BUCKET

@@ -312,14 +312,3 @@ def test_without_gcloud_it_says_so(world):
         (path / name).symlink_to(shutil.which(name))
     done = launch(world, *ONE, PATH=str(path))
     assert done.returncode == 2 and "there is no gcloud on the PATH" in done.stderr
-
-
-def test_help_is_complete(world):
-    done = world.run("tpu.sh", "--help")
-    text = (world.repo / "launch" / "tpu.sh").read_text()
-    options = [
-        line.split(")")[0].strip() for line in text.splitlines() if line.strip().startswith("--") and ") " in line
-    ]
-    assert done.returncode == 0 and len(options) > 8
-    for option in options:
-        assert option.split(" |")[0] in done.stdout

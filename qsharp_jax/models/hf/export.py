@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+import qsharp_jax.models.hf.card as cards
+import qsharp_jax.models.hf.config as configs
+import qsharp_jax.models.hf.files as files
+import qsharp_jax.models.hf.names as names
 from qsharp_jax.errors import UserError
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.hf import card as cards
-from qsharp_jax.models.hf import config as configs
-from qsharp_jax.models.hf import files, names
 from qsharp_jax.models.hf.names import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
 

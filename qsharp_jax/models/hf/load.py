@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qsharp_jax.models.hf.config as configs
+import qsharp_jax.models.hf.names as names
 from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.hf import config as configs
-from qsharp_jax.models.hf import names
 from qsharp_jax.models.hf.files import DTYPES, Tensors
 from qsharp_jax.models.hf.names import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
