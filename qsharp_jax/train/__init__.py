@@ -1,0 +1,33 @@
+"""Maximum-likelihood training: one state, one jitted step, one loop, for the language model and for the guide."""
+
+from qsharp_jax.models.decoder import Params
+from qsharp_jax.train.loop import Loop, fit
+from qsharp_jax.train.losses import (
+    check_rewards,
+    future_token_loss,
+    init_future,
+    language_model_loss,
+    masked_mean,
+    value_loss,
+)
+from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
+from qsharp_jax.train.step import LossFn, TrainState, init_state, train_step
+
+__all__ = [
+    "Loop",
+    "LossFn",
+    "Params",
+    "Schedule",
+    "TrainState",
+    "check_rewards",
+    "fit",
+    "future_token_loss",
+    "init_future",
+    "init_state",
+    "language_model_loss",
+    "make_optimizer",
+    "make_schedule",
+    "masked_mean",
+    "train_step",
+    "value_loss",
+]

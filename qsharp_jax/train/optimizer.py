@@ -1,0 +1,89 @@
+"""The optimiser and the learning rate's course, from the config.
+
+It knows leaves by their names alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from qsharp_jax.models.decoder import Params
+
+Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
+
+
+def make_schedule(config: Any, total_steps: int) -> Schedule:
+    """The learning rate's course relative to its peak: linear warm-up, then constant or cosine to `end_fraction`.
+
+    Args:
+      config: warmup_steps, schedule, end_fraction.
+      total_steps: of the whole training, where a cosine ends.
+    """
+    rest = max(total_steps - config.warmup_steps, 1)
+
+    def rate(step: int) -> float:
+        if step < config.warmup_steps:
+            return step / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        done = min((step - config.warmup_steps) / rest, 1)
+        return config.end_fraction + (1 - config.end_fraction) * (1 + math.cos(math.pi * done)) / 2
+
+    return rate
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW, Adafactor, or Muon on the blocks' matrices (AdamW elsewhere), at the peak rate.
+
+    Weight decay is on matrices only: not on norms, biases and the like. Adafactor (Shazeer and Stern, arXiv 1804.04235)
+    keeps a row and a column of second moments of a matrix in place of AdamW's two numbers a weight.
+
+    Args:
+      config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2 (of AdamW), clip.
+    """
+    if config.name == "adamw":
+        rule = optax.adamw(config.learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    elif config.name == "adafactor":
+        # A rate relative to a parameter's size would hold the guide's head, which begins at zero, where it is.
+        rule = optax.adafactor(
+            config.learning_rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=config.learning_rate * config.weight_decay,
+            weight_decay_mask=_is_matrix,
+        )
+    else:
+        # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
+        muon = optax.contrib.muon(
+            config.learning_rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_matrices
+        )
+        adam = optax.adamw(
+            config.adam_learning_rate,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+            nesterov=True,
+        )
+        rule = optax.partition({True: muon, False: adam}, _is_block_matrix)
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+
+
+def _is_matrix(params: Params) -> Params:
+    names = ("kernel", "embedding", "positions", "head", "future")
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
+
+
+def _is_block_matrix(params: Params) -> Params:
+    def which(path: Any, _: Any) -> bool:
+        keys = [entry.key for entry in path]
+        return "layers" in keys and keys[-1] == "kernel"
+
+    return jax.tree.map_with_path(which, params)
+
+
+def _muon_matrices(params: Params) -> Params:
+    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalised on its own."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)

@@ -1,0 +1,78 @@
+"""One update: the gradient of a batch, taken whole or in parts, and the optimiser's step.
+
+Shapes: B rows, T tokens. It knows nothing about what the loss is of.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from qsharp_jax.dataset import Batch
+from qsharp_jax.models.decoder import Params
+
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # of (params, batch), or (params, part, whole batch)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training depends on: with the data's seed, `step` is also the position in the data."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too."""
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    rate: jax.Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, times `rate`, the schedule's; metrics are scalars on the device.
+
+    The rate is an argument, so that one program serves trainings of any length.
+
+    Args:
+      accumulate: parts that the batch's rows are taken in, one after the other; it divides the rows. The update is
+        that of the whole batch.
+    """
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), gradients = gradient_fn(state.params, batch)
+    else:
+        (loss, metrics), gradients = _accumulated(gradient_fn, state.params, batch, accumulate)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
+    metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def _accumulated(gradient_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple:
+    """What `gradient_fn` gives for the batch, as the sum over its parts: the activations of one exist at a time."""
+    chex.assert_is_divisible(len(batch.tokens), parts)
+
+    # Every part takes rows from all over the batch: from each device's share of them, where devices divide the rows.
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_fn(params, part, batch)), None
+
+    split_batch = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient_fn, params, jax.tree.map(lambda x: x[0], split_batch), batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, split_batch)[0]
