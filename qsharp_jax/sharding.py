@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qsharp_jax.errors import UserError, nearest
@@ -74,6 +74,8 @@ FIT: Rules = {
     "embed": ("fsdp",),
     "layers": (),
 }
+# The axes of a preset's meshes; the last has the devices that are nearest to each other.
+MESH_AXES = {"fit": ("data", "fsdp", "tensor"), "decode": ("data", "attention_data", "tensor")}
 # Left whole on every device where the mesh does not divide them. A kv head cut in two would have its whole cache
 # copied in every step.
 WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
@@ -105,6 +107,63 @@ def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Devi
 def rules_of(mesh: Any) -> Rules:
     """`FIT` for a mesh with the axis `fsdp`, be it of one device; `DECODE` for others, which have none."""
     return FIT if "fsdp" in mesh.shape else DECODE
+
+
+def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh of a config's section `mesh`, as configs/meshes.py has them; None where that is one device.
+
+    A mesh for fitting is over all devices. One for decoding is over this host's, or over all if its sizes multiply to
+    them. Only `data` goes from one slice to another.
+
+    Args:
+      section: the section; None is one device of any kind.
+      use: "fit" or "decode".
+      devices: all that there are, by default `jax.devices()`.
+
+    Raises:
+      UserError: for devices that are not those of the preset, or sizes that do not multiply to them.
+    """
+    if section is None:
+        return None
+    devices = list(jax.devices() if devices is None else devices)
+    count = section["slices"] * section["hosts"] * section["devices_per_host"]
+    # On other platforms a slice is what JAX calls a host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if section["platform"] not in ("any", devices[0].platform):
+        raise UserError(
+            f"config.mesh is {section['name']}, of {section['platform']} devices, and those that are there are"
+            f" {devices[0].platform}; give another --config.mesh"
+        )
+    if count == jax.process_count() == 1:
+        return None
+    if (count, section["slices"]) != (len(devices), slices):
+        raise UserError(
+            f"config.mesh is {section['name']}, {_counted(section['slices'], 'slice')} with {count} devices in all, and"
+            f" there are {_counted(slices, 'slice')} with {len(devices)}; give another --config.mesh"
+        )
+    axes = MESH_AXES[use]
+    sizes = [section[use][axis] for axis in axes]
+    total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
+    if use == "decode" and total != count:
+        devices, slices = [device for device in devices if device.process_index == jax.process_index()], 1
+    if total != len(devices) or sizes[0] % slices:
+        which = "one of these" if use == "decode" else "all"
+        raise UserError(
+            f"config.mesh.{use} is {words}, {total} devices, and {section['name']} has {section['devices_per_host']} on"
+            f" a host and {count} in all; give sizes that multiply to {which}, and a data that"
+            f" {_counted(slices, 'slice')} divide"
+        )
+    # Physical axes may be split: a tensor axis of 4 is then a part of a ring of 16.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within, across = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
 
 
 def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
