@@ -90,8 +90,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         texts.check_source(options)
     if options.workdir is None:
         return contextlib.nullcontext()
-    if options.config is None and rest:
-        raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
+    if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
+        raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
     from qsharp_jax import session, sources
 
@@ -104,6 +104,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         return _opened(options.workdir, config)
     workdir = _opened(options.workdir)
     try:
+        configs.override_mesh(workdir.config, rest)
         session.check(workdir.config)  # it may be of an older version, or edited
     except UserError as error:
         workdir.close()
