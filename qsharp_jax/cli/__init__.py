@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsharp_jax import config as configs
+from qsharp_jax import interrupt
 from qsharp_jax.cli import arguments, texts
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.workdir import Workdir, explain_os_error
+
+STOPPED = "qsharp: told to end; the same command goes on where it stopped"
+RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
@@ -23,7 +27,7 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
         options, rest = arguments.parser().parse_known_args(given)
-        with _open_workdir(options, rest) as workdir:
+        with _on_sigterm(options), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
@@ -31,6 +35,9 @@ def main(given: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         return _refuse(str(error))
+    except Stopped:
+        print(f"\n{STOPPED}", file=sys.stderr)
+        return 0
     except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -41,6 +48,10 @@ def main(given: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nqsharp: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _on_sigterm(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    return interrupt.sigterm_ends(STOPPED) if options.name in RESUMING else contextlib.nullcontext()
 
 
 def _keep_programs(folder: Path) -> None:
