@@ -11,7 +11,7 @@ from qsharp_jax.train.losses import (
     value_loss,
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
-from qsharp_jax.train.step import LossFn, TrainState, init_state, train_step
+from qsharp_jax.train.step import LossFn, TrainState, init_state, state_shardings, train_step
 
 __all__ = [
     "Loop",
@@ -28,6 +28,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "masked_mean",
+    "state_shardings",
     "train_step",
     "value_loss",
 ]

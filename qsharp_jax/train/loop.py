@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from qsharp_jax import interrupt
+from qsharp_jax import interrupt, sharding
 from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import Stopped, UserError
@@ -81,7 +81,9 @@ def fit(
     if checkpoints.finished():
         return state
     step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    # On a mesh the new state's place is said: the compiler may find another, and the next step were another program.
+    places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     try:
         return _train(state, batches, step_fn, checkpoints, loop, schedule)
     finally:
@@ -111,7 +113,7 @@ def _train(
             if loop.patience and step - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
                 break
         batch, evaluated = batches[step], False
-        state, metrics = step_fn(state, batch, np.float32(schedule(step)))
+        state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
         window.append(metrics)
         tokens += int(batch.segments.astype(bool).sum())
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
