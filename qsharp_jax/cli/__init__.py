@@ -8,15 +8,20 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
+from qsharp_jax import interrupt
 from qsharp_jax.cli import arguments, texts
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax.interrupt import leave
 from qsharp_jax.workdir import Workdir, explain_os_error
+
+STOPPED = "told to end; the same command goes on where it stopped"
+RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
@@ -26,7 +31,7 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
         options, rest = arguments.parser().parse_known_args(given)
-        with _joined(options), _open_workdir(options, rest) as workdir:
+        with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
@@ -47,16 +52,21 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence for an error; None for what only a traceback explains."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, Stopped):
+        return 0, STOPPED
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on where it stopped"
     sentence = explain_os_error(error)
     return sentence and (2, sentence)
 
 
-def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """The other processes of the run, where there are some, have come. All but the first print nothing but errors."""
+def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+    """The other processes of the run, where there are some, have come; it gives the way to end them all at once.
+
+    All but the first print nothing but errors.
+    """
     if getattr(options, "coordinator", None) is None:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(leave)
 
     from qsharp_jax import processes
 
@@ -71,6 +81,14 @@ def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[No
         sys.stdout = open(os.devnull, "w")
         os.environ["TQDM_DISABLE"] = "1"
     return processes.joined(place, options.coordinator_timeout, explain)
+
+
+def _on_sigterm(
+    options: argparse.Namespace, end: Callable[[int, str], None]
+) -> contextlib.AbstractContextManager[None]:
+    if options.name not in RESUMING:
+        return contextlib.nullcontext()
+    return interrupt.sigterm_ends(lambda: end(0, STOPPED))
 
 
 def _keep_programs(folder: Path) -> None:
