@@ -6,17 +6,20 @@ Knows nothing of models, rollouts or JAX: it hands out paths, keeps the config, 
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from qsharp_jax.config import differences, from_json, to_json
 from qsharp_jax.errors import UserError
+from qsharp_jax.events import EventFiles
+from qsharp_jax.files import append_line, whole_lines, write_atomic
 
 
 @dataclasses.dataclass
@@ -94,6 +97,10 @@ class Workdir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @functools.cached_property
+    def _events(self) -> EventFiles:
+        return EventFiles(self.path / "tensorboard")
+
     @property
     def results(self) -> Path:
         return self.path / "results.json"
@@ -105,16 +112,12 @@ class Workdir:
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
 
-        Raises OSError, with the file's name, if it cannot be written.
+        The same numbers go to TensorBoard's event files. Raises OSError, with the file's name, if a file cannot be
+        written.
         """
-        line = json.dumps(_finite(metrics), allow_nan=False) + "\n"
-        try:
-            with open(self.metrics, "a+b") as file:
-                _cut_half_line(file)
-                file.write(line.encode())
-        except OSError as e:
-            e.filename = str(self.metrics)
-            raise
+        metrics = _finite(metrics)
+        append_line(self.metrics, json.dumps(metrics, allow_nan=False))
+        self._events.write(metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metrics so far, without the half line that a kill may have left at the end.
@@ -123,7 +126,7 @@ class Workdir:
         """
         if not self.metrics.exists():
             return []
-        lines = _whole_lines(self.metrics.read_bytes()).splitlines()
+        lines = whole_lines(self.metrics.read_bytes()).splitlines()
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -161,19 +164,6 @@ def _read_config(path: Path) -> ConfigDict:
         raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
 
 
-def _whole_lines(data: bytes) -> bytes:
-    return data[: data.rfind(b"\n") + 1]
-
-
-def _cut_half_line(file: BinaryIO) -> None:
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":  # only then is the file read whole
-        file.seek(0)
-        file.truncate(len(_whole_lines(file.read())))
-
-
 def _finite(value: Any) -> Any:
     """`value` as strict JSON has it; a NumPy or JAX scalar becomes a Python number."""
     if isinstance(value, dict):
@@ -183,26 +173,6 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes the whole file or nothing: a reader, or a kill at any moment, meets the old text or the new one.
-
-    Raises OSError, with the file's name, if it cannot be written; nothing is left behind then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            e.filename = str(path)
-        raise
 
 
 _OS_ERRORS = {
