@@ -47,6 +47,7 @@ def run(session: Session) -> LanguageModel:
             save_every=config.save_every,
             log=session.workdir.append_metrics,
             stop=lambda means: means["loss"] <= config.stop_loss,
+            flops=train.language_model_flops(model_config),
         ),
     )
     return LanguageModel(state.params, model_config)

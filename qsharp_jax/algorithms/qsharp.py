@@ -139,6 +139,7 @@ def fit(
             measure=measure,
             evaluate_every=config.evaluate_every,
             patience=config.patience,
+            flops=train.guide_flops(guide_config, config.future_offsets),
         ),
     )
     return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import resource
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from qsharp_jax.errors import UserError
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.progress import Bar
 from qsharp_jax.train.optimizer import Schedule
+from qsharp_jax.train.speed import Clock, Flops
 from qsharp_jax.train.step import LossFn, TrainState, train_step
 
 
@@ -47,6 +47,7 @@ class Loop:
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
     patience: int = 0  # 0: off
+    flops: Flops | None = None  # of a step, for the speed in the log
 
 
 def fit(
@@ -71,6 +72,7 @@ def fit(
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
     """
+    clock = Clock(loop.flops)
     state = checkpoints.restore(state)
     if checkpoints.finished():
         return state
@@ -79,12 +81,13 @@ def fit(
     best = checkpoints.restore_best(state.params)
     first, evaluated = int(state.step), False
     window: list[dict] = []
-    tokens, since = 0, time.monotonic()
+    metrics: dict[str, jax.Array] = {}
+    clock.start(state.params)
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
-        batch, evaluated = batches[step], False
-        state, metrics = step_fn(state, batch, np.float32(schedule(step)))
+        batch, evaluated = clock.fetch(batches, step, metrics), False
+        with clock.step(batch):
+            state, metrics = step_fn(state, batch, np.float32(schedule(step)))
         window.append(metrics)
-        tokens += int(batch.segments.astype(bool).sum())
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
         if last or saving or (step + 1) % loop.log_every == 0:
             means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
@@ -94,20 +97,22 @@ def fit(
                     f"{loop.name}: the loss or its gradient is not finite by step {step + 1}; the last good checkpoint"
                     " is kept. Lower the learning rate"
                 )
-            rate = tokens / (time.monotonic() - since)
-            loop.log({"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()})
+            speed = clock.lap()
+            with clock.lost():
+                loop.log({"phase": loop.name, "step": step + 1, **means, **speed, **device_memory()})
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            window, tokens, since = [], 0, time.monotonic()
+            window = []
             if loop.stop(means):
                 break
         if evaluated := loop.evaluate_every > 0 and (step + 1) % loop.evaluate_every == 0:
-            began = time.monotonic()
-            best = _evaluate(state, loop, best)
-            since += time.monotonic() - began
+            jax.block_until_ready(state)
+            with clock.lost():
+                best = _evaluate(state, loop, best)
             if loop.patience and step + 1 - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
                 break
         if saving and not last:
-            checkpoints.save(state, best=best)
+            with clock.lost():
+                checkpoints.save(state, best=best)
     bar.close()
     if not evaluated:
         best = _evaluate(state, loop, best)
