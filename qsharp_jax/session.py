@@ -100,7 +100,10 @@ def check_problems(config: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
+    """A run. With `profile`, each of its trainings writes a trace of some steps."""
+
     workdir: Workdir
+    profile: bool = False
 
     @property
     def config(self) -> ConfigDict:
@@ -165,6 +168,10 @@ class Session:
 
     def guide_folder(self, number: int) -> Path:
         return self.workdir.guide / f"round_{number}"
+
+    def profile_folder(self, phase: str) -> Path | None:
+        """Where the trace of a training goes; None where none is wanted."""
+        return self.workdir.profile(phase) if self.profile else None
 
     @property
     def ref_folder(self) -> Path | None:

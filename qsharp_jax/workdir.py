@@ -93,6 +93,9 @@ class Workdir:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    def profile(self, phase: str) -> Path:
+        return self.path / "profile" / phase
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"

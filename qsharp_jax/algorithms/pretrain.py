@@ -48,6 +48,7 @@ def run(session: Session) -> LanguageModel:
             log=session.workdir.append_metrics,
             stop=lambda means: means["loss"] <= config.stop_loss,
             flops=train.language_model_flops(model_config),
+            profile=session.profile_folder("pretrain"),
         ),
     )
     return LanguageModel(state.params, model_config)

@@ -78,7 +78,10 @@ def parser() -> argparse.ArgumentParser:
         _add_config(sub, required=command is runs.run)
         return sub
 
-    add_on_run(runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
+    sub = add_on_run(
+        runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated"
+    )
+    _add_profile(sub)
 
     sub = add_on_run(runs.collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
@@ -86,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add_on_run(runs.fit, "fit the guide to all rollouts up to a round")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the last collected")
     sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+    _add_profile(sub)
 
     sub = add(
         texts.generate,
@@ -116,6 +120,13 @@ def _add_config(sub: argparse.ArgumentParser, *, required: bool = False) -> None
     sub.add_argument(
         "--config", metavar="FILE", required=required, help="a Python file with get_config(), as in configs/"
     )
+
+
+def _add_profile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--profile", action="store_true",
+        help="write a trace of ten steps of every training, once it compiles no more, to the workdir's profile/",
+    )  # fmt: skip
 
 
 def _add_folders(sub: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.algorithms import pretrain, qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
     ref = pretrain.run(session)
     guides = {}
 
@@ -41,7 +41,7 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.algorithms import qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)

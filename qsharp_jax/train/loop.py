@@ -8,6 +8,7 @@ import functools
 import math
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -22,6 +23,7 @@ from qsharp_jax.progress import Bar
 from qsharp_jax.train.optimizer import Schedule
 from qsharp_jax.train.speed import Clock, Flops
 from qsharp_jax.train.step import LossFn, TrainState, train_step
+from qsharp_jax.train.trace import Trace
 
 
 class BatchSource(Protocol):
@@ -48,6 +50,7 @@ class Loop:
     evaluate_every: int = 0
     patience: int = 0  # 0: off
     flops: Flops | None = None  # of a step, for the speed in the log
+    profile: Path | None = None  # folder for a trace of some steps; None: no trace
 
 
 def fit(
@@ -82,10 +85,13 @@ def fit(
     first, evaluated = int(state.step), False
     window: list[dict] = []
     metrics: dict[str, jax.Array] = {}
+    trace = Trace(loop.profile)
     clock.start(state.params)
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         batch, evaluated = clock.fetch(batches, step, metrics), False
-        with clock.step(batch):
+        with clock.lost():
+            trace.before_step(state, clock.warm)
+        with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = step_fn(state, batch, np.float32(schedule(step)))
         window.append(metrics)
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
@@ -114,6 +120,7 @@ def fit(
             with clock.lost():
                 checkpoints.save(state, best=best)
     bar.close()
+    trace.end(state)
     if not evaluated:
         best = _evaluate(state, loop, best)
     if best:

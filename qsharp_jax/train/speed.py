@@ -117,6 +117,7 @@ class Clock:
         self._began = time.monotonic()
         self._useful = 0.0  # seconds, in all laps
         self._shapes: set = set()  # of batches that there is a program for
+        self.warm = 0  # steps since the last that compiled
         self._restart()
 
     def _restart(self) -> None:
@@ -152,6 +153,7 @@ class Clock:
         with self.lost() if compiles else contextlib.nullcontext():
             yield
         self._shapes.add(shapes)
+        self.warm = 0 if compiles else self.warm + 1
         self._tokens += int(np.count_nonzero(batch.segments))
         if self._flops is not None:
             self._operations += self._flops(batch)
