@@ -7,6 +7,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.rounds = 2
+    c.mesh = "single"  # a preset's name in meshes.py: one device of any kind, or v5e_8, v5p_64, cuda_8, ...
 
     c.task = ConfigDict()
     c.task.name = "arithmetic"

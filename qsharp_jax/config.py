@@ -7,6 +7,7 @@ In the error messages and on the command line a key is dotted: `fit.optimizer.cl
 import ast
 import itertools
 import math
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,8 +26,11 @@ from qsharp_jax.errors import UserError, nearest
 def load(path: str | Path, overrides: list[str]) -> ConfigDict:
     """Runs the config file's `get_config()` and applies the overrides; the result is locked.
 
+    A `mesh` that is a text is the name of a preset in the `meshes.py` beside the file, and becomes that preset's
+    section; `--config.mesh=NAME` comes before all other overrides.
+
     Raises UserError if the file is missing, fails (naming the line), returns no ConfigDict or holds a value that JSON
-    cannot keep, and as `override` does.
+    cannot keep, for an unknown preset, and as `override` does.
     """
     path = Path(path)
     try:
@@ -50,9 +54,50 @@ def load(path: str | Path, overrides: list[str]) -> ConfigDict:
         raise UserError(f"{where}: {type(e).__name__}: {what}; mend the config file") from e
     finally:
         sys.path.pop(0)
-    override(config, overrides)
+    names, rest = _split_mesh(overrides)
+    if "mesh" not in config and names:
+        raise UserError(f'there is no setting --config.mesh in {path}; add c.mesh = "single"')
+    if isinstance(name := (names or [config.get("mesh")])[-1], str):
+        with config.unlocked(), config.ignore_type():
+            config.mesh = ConfigDict(preset(path, name))
+    override(config, rest)
     to_json(config)
     return config
+
+
+def presets(path: str | Path) -> dict[str, dict]:
+    """The sections by name in the `meshes.py` beside a config file.
+
+    Raises UserError if there is no such file, or it does not hold what it should.
+    """
+    path = Path(path).with_name("meshes.py")
+    try:
+        return dict(runpy.run_path(str(path))["PRESETS"])
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}, where the mesh is looked up; copy configs/meshes.py there") from None
+    except Exception as e:
+        raise UserError(f"{path}: {type(e).__name__}: {e}; it must have a table PRESETS, as configs/meshes.py") from e
+
+
+def preset(path: str | Path, name: str) -> dict:
+    """One of the `presets`; UserError for a name that is not among them, as well."""
+    known = presets(path)
+    if name not in known:
+        raise UserError(f"there is no mesh {name!r} in {Path(path).with_name('meshes.py')}; {nearest(name, known)}")
+    return known[name]
+
+
+def _split_mesh(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The names that `--config.mesh` is given, and the other overrides."""
+    names, rest, arguments = [], [], iter(overrides)
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        pair = [argument] if equals else [argument, *itertools.islice(arguments, 1)]
+        if key == "--config.mesh" and (equals or len(pair) == 2):
+            names.append(text if equals else pair[1])
+        else:
+            rest += pair
+    return names, rest
 
 
 def _line(error: Exception, path: str) -> int | None:
@@ -244,6 +289,17 @@ RULES: dict[str, Rule] = {
     "value.distribution": _one_of("bernoulli", "categorical", "scalar"),
     "value.atoms": _ASCENDING,
     **{f"{section}.optimizer.{name}": rule for section in ("pretrain", "fit") for name, rule in _OPTIMIZER.items()},
+    "mesh.name": (_is_text, "a preset's name"),
+    "mesh.platform": _one_of("any", "cpu", "gpu", "tpu"),
+    "mesh.kind": (_is_text, "words for its devices"),
+    "mesh.topology": (lambda v: isinstance(v, str), "a TPU slice, as v5e:2x4, or empty"),
+    "mesh.slices": _whole(1),
+    "mesh.hosts": _whole(1),
+    "mesh.devices_per_host": _whole(1),
+    **{f"mesh.fit.{axis}": _whole(1) for axis in ("data", "fsdp", "tensor")},
+    **{f"mesh.decode.{axis}": _whole(1) for axis in ("data", "attention_data", "tensor")},
+    "mesh.hbm_bytes": _whole(0),
+    **{f"mesh.{name}": _NOT_NEGATIVE for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")},
 }
 
 
@@ -299,13 +355,16 @@ def keys(config: ConfigDict) -> list[str]:
     return [key for key, _ in _leaves(to_json(config))]
 
 
-def differences(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """The settings in which `b` differs from `a`, each as "fit.epochs: 4 -> 5"; a tuple equals a list, 1 equals 1.0."""
+def differences(a: ConfigDict, b: ConfigDict, *, but: str | None = None) -> list[str]:
+    """The settings in which `b` differs from `a`, each as "fit.epochs: 4 -> 5"; a tuple equals a list, 1 equals 1.0.
+
+    `but` is a section that is left out.
+    """
     old, new = (dict(_leaves(to_json(config))) for config in (a, b))
     absent = object()
 
     def words(value: Any) -> str:
         return "absent" if value is absent else repr(value)
 
-    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new]
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new if key.partition(".")[0] != but]
     return [f"{key}: {words(before)} -> {words(after)}" for key, before, after in pairs if before != after]

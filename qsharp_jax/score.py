@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import values
+from qsharp_jax import sharding, values
 from qsharp_jax.dataset import Batch, Example, length_batches, make_batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.decoder import LanguageModel
@@ -50,7 +50,7 @@ def _responses(
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]
-        numbers = np.asarray(of_batch(make_batch(part, rows, width)))
+        numbers = sharding.to_host(of_batch(sharding.place_rows(make_batch(part, rows, width))))
         for row, index in enumerate(indices):
             found[index] = numbers[row, len(part[row].prompt) : len(part[row])]
     return found

@@ -37,6 +37,8 @@ def check(config: ConfigDict) -> None:
     present = configs.keys(config)
     pretrained = config.get("ref") == "pretrain"
     asked = [key for key in configs.RULES if pretrained or not key.startswith("pretrain.")]
+    if "mesh" not in config:  # of an older version: one device
+        asked = [key for key in asked if not key.startswith("mesh.")]
     for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
         if key not in present:
             raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qsharp_jax.errors import UserError, nearest
@@ -72,6 +74,8 @@ FIT: Rules = {
     "embed": ("fsdp",),
     "layers": (),
 }
+# The axes of a preset's meshes; the last has the devices that are nearest to each other.
+MESH_AXES = {"fit": ("data", "fsdp", "tensor"), "decode": ("data", "attention_data", "tensor")}
 # Left whole on every device where the mesh does not divide them. A kv head cut in two would have its whole cache
 # copied in every step.
 WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
@@ -100,6 +104,68 @@ def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Devi
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
 
 
+def rules_of(mesh: Any) -> Rules:
+    """`FIT` for a mesh with the axis `fsdp`, be it of one device; `DECODE` for others, which have none."""
+    return FIT if "fsdp" in mesh.shape else DECODE
+
+
+def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh of a config's section `mesh`, as configs/meshes.py has them; None where that is one device.
+
+    A mesh for fitting is over all devices. One for decoding is over this host's, or over all if its sizes multiply to
+    them. Only `data` goes from one slice to another.
+
+    Args:
+      section: the section; None is one device of any kind.
+      use: "fit" or "decode".
+      devices: all that there are, by default `jax.devices()`.
+
+    Raises:
+      UserError: for devices that are not those of the preset, or sizes that do not multiply to them.
+    """
+    if section is None:
+        return None
+    devices = list(jax.devices() if devices is None else devices)
+    count = section["slices"] * section["hosts"] * section["devices_per_host"]
+    # On other platforms a slice is what JAX calls a host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if section["platform"] not in ("any", devices[0].platform):
+        raise UserError(
+            f"config.mesh is {section['name']}, of {section['platform']} devices, and those that are there are"
+            f" {devices[0].platform}; give another --config.mesh"
+        )
+    if count == jax.process_count() == 1:
+        return None
+    if (count, section["slices"]) != (len(devices), slices):
+        raise UserError(
+            f"config.mesh is {section['name']}, {_counted(section['slices'], 'slice')} with {count} devices in all, and"
+            f" there are {_counted(slices, 'slice')} with {len(devices)}; give another --config.mesh"
+        )
+    axes = MESH_AXES[use]
+    sizes = [section[use][axis] for axis in axes]
+    total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
+    if use == "decode" and total != count:
+        devices, slices = [device for device in devices if device.process_index == jax.process_index()], 1
+    if total != len(devices) or sizes[0] % slices:
+        which = "one of these" if use == "decode" else "all"
+        raise UserError(
+            f"config.mesh.{use} is {words}, {total} devices, and {section['name']} has {section['devices_per_host']} on"
+            f" a host and {count} in all; give sizes that multiply to {which}, and a data that"
+            f" {_counted(slices, 'slice')} divide"
+        )
+    # Physical axes may be split: a tensor axis of 4 is then a part of a ring of 16.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within, across = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
+
+
 def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
     """The mesh axes of each dimension; those that the mesh does not have divide nothing.
 
@@ -126,18 +192,8 @@ def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
     """
     trunk = getattr(model.config, "trunk", model.config)
     of_each_token = trunk is not model.config and model.config.type == "q"
-    units = {"heads": trunk.heads, "kv": trunk.kv_heads, "outputs": trunk.vocab_size if of_each_token else 1}
-
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        axes = next((PARAMETERS[n] for n in (".".join(names[-2:]), names[-1]) if n in PARAMETERS), None)
-        if axes is None:
-            raise ValueError(f"no logical axes are known for parameter {'.'.join(names)}")
-        if "layers" in names and leaf.ndim == len(axes) + 1:
-            axes = ("layers", *axes)
-        return NamedSharding(mesh, _fitting_spec(leaf.shape, axes, mesh, rules, units))
-
-    return jax.tree.map_with_path(place, model)
+    units = _units(trunk) | {"outputs": trunk.vocab_size if of_each_token else 1}
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs_of_weights(model, mesh, rules, units))
 
 
 def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -152,13 +208,35 @@ def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def place_rows(tree: Any) -> Any:
-    """Puts what has an entry a row where `of_rows` says for decoding; without a mesh (`jax.set_mesh`) as it is.
+    """Puts what has an entry a row where `of_rows` says for the mesh that is set; without one it stays as it is.
 
     Raises:
       UserError: as `of_rows`.
     """
     mesh = jax.sharding.get_mesh()
-    return tree if mesh.empty else jax.device_put(tree, of_rows(tree, mesh, DECODE))
+    return tree if mesh.empty else place(tree, of_rows(tree, mesh, rules_of(mesh)))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays of this process (the same in every process, if there are several) as arrays with these shardings.
+
+    Where a sharding's devices belong to several processes, each gives its own the part that lies there.
+    """
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def to_host(leaf: jax.Array) -> np.ndarray:
+    """The whole of an array, whichever processes its devices belong to; then every process has to ask for it."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def abstract_rows(tree: Any) -> Any:
@@ -177,13 +255,35 @@ def abstract_rows(tree: Any) -> Any:
     )
 
 
-# --- Inside jit, in decoding; without a mesh these do nothing -------------------------------------------------------
+# --- Inside jit; without a mesh these do nothing --------------------------------------------------------------------
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays an array out as `DECODE` says for these logical axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, DECODE, mesh))
+
+
+def constrain_sequences(x: jax.Array) -> jax.Array:
+    """In fitting, lays an array with a row for each sequence out by rows: what is divided otherwise is gathered."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rules_of(mesh) is DECODE:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(("batch", *(None,) * (x.ndim - 1)), FIT, mesh))
+
+
+def gather_weights(tree: Any, trunk: Any) -> Any:
+    """In fitting, a part of a decoder's parameters as it is used: whole over `fsdp`, still divided over `tensor`.
+
+    Asked for where a layer is used, one layer's weights are whole at a time, and their gradient is scattered again.
+
+    Args:
+      trunk: the decoder's config.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rules_of(mesh) is DECODE:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, _specs_of_weights(tree, mesh, FIT | {"embed": ()}, _units(trunk)))
 
 
 def constrain_rows(tree: Any) -> Any:
@@ -221,6 +321,24 @@ def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
 def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
     """Into how many the mesh divides a logical axis."""
     return math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
+
+
+def _units(trunk: Any) -> dict[str, int]:
+    """How many pieces the logical axes of a decoder's weights consist of that cannot be cut anywhere."""
+    return {"heads": trunk.heads, "kv": trunk.kv_heads}
+
+
+def _specs_of_weights(tree: Any, mesh: Any, rules: Rules, units: Mapping[str, int]) -> Any:
+    def place(path: Any, leaf: Any) -> PartitionSpec:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        axes = next((PARAMETERS[n] for n in (".".join(names[-2:]), names[-1]) if n in PARAMETERS), None)
+        if axes is None:
+            raise ValueError(f"no logical axes are known for parameter {'.'.join(names)}")
+        if "layers" in names and leaf.ndim == len(axes) + 1:
+            axes = ("layers", *axes)
+        return _fitting_spec(leaf.shape, axes, mesh, rules, units)
+
+    return jax.tree.map_with_path(place, tree)
 
 
 def _specs_of_rows(tree: Any, mesh: Any, rules: Rules) -> Any:

@@ -36,6 +36,8 @@ class Workdir:
     def open(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
 
+        A run may go on with another `mesh` than it was begun with: the one that is given counts.
+
         Raises UserError if `path` is a URL or a file, if it is no workdir and no config is given, if another process
         holds it, or if it holds a run with other settings; OSError if it cannot be written.
         """
@@ -56,7 +58,7 @@ class Workdir:
             if not stored.is_file():
                 write_atomic(stored, json.dumps(to_json(config), indent=2) + "\n")
             held = _read_config(stored)
-            if config is not None and (differing := differences(held, config)):
+            if config is not None and (differing := differences(held, config, but="mesh")):
                 raise UserError(
                     f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
                     "give another --workdir, or the same settings"

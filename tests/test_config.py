@@ -18,7 +18,7 @@ def get_config():
         name="words",
         generate=dict(eta=0.1, top_k=0, greedy=False),
         evaluate=dict(etas=(0.5, 0.1), sizes=[1, 2], modes=("qsharp", "cd"), extra=()),
-        mesh=None,
+        shape=None,
     ))
     config.limit = config_dict.placeholder(int)
     return config
@@ -110,8 +110,8 @@ def test_a_value_that_json_cannot_keep_is_named(tmp_path):
         ("--config.evaluate.extra=1", "evaluate.extra", (1.0,)),
         ("--config.limit=5", "limit", 5),
         ("--config.limit=none", "limit", None),
-        ("--config.mesh=(1, 2)", "mesh", (1, 2)),
-        ("--config.mesh=v5e", "mesh", "v5e"),
+        ("--config.shape=(1, 2)", "shape", (1, 2)),
+        ("--config.shape=v5e", "shape", "v5e"),
     ],
 )
 def test_an_override_takes_the_type_of_the_present_value(path, argument, key, value):
@@ -227,6 +227,18 @@ RANGES = {  # key: (allowed, forbidden)
     "value.distribution": (["bernoulli", "categorical", "scalar"], ["normal"]),
     "value.atoms": ([(), (0, 1), [-1.5, 0, 2]], [(1, 0), (0, 0), (0, math.inf), 1, ("a", "b")]),
     **{f"{section}.optimizer.{name}": values for section in ("pretrain", "fit") for name, values in OPTIMIZER.items()},
+    "mesh.name": (["single"], ["", None]),
+    "mesh.platform": (["any", "cpu", "gpu", "tpu"], ["cuda", None]),
+    "mesh.kind": (["TPU v5e"], [""]),
+    "mesh.topology": (["", "v5e:2x4"], [None, 8]),
+    **{f"mesh.{name}": ([1, 64], [0, 1.5]) for name in ("slices", "hosts", "devices_per_host")},
+    **{f"mesh.fit.{axis}": ([1, 64], [0, True]) for axis in ("data", "fsdp", "tensor")},
+    **{f"mesh.decode.{axis}": ([1, 64], [0, 0.5]) for axis in ("data", "attention_data", "tensor")},
+    "mesh.hbm_bytes": ([0, 16 * 2**30], [-1, 0.5]),
+    **{
+        f"mesh.{name}": ([0, 1e12], [-1, math.inf])
+        for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")
+    },
 }
 
 
@@ -304,3 +316,62 @@ def test_nearest():
     assert nearest("ete", ["eta", "seed"]) == "did you mean 'eta'?"
     assert nearest("eta", ["fit.eta", "collect.eta"]) == "did you mean 'collect.eta' or 'fit.eta'?"
     assert nearest("zzz", ["seed", "eta"]) == "known: eta, seed"
+
+
+# --- The mesh -------------------------------------------------------------------------------------------------------
+
+
+MESHES = 'PRESETS = {"single": dict(name="single", fit=dict(fsdp=1)), "v5p_8": dict(name="v5p_8", fit=dict(fsdp=4))}\n'
+
+
+@pytest.fixture
+def with_mesh(path):
+    path.write_text(FILE.replace("shape=None", 'mesh="single"'))
+    path.with_name("meshes.py").write_text(MESHES)
+    return path
+
+
+def test_a_mesh_s_name_becomes_its_section(with_mesh):
+    assert configs.load(with_mesh, []).mesh.to_dict() == {"name": "single", "fit": {"fsdp": 1}}
+    for arguments in (["--config.mesh=v5p_8"], ["--config.mesh", "v5p_8"], ["--config.mesh=x", "--config.mesh=v5p_8"]):
+        config = configs.load(with_mesh, arguments)
+        assert config.mesh.to_dict() == {"name": "v5p_8", "fit": {"fsdp": 4}} and config.is_locked
+
+
+def test_a_mesh_s_name_comes_before_its_sizes(with_mesh):
+    config = configs.load(with_mesh, ["--config.mesh.fit.fsdp=2", "--config.mesh=v5p_8", "--config.seed=3"])
+    assert config.mesh.name == "v5p_8" and config.mesh.fit.fsdp == 2 and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("meshes", "arguments", "words"),
+    [
+        (MESHES, ["--config.mesh=v5p8"], "there is no mesh 'v5p8' in .*meshes.py; did you mean 'v5p_8'"),
+        (MESHES, ["--config.mesh="], "there is no mesh ''"),
+        (MESHES, ["--config.mesh"], "--config.mesh has no value"),
+        (None, [], "there is no .*meshes.py, where the mesh is looked up"),
+        ("x = 1\n", [], "meshes.py: KeyError"),
+        ("PRESETS = {\n", [], "meshes.py: SyntaxError"),
+    ],
+)
+def test_a_mesh_that_is_not_known_is_named(with_mesh, meshes, arguments, words):
+    if meshes is None:
+        with_mesh.with_name("meshes.py").unlink()
+    else:
+        with_mesh.with_name("meshes.py").write_text(meshes)
+    with pytest.raises(UserError, match=words):
+        configs.load(with_mesh, arguments)
+
+
+def test_a_config_without_a_mesh_needs_no_presets_and_takes_none(path):
+    assert "mesh" not in configs.load(path, [])
+    with pytest.raises(UserError, match="no setting --config.mesh"):
+        configs.load(path, ["--config.mesh=v5p_8"])
+
+
+def test_differences_may_leave_out_a_section():
+    a, b = (ConfigDict({"seed": seed, "mesh": {"name": name}}) for seed, name in ((0, "v5e_8"), (1, "single")))
+    assert configs.differences(a, b, but="mesh") == ["seed: 0 -> 1"]
+    with b.unlocked():
+        del b.mesh
+    assert configs.differences(a, b, but="mesh") == ["seed: 0 -> 1"]

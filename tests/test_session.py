@@ -20,6 +20,17 @@ def test_a_batch_that_its_parts_do_not_divide(tmp_path):
     session.check(config)
 
 
+def test_a_workdir_of_before_there_were_meshes(tmp_path):
+    """It is one device's; a mesh, once there, is whole."""
+    config = helpers.session(tmp_path).config
+    with config.unlocked():
+        del config.mesh.hosts
+        with pytest.raises(UserError, match="lacks the setting mesh.hosts"):
+            session.check(config)
+        del config.mesh
+    session.check(config)
+
+
 def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
     """Prompts of 16 tokens and up to 7 new ones: 22 are too few, 23 are enough, and 0 packs nothing."""
     config = changed(tmp_path, "fit.pack_length=22")

@@ -56,6 +56,21 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
     Workdir.open(tmp_path).close()  # the refusal gave the lock back
 
 
+def test_a_run_goes_on_with_another_mesh(tmp_path):
+    """The one that is given; without a config the stored one, which is not changed."""
+    mesh = {"name": "v5e_8", "fit": {"fsdp": 8}}
+    Workdir.open(tmp_path, make_config(mesh=mesh)).close()
+    for other in ({"name": "cpu"}, {"name": "v5e_8", "fit": {"fsdp": 4, "tensor": 2}}):
+        with Workdir.open(tmp_path, make_config(mesh=other)) as workdir:
+            assert workdir.config.mesh.to_dict() == other
+    with Workdir.open(tmp_path, make_config()) as workdir:
+        assert "mesh" not in workdir.config
+    with Workdir.open(tmp_path) as workdir:
+        assert workdir.config.mesh.to_dict() == mesh
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        Workdir.open(tmp_path, make_config(mesh={"name": "cpu"}, seed=1))
+
+
 def test_what_is_no_workdir_is_refused_and_left_alone(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsharp_jax import sharding
 from qsharp_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -235,9 +236,13 @@ def forward(
         return attention, (key, value) if keep_kv else None
 
     def run_block(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
-        return block.apply({"params": layer}, x, turn, attend)
+        layer = sharding.gather_weights(layer, config)
+        x, kept = block.apply({"params": layer}, x, turn, attend)
+        return sharding.constrain_sequences(x), kept
 
-    x = embed(params, config, tokens, previous_tokens(tokens, segments), positions)
+    first = {name: leaf for name, leaf in params.items() if name in ("embedding", "positions", "token_shift")}
+    x = embed(sharding.gather_weights(first, config), config, tokens, previous_tokens(tokens, segments), positions)
+    x = sharding.constrain_sequences(x)
     if isinstance(params["layers"], list):
         kept = []
         for layer in params["layers"]:

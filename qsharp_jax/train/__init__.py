@@ -12,7 +12,7 @@ from qsharp_jax.train.losses import (
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
 from qsharp_jax.train.speed import guide_flops, language_model_flops
-from qsharp_jax.train.step import LossFn, TrainState, init_state, train_step
+from qsharp_jax.train.step import LossFn, TrainState, init_state, state_shardings, train_step
 
 __all__ = [
     "Loop",
@@ -31,6 +31,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "masked_mean",
+    "state_shardings",
     "train_step",
     "value_loss",
 ]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 
+from qsharp_jax import sharding
 from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
@@ -80,7 +81,9 @@ def fit(
     if checkpoints.finished():
         return state
     step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    # On a mesh the new state's place is said: the compiler may find another, and the next step were another program.
+    places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     best = checkpoints.restore_best(state.params)
     first, evaluated = int(state.step), False
     window: list[dict] = []
@@ -92,7 +95,7 @@ def fit(
         with clock.lost():
             trace.before_step(state, clock.warm)
         with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = step_fn(state, batch, np.float32(schedule(step)))
+            state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
         window.append(metrics)
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
         if last or saving or (step + 1) % loop.log_every == 0:

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qsharp_jax.dataset import Batch
 from qsharp_jax.models.decoder import Params
@@ -28,9 +29,43 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too."""
+    """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too.
+
+    Moments are made where their parameters lie, see `state_shardings`.
+    """
+    shardings = state_shardings(params, optimizer)
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    if shardings is None:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    make = jax.jit(lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)), out_shardings=(
+        shardings.opt_state, shardings.step
+    ))  # fmt: skip
+    return TrainState(params, *make(params))
+
+
+def state_shardings(params: Params, optimizer: optax.GradientTransformation) -> TrainState | None:
+    """Where the state of parameters that lie on a mesh belongs, a tree like it; None for those that lie on none.
+
+    What the optimiser keeps for a parameter, in its shape, lies as the parameter does. The rest, which is small
+    (counts, Adafactor's rows and columns), is whole on every device.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    """
+    flat = jax.tree.leaves_with_path(params)
+    meshes = [leaf.sharding.mesh for _, leaf in flat if isinstance(leaf.sharding, NamedSharding)]
+    if not meshes:
+        return None
+    whole = NamedSharding(meshes[0], PartitionSpec())
+    of = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+    def where(path: Any, leaf: Any) -> NamedSharding:
+        tails = (jax.tree_util.keystr(path[first:]) for first in range(len(path)))
+        parameter = next((of[tail] for tail in tails if tail in of), None)
+        return parameter.sharding if parameter is not None and parameter.shape == leaf.shape else whole
+
+    opt_state = jax.tree.map_with_path(where, jax.eval_shape(optimizer.init, params))
+    return TrainState(jax.tree.map(lambda leaf: leaf.sharding, params), opt_state, whole)
 
 
 def train_step(
