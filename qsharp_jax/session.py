@@ -151,9 +151,17 @@ class Session:
         return self.all_train_problems()[count * (number - 1) : count * number]
 
     def all_train_problems(self) -> list[Problem]:
-        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+        return self._all_train_problems
 
     def test_problems(self) -> list[Problem]:
+        return self._test_problems
+
+    @functools.cached_property
+    def _all_train_problems(self) -> list[Problem]:
+        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+
+    @functools.cached_property
+    def _test_problems(self) -> list[Problem]:
         return self._problems("test", self.config.evaluate.problems)
 
     def _problems(self, split: str, count: int) -> list[Problem]:

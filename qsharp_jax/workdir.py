@@ -68,6 +68,14 @@ class Workdir:
             raise
         return cls(path, held if config is None else config, lock)
 
+    def read_hashes(self) -> dict[str, Any]:
+        """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
+        return _read_json(self.path / "config.json").get("hashes", {})
+
+    def write_hashes(self, hashes: dict[str, Any]) -> None:
+        stored = self.path / "config.json"
+        write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
+
     def close(self) -> None:
         if self._lock is not None:
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it with any child that was forked meanwhile
@@ -160,11 +168,15 @@ def _take_lock(path: Path) -> TextIO:
 
 
 def _read_config(path: Path) -> ConfigDict:
+    return from_json({name: item for name, item in _read_json(path).items() if name != "hashes"})
+
+
+def _read_json(path: Path) -> dict:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
-        return from_json(plain)
+        return plain
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
 

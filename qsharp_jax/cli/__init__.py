@@ -68,7 +68,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and rest:
         raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import session, sources
+    from qsharp_jax import hashes, session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
@@ -76,11 +76,24 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
-        return Workdir.open(options.workdir, config)
-    workdir = Workdir.open(options.workdir)
+        workdir = Workdir.open(options.workdir, config)
+    else:
+        workdir = Workdir.open(options.workdir)
     try:
-        session.check(workdir.config)  # it may be of an older version, or edited
-    except UserError as error:
+        if options.config is None:
+            _check_stored(workdir)
+        hashes.check_folders(workdir)
+    except BaseException:
         workdir.close()
-        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
+        raise
     return workdir
+
+
+def _check_stored(workdir: Workdir) -> None:
+    """The settings may be of an older version, or edited."""
+    from qsharp_jax import session
+
+    try:
+        session.check(workdir.config)
+    except UserError as error:
+        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
