@@ -52,6 +52,8 @@ def run(session: Session) -> LanguageModel:
                 save_every=config.save_every,
                 log=session.workdir.append_metrics,
                 stop=lambda means: means["loss"] <= config.stop_loss,
+                flops=train.language_model_flops(model_config),
+                profile=session.profile_folder("pretrain"),
             ),
         )
     return session.for_decoding(first.replace(params=state.params))

@@ -111,7 +111,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import session, sources
+    from qsharp_jax import hashes, session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
@@ -119,14 +119,17 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
-        return _opened(options.workdir, config)
-    workdir = _opened(options.workdir)
+        workdir = _opened(options.workdir, config)
+    else:
+        workdir = _opened(options.workdir)
     try:
-        configs.override_mesh(workdir.config, rest)
-        session.check(workdir.config)  # it may be of an older version, or edited
-    except UserError as error:
+        if options.config is None:
+            configs.override_mesh(workdir.config, rest)
+            _check_stored(workdir)
+        hashes.check_folders(workdir)
+    except BaseException:
         workdir.close()
-        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
+        raise
     return workdir
 
 
@@ -137,3 +140,13 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
         workdir = Workdir.open(path, config)
     processes.wait_for_all("the workdir is open")
     return workdir if processes.is_first() else Workdir.attach(path, config)
+
+
+def _check_stored(workdir: Workdir) -> None:
+    """The settings may be of an older version, or edited."""
+    from qsharp_jax import session
+
+    try:
+        session.check(workdir.config)
+    except UserError as error:
+        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
