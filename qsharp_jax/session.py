@@ -28,8 +28,8 @@ from qsharp_jax.text import Text
 from qsharp_jax.workdir import Workdir
 
 
-def check(config: ConfigDict) -> None:
-    """Everything about a config that can be refused before anything is computed.
+def check_settings(config: ConfigDict) -> None:
+    """That all settings are there, in their ranges, and go together.
 
     Raises:
       UserError: naming the setting, its value and what is allowed.
@@ -61,6 +61,15 @@ def check(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
             " prompts to evaluate on"
         )
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about a config that can be refused before anything is computed.
+
+    Raises:
+      UserError: as `check_settings`, and for folders, models and tasks that are not what they are taken for.
+    """
+    check_settings(config)
     sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)

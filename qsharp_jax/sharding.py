@@ -43,6 +43,7 @@ PARAMETERS: Mapping[str, Axes] = {
     "head": ("embed", "vocab"),  # of a language model
     "head.kernel": ("embed", "outputs"),  # of a guide
     "head.bias": ("outputs",),
+    "future": (None, "embed", "vocab"),  # heads of the auxiliary loss
     "scale": (None,),  # of every norm
     "attention_norm.bias": (None,),
     "mlp_norm.bias": (None,),

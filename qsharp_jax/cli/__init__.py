@@ -18,11 +18,17 @@ from qsharp_jax.workdir import Workdir, explain_os_error
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
 
+# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
+_NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; by default the process's own arguments."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
         options, rest = arguments.parser().parse_known_args(given)
+        if options.name == "plan":
+            os.environ.update(_NO_DEVICES)
         with _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
@@ -59,6 +65,12 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     """The run's workdir, with its lock; None for a command that works on folders instead."""
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
+    if options.name == "plan":
+        from qsharp_jax import session
+
+        options.settings = configs.load(options.config, rest)
+        session.check_settings(options.settings)
+        return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
     if hasattr(options, "ref"):  # before a workdir is opened, or made
