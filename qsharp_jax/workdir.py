@@ -22,11 +22,13 @@ from qsharp_jax.errors import UserError
 @dataclasses.dataclass
 class Workdir:
     """The paths of a workdir and the config of its run; `Workdir.open` also takes the lock, until `close` or the end
-    of a `with`. A plain `Workdir(path, config)` holds no lock: for the other processes of the run that opened it.
+    of a `with`. Of several processes on one run the first opens it, and the others `attach`: they write nothing that
+    there is one of (`writes` is false).
     """
 
     path: Path
     config: ConfigDict
+    writes: bool = True
     _lock: TextIO | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -63,7 +65,13 @@ class Workdir:
         except BaseException:
             lock.close()
             raise
-        return cls(path, held if config is None else config, lock)
+        return cls(path, held if config is None else config, _lock=lock)
+
+    @classmethod
+    def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
+        """The workdir that another process of the same run holds open."""
+        path = Path(path)
+        return cls(path, _read_config(path / "config.json") if config is None else config, writes=False)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -109,6 +117,8 @@ class Workdir:
 
         Raises OSError, with the file's name, if it cannot be written.
         """
+        if not self.writes:
+            return
         line = json.dumps(_finite(metrics), allow_nan=False) + "\n"
         try:
             with open(self.metrics, "a+b") as file:

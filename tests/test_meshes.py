@@ -135,7 +135,7 @@ def main():
             continue
         devices = compiled.devices(preset)
         fit, decode = (sharding.preset_mesh(preset, use, devices) for use in ("fit", "decode"))
-        slices = lambda grid: len({device.slice_index for device in grid.flat})  # noqa: E731
+        slices = lambda grid: len({getattr(device, "slice_index", None) for device in grid.flat})  # noqa: E731
         found[name] = dict(
             devices=len(devices),
             fit=dict(fit.shape),

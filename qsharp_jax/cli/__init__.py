@@ -7,8 +7,11 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
 from qsharp_jax.cli import arguments, texts
@@ -29,24 +32,51 @@ def main(given: Sequence[str] | None = None) -> int:
         options, rest = arguments.parser().parse_known_args(given)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
-        with _open_workdir(options, rest) as workdir:
+        with _joined(options), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
         sys.stdout.flush()
         return 0
-    except UserError as error:
-        return _refuse(str(error))
     except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if (sentence := explain_os_error(error)) is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if (found := _explain(error)) is None:
             raise
-        return _refuse(sentence)
-    except KeyboardInterrupt:
-        print("\nqsharp: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        code, sentence = found
+        print(f"qsharp: {sentence}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error; None for what only a traceback explains."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on where it stopped"
+    sentence = explain_os_error(error)
+    return sentence and (2, sentence)
+
+
+def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The other processes of the run, where there are some, have come. All but the first print nothing but errors."""
+    if getattr(options, "coordinator", None) is None:
+        return contextlib.nullcontext()
+
+    from qsharp_jax import processes
+
+    def explain(error: BaseException) -> tuple[int, str]:
+        if (found := _explain(error)) is None:
+            traceback.print_exception(error)
+            found = 1, f"{type(error).__name__}, see the traceback above"
+        return found
+
+    place = processes.find_place(options.coordinator, options.processes, options.process)
+    if place.index:
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
+    return processes.joined(place, options.coordinator_timeout, explain)
 
 
 def _keep_programs(folder: Path) -> None:
@@ -54,11 +84,6 @@ def _keep_programs(folder: Path) -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-
-
-def _refuse(sentence: str) -> int:
-    print(f"qsharp: {sentence}", file=sys.stderr)
-    return 2
 
 
 def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | contextlib.AbstractContextManager[None]:
@@ -77,22 +102,46 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         texts.check_source(options)
     if options.workdir is None:
         return contextlib.nullcontext()
-    if options.config is None and rest:
-        raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
+    if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
+        raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
     from qsharp_jax import session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
+        session.check_settings(config)
+        _check_mesh(config, options.config)
         session.check(config)
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
-        return Workdir.open(options.workdir, config)
-    workdir = Workdir.open(options.workdir)
+        return _opened(options.workdir, config)
+    workdir = _opened(options.workdir)
     try:
+        configs.override_mesh(workdir.config, rest)
         session.check(workdir.config)  # it may be of an older version, or edited
     except UserError as error:
         workdir.close()
         raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
     return workdir
+
+
+def _check_mesh(config: ConfigDict, path: str) -> None:
+    """That a mesh of several devices is that of this machine's, divides what it has to, and has the memory."""
+    if "mesh" not in config or config.mesh.name == "single":
+        return
+
+    import jax
+
+    from qsharp_jax import plan
+
+    plan.check(plan.make(config), config.mesh, configs.presets(path), jax.devices())
+
+
+def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
+    from qsharp_jax import processes
+
+    if processes.is_first():
+        workdir = Workdir.open(path, config)
+    processes.wait_for_all("the workdir is open")
+    return workdir if processes.is_first() else Workdir.attach(path, config)

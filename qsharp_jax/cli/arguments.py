@@ -88,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
         sub = add(command, summary)
         sub.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
         _add_config(sub, required=command is runs.run)
+        if command in (runs.run, runs.collect, runs.fit, runs.evaluate):
+            _add_processes(sub)
         return sub
 
     add_on_run(runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
@@ -142,6 +144,22 @@ def _add_config(sub: argparse.ArgumentParser, *, required: bool = False) -> None
     sub.add_argument(
         "--config", metavar="FILE", required=required, help="a Python file with get_config(), as in configs/"
     )
+
+
+def _add_processes(sub: argparse.ArgumentParser) -> None:
+    several = sub.add_argument_group(
+        "several processes, one a host", "all of them run the same command on a workdir that all of them see"
+    )
+    several.add_argument(
+        "--coordinator", metavar="PLACE",
+        help="where they meet: HOST:PORT of the first of them, tpu (by the TPU VM's metadata), or slurm (under srun)",
+    )  # fmt: skip
+    several.add_argument("--processes", type=_whole(1), metavar="N", help="how many, with HOST:PORT")
+    several.add_argument("--process", type=_whole(0), metavar="I", help="which this is, from 0, with HOST:PORT")
+    several.add_argument(
+        "--coordinator-timeout", type=_whole(1), default=300, metavar="SECONDS",
+        help="how long they wait for each other at the start, by default 300",
+    )  # fmt: skip
 
 
 def _add_folders(sub: argparse.ArgumentParser) -> None:

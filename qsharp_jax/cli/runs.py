@@ -21,7 +21,8 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
         evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
 
     qsharp.run(session, ref, after_round)
-    print("\n" + report.write(session))
+    if workdir.writes:
+        print("\n" + report.write(session))
 
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:

@@ -54,7 +54,8 @@ def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None)
     return None
 
 
-def _far(section: Any, other: Any) -> tuple[bool, float]:
-    """How far a preset is from another: first of the same kind, then of a like number of devices."""
+def _far(section: Any, other: Any) -> tuple[bool, bool, float]:
+    """How far a preset is from another: first those of the same kind, by their number of devices, then other kinds."""
     count, here = (s["slices"] * s["hosts"] * s["devices_per_host"] for s in (other, section))
-    return other["kind"] != section["kind"], abs(math.log2(count / here))
+    different = (other[what] != section[what] for what in ("kind", "platform"))
+    return *different, abs(math.log2(count / here))

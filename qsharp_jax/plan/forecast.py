@@ -176,7 +176,7 @@ def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
 
 LARGEST = 2**20  # chips' rows that nobody asks for
 SCORES, HIDDEN = 10, 16  # bytes: of a score while its gradient is taken, and of a hidden unit
-WORK = 6  # arrays in decoding at a time that are as large as its scores and logits
+WORK = 4  # arrays at a time in decoding that are as large as the logits
 
 
 def _kept(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
@@ -250,16 +250,12 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
         copies += narrow if narrow < layers else _turned_bytes(params)
         wider += layers - narrow
-    scores = max(
-        rows / data / beside * queries[name] * _divided(trunk.heads, tensor) * job.cache_size * 4
-        for name, (_, trunk) in trunks.items()
-    )
     memory += [
         Line(
             "copies of weights", copies,
             "made before the loop: of all layers where these are wider than computing, else query kernels and head",
         ),
-        Line("work", WORK * (scores + vocabulary), f"{WORK} x (attention's scores and a row's logits, float32)"),
+        Line("work", WORK * vocabulary, f"{WORK} x the rows' float32 logits"),
     ]  # fmt: skip
 
     flops, brought = 0.0, Counter()
