@@ -30,8 +30,8 @@ from qsharp_jax.text import Text
 from qsharp_jax.workdir import Workdir
 
 
-def check(config: ConfigDict) -> None:
-    """Everything about a config that can be refused before anything is computed.
+def check_settings(config: ConfigDict) -> None:
+    """That all settings are there, in their ranges, and go together.
 
     Raises:
       UserError: naming the setting, its value and what is allowed.
@@ -63,8 +63,6 @@ def check(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
             " prompts to evaluate on"
         )
-    _check_rows(config)
-    sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
@@ -72,6 +70,17 @@ def check(config: ConfigDict) -> None:
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
         words = str(error).strip('"')
         raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about a config that can be refused before anything is computed.
+
+    Raises:
+      UserError: as `check_settings`, and for folders and models that are not what they are taken for.
+    """
+    check_settings(config)
+    _check_rows(config)
+    sources.check_folders(config)
     session = Session(Workdir(Path(), config))
     try:
         sources.check(config, session.text)

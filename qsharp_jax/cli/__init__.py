@@ -26,11 +26,17 @@ RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
 
+# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
+_NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; by default the process's own arguments."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
         options, rest = arguments.parser().parse_known_args(given)
+        if options.name == "plan":
+            os.environ.update(_NO_DEVICES)
         with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
@@ -102,6 +108,12 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     """The run's workdir, with its lock; None for a command that works on folders instead."""
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
+    if options.name == "plan":
+        from qsharp_jax import session
+
+        options.settings = configs.load(options.config, rest)
+        session.check_settings(options.settings)
+        return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
     if hasattr(options, "ref"):  # before a workdir is opened, or made
@@ -115,6 +127,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
 
     if options.config is not None:
         config = configs.load(options.config, rest)
+        session.check_settings(config)
+        _check_mesh(config, options.config)
         session.check(config)
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
@@ -131,6 +145,18 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir.close()
         raise
     return workdir
+
+
+def _check_mesh(config: ConfigDict, path: str) -> None:
+    """That a mesh of several devices is that of this machine's, divides what it has to, and has the memory."""
+    if "mesh" not in config or config.mesh.name == "single":
+        return
+
+    import jax
+
+    from qsharp_jax import plan
+
+    plan.check(plan.make(config), config.mesh, configs.presets(path), jax.devices())
 
 
 def _opened(path: str, config: ConfigDict | None = None) -> Workdir:

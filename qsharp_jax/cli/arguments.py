@@ -46,6 +46,18 @@ It grows in the order of the input; the same command, typed again after it was s
 {FOLDERS_HELP}"""
 
 
+PLAN_HELP = f"""\
+No workdir, no device and no weights are needed: of folders their config.json. What a chip holds and does in a step of
+the fit and of decoding, for the mesh of the config, by arithmetic; each number says how it was found. For example
+
+  qsharp plan --config configs/arithmetic.py --config.mesh=v5p_64 --ref-size llama3.1-70b --guide-size llama3.2-3b
+
+A mesh that cannot be is refused with the nearest that can. Its memory, bandwidths and peak are the vendor's figures in
+configs/meshes.py; of `single` and `cpu` nothing is known, so give them as --config.mesh.hbm_bytes=16000000000.
+
+{CONFIG_HELP}"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Refuses like the rest of the program: one sentence, not the usage."""
 
@@ -111,6 +123,20 @@ def parser() -> argparse.ArgumentParser:
 
     add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
     add_on_run(runs.report, "write report.md and the plots from what was measured")
+
+    sub = add(runs.plan, "memory and time on a mesh of devices, without a device", PLAN_HELP)
+    _add_config(sub, required=True)
+    sub.set_defaults(workdir=None)
+    sub.add_argument("--ref-size", metavar="SIZE", help="a published shape as the reference, such as llama3.1-70b")
+    sub.add_argument("--guide-size", metavar="SIZE", help="the same as the guide, such as llama3.2-3b")
+    sub.add_argument(
+        "--prompt-tokens", type=_whole(1), metavar="N",
+        help="of the longest prompt; by default config.generate.prompt_bucket",
+    )  # fmt: skip
+    sub.add_argument(
+        "--compile", action="store_true",
+        help="ask the TPU compiler as well, for a TPU's mesh (minutes); it comes with: pip install \".[tpu]\"",
+    )  # fmt: skip
 
     sub = add_on_run(runs.export, "write one of a run's models as a folder that `transformers` loads")
     sub.add_argument("--what", choices=("ref", "guide"), required=True, help="the reference, or the last fitted guide")

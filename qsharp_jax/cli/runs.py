@@ -74,6 +74,23 @@ def report(workdir: Workdir, options: argparse.Namespace) -> None:
     print(report.write(Session(workdir)))
 
 
+def plan(workdir: None, options: argparse.Namespace) -> None:
+    """On the config alone; a run that cannot be is refused after what can be said about it."""
+    from qsharp_jax import config as configs
+    from qsharp_jax import plan
+
+    presets = configs.presets(options.config)
+    section = options.settings.get("mesh") or presets["single"]
+    job = plan.make(
+        options.settings, ref_size=options.ref_size, guide_size=options.guide_size, prompt_tokens=options.prompt_tokens
+    )
+    try:
+        for line in plan.lines(job, section, compile=options.compile):
+            print(line, flush=True)
+    finally:
+        plan.check(job, section, presets)
+
+
 def export(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import export
     from qsharp_jax.session import Session
