@@ -11,6 +11,7 @@ There is no step for the policy: it is pi_ref with the guide beside it. Everythi
 that was stopped anywhere goes on from there. It knows nothing about evaluation.
 """
 
+import dataclasses
 import functools
 import time
 import zlib
@@ -22,6 +23,7 @@ from qsharp_jax import dataset, rollouts, score, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Rollout
 from qsharp_jax.errors import UserError
+from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -87,6 +89,10 @@ def fit(
         future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
         params = params | {"future": future}
 
+    frozen = {}
+    if config.lora_rank:
+        params, frozen = lora.split(lora.add(session.key("lora"), params, config.lora_rank, config.lora_alpha))
+
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
     held_out = [r for r in data if _is_held_out(r, config.holdout)]
@@ -114,17 +120,20 @@ def fit(
         )  # fmt: skip
 
     total_steps = config.epochs * batches.steps_per_epoch
+    trunk = dataclasses.replace(guide_config.trunk, dtype=config.dtype or guide_config.trunk.dtype)
     optimizer = train.make_optimizer(config.optimizer)
     state = train.fit(
-        train.init_state(params, optimizer),
+        train.init_state(params, optimizer, frozen),
         batches,
         loss_fn=functools.partial(
             train.value_loss,
-            config=guide_config,
+            config=dataclasses.replace(guide_config, trunk=trunk),
             projection=config.projection,
             clip=config.clip_rewards,
             future_weight=config.future_weight,
             remat=config.remat,
+            attend_by=config.attention,
+            packed=config.pack_length > 0,
         ),
         optimizer=optimizer,
         schedule=train.make_schedule(config.optimizer, total_steps),

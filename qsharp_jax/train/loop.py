@@ -19,6 +19,7 @@ from qsharp_jax import sharding
 from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
+from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.progress import Bar
 from qsharp_jax.train.optimizer import Schedule
@@ -63,6 +64,8 @@ def fit(
 ) -> TrainState:
     """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
 
+    What is returned and saved at the end is the whole model in its ordinary form, with nothing frozen.
+
     Returns at once if the last checkpoint is a final one. With `loop.patience`, the parameters that are returned, and
     lie in the final checkpoint, are those of the best evaluation.
 
@@ -72,9 +75,9 @@ def fit(
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
     """
-    state = checkpoints.restore(state)
     if checkpoints.finished():
-        return state
+        return state.replace(params=checkpoints.restore_params(lora.without(state.model)), frozen={})
+    state = checkpoints.restore(state)
     step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
     # On a mesh the new state's place is said: the compiler may find another, and the next step were another program.
     places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -117,13 +120,14 @@ def fit(
     if best:
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), best.params, state.params)
         state = state.replace(params=params)
+    state = state.replace(params=lora.merged(state.model), frozen={})
     checkpoints.save(state, final=True)
     return state
 
 
 def _evaluate(state: TrainState, loop: Loop, best: Best | None) -> Best | None:
     """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
-    measures, step = loop.measure(state.params), int(state.step)
+    measures, step = loop.measure(state.model), int(state.step)
     if loop.patience and measures["nll"] < (best.loss if best else math.inf):
         # Copied: the next step donates these.
         best = Best(jax.tree.map(np.array, state.params), step, measures["nll"])
