@@ -3,10 +3,11 @@
 What a downloaded model is for the large tasks. It knows nothing about rewards.
 """
 
+import contextlib
 import functools
 
 from qsharp_jax import train
-from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.checkpoint import Checkpoints, DamagedError
 from qsharp_jax.dataset import Batches, Example
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
@@ -19,10 +20,12 @@ def run(session: Session) -> LanguageModel:
         return session.load_ref()
     config, model_config = session.config.pretrain, session.ref_config
     checkpoints = Checkpoints(session.workdir.ref)
-    if checkpoints.finished():
-        return session.load_ref()
+    with contextlib.suppress(DamagedError):  # `fit` names it, and goes on from the one before
+        if checkpoints.finished():
+            return session.load_ref()
     text = session.text
-    text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
+    if session.workdir.writes:
+        text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
     texts = session.task.pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )
@@ -33,20 +36,24 @@ def run(session: Session) -> LanguageModel:
         seed=session.seed("pretrain"),
     )
     optimizer = train.make_optimizer(config.optimizer)
-    state = train.fit(
-        train.init_state(decoder.init(session.key("ref"), model_config), optimizer),
-        batches,
-        loss_fn=functools.partial(train.language_model_loss, config=model_config),
-        optimizer=optimizer,
-        schedule=train.make_schedule(config.optimizer, config.steps),
-        checkpoints=checkpoints,
-        loop=train.Loop(
-            name="pre-train pi_ref",
-            total_steps=min(config.steps, batches.steps_per_epoch),
-            log_every=config.log_every,
-            save_every=config.save_every,
-            log=session.workdir.append_metrics,
-            stop=lambda means: means["loss"] <= config.stop_loss,
-        ),
-    )
-    return LanguageModel(state.params, model_config)
+    first = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
+    with session.fitting():
+        state = train.fit(
+            train.init_state(first.params, optimizer),
+            batches,
+            loss_fn=functools.partial(train.language_model_loss, config=model_config),
+            optimizer=optimizer,
+            schedule=train.make_schedule(config.optimizer, config.steps),
+            checkpoints=checkpoints,
+            loop=train.Loop(
+                name="pre-train pi_ref",
+                total_steps=min(config.steps, batches.steps_per_epoch),
+                log_every=config.log_every,
+                save_every=config.save_every,
+                log=session.workdir.append_metrics,
+                stop=lambda means: means["loss"] <= config.stop_loss,
+                flops=train.language_model_flops(model_config),
+                profile=session.profile_folder("pretrain"),
+            ),
+        )
+    return session.for_decoding(first.replace(params=state.params))

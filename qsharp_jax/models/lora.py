@@ -61,11 +61,6 @@ def part(x: jax.Array, leaves: Params) -> jax.Array:
     return jnp.einsum("z...r,zrn->z...n", narrow[None], b[None])[0]
 
 
-def without(params: Params) -> Params:
-    """The parameters below the LoRA."""
-    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if path[-1] not in LEAVES})
-
-
 def merged(params: Params) -> Params:
     """Parameters of the ordinary form: A B is added to every kernel and gone."""
     flat = flatten_dict(params)

@@ -45,6 +45,10 @@ class ValueConfig:
         """M: numbers that parametrise one distribution."""
         return len(self.atoms) if self.distribution == "categorical" else 1
 
+    def computed_in(self, dtype: str | None) -> "ValueConfig":
+        """The same with another dtype of the trunk's products; None leaves it."""
+        return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
+
 
 @flax.struct.dataclass
 class ValueModel:
