@@ -187,8 +187,8 @@ class Session:
         asked, platform, dtype = self.config.fit.attention, jax.default_backend(), self.fit_config.trunk.dtype
         if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(asked, platform)) != platform:
             raise UserError(
-                f"config.fit.attention is {asked}, which runs on a {needed}, and JAX has a {platform} here; give xla, or"
-                " blocks for long sequences on a CPU"
+                f"config.fit.attention is {asked}, which runs on a {needed}, and JAX has a {platform} here; give xla,"
+                " or blocks for long sequences on a CPU"
             )
         if asked == "cudnn" and dtype != "bfloat16":
             raise UserError(

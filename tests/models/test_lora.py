@@ -95,7 +95,7 @@ def test_steps_change_what_is_learned_alone_and_moments_are_of_it_alone():
 
 def test_no_gradient_of_a_kernel_s_size_is_made():
     """The compiled gradient's temporaries: of wide kernels, far less than those kernels."""
-    guide = helpers.random_guide(helpers.random_model(V, layers=2, mlp=8192).config)
+    guide = helpers.random_guide(helpers.random_model(V, layers=2, mlp=2048).config)
     learned, frozen = lora.split(lora.add(jax.random.key(0), guide.params, 1, 1.0))
     loss_fn = functools.partial(train.value_loss, config=guide.config, batch=BATCH)
     gradient = jax.jit(jax.grad(lambda learned, frozen: loss_fn(lora.join(learned, frozen))[0]))
@@ -112,7 +112,7 @@ def test_no_gradient_of_a_kernel_s_size_is_made():
 
 def test_a_fit_with_lora_ends_in_an_ordinary_guide_and_resumes(tmp_path):
     """Two rounds: the second starts from the first's merged guide; typed again, nothing is fitted anew."""
-    session = helpers.session(tmp_path, "fit.lora_rank=2", "fit.epochs=1", "fit.holdout=0", "rounds=2")
+    session = helpers.session(tmp_path, "fit.lora_rank=2", "fit.epochs=3", "fit.holdout=0", "rounds=2")
     ref = helpers.random_model(session.text.vocab_size)
     rng = np.random.default_rng(0)
     data = [
