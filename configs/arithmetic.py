@@ -60,6 +60,10 @@ def get_config() -> ConfigDict:
     c.fit.batch_size = 32
     c.fit.accumulate = 1  # parts that a batch is taken in, for less memory; the step is the whole batch's
     c.fit.remat = "dots"  # kept for the gradient: matrix products; none: everything; full: the blocks' inputs alone
+    c.fit.dtype = config_dict.placeholder(str)  # of the fit's products, float32 or bfloat16; None: the guide's own
+    c.fit.attention = "xla"  # blocks: for long sequences on a CPU; cudnn: on CUDA, in bfloat16; splash: on TPUs
+    c.fit.lora_rank = 0  # learn updates of the trunk's kernels of this rank, beside the head; 0: all weights
+    c.fit.lora_alpha = 16.0  # over the rank, what those updates are multiplied by
     c.fit.length_bucket = 24
     c.fit.pack_length = 0  # tokens of a row that several rollouts share; 0: one a row, padded as the bucket says
     c.fit.holdout = 0.05  # share of prompts that the guide is measured on, not fitted to

@@ -10,8 +10,9 @@ QSHARP_VENV=${QSHARP_VENV:-$repo/.venv}
 export QSHARP_VENV
 
 # glibc gives the memory of every large array back to the system when it is freed, and asks for it again at the next
-# step. Thresholds above any array that a CPU run makes (in bytes) keep it.
-export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
+# step. Thresholds above any array that a CPU run makes (in bytes) keep it; in one arena, since those of all threads but
+# the first hold no more than 64 MiB, and what is larger goes to the system and back whatever the thresholds.
+export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864 MALLOC_ARENA_MAX=1
 
 fail() {
     echo "$(basename "$0"): $*" >&2

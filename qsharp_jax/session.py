@@ -63,6 +63,12 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
             " prompts to evaluate on"
         )
+    width = "pack_length" if config.fit.pack_length else "length_bucket"
+    if config.fit.attention == "splash" and config.fit[width] % 128:
+        raise UserError(
+            f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
+            " give one, or another attention"
+        )
     try:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
@@ -166,6 +172,29 @@ class Session:
     @functools.cached_property
     def decode_mesh(self) -> Mesh | None:
         return sharding.preset_mesh(self.config.get("mesh"), "decode")
+
+    @property
+    def fit_config(self) -> ValueConfig:
+        """The guide's shape, to be computed in `fit.dtype`."""
+        return self.guide_config.computed_in(self.config.fit.dtype)
+
+    def check_attention(self) -> None:
+        """That the fit's attention runs on this machine's devices.
+
+        Raises:
+          UserError: saying what it needs.
+        """
+        asked, platform, dtype = self.config.fit.attention, jax.default_backend(), self.fit_config.trunk.dtype
+        if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(asked, platform)) != platform:
+            raise UserError(
+                f"config.fit.attention is {asked}, which runs on a {needed}, and JAX has a {platform} here; give xla,"
+                " or blocks for long sequences on a CPU"
+            )
+        if asked == "cudnn" and dtype != "bfloat16":
+            raise UserError(
+                f"config.fit.attention cudnn computes in bfloat16, and the guide is fitted in {dtype}; give"
+                " --config.fit.dtype=bfloat16, or xla"
+            )
 
     def fitting(self) -> contextlib.AbstractContextManager:
         """Inside, the mesh for fitting is set; where there is none, nothing is."""

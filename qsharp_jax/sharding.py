@@ -57,6 +57,13 @@ PARAMETERS: Mapping[str, Axes] = {
     "mlp_norm.bias": (None,),
     "final_norm.bias": (None,),
 }
+# A LoRA's parts beside a block's kernel: the one reads as the kernel does, the other writes as it does.
+PARAMETERS = PARAMETERS | {
+    f"{name.removesuffix('kernel')}{part}": axes
+    for name, kernel in PARAMETERS.items()
+    if name.endswith(".kernel") and name != "head.kernel"
+    for part, axes in {"lora_a": (kernel[0], None), "lora_b": (None, kernel[1]), "lora_scale": ()}.items()
+}
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
 # Beside the arrays' axes there are those of what is computed: `stream` is the batch of the residual stream, `rows` that

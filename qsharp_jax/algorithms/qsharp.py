@@ -22,6 +22,7 @@ from qsharp_jax import dataset, rollouts, score, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Rollout
 from qsharp_jax.errors import UserError
+from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -81,6 +82,9 @@ def fit(
     it on.
     """
     config, guide_config = session.config.fit, session.guide_config
+    checkpoints = Checkpoints(session.guide_folder(number))
+    if config.lora_rank and checkpoints.finished():
+        return session.load_guide(number)
     if config.warm_start and previous is not None:
         params = previous.params
     else:
@@ -88,7 +92,10 @@ def fit(
     if config.future_offsets:
         future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
         params = params | {"future": future}
+    if config.lora_rank:
+        params = lora.add(session.key("lora"), params, config.lora_rank, config.lora_alpha)
     params = session.for_fitting(ValueModel(params, guide_config)).params
+    params, frozen = lora.split(params) if config.lora_rank else (params, {})
 
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
@@ -120,20 +127,22 @@ def fit(
     optimizer = train.make_optimizer(config.optimizer)
     with session.fitting():
         state = train.fit(
-            train.init_state(params, optimizer),
+            train.init_state(params, optimizer, frozen),
             batches,
             loss_fn=functools.partial(
                 train.value_loss,
-                config=guide_config,
+                config=session.fit_config,
                 projection=config.projection,
                 clip=config.clip_rewards,
                 future_weight=config.future_weight,
                 remat=config.remat,
+                attend_by=config.attention,
+                packed=config.pack_length > 0,
             ),
             optimizer=optimizer,
             schedule=train.make_schedule(config.optimizer, total_steps),
             accumulate=config.accumulate,
-            checkpoints=Checkpoints(session.guide_folder(number)),
+            checkpoints=Checkpoints(session.guide_folder(number) / "lora") if config.lora_rank else checkpoints,
             loop=train.Loop(
                 name=f"round {number}: fit",
                 total_steps=total_steps,
@@ -147,6 +156,10 @@ def fit(
                 profile=session.profile_folder(f"round_{number}"),
             ),
         )
+    if config.lora_rank:  # its checkpoints are of what is learned; what they make of the trunk is an ordinary guide
+        state = state.replace(params=lora.merged(state.model), frozen={})
+        checkpoints.save(state, final=True)
+        checkpoints.wait()
     return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)
 
 

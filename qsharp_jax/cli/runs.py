@@ -32,6 +32,7 @@ def collect(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    session.check_attention()
     hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
@@ -60,6 +61,7 @@ def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    session.check_attention()
     hashes.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()

@@ -5,6 +5,7 @@ Shapes: B batch, T length, D embed, H heads, G kv heads, E head_dim, V vocabular
 whole sequence here, over a cache in `kv_cache.py`. It knows nothing about values, sampling or files.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import sharding
-from qsharp_jax.models import memory
+from qsharp_jax.models import attention, lora, memory
+from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
-# attend(query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> (attention [B, T, H, E], whatever is to be kept)
+# attend(query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> (attended [B, T, H, E], whatever is to be kept)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -43,19 +45,55 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, use_fast_variance=False, name=name)
 
 
-def _projection(config: DecoderConfig, features: int, name: str, *, bias: bool, scale: float = 1.0) -> nn.Dense:
-    init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-    return _Projection(features, use_bias=bias, dtype=config.compute_dtype, kernel_init=init, name=name)
+class Projection(nn.Module):
+    """x @ kernel + bias, computed in the config's dtype; with the LoRA's part where the layer has one (`lora.py`)."""
 
+    config: DecoderConfig
+    features: int
+    bias: bool
+    scale: float
 
-class _Projection(nn.Dense):
-    """A product with the leaf "kernel" [in, out], or with "weight" [out, in] in its place, see `unstack`."""
-
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if not self.has_variable("params", "weight"):
-            return super().__call__(x)
-        y = _from_left(self.get_variable("params", "weight").astype(self.dtype), x.astype(self.dtype), self.dtype)
-        return y + self.get_variable("params", "bias").astype(self.dtype) if self.use_bias else y
+        init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
+        if self.has_variable("params", "weight"):  # of the transposed form, see `unstack`
+            y = _from_left(self.get_variable("params", "weight").astype(x.dtype), x, x.dtype)
+        else:
+            y = product(x, self.param("kernel", init, (x.shape[-1], self.features)), x.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + lora.part(x, {name: self.get_variable("params", name) for name in lora.LEAVES})
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        return y
+
+
+def _projection(config: DecoderConfig, features: int, name: str, *, bias: bool, scale: float = 1.0) -> Projection:
+    return Projection(config, features, bias, scale, name=name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., D] @ kernel [D, N] in x's dtype, whatever the kernel's, as [..., N] of a dtype.
+
+    The gradient's products take operands of x's dtype too, and the kernel's gradient is not rounded to it: devices and
+    parts of a batch add theirs up in the kernel's own.
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple:
+    return product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype: Any, kept: tuple, cotangent: jax.Array) -> tuple:
+    x, kernel = kept
+    cotangent = cotangent.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    x_cotangent = jax.lax.dot_general(cotangent, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return x_cotangent, jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def _from_left(weight: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -91,9 +129,9 @@ class Block(nn.Module):
             query, key = _norm(c, "query_norm")(query), _norm(c, "key_norm")(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        attention, kept = attend(query, key, value)
-        attention = attention.reshape(batch, length, c.heads * c.head_dim)
-        x = x + _projection(c, c.embed, "output", bias=c.bias, scale=residual_scale)(attention)
+        attended, kept = attend(query, key, value)
+        attended = attended.reshape(batch, length, c.heads * c.head_dim)
+        x = x + _projection(c, c.embed, "output", bias=c.bias, scale=residual_scale)(attended)
 
         h = _norm(c, "mlp_norm")(x)
         up = _projection(c, c.mlp, "up", bias=c.bias)(h)
@@ -234,7 +272,7 @@ def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arra
         y = _from_left(head.astype(config.compute_dtype), hidden[..., None, :], jnp.float32)
         return y[..., 0, :]
     head = params["embedding"].T if config.tied else params["head"]
-    return jnp.matmul(hidden, head.astype(config.compute_dtype), preferred_element_type=jnp.float32)
+    return product(hidden, head, jnp.float32)
 
 
 def previous_tokens(tokens: jax.Array, segments: jax.Array) -> jax.Array:
@@ -263,6 +301,8 @@ def forward(
     *,
     keep_kv: bool = False,
     remat: Remat = "dots",
+    attend_by: Attention = "xla",
+    packed: bool = True,
 ) -> tuple[jax.Array, Any]:
     """Normed hidden states of whole sequences under causal attention.
 
@@ -275,20 +315,18 @@ def forward(
       keep_kv: also return every layer's keys and values.
       remat: what is done again for the gradient, of stacked layers. "none": nothing, all is kept; "dots": all but the
         products with weights; "full": all, from each block's input.
+      attend_by, packed: how attention is computed, and whether rows have several segments, see `attention.make`.
 
     Returns:
       hidden [B, T, D], and with `keep_kv` a (keys, values) pair of [B, T, G, E] a layer (stacked, or a list).
     """
     chex.assert_rank([tokens, segments, positions], 2)
     chex.assert_equal_shape([tokens, segments, positions])
-    length = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    mask = causal & (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
     block, turn = Block(config), rotation(positions, config)
+    within_segments = attention.make(attend_by, segments, packed=packed)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-        attention = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-        return attention, (key, value) if keep_kv else None
+        return within_segments(query, key, value), (key, value) if keep_kv else None
 
     def run_block(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
         layer = sharding.gather_weights(layer, config)
@@ -304,5 +342,6 @@ def forward(
             x, pair = run_block(x, layer)
             kept.append(pair)
     else:
-        x, kept = jax.lax.scan(_rematerialised(run_block, remat), x, params["layers"])
+        # Unrolled where all is kept: a loop's step would copy what it keeps into arrays of all layers, and out of them.
+        x, kept = jax.lax.scan(_rematerialised(run_block, remat), x, params["layers"], unroll=remat == "none")
     return normalise(params, config, x), kept

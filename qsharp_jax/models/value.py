@@ -45,6 +45,10 @@ class ValueConfig:
         """M: numbers that parametrise one distribution."""
         return len(self.atoms) if self.distribution == "categorical" else 1
 
+    def computed_in(self, dtype: str | None) -> "ValueConfig":
+        """The same with another dtype of the trunk's products; None leaves it."""
+        return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
+
 
 @flax.struct.dataclass
 class ValueModel:
@@ -79,8 +83,7 @@ def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
 
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
     """A V-type head's float32 outputs [..., M] from the tokens' own hidden states [..., D]."""
-    kernel = params["head"]["kernel"].astype(config.trunk.compute_dtype)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + params["head"]["bias"]
+    return decoder.product(hidden, params["head"]["kernel"], jnp.float32) + params["head"]["bias"]
 
 
 def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -108,19 +111,26 @@ def forward(
     tokens: jax.Array,
     segments: jax.Array,
     positions: jax.Array,
-    *,
-    remat: decoder.Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
 
     Arguments as in `decoder.forward`. A Q-type reads them before the token; a segment's first token has none (zeros).
     """
-    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions, remat=remat)
+    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
+    return read(params, config, read_from(config, hidden, tokens, segments), tokens), hidden
+
+
+def read_from(config: ValueConfig, hidden: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """The hidden states [B, T, D] that the head reads for every token: its own, or with a Q-type those before it."""
     if config.type == "v":
-        return outputs(params, config, hidden), hidden
+        return hidden
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    before = jnp.where(decoder.previous_tokens(tokens, segments)[..., None] >= 0, before, 0)
-    return outputs_at(params, config, before, tokens), hidden
+    return jnp.where(decoder.previous_tokens(tokens, segments)[..., None] >= 0, before, 0)
+
+
+def read(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Outputs [B, T, M] of tokens, from what `read_from` gave for them."""
+    return outputs(params, config, hidden) if config.type == "v" else outputs_at(params, config, hidden, tokens)
 
 
 def unstack(params: Params, *, transposed: bool = False) -> Params:

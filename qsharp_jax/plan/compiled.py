@@ -78,8 +78,9 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
         reward_to_go=jax.ShapeDtypeStruct(number.shape, jnp.float32),
     )  # fmt: skip
     loss = functools.partial(
-        train.value_loss, config=guide, projection=config.projection, clip=config.clip_rewards,
-        future_weight=config.future_weight, remat=config.remat,
+        train.value_loss, config=guide.computed_in(config.dtype), projection=config.projection,
+        clip=config.clip_rewards, future_weight=config.future_weight, remat=config.remat, attend_by=config.attention,
+        packed=config.pack_length > 0,
     )  # fmt: skip
     step = functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer, accumulate=config.accumulate)
     with jax.set_mesh(mesh):

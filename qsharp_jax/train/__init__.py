@@ -7,7 +7,6 @@ from qsharp_jax.train.losses import (
     future_token_loss,
     init_future,
     language_model_loss,
-    masked_mean,
     value_loss,
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
@@ -30,7 +29,6 @@ __all__ = [
     "language_model_loss",
     "make_optimizer",
     "make_schedule",
-    "masked_mean",
     "state_shardings",
     "train_step",
     "value_loss",

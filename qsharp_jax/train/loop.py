@@ -164,7 +164,7 @@ def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Bes
     step = int(state.step)
     try:
         with interrupt.interruptible():
-            measures = loop.measure(state.params)
+            measures = loop.measure(state.model)
     except Stopped:
         checkpoints.save(state, best=best)
         raise

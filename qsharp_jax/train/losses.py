@@ -7,6 +7,8 @@ A loss and its metrics are means over a batch. Where `whole` is given, `batch` i
 divided by the whole's counts: the parts' losses, metrics and gradients then add up to the whole's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,21 +18,38 @@ from qsharp_jax import values
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, value
+from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.train.labelled import labelled_sum
 
 
 def language_model_loss(
     params: Params, batch: Batch, whole: Batch | None = None, *, config: DecoderConfig
 ) -> tuple[jax.Array, dict]:
     """Mean cross-entropy of the next token, in nats, over response tokens."""
-    whole = batch if whole is None else whole
     hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
-    logits = decoder.logits(params, config, hidden[:, :-1])
-    targets, mask, of = batch.tokens[:, 1:], _has_context(batch), _has_context(whole)
-    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), mask, of)
-    return loss, {"accuracy": masked_mean(logits.argmax(-1) == targets, mask, of)}
+    sums = labelled_sum(
+        functools.partial(_next_token, config=config),
+        {name: params[name] for name in ("embedding", "head") if name in params},
+        hidden[:, :-1],
+        batch.tokens[:, 1:],
+        _has_context(batch),
+        width=config.vocab_size,
+    )
+    count = jnp.maximum(_has_context(batch if whole is None else whole).sum(), 1)
+    loss, right = (total / count for total in sums)
+    return loss, {"accuracy": right}
+
+
+def _next_token(
+    params: Params, hidden: jax.Array, targets: jax.Array, mask: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the mask: of the cross-entropy, and of the times that the likeliest token is the right one."""
+    logits = decoder.logits(params, config, hidden)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(mask, loss, 0).sum(), jnp.where(mask, logits.argmax(-1) == targets, 0).sum(dtype=jnp.float32)
 
 
 def _has_context(batch: Batch) -> jax.Array:
@@ -48,6 +67,8 @@ def value_loss(
     clip: bool = False,
     future_weight: float = 0.0,
     remat: decoder.Remat = "dots",
+    attend_by: Attention = "xla",
+    packed: bool = True,
 ) -> tuple[jax.Array, dict]:
     """Mean negative log-likelihood of the reward-to-go over all labelled tokens of the batch.
 
@@ -58,18 +79,45 @@ def value_loss(
     Args:
       params: a value model's parameters, with "future" [F, D, V] or without.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
-      remat: of the trunk, see `decoder.forward`.
+      remat, attend_by, packed: of the trunk, see `decoder.forward`.
     """
     whole = batch if whole is None else whole
-    outputs, hidden = value.forward(params, config, batch.tokens, batch.segments, batch.positions, remat=remat)
-    distribution = values.from_outputs(config.distribution, outputs, config.atoms)
-    mask, of = batch.label_mask, whole.label_mask
-    nll = masked_mean(values.nll(distribution, batch.reward_to_go, projection=projection, clip=clip), mask, of)
-    metrics = {"nll": nll, "brier": masked_mean((distribution.mean() - batch.reward_to_go) ** 2, mask, of)}
+    hidden, _ = decoder.forward(
+        params["trunk"], config.trunk, batch.tokens, batch.segments, batch.positions,
+        remat=remat, attend_by=attend_by, packed=packed,
+    )  # fmt: skip
+    sums = labelled_sum(
+        functools.partial(_reward_to_go, config=config, projection=projection, clip=clip),
+        {"head": params["head"]},
+        value.read_from(config, hidden, batch.tokens, batch.segments),
+        (batch.tokens, batch.reward_to_go),
+        batch.label_mask,
+        width=config.outputs * (config.trunk.embed if config.type == "q" else 1),
+    )
+    nll, brier = (total / jnp.maximum(whole.label_mask.sum(), 1) for total in sums)
+    metrics = {"nll": nll, "brier": brier}
     if "future" not in params:
         return nll, metrics
     future = future_token_loss(params["future"], hidden, batch, whole)
     return nll + future_weight * future, metrics | {"future_nll": future}
+
+
+def _reward_to_go(
+    params: Params,
+    hidden: jax.Array,
+    targets: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    *,
+    config: ValueConfig,
+    projection: values.Projection,
+    clip: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the mask: of the negative log-likelihood, and of the mean's squared error."""
+    tokens, reward_to_go = targets
+    outputs = value.read(params, config, hidden, tokens)
+    distribution = values.from_outputs(config.distribution, outputs, config.atoms)
+    nll = values.nll(distribution, reward_to_go, projection=projection, clip=clip)
+    return tuple(jnp.where(mask, x, 0).sum() for x in (nll, (distribution.mean() - reward_to_go) ** 2))
 
 
 def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:
@@ -92,12 +140,19 @@ def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: 
     Only responses with a positive reward are learned from. Multi-token prediction: Gloeckle et al., arXiv 2404.19737.
     """
     total, count = 0.0, 0.0
-    for offset in range(1, len(heads) + 1):
-        logits = hidden[:, :-offset] @ heads[offset - 1]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, offset:])
-        total += (loss * _has_future(batch, offset)).sum()
+    for offset, head in enumerate(heads, start=1):
+        targets, mask = batch.tokens[:, offset:], _has_future(batch, offset)
+        total += labelled_sum(_later_token, head, hidden[:, :-offset], targets, mask, width=head.shape[-1])[0]
         count += _has_future(batch if whole is None else whole, offset).sum()
     return total / jnp.maximum(count, 1)
+
+
+def _later_token(
+    head: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[()]]:
+    """The sum of the cross-entropy over the mask."""
+    logits = decoder.product(hidden, head, jnp.float32)
+    return jnp.where(mask, optax.softmax_cross_entropy_with_integer_labels(logits, targets), 0).sum(), ()
 
 
 def _has_future(batch: Batch, offset: int) -> jax.Array:
@@ -110,8 +165,3 @@ def _has_future(batch: Batch, offset: int) -> jax.Array:
 def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Array:
     """Heads of the future-token loss, [F, D, V]."""
     return jax.random.normal(key, (offsets, config.embed, config.vocab_size)) * config.embed**-0.5
-
-
-def masked_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
-    """Mean of x over the true entries of mask; 0 if there are none. With `whole`, its count is what is divided by."""
-    return jnp.where(mask, x, 0).sum() / jnp.maximum((mask if whole is None else whole).sum(), 1)

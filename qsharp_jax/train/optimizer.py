@@ -72,7 +72,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Params) -> Params:
-    names = ("kernel", "embedding", "positions", "head", "future")
+    names = ("kernel", "embedding", "positions", "head", "future", "lora_a", "lora_b")
     return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
 
 

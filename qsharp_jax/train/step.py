@@ -14,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qsharp_jax.dataset import Batch
+from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import Params
 
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # of (params, batch), or (params, part, whole batch)
@@ -21,26 +22,35 @@ LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # of (params, ba
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training depends on: with the data's seed, `step` is also the position in the data."""
+    """All that training depends on: with the data's seed, `step` is also the position in the data.
+
+    `frozen` are the model's parameters that are not learned: no gradient, moments or checkpoints are made of them.
+    """
 
     params: Params
     opt_state: optax.OptState
     step: jax.Array
+    frozen: Params = flax.struct.field(default_factory=dict)
+
+    @property
+    def model(self) -> Params:
+        """All of the model's parameters, in the form that is trained."""
+        return lora.join(self.params, self.frozen)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
     """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too.
 
     Moments are made where their parameters lie, see `state_shardings`.
     """
     shardings = state_shardings(params, optimizer)
-    params = jax.tree.map(jnp.copy, params)
+    params, frozen = jax.tree.map(jnp.copy, (params, frozen or {}))
     if shardings is None:
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
     make = jax.jit(lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)), out_shardings=(
         shardings.opt_state, shardings.step
     ))  # fmt: skip
-    return TrainState(params, *make(params))
+    return TrainState(params, *make(params), frozen)
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation) -> TrainState | None:
@@ -85,7 +95,11 @@ def train_step(
       accumulate: parts that the batch's rows are taken in, one after the other; it divides the rows. The update is
         that of the whole batch.
     """
-    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def loss_of_learned(params: Params, *batches: Batch) -> tuple[jax.Array, dict]:
+        return loss_fn(lora.join(params, state.frozen), *batches)
+
+    gradient_fn = jax.value_and_grad(loss_of_learned, has_aux=True)
     if accumulate == 1:
         (loss, metrics), gradients = gradient_fn(state.params, batch)
     else:
@@ -93,7 +107,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 def _accumulated(gradient_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple:

@@ -93,7 +93,8 @@ def bag_loss(params, batch):
     for kernel in params["layers"]["up"]["kernel"]:
         x = x + jnp.tanh(x @ kernel)
     logits = (x @ params["head"]["kernel"] + params["head"]["bias"])[..., 0]
-    return train.masked_mean(optax.sigmoid_binary_cross_entropy(logits, batch.reward_to_go), batch.label_mask), {}
+    losses = optax.sigmoid_binary_cross_entropy(logits, batch.reward_to_go)
+    return jnp.where(batch.label_mask, losses, 0).sum() / batch.label_mask.sum(), {}
 
 
 def bag_fit(folder, batches, name="muon", schedule="cosine", **changes):

@@ -86,8 +86,9 @@ def test_value_loss_is_the_mean_nll_of_labelled_tokens(monkeypatch, kind):
     batch = dataset.make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
     config = make_guide("v", kind).config
     outputs = np.float32(3 * rng.normal(size=(5, 10, config.outputs)))
-    monkeypatch.setattr(value, "forward", lambda *arguments, **_: (jnp.asarray(outputs), None))
-    loss, metrics = jax.jit(functools.partial(train.value_loss, config=config))({}, batch)
+    monkeypatch.setattr(decoder, "forward", lambda *arguments, **_: (jnp.zeros((5, 10, 1)), None))
+    monkeypatch.setattr(value, "read", lambda *arguments: jnp.asarray(outputs))
+    loss, metrics = jax.jit(functools.partial(train.value_loss, config=config))({"trunk": {}, "head": {}}, batch)
     nll, brier = nll_of_labels(kind, outputs, batch)
     np.testing.assert_allclose([loss, metrics["nll"], metrics["brier"]], [nll, nll, brier], rtol=1e-5)
 
@@ -145,15 +146,6 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
         train.check_rewards(np.asarray([np.nan]), bernoulli, clip=False)
 
 
-def test_masked_mean():
-    """Of the true entries alone, with nan elsewhere, and 0 where there is none; the gradient too."""
-    x, mask = jnp.asarray([[1.0, jnp.nan], [4.0, 2.5]]), jnp.asarray([[True, False], [True, False]])
-    assert train.masked_mean(x, mask) == 2.5
-    assert jax.grad(train.masked_mean)(x, mask).tolist() == [[0.5, 0], [0.5, 0]]
-    assert train.masked_mean(x, jnp.zeros_like(mask)) == 0
-    assert not jax.grad(train.masked_mean)(x, jnp.zeros_like(mask)).any()
-
-
 # --- The language model's losses ------------------------------------------------------------------------------------
 
 
@@ -207,9 +199,8 @@ def test_the_auxiliary_loss_is_added_with_its_weight(monkeypatch):
     batch = dataset.make_batch(helpers.random_examples(rng), rows=5, width=10)
     config = make_guide("v", "bernoulli").config
     # A "model" whose trunk is the hidden states themselves.
-    monkeypatch.setattr(
-        value, "forward", lambda params, *rest, **_: (params["trunk"] @ params["head"], params["trunk"])
-    )
+    monkeypatch.setattr(decoder, "forward", lambda trunk, *rest, **_: (trunk, None))
+    monkeypatch.setattr(value, "read", lambda params, config, hidden, tokens: hidden @ params["head"])
     params = {"trunk": jnp.float32(rng.normal(size=(5, 10, 32))), "head": jnp.float32(rng.normal(size=(32, 1)))}
     future = jnp.float32(rng.normal(size=(2, 32, V)))
 
