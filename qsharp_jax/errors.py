@@ -1,4 +1,7 @@
-"""The error that is the user's to mend, and the hint that goes with it. Knows nothing of any file, config or model."""
+"""The error that is the user's to mend, the hint that goes with it, and the end that is asked for.
+
+It knows nothing of any file, config or model.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +13,10 @@ class UserError(Exception):
     The message is one sentence that says what was wrong, where, and what to do; the command line prints it without
     a traceback and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """The process was told to end, and what was worth keeping is saved; the same command goes on from there."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

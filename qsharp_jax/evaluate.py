@@ -19,10 +19,10 @@ import numpy as np
 from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.files import write_atomic
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
-from qsharp_jax.workdir import write_atomic
 
 RESAMPLES = 2000  # of the bootstrap
 

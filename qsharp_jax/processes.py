@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -22,7 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax.interrupt import leave
 
 PORT = 8476  # of the coordinator where nobody names one; the next one up is for the connections
 _PATIENCE = 45  # seconds without a sign of a host until it counts as dead
@@ -100,8 +100,12 @@ _SLICES = {"NUM_SLICES": "1", "SLICE_ID": "0"}
 
 
 @contextlib.contextmanager
-def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[None]:
+def joined(
+    place: Place, timeout: int, explain: Callable[[BaseException], tuple[int, str]]
+) -> Iterator[Callable[[int, str], None]]:
     """All processes of a run have met, and `jax.distributed` is up. What is raised inside ends all of them.
+
+    Gives a function that does so at any moment, from any thread, with an exit code and a sentence.
 
     Args:
       timeout: seconds to wait for the others.
@@ -113,16 +117,19 @@ def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[
     watch = _FirstWatch(place, timeout) if place.index == 0 else _Watch(place, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"{place.host}:{place.port}", place.count, place.index, initialization_timeout=timeout)
+
+    def end_all(code: int, sentence: str) -> None:
+        watch.tell(code, f"{_who(place.index)} has ended: {sentence}" if code else sentence)
+        leave(code, sentence)
+
     try:
-        yield
+        yield end_all
         wait_for_all("the end of the run")
     except BaseException as error:
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | Stopped):
             time.sleep(2)  # it may be but the echo of another process's end, of which the watch hears in a moment
-        code, sentence = explain(error)
-        watch.end(f"{_who(place.index)} has ended: {sentence}")
-        _leave(sentence, code)
-    watch.end("")
+        end_all(*explain(error))
+    watch.tell(0, "")
 
 
 # --- The connections ------------------------------------------------------------------------------------------------
@@ -149,12 +156,13 @@ class _Watch:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        said = _receive(self._line)
-        if said != "":
-            _leave(said or f"{self._first} has died, and so all processes of the run end", 2)
+        code, sentence = _receive(self._line) or (2, f"{self._first} has died, and so all processes of the run end")
+        if sentence:
+            leave(code, sentence)
 
-    def end(self, sentence: str) -> None:
-        _send(self._line, sentence)
+    def tell(self, code: int, sentence: str) -> None:
+        """How this process has ended; without a sentence, as it should."""
+        _send(self._line, (code, sentence))
 
 
 class _FirstWatch:
@@ -182,17 +190,18 @@ class _FirstWatch:
                     threading.Thread(target=self._read, args=(line, met["who"]), daemon=True).start()
 
     def _read(self, line: socket.socket, who: str) -> None:
-        said = _receive(line)
-        if said == "":
+        code, sentence = _receive(line) or (2, f"{who} has died")
+        if not sentence:
             return
         with self._ending:  # the first that ends is the one that is named
-            sentence = f"{said or f'{who} has died'}; all processes of the run end"
-            self.end(sentence)
-            _leave(sentence, 2)
+            sentence += "; all processes of the run end" if code else ""
+            self.tell(code, sentence)
+            leave(code, sentence)
 
-    def end(self, sentence: str) -> None:
+    def tell(self, code: int, sentence: str) -> None:
+        """How this process has ended, or another; without a sentence, as it should."""
         for line in self._lines.values():
-            _send(line, sentence)
+            _send(line, (code, sentence))
 
 
 def _who(index: int) -> str:
@@ -215,13 +224,6 @@ def _receive(line: socket.socket, timeout: float | None = None) -> Any:
         return json.loads(line.makefile("rb").readline())
     except (OSError, ValueError):
         return None
-
-
-def _leave(sentence: str, code: int) -> None:
-    """Ends this process at once, though a thread of it may wait for a collective for ever."""
-    sys.stdout.flush()
-    print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
-    os._exit(code)
 
 
 # --- Who does what --------------------------------------------------------------------------------------------------

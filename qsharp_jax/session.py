@@ -129,7 +129,10 @@ def check_problems(config: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
+    """A run. With `profile`, each of its trainings writes a trace of some steps."""
+
     workdir: Workdir
+    profile: bool = False
 
     @property
     def config(self) -> ConfigDict:
@@ -199,9 +202,17 @@ class Session:
         return self.all_train_problems()[count * (number - 1) : count * number]
 
     def all_train_problems(self) -> list[Problem]:
-        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+        return self._all_train_problems
 
     def test_problems(self) -> list[Problem]:
+        return self._test_problems
+
+    @functools.cached_property
+    def _all_train_problems(self) -> list[Problem]:
+        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+
+    @functools.cached_property
+    def _test_problems(self) -> list[Problem]:
         return self._problems("test", self.config.evaluate.problems)
 
     def _problems(self, split: str, count: int) -> list[Problem]:
@@ -218,6 +229,10 @@ class Session:
 
     def guide_folder(self, number: int) -> Path:
         return self.workdir.guide / f"round_{number}"
+
+    def profile_folder(self, phase: str) -> Path | None:
+        """Where the trace of a training goes; None where none is wanted."""
+        return self.workdir.profile(phase) if self.profile else None
 
     @property
     def ref_folder(self) -> Path | None:

@@ -1,8 +1,11 @@
 """Checkpoints: bit-equal round trips, and what becomes of damaged, half-written and foreign ones."""
 
 import errno
-import gc
+import os
+import pathlib
+import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +14,9 @@ import optax
 import pytest
 from helpers import assert_trees_equal
 
-from qsharp_jax.checkpoint import Best, Checkpoints
+from qsharp_jax.checkpoint import Best, Checkpoints, DamagedError
 from qsharp_jax.errors import UserError
 from qsharp_jax.train import TrainState
-
-# A read that fails leaves coroutines of Orbax behind, which complain when they are collected.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def collect_what_failed_reads_left():
-    yield
-    gc.collect()
 
 
 def make_state(step, shape=(30, 50)):
@@ -44,6 +36,7 @@ def save(folder, *steps, final=False):
     checkpoints = Checkpoints(folder)
     for step in steps:
         checkpoints.save(make_state(step), final=final and step == steps[-1])
+    checkpoints.wait()
     return folder
 
 
@@ -72,18 +65,45 @@ def test_parameters_alone_need_shapes_only(tmp_path):
     assert_trees_equal(Checkpoints(tmp_path).restore_params(shapes), make_state(4).params)
 
 
+def saved_best(folder):
+    return sorted(int(path.name) for path in (folder / "best").iterdir())
+
+
 def test_the_best_parameters_lie_beside_the_last(tmp_path):
-    """Bit for bit, with their step and figure, in a new object; a checkpoint without them has none."""
-    best = Best(jax.tree.map(np.array, make_state(3).params), 3, 0.1 + 0.2)
-    assert Checkpoints(tmp_path).restore_best(best.params) is None
+    """Bit for bit, in a new object, with their step and figure; a checkpoint that refers to none has none."""
+    best, params = Best(3, 0.1 + 0.2), make_state(3).params
     checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.best() is None
+    checkpoints.save_best(params, best)
     checkpoints.save(make_state(7), best=best)
-    found = Checkpoints(tmp_path).restore_best(make_state(0).params)
-    assert (found.step, found.loss) == (3, 0.1 + 0.2)
-    assert_trees_equal(found.params, best.params)
+    checkpoints.wait()
+    found = Checkpoints(tmp_path).best()
+    assert found == best
+    assert_trees_equal(Checkpoints(tmp_path).restore_best(found, make_state(0).params), params)
     assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(7))
     checkpoints.save(make_state(9), final=True)
-    assert Checkpoints(tmp_path).restore_best(best.params) is None
+    checkpoints.wait()
+    assert Checkpoints(tmp_path).best() is None
+
+
+def test_the_best_that_a_checkpoint_refers_to_are_kept_and_no_others(tmp_path):
+    """Each is written once, however many checkpoints refer to it; what came after a restored step is forgotten."""
+    checkpoints, best = Checkpoints(tmp_path), None
+    for step in range(1, 9):
+        if step in (2, 5, 6, 7):
+            best = Best(step, 1 / step)
+            checkpoints.save_best(make_state(step).params, best)
+        if step in (4, 8):
+            checkpoints.save(make_state(step), best=best)
+    checkpoints.wait()
+    assert saved_best(tmp_path) == [2, 7]
+    checkpoints.save(make_state(9), best=best)  # of 4 and 8 the second stays, of 2 and 7 too
+    checkpoints.save_best(make_state(10).params, Best(10, 0.01))
+    checkpoints.wait()
+    assert saved_best(tmp_path) == [7, 10]
+    again = Checkpoints(tmp_path)
+    assert int(again.restore(make_state(0)).step) == 9 and again.best() == best
+    assert saved_best(tmp_path) == [7]
 
 
 def test_finished_is_said_by_the_last_checkpoint(tmp_path):
@@ -91,10 +111,69 @@ def test_finished_is_said_by_the_last_checkpoint(tmp_path):
     assert Checkpoints(save(tmp_path, 3, final=True)).finished()
 
 
+def test_a_finished_training_may_be_saved_at_a_step_that_is_there(tmp_path):
+    """As after a stop at the last step: the best parameters in its place, and never a moment without either."""
+    save(tmp_path, 1, 5)
+    other = make_state(5).replace(params=make_state(3).params)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(5))  # it is there
+    assert not checkpoints.finished()
+    checkpoints.save(other, final=True)
+    checkpoints.wait()
+    assert Checkpoints(tmp_path).finished()
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), other)
+
+
 def test_the_last_two_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 10)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 10]
     assert int(Checkpoints(tmp_path).restore(make_state(0)).step) == 10  # a later step, not a later name
+
+
+# --- Writing while training goes on ---------------------------------------------------------------------------------
+
+
+def block_renames(monkeypatch, blocked):
+    """Whatever makes a temporary folder the step's calls `blocked` first."""
+    for owner, name in ((os, "rename"), (os, "replace"), (pathlib.Path, "rename"), (pathlib.Path, "replace")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, original=original, **options: (blocked(), original(*args, **options))[1]
+        )
+
+
+def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
+    """`save` returns with nothing on disk; donating the state then does not change what is saved; another save waits."""
+    allowed = threading.Event()
+    block_renames(monkeypatch, allowed.wait)
+    checkpoints, state = Checkpoints(tmp_path), make_state(5)
+    expected = jax.tree.map(np.array, state)
+    checkpoints.save(state)
+    donated = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 + 1, state), donate_argnums=0)(state)
+    jax.block_until_ready(donated)
+    assert not (tmp_path / "5").exists()
+    threading.Timer(0.5, allowed.set).start()
+    checkpoints.save(make_state(6))
+    assert (tmp_path / "5").exists()
+    assert_trees_equal(jax.tree.map(np.array, Checkpoints(tmp_path).restore(make_state(0))), expected)
+    checkpoints.wait()
+    assert int(Checkpoints(tmp_path).restore(make_state(0)).step) == 6
+
+
+def test_an_error_of_the_writer_is_told_with_the_folder_and_the_checkpoint_before_stays(tmp_path):
+    """Met while the files are written, in the background: here, none of this process's files may grow as large."""
+    save(tmp_path, 1)
+    checkpoints, state = Checkpoints(tmp_path), make_state(2, shape=(300, 500))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            checkpoints.save(state)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path)
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(1))
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------------
@@ -123,20 +202,72 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_doing_as_told_mends_it(tmp_path, how):
-    """The message names the folder to delete; without it, training goes on from the one before."""
+def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_is_used(tmp_path, capfd, how):
+    """In one sentence. Training comes by the same step again, and saves it again."""
     save(tmp_path, 5, 9)
     DAMAGES[how](tmp_path / "9")
+    before = {path.name: path.read_bytes() for path in files_of(tmp_path / "9")}
+    if "moments" not in how:
+        with pytest.raises(DamagedError, match=f"{tmp_path / '9'} is damaged .*; run its training again"):
+            Checkpoints(tmp_path).restore_params(make_state(0).params)
+    capfd.readouterr()
+    checkpoints = Checkpoints(tmp_path)
+    assert_trees_equal(checkpoints.restore(make_state(0)), make_state(5))
+    (line,) = capfd.readouterr().err.splitlines()
+    aside = tmp_path / "9.damaged"
+    assert line.startswith(f"the checkpoint {tmp_path / '9'} is damaged (")
+    assert line.endswith(f"; it is kept as {aside}, and training goes on from step 5")
+    assert {path.name: path.read_bytes() for path in files_of(aside)} == before
+    checkpoints.save(make_state(9))
+    checkpoints.wait()
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(9))
+
+
+def test_damage_again_at_the_same_step_is_kept_beside_the_first(tmp_path):
+    for _ in range(2):
+        save(tmp_path, 5, 9) if not (tmp_path / "5").exists() else save(tmp_path, 9)
+        shutil.rmtree(tmp_path / "9" / "params")
+        assert int(Checkpoints(tmp_path).restore(make_state(0)).step) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "9.damaged", "9.damaged-2"}
+
+
+def test_a_checkpoint_without_the_best_that_it_refers_to_is_damaged(tmp_path):
+    save(tmp_path, 5)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(make_state(7).params, Best(7, 0.5))
+    checkpoints.save(make_state(9), best=Best(7, 0.5))
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "best" / "7")
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(5))
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """In any file: what is restored is what was saved, or the checkpoint is damaged."""
+    expected, random = make_state(9), np.random.default_rng(0)
+    noticed = 0
+    for _ in range(30):
+        save(tmp_path, 9)
+        path = random.choice(files_of(tmp_path / "9"))
+        content = bytearray(path.read_bytes())
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        try:
+            assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), expected)
+        except UserError:
+            noticed += 1
+        shutil.rmtree(tmp_path / "9")
+    assert noticed > 5
+
+
+def test_when_none_can_be_read_nothing_is_touched_and_the_newest_is_named(tmp_path):
+    save(tmp_path, 5, 9)
+    for step in ("5", "9"):
+        shutil.rmtree(tmp_path / step / "params")
     with pytest.raises(UserError) as caught:
         Checkpoints(tmp_path).restore(make_state(0))
-    assert str(tmp_path / "9") in str(caught.value)
-    assert "delete that folder and run again" in str(caught.value)
-    if "moments" not in how:
-        with pytest.raises(UserError, match="damaged"):
-            Checkpoints(tmp_path).restore_params(make_state(0).params)
-
-    shutil.rmtree(tmp_path / "9")
-    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(5))
+    assert str(caught.value).startswith(f"the checkpoint {tmp_path / '9'} is damaged")
+    assert str(caught.value).endswith(f"and none of those before it can be read; delete {tmp_path} to train anew")
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "9"}
 
 
 @pytest.mark.parametrize("content", ["", "{", None])
@@ -161,8 +292,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, name):
     save(tmp_path, 2)
     state = other_models()[name]
     for restore in (lambda c: c.restore(state), lambda c: c.restore_params(state.params)):
-        with pytest.raises(UserError, match=f"{tmp_path / '2'} is damaged or of another model"):
+        with pytest.raises(UserError, match=rf"{tmp_path / '2'} is of another model \(.* there, .* here\)"):
             restore(Checkpoints(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"2"}
 
 
 def test_a_half_written_checkpoint_is_not_there(tmp_path, monkeypatch):
@@ -170,14 +302,13 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, monkeypatch):
     save(tmp_path, 5)
     checkpoints = Checkpoints(tmp_path)
 
-    def killed(source, target, *arguments, **options):
+    def killed():
         raise KeyboardInterrupt
 
-    for name in ("rename", "replace"):  # what makes the temporary folder the step's
-        monkeypatch.setattr(f"os.{name}", killed)
-        monkeypatch.setattr(f"pathlib.Path.{name}", killed)
+    block_renames(monkeypatch, killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(make_state(9), final=True)
+        checkpoints.wait()
     monkeypatch.undo()
 
     assert not (tmp_path / "9").exists() and len(list(tmp_path.iterdir())) > 1  # something half-written lies there
@@ -185,6 +316,7 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, monkeypatch):
     assert not again.finished()
     assert_trees_equal(again.restore(make_state(0)), make_state(5))
     again.save(make_state(9), final=True)
+    again.wait()
     assert Checkpoints(tmp_path).finished()
     assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(9))
 
@@ -192,6 +324,7 @@ def test_a_half_written_checkpoint_is_not_there(tmp_path, monkeypatch):
 def test_a_disk_too_full_for_the_state_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints, usage = Checkpoints(tmp_path), shutil.disk_usage(tmp_path)
     checkpoints.save(make_state(1))
+    checkpoints.wait()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))  # a kernel alone has 12,000
     with pytest.raises(OSError) as caught:
         checkpoints.save(make_state(2))

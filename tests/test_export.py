@@ -35,7 +35,9 @@ def session(tmp_path):
 
 
 def save(folder, params):
-    Checkpoints(folder).save(SimpleNamespace(params=params, opt_state={}, step=np.int32(1)), final=True)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(SimpleNamespace(params=params, opt_state={}, step=np.int32(1)), final=True)
+    checkpoints.wait()
 
 
 def export(session, what, out) -> int:

@@ -3,10 +3,11 @@
 What a downloaded model is for the large tasks. It knows nothing about rewards.
 """
 
+import contextlib
 import functools
 
 from qsharp_jax import train
-from qsharp_jax.checkpoint import Checkpoints
+from qsharp_jax.checkpoint import Checkpoints, DamagedError
 from qsharp_jax.dataset import Batches, Example
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
@@ -19,8 +20,9 @@ def run(session: Session) -> LanguageModel:
         return session.load_ref()
     config, model_config = session.config.pretrain, session.ref_config
     checkpoints = Checkpoints(session.workdir.ref)
-    if checkpoints.finished():
-        return session.load_ref()
+    with contextlib.suppress(DamagedError):  # `fit` names it, and goes on from the one before
+        if checkpoints.finished():
+            return session.load_ref()
     text = session.text
     if session.workdir.writes:
         text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
@@ -50,6 +52,8 @@ def run(session: Session) -> LanguageModel:
                 save_every=config.save_every,
                 log=session.workdir.append_metrics,
                 stop=lambda means: means["loss"] <= config.stop_loss,
+                flops=train.language_model_flops(model_config),
+                profile=session.profile_folder("pretrain"),
             ),
         )
     return session.for_decoding(first.replace(params=state.params))

@@ -143,6 +143,8 @@ def fit(
                 measure=measure,
                 evaluate_every=config.evaluate_every,
                 patience=config.patience,
+                flops=train.guide_flops(guide_config, config.future_offsets),
+                profile=session.profile_folder(f"round_{number}"),
             ),
         )
     return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)

@@ -8,15 +8,20 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
+from qsharp_jax import interrupt
 from qsharp_jax.cli import arguments, texts
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax.interrupt import leave
 from qsharp_jax.workdir import Workdir, explain_os_error
+
+STOPPED = "told to end; the same command goes on where it stopped"
+RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
@@ -32,7 +37,7 @@ def main(given: Sequence[str] | None = None) -> int:
         options, rest = arguments.parser().parse_known_args(given)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
-        with _joined(options), _open_workdir(options, rest) as workdir:
+        with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
@@ -53,16 +58,21 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence for an error; None for what only a traceback explains."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, Stopped):
+        return 0, STOPPED
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on where it stopped"
     sentence = explain_os_error(error)
     return sentence and (2, sentence)
 
 
-def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """The other processes of the run, where there are some, have come. All but the first print nothing but errors."""
+def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+    """The other processes of the run, where there are some, have come; it gives the way to end them all at once.
+
+    All but the first print nothing but errors.
+    """
     if getattr(options, "coordinator", None) is None:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(leave)
 
     from qsharp_jax import processes
 
@@ -77,6 +87,14 @@ def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[No
         sys.stdout = open(os.devnull, "w")
         os.environ["TQDM_DISABLE"] = "1"
     return processes.joined(place, options.coordinator_timeout, explain)
+
+
+def _on_sigterm(
+    options: argparse.Namespace, end: Callable[[int, str], None]
+) -> contextlib.AbstractContextManager[None]:
+    if options.name not in RESUMING:
+        return contextlib.nullcontext()
+    return interrupt.sigterm_ends(lambda: end(0, STOPPED))
 
 
 def _keep_programs(folder: Path) -> None:
@@ -105,7 +123,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import session, sources
+    from qsharp_jax import hashes, session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
@@ -115,14 +133,17 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
-        return _opened(options.workdir, config)
-    workdir = _opened(options.workdir)
+        workdir = _opened(options.workdir, config)
+    else:
+        workdir = _opened(options.workdir)
     try:
-        configs.override_mesh(workdir.config, rest)
-        session.check(workdir.config)  # it may be of an older version, or edited
-    except UserError as error:
+        if options.config is None:
+            configs.override_mesh(workdir.config, rest)
+            _check_stored(workdir)
+        hashes.check_folders(workdir)
+    except BaseException:
         workdir.close()
-        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
+        raise
     return workdir
 
 
@@ -145,3 +166,13 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
         workdir = Workdir.open(path, config)
     processes.wait_for_all("the workdir is open")
     return workdir if processes.is_first() else Workdir.attach(path, config)
+
+
+def _check_stored(workdir: Workdir) -> None:
+    """The settings may be of an older version, or edited."""
+    from qsharp_jax import session
+
+    try:
+        session.check(workdir.config)
+    except UserError as error:
+        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None

@@ -92,7 +92,10 @@ def parser() -> argparse.ArgumentParser:
             _add_processes(sub)
         return sub
 
-    add_on_run(runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
+    sub = add_on_run(
+        runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated"
+    )
+    _add_profile(sub)
 
     sub = add_on_run(runs.collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
@@ -100,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add_on_run(runs.fit, "fit the guide to all rollouts up to a round")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the last collected")
     sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+    _add_profile(sub)
 
     sub = add(
         texts.generate,
@@ -159,6 +163,13 @@ def _add_processes(sub: argparse.ArgumentParser) -> None:
     several.add_argument(
         "--coordinator-timeout", type=_whole(1), default=300, metavar="SECONDS",
         help="how long they wait for each other at the start, by default 300",
+    )  # fmt: skip
+
+
+def _add_profile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--profile", action="store_true",
+        help="write a trace of ten steps of every training, once it compiles no more, to the workdir's profile/",
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from qsharp_jax.workdir import Workdir
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
     """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
-    from qsharp_jax import evaluate, report
+    from qsharp_jax import evaluate, hashes, report
     from qsharp_jax.algorithms import pretrain, qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
+    hashes.check_problems(session)
     ref = pretrain.run(session)
     guides = {}
 
@@ -26,10 +27,12 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
 
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import hashes
     from qsharp_jax.algorithms import pretrain, qsharp
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
     ref = pretrain.run(session)
@@ -42,7 +45,7 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.algorithms import qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
@@ -53,10 +56,11 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import evaluate, report
+    from qsharp_jax import evaluate, hashes, report
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    hashes.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()
     guides = {number: session.load_guide(number) for number in range(1, last + 1)}

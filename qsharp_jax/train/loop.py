@@ -7,22 +7,24 @@ import dataclasses
 import functools
 import math
 import resource
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
 import optax
 
-from qsharp_jax import sharding
+from qsharp_jax import interrupt, sharding
 from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.progress import Bar
 from qsharp_jax.train.optimizer import Schedule
+from qsharp_jax.train.speed import Clock, Flops
 from qsharp_jax.train.step import LossFn, TrainState, train_step
+from qsharp_jax.train.trace import Trace
 
 
 class BatchSource(Protocol):
@@ -48,8 +50,12 @@ class Loop:
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
     patience: int = 0  # 0: off
+    stop_requested: Callable[[int], bool] = interrupt.requested  # asked after each step
+    flops: Flops | None = None  # of a step, for the speed in the log
+    profile: Path | None = None  # folder for a trace of some steps; None: no trace
 
 
+@interrupt.deferred()
 def fit(
     state: TrainState,
     batches: BatchSource,
@@ -64,14 +70,18 @@ def fit(
     """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
 
     Returns at once if the last checkpoint is a final one. With `loop.patience`, the parameters that are returned, and
-    lie in the final checkpoint, are those of the best evaluation.
+    lie in the final checkpoint, are those of the best evaluation. All that was saved is on disk at the end, whatever
+    the end is.
 
     Args:
       accumulate: as in `train_step`.
 
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
+      Stopped: if `loop.stop_requested`, or at SIGTERM in an evaluation; the present step is saved.
+      OSError: naming the folder, if a checkpoint cannot be written.
     """
+    clock = Clock(loop.flops)
     state = checkpoints.restore(state)
     if checkpoints.finished():
         return state
@@ -79,17 +89,47 @@ def fit(
     # On a mesh the new state's place is said: the compiler may find another, and the next step were another program.
     places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
-    best = checkpoints.restore_best(state.params)
+    try:
+        return _train(state, batches, step_fn, checkpoints, loop, schedule, clock)
+    finally:
+        checkpoints.wait()
+
+
+def _train(
+    state: TrainState,
+    batches: BatchSource,
+    step_fn: Callable[..., tuple[TrainState, dict]],
+    checkpoints: Checkpoints,
+    loop: Loop,
+    schedule: Schedule,
+    clock: Clock,
+) -> TrainState:
+    """`fit`, from the state on. A checkpoint is of the moment before the evaluation that its step may have."""
+    best = checkpoints.best()
     first, evaluated = int(state.step), False
     window: list[dict] = []
-    tokens, since = 0, time.monotonic()
+    metrics: dict[str, jax.Array] = {}
+    trace = Trace(loop.profile)
+    clock.start(state.params)
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
-        batch, evaluated = batches[step], False
-        state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
+        if step > 0 and loop.evaluate_every > 0 and step % loop.evaluate_every == 0:
+            best_before, evaluated = best, True
+            jax.block_until_ready(state)
+            with clock.lost():
+                best = _evaluate(state, loop, checkpoints, best)
+                if best is not best_before:
+                    checkpoints.save_best(state.params, best)
+            if loop.patience and step - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
+                break
+        batch, evaluated = clock.fetch(batches, step, metrics), False
+        with clock.lost():
+            trace.before_step(state, clock.warm)
+        with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
         window.append(metrics)
-        tokens += int(batch.segments.astype(bool).sum())
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
-        if last or saving or (step + 1) % loop.log_every == 0:
+        stopping = loop.stop_requested(step + 1)
+        if last or saving or stopping or (step + 1) % loop.log_every == 0:
             means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
             # A gradient that is not finite has spoilt the parameters, though their loss comes with the next step only.
             if not np.isfinite([means["loss"], means["gradient_norm"]]).all():
@@ -97,36 +137,39 @@ def fit(
                     f"{loop.name}: the loss or its gradient is not finite by step {step + 1}; the last good checkpoint"
                     " is kept. Lower the learning rate"
                 )
-            rate = tokens / (time.monotonic() - since)
-            loop.log({"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()})
+            speed = clock.lap()
+            with clock.lost():
+                loop.log({"phase": loop.name, "step": step + 1, **means, **speed, **device_memory()})
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            window, tokens, since = [], 0, time.monotonic()
+            window = []
             if loop.stop(means):
                 break
-        if evaluated := loop.evaluate_every > 0 and (step + 1) % loop.evaluate_every == 0:
-            began = time.monotonic()
-            best = _evaluate(state, loop, best)
-            since += time.monotonic() - began
-            if loop.patience and step + 1 - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
-                break
-        if saving and not last:
-            checkpoints.save(state, best=best)
+        if stopping or (saving and not last):
+            with clock.lost():
+                checkpoints.save(state, best=best)
+        if stopping:
+            raise Stopped
     bar.close()
+    trace.end(state)
     if not evaluated:
-        best = _evaluate(state, loop, best)
-    if best:
-        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), best.params, state.params)
-        state = state.replace(params=params)
+        best = _evaluate(state, loop, checkpoints, best)
+    if best and best.step < int(state.step):
+        state = state.replace(params=checkpoints.restore_best(best, state.params))
     checkpoints.save(state, final=True)
     return state
 
 
-def _evaluate(state: TrainState, loop: Loop, best: Best | None) -> Best | None:
+def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None) -> Best | None:
     """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
-    measures, step = loop.measure(state.params), int(state.step)
+    step = int(state.step)
+    try:
+        with interrupt.interruptible():
+            measures = loop.measure(state.params)
+    except Stopped:
+        checkpoints.save(state, best=best)
+        raise
     if loop.patience and measures["nll"] < (best.loss if best else math.inf):
-        # Copied: the next step donates these.
-        best = Best(jax.tree.map(np.array, state.params), step, measures["nll"])
+        best = Best(step, measures["nll"])
     if measures:
         loop.log({"phase": loop.name, "step": step, **measures, **({"best_step": best.step} if best else {})})
     return best

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.models.hf.card as cards
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.files as files
 import qsharp_jax.models.hf.names as names
+from qsharp_jax import sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf.names import Place
@@ -167,8 +169,9 @@ def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
 
 def _stored(held: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
     """One tensor as the checkpoint has it, from the leaves that it holds."""
+    # Of a copy: an array whose parts are fetched from several devices keeps what it was put together to.
     values = [
-        np.asarray(leaf if layer is None else leaf[layer])
+        sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
         for _, leaf, layer in sorted(held, key=lambda each: each[0].part)
     ]
     joined = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
@@ -190,11 +193,16 @@ def _export(
     """Writes all files into a folder in the folder, then moves them out, config.json last: it marks a whole export."""
     folder = Path(folder)
     check_folder(folder)
+    tensors = sorted(_tensors(params, table), key=lambda tensor: -tensor[1].itemsize)  # the order of writing
+    if jax.process_index() > 0:
+        for *_, make in tensors:
+            make()  # every process takes part in fetching; the first writes
+        return
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    files.write(partial, _tensors(params, table), largest_file)
+    files.write(partial, tensors, largest_file)
     for name, content in texts.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         (partial / name).write_text(text, encoding="utf-8")
