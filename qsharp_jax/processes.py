@@ -116,7 +116,11 @@ def joined(
     """
     watch = _FirstWatch(place, timeout) if place.index == 0 else _Watch(place, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"{place.host}:{place.port}", place.count, place.index, initialization_timeout=timeout)
+    # Undetected, since under SLURM a process is else given the one device of its rank on the host.
+    jax.distributed.initialize(
+        f"{place.host}:{place.port}", place.count, place.index, initialization_timeout=timeout,
+        cluster_detection_method="deactivate",
+    )  # fmt: skip
 
     def end_all(code: int, sentence: str) -> None:
         watch.tell(code, f"{_who(place.index)} has ended: {sentence}" if code else sentence)

@@ -33,7 +33,7 @@ def main(port: int, index: int, act: str) -> None:
     def explain(error):
         return 2, str(error)
 
-    with processes.joined(Place("localhost", port, 2, index), 60, explain):
+    with processes.joined(Place("localhost", port, 2, index), 200, explain):
         print(processes.gather([index, {"of": index}]), processes.share(range(5)), flush=True)
         what, _, who = act.partition(" ")
         if what == "kill" and index == int(who):
@@ -41,7 +41,7 @@ def main(port: int, index: int, act: str) -> None:
         if what == "refuse" and index == int(who):
             raise UserError("the disk is full")
         if what != "end":
-            time.sleep(60)
+            time.sleep(200)
 
 
 if __name__ == "__main__":
@@ -73,7 +73,7 @@ def both(act: str) -> list[tuple[int, str, str]]:
     """Of each process its exit code, output and errors, and the second's pid in place of ours."""
     port = free_port()
     started = [start(__file__, str(port), str(index), act) for index in range(2)]
-    return [(*reversed([process.pid, *process.communicate(timeout=60), process.returncode]),) for process in started]
+    return [(*reversed([process.pid, *process.communicate(timeout=240), process.returncode]),) for process in started]
 
 
 def test_two_processes_meet_share_and_end():
@@ -124,7 +124,7 @@ def test_one_that_waits_in_vain_says_for_what(tmp_path, index, sentence):
         "run", "--config", "configs/star_graph.py", "--workdir", str(tmp_path / "run"), "--coordinator-timeout", "1",
         index=index, port=port,
     )  # fmt: skip
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=200)
     assert (process.returncode, output) == (2, "")
     [line] = errors.splitlines()
     first, _, last = sentence.format(port=port, next=port + 1).partition("(.*)")
@@ -229,7 +229,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     two = [command(*run, *TWO, "--workdir", str(tmp_path / "two"), index=i, port=port) for i in range(2)]
     outputs = [process.communicate() for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
-    assert outputs[1][0] == ""
+    assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []  # which XLA prints
     assert "report.md" in outputs[0][0]
 
     assert files(tmp_path / "one") == files(tmp_path / "two")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import sharding
+from qsharp_jax.models import memory
 from qsharp_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -44,7 +45,27 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
 
 def _projection(config: DecoderConfig, features: int, name: str, *, bias: bool, scale: float = 1.0) -> nn.Dense:
     init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-    return nn.Dense(features, use_bias=bias, dtype=config.compute_dtype, kernel_init=init, name=name)
+    return _Projection(features, use_bias=bias, dtype=config.compute_dtype, kernel_init=init, name=name)
+
+
+class _Projection(nn.Dense):
+    """A product with the leaf "kernel" [in, out], or with "weight" [out, in] in its place, see `unstack`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.has_variable("params", "weight"):
+            return super().__call__(x)
+        y = _from_left(self.get_variable("params", "weight").astype(self.dtype), x.astype(self.dtype), self.dtype)
+        return y + self.get_variable("params", "bias").astype(self.dtype) if self.use_bias else y
+
+
+def _from_left(weight: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[..., out] from a weight [out, in], the left factor of the product, and x [..., in].
+
+    XLA's library for CPUs multiplies a few rows by a matrix about twice as fast in this order as with the matrix on the
+    right, in either orientation.
+    """
+    y = jax.lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=dtype)
+    return jnp.moveaxis(y, 0, -1)
 
 
 class Block(nn.Module):
@@ -143,10 +164,39 @@ def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
-def unstack(params: Params) -> Params:
-    """The decoding form: "layers" becomes a list with one tree a layer, so that no step slices a weight."""
+def unstack(params: Params, *, transposed: bool = False) -> Params:
+    """The decoding form: "layers" becomes a list with one tree a layer, so that no step slices a weight.
+
+    Args:
+      transposed: also put "weight" [out, in] in the place of each layer's "kernel" [in, out], and "head_weight" [V, D]
+        in that of "head" [D, V]. It is the faster form on CPUs, see `_from_left`.
+    """
     count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]}
+    params = params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]}
+    if not transposed:
+        return params
+    made = {name: leaf for name, leaf in params.items() if name != "head"}
+    if "head" in params:
+        made["head_weight"] = params["head"].T
+    made["layers"] = [{name: _transposed(leaves) for name, leaves in layer.items()} for layer in params["layers"]]
+    return made
+
+
+def transposed_here() -> bool:
+    """Whether models are decoded in the transposed form on the default device."""
+    return memory.default_device().platform == "cpu"
+
+
+def is_transposed(params: Params) -> bool:
+    """Whether the weights are [out, in], see `unstack`."""
+    return isinstance(params["layers"], list) and "weight" in params["layers"][0]["output"]
+
+
+def _transposed(leaves: Params) -> Params:
+    """A module's leaves with "weight" in the place of "kernel", if it has one."""
+    return {
+        "weight" if name == "kernel" else name: leaf.T if name == "kernel" else leaf for name, leaf in leaves.items()
+    }
 
 
 # --- Composition ----------------------------------------------------------------------------------------------------
@@ -178,6 +228,11 @@ def normalise(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
 
 def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Float32 next-token logits [..., V] from hidden states [..., D]."""
+    if is_transposed(params):
+        head = params["embedding"] if config.tied else params["head_weight"]
+        # With its rows as a matrix's only dimension XLA would turn the product round again.
+        y = _from_left(head.astype(config.compute_dtype), hidden[..., None, :], jnp.float32)
+        return y[..., 0, :]
     head = params["embedding"].T if config.tied else params["head"]
     return jnp.matmul(hidden, head.astype(config.compute_dtype), preferred_element_type=jnp.float32)
 

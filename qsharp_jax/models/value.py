@@ -123,6 +123,6 @@ def forward(
     return outputs_at(params, config, before, tokens), hidden
 
 
-def unstack(params: Params) -> Params:
-    """The decoding form, as `decoder.unstack`."""
-    return params | {"trunk": decoder.unstack(params["trunk"])}
+def unstack(params: Params, *, transposed: bool = False) -> Params:
+    """The decoding form, as `decoder.unstack`; the guide's own head stays as it is."""
+    return params | {"trunk": decoder.unstack(params["trunk"], transposed=transposed)}
