@@ -69,6 +69,14 @@ def row(use: str, name: str, models: tuple[str, str], forecast_only: bool) -> li
     ]  # fmt: skip
 
 
+def _hosts(names: list[str]) -> list[str]:
+    """Of presets that decode on the same host, the first."""
+    of = {}
+    for name in names:
+        of.setdefault((PRESETS[name]["kind"], tuple(PRESETS[name]["decode"].items())), name)
+    return list(of.values())
+
+
 def _megabytes(brought: Counter[str]) -> Any:
     return ", ".join(f"{brought[kind] / 1e6:.0f}" for kind in KINDS)
 
@@ -87,7 +95,7 @@ def main() -> None:
             model_configs.SIZES[size] = model_configs.SIZES[size] | dict(layers=options.layers)
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
     for use in options.use:
-        for name in options.only:
+        for name in options.only if use == "fit" else _hosts(options.only):
             print("| " + " | ".join(row(use, name, models, options.forecast)) + " |", flush=True)
 
 

@@ -310,6 +310,19 @@ def constrain_sequences(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(("batch", *(None,) * (x.ndim - 1)), FIT, mesh))
 
 
+def constrain_looked_up(x: jax.Array) -> jax.Array:
+    """In fitting, lays what was looked up in an embedding, [B, T, D], out as the table: its width over `fsdp`.
+
+    Each device then looks all the rows' tokens up in its own part, and an all-to-all makes whole rows of them. Were the
+    table gathered instead, it and its gradient would be whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rules_of(mesh) is DECODE:
+        return x
+    rules = FIT | {"batch": ("data",)}
+    return jax.lax.with_sharding_constraint(x, spec(("batch", None, "embed"), rules, mesh))
+
+
 def gather_weights(tree: Any, trunk: Any) -> Any:
     """In fitting, a part of a decoder's parameters as it is used: whole over `fsdp`, still divided over `tensor`.
 

@@ -197,7 +197,7 @@ def test_a_model_that_no_class_of_transformers_computes_is_not_exported(finished
 
 
 @pytest.mark.parametrize(
-    "command", [None, "run", "collect", "fit", "generate", "score", "evaluate", "report", "export"]
+    "command", [None, "run", "collect", "fit", "generate", "score", "evaluate", "report", "plan", "export"]
 )
 def test_help_says_how(command, capsys):
     with pytest.raises(SystemExit) as stop:

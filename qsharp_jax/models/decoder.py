@@ -333,9 +333,8 @@ def forward(
         x, kept = block.apply({"params": layer}, x, turn, attend)
         return sharding.constrain_sequences(x), kept
 
-    # The table stays divided by its width: each device looks up all rows' tokens in its part, and an all-to-all makes
-    # whole rows of them. Gathered, the table and its float32 gradient would be whole on every device.
-    x = sharding.constrain_sequences(embed(params, config, tokens, previous_tokens(tokens, segments), positions))
+    x = embed(params, config, tokens, previous_tokens(tokens, segments), positions)
+    x = sharding.constrain_sequences(sharding.constrain_looked_up(x))
     if isinstance(params["layers"], list):
         kept = []
         for layer in params["layers"]:
