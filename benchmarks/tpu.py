@@ -23,13 +23,13 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import program  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import generate, sharding  # noqa: E402
 from qsharp_jax.models import config, decoder, value  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
+from qsharp_jax.plan import program  # noqa: E402
 
 ROWS, POSITIONS, NEW, CANDIDATES, VOCABULARY = 16, 2048, 1024, 20, 128_256
 HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}  # bytes a chip

@@ -141,6 +141,8 @@ slurm() {
 }
 
 batch_script() { # LOG
+    local words=("${run_arguments[@]}")
+    ((nodes == 1)) || words+=(--coordinator slurm)
     cat <<END
 #!/usr/bin/env bash
 #SBATCH --job-name=qsharp
@@ -150,7 +152,7 @@ batch_script() { # LOG
 #SBATCH --output="$1"
 #SBATCH --open-mode=append
 #SBATCH --requeue
-srun --kill-on-bad-exit=1 env $(quoted "${environment[@]}" "$QSHARP_VENV/bin/qsharp" run "${run_arguments[@]}")
+srun --kill-on-bad-exit=1 env $(quoted "${environment[@]}" "$QSHARP_VENV/bin/qsharp" run "${words[@]}")
 END
 }
 

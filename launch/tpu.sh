@@ -175,7 +175,10 @@ put_code() {
     step install
 }
 
-start() { on_hosts all "JAX_PLATFORMS=tpu,cpu $(host_command qsharp start "$run_id" "${run_arguments[@]}")"; }
+start() {
+    local words=("${run_arguments[@]}" --coordinator tpu)
+    on_hosts all "JAX_PLATFORMS=tpu,cpu $(host_command qsharp start "$run_id" "${words[@]}")"
+}
 
 stop() { on_hosts all "$(host_command qsharp stop)"; }
 

@@ -65,6 +65,20 @@ def load(path: str | Path, overrides: list[str]) -> ConfigDict:
     return config
 
 
+def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
+    """Changes the mesh of a workdir's config, in place: --config.mesh=single, or single numbers of the one it has.
+
+    Raises UserError for a name that only the `meshes.py` beside a config file could tell, and as `override` does.
+    """
+    names, rest = _split_mesh(overrides)
+    if names and names[-1] != "single":
+        raise UserError(f"--config.mesh={names[-1]} is looked up beside the config file; give --config too, or single")
+    if names:
+        with config.unlocked():
+            config.pop("mesh", None)
+    override(config, rest)
+
+
 def presets(path: str | Path) -> dict[str, dict]:
     """The sections by name in the `meshes.py` beside a config file.
 

@@ -1,7 +1,8 @@
 """How good a policy is on held-out problems: reward, KL to `pi_ref`, and what reranking makes of `pi_ref`'s samples.
 
 Every method's samples are kept in the workdir as JSON lines, and every figure is computed from them: an evaluation
-that was stopped goes on with the method it was at. Intervals are 95%, by bootstrap over problems.
+that was stopped goes on with the method it was at. Several processes share the problems. Intervals are 95%, by
+bootstrap over problems.
 It knows nothing about training.
 """
 
@@ -15,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax import rollouts, score
+from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.files import write_atomic
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
-from qsharp_jax.workdir import write_atomic
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -56,19 +57,25 @@ def sample_method(
         rows = read_samples(path)
         if [row["eta"] for row in rows] == [_finite(eta) for _, eta, _ in plan]:
             return rows
-    began = time.monotonic()
-    generation = rollouts.sample(
-        ref,
-        guide,
-        [text.encode_prompt(problem.prompt) for problem in problems],
-        samples=len(etas) * samples,
-        seeds=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
-        batch_size=session.config.evaluate.batch_size,
-        name=f"evaluate {method}" + (f", round {number}" if number else ""),
-        eta=np.asarray([eta for _, eta, _ in plan], np.float32),
-        record=("kl",),
-        **(session.generation_settings() | changes),
-    )
+    each = len(etas) * samples
+    seeds = np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan))
+    mine = processes.share(range(len(problems)))
+    problems, part = problems[mine.start : mine.stop], slice(mine.start * each, mine.stop * each)
+    began, asked = time.monotonic(), len(plan)
+    plan = plan[part]
+    with session.decoding():
+        generation = rollouts.sample(
+            ref,
+            guide,
+            [text.encode_prompt(problem.prompt) for problem in problems],
+            samples=each,
+            seeds=seeds[part],
+            batch_size=session.config.evaluate.batch_size,
+            name=f"evaluate {method}" + (f", round {number}" if number else ""),
+            eta=np.asarray([eta for _, eta, _ in plan], np.float32),
+            record=("kl",),
+            **(session.generation_settings() | changes),
+        )
     seconds = time.monotonic() - began
     rows = []
     for row, (problem, eta, _) in enumerate(plan):
@@ -86,11 +93,10 @@ def sample_method(
                 "tokens": generation.response(row),
                 "kl": float(generation.kl[row].sum()),
                 "kl_truncated": float(generation.kl_truncated[row].sum()),
-                "seconds": seconds / len(plan),
+                "seconds": seconds / asked,
             }
         )
-    write_samples(path, rows)
-    return rows
+    return _keep(session, path, rows)
 
 
 def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
@@ -98,18 +104,27 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
     path = samples_path(session, "pi_ref_values", number)
     if path.exists():
         return read_samples(path)
-    began = time.monotonic()
+    began, asked = time.monotonic(), len(samples)
+    samples = processes.share(samples)
     examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
-    scores = score.score(
-        guide, examples, rows=session.config.evaluate.batch_size, bucket=session.config.fit.length_bucket
-    )
-    seconds = (time.monotonic() - began) / len(samples)
+    with session.decoding():
+        scores = score.score(
+            guide, examples, rows=session.config.evaluate.batch_size, bucket=session.config.fit.length_bucket
+        )
+    seconds = (time.monotonic() - began) / asked
     rows = [
         {key: sample[key] for key in ("problem_id", "parsed", "reward")}
         | {"values": np.round(values, 4).tolist(), "seconds": sample["seconds"] + seconds}
         for sample, values in zip(samples, scores, strict=True)
     ]
-    write_samples(path, rows)
+    return _keep(session, path, rows)
+
+
+def _keep(session: Session, path: Path, rows: list[dict]) -> list[dict]:
+    """The rows of all processes, which the first writes."""
+    rows = processes.gather(rows)
+    if session.workdir.writes:
+        write_samples(path, rows)
     return rows
 
 
@@ -160,7 +175,8 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, ValueModel]
         cd = sample_method(session, "cd", ref, guides[last], number=last, etas=list(config.etas), mode="cd")
         rows += policy_rows("cd", last, cd)
         rows += rerank_rows(last, samples, score_samples(session, guides[last], samples, number=last))
-    write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
+    if session.workdir.writes:
+        write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -10,17 +10,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
+import numpy as np
+
 from qsharp_jax.errors import Stopped
+
+AGREE_EVERY = 8  # steps: to ask the others is to wait for the device
 
 _told, _deferred, _raising = threading.Event(), threading.Event(), threading.Event()
 
 
 @contextlib.contextmanager
-def sigterm_ends(sentence: str) -> Iterator[None]:
-    """From here on SIGTERM prints the sentence on standard error and ends the process, but where it is `deferred`.
+def sigterm_ends(end: Callable[[], None]) -> Iterator[None]:
+    """From here on SIGTERM calls `end`, which has to end the process (see `leave`), but where it is `deferred`.
 
     A thread waits for it: Python's own handlers wait until the main thread comes back from the device, which may take
     longer than the cloud does. For the main thread alone.
@@ -29,7 +33,7 @@ def sigterm_ends(sentence: str) -> Iterator[None]:
     os.set_blocking(writer, False)
     handler = signal.signal(signal.SIGTERM, _raise_where_allowed)
     wakeup = signal.set_wakeup_fd(writer)
-    threading.Thread(target=_wait, args=(reader, sentence), daemon=True).start()
+    threading.Thread(target=_wait, args=(reader, end), daemon=True).start()
     try:
         yield
     finally:
@@ -76,8 +80,20 @@ def interruptible() -> Iterator[None]:
 
 
 def requested(step: int) -> bool:
-    """Whether to save and stop after this step. Of several processes all have to hear the same at the same step."""
-    return _told.is_set()
+    """Whether to save and stop after this step. Several processes agree on it, once in so many steps."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return _told.is_set()
+    return step % AGREE_EVERY == 0 and bool(multihost_utils.process_allgather(np.asarray(_told.is_set())).any())
+
+
+def leave(code: int, sentence: str) -> None:
+    """Ends this process at once, though its main thread may wait for another process, or a device, for ever."""
+    sys.stdout.flush()
+    print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
@@ -85,7 +101,7 @@ def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
 
-def _wait(reader: int, sentence: str) -> None:
+def _wait(reader: int, end: Callable[[], None]) -> None:
     with open(reader, "rb", buffering=0) as signals:
         while number := signals.read(1):
             if number[0] != signal.SIGTERM:
@@ -94,6 +110,4 @@ def _wait(reader: int, sentence: str) -> None:
                 os._exit(128 + signal.SIGTERM)
             _told.set()
             if not _deferred.is_set():
-                sys.stdout.flush()
-                print(f"\n{sentence}", file=sys.stderr, flush=True)
-                os._exit(0)
+                end()

@@ -1,5 +1,6 @@
 """Progress of long loops, on standard error: a bar on a terminal, elsewhere a line of text twice a minute at most."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
@@ -12,6 +13,7 @@ class Bar(tqdm):
 
     def __init__(self, items: Iterable[Any], name: str | None, **options: Any):
         interval = 0.5 if sys.stderr.isatty() else 30.0
+        options["disable"] = options.get("disable", False) or bool(os.environ.get("TQDM_DISABLE"))
         super().__init__(items, name, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)
 
     @staticmethod

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from qsharp_jax import evaluate, score  # noqa: E402
 from qsharp_jax.errors import UserError  # noqa: E402
+from qsharp_jax.files import write_atomic  # noqa: E402
 from qsharp_jax.session import Session  # noqa: E402
-from qsharp_jax.workdir import write_atomic  # noqa: E402
 
 COLUMNS = (
     "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 
-from qsharp_jax import dataset
+from qsharp_jax import dataset, processes, sharding
 from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import Generation, for_decoding, generate
 from qsharp_jax.models.decoder import LanguageModel
@@ -36,7 +37,8 @@ def sample(
 
     Args:
       seeds: [rows], one a row; rows are the prompts' samples, a prompt's next to each other.
-      batch_size: rows of a batch, rounded down to whole prompts; the last is filled up with rows that generate nothing.
+      batch_size: rows of a batch, rounded down to whole prompts, and up to what a mesh divides; the last is filled up
+        with rows that generate nothing.
       samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
       settings: of `generate`; arrays have one entry a row.
@@ -47,6 +49,8 @@ def sample(
     per_row = {key: np.broadcast_to(settings.pop(key), (rows,)) for key in PER_ROW if key in settings}
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     step = max(1, batch_size // samples)
+    while step * samples % sharding.round_rows(1):
+        step += 1
     parts = []
     for begin in Bar(range(0, len(prompts), step), name, disable=name is None):
         batch = order[begin : begin + step]
@@ -100,7 +104,8 @@ def collect(
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
     A rollout depends on the seed, the round and its own place in it, so a collection that was stopped anywhere and
-    started again ends with the same records as one that never stopped.
+    started again ends with the same records as one that never stopped. Several processes take shards in turn, each
+    decoding for itself, and all return when the last has done.
 
     Args:
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
@@ -112,7 +117,8 @@ def collect(
     settings = settings | {"record": ()}
     step = max(1, shard_rows // samples)
     for shard, begin in enumerate(Bar(range(0, len(problems), step), f"round {number}: collect")):
-        if dataset.shard_path(folder, shard).exists():
+        others = shard % jax.process_count() != jax.process_index()
+        if others or dataset.shard_path(folder, shard).exists():
             continue
         asked = [text.encode_prompt(problem.prompt) for problem in problems[begin : begin + step]]
         part = [problem for problem in problems[begin : begin + step] for _ in range(samples)]
@@ -161,6 +167,7 @@ def collect(
                 )
             )
         dataset.write_shard(folder, shard, rollouts)
+    processes.wait_for_all(f"rollouts of round {number}")
 
 
 def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:

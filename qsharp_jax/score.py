@@ -47,6 +47,7 @@ def _responses(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
     """What `of_batch` gives the tokens of a batch, [B, T] or [B, T, ...], at every example's response."""
+    rows = sharding.round_rows(rows)
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]

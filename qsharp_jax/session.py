@@ -3,6 +3,7 @@
 Every command starts from a `Session`. It knows the names of the config's sections and nothing of any algorithm.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
-from qsharp_jax import sources, tasks, train
+from qsharp_jax import sharding, sources, tasks, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.errors import UserError, nearest
 from qsharp_jax.models import decoder, value
@@ -28,8 +30,8 @@ from qsharp_jax.text import Text
 from qsharp_jax.workdir import Workdir
 
 
-def check(config: ConfigDict) -> None:
-    """Everything about a config that can be refused before anything is computed.
+def check_settings(config: ConfigDict) -> None:
+    """That all settings are there, in their ranges, and go together.
 
     Raises:
       UserError: naming the setting, its value and what is allowed.
@@ -61,7 +63,6 @@ def check(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
             " prompts to evaluate on"
         )
-    sources.check_folders(config)
     try:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
@@ -69,6 +70,17 @@ def check(config: ConfigDict) -> None:
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
         words = str(error).strip('"')
         raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about a config that can be refused before anything is computed.
+
+    Raises:
+      UserError: as `check_settings`, and for folders and models that are not what they are taken for.
+    """
+    check_settings(config)
+    _check_rows(config)
+    sources.check_folders(config)
     session = Session(Workdir(Path(), config))
     try:
         sources.check(config, session.text)
@@ -77,6 +89,21 @@ def check(config: ConfigDict) -> None:
     longest = min(shape.max_positions for shape in session.configs.values())
     if (new := config.generate.max_new_tokens) >= longest:
         raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
+
+
+def _check_rows(config: ConfigDict) -> None:
+    """That a mesh divides the rows of every batch that is learned from."""
+    if "mesh" not in config:
+        return
+    data, fsdp = config.mesh.fit.data, config.mesh.fit.fsdp
+    for section in ("pretrain", "fit") if config.ref == "pretrain" else ("fit",):
+        parts = config[section].get("accumulate", 1)
+        if config[section].batch_size % (data * fsdp * parts):
+            raise UserError(
+                f"config.{section}.batch_size is {config[section].batch_size}; on the mesh {config.mesh.name} it must"
+                f" be a multiple of {data * fsdp * parts}, which is data {data} x fsdp {fsdp}"
+                + (f" x accumulate {parts}" if parts > 1 else "")
+            )
 
 
 def check_problems(config: ConfigDict) -> None:
@@ -102,7 +129,10 @@ def check_problems(config: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
+    """A run. With `profile`, each of its trainings writes a trace of some steps."""
+
     workdir: Workdir
+    profile: bool = False
 
     @property
     def config(self) -> ConfigDict:
@@ -129,6 +159,30 @@ class Session:
         """The shapes of the "reference" and of the "guide"'s trunk."""
         return {"reference": self.ref_config, "guide": self.guide_config.trunk}
 
+    @functools.cached_property
+    def fit_mesh(self) -> Mesh | None:
+        return sharding.preset_mesh(self.config.get("mesh"), "fit")
+
+    @functools.cached_property
+    def decode_mesh(self) -> Mesh | None:
+        return sharding.preset_mesh(self.config.get("mesh"), "decode")
+
+    def fitting(self) -> contextlib.AbstractContextManager:
+        """Inside, the mesh for fitting is set; where there is none, nothing is."""
+        return contextlib.nullcontext() if self.fit_mesh is None else jax.set_mesh(self.fit_mesh)
+
+    def decoding(self) -> contextlib.AbstractContextManager:
+        """Inside, the mesh for decoding is set; where there is none, nothing is."""
+        return contextlib.nullcontext() if self.decode_mesh is None else jax.set_mesh(self.decode_mesh)
+
+    def for_fitting(self, model: Any) -> Any:
+        """A model, arrays or shapes, moved to where it is fitted."""
+        return sharding.move(model, self.fit_mesh, sharding.FIT)
+
+    def for_decoding(self, model: Any) -> Any:
+        """A model, arrays or shapes, moved to where it decodes."""
+        return sharding.move(model, self.decode_mesh, sharding.DECODE)
+
     @property
     def weights(self) -> dict[str, Any]:
         """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
@@ -148,9 +202,17 @@ class Session:
         return self.all_train_problems()[count * (number - 1) : count * number]
 
     def all_train_problems(self) -> list[Problem]:
-        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+        return self._all_train_problems
 
     def test_problems(self) -> list[Problem]:
+        return self._test_problems
+
+    @functools.cached_property
+    def _all_train_problems(self) -> list[Problem]:
+        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+
+    @functools.cached_property
+    def _test_problems(self) -> list[Problem]:
         return self._problems("test", self.config.evaluate.problems)
 
     def _problems(self, split: str, count: int) -> list[Problem]:
@@ -168,6 +230,10 @@ class Session:
     def guide_folder(self, number: int) -> Path:
         return self.workdir.guide / f"round_{number}"
 
+    def profile_folder(self, phase: str) -> Path | None:
+        """Where the trace of a training goes; None where none is wanted."""
+        return self.workdir.profile(phase) if self.profile else None
+
     @property
     def ref_folder(self) -> Path | None:
         """The reference's own folder; None where it is pre-trained in the workdir."""
@@ -180,9 +246,10 @@ class Session:
           UserError: if its pre-training has not ended, or what was to be read is damaged.
         """
         if self.ref_folder:
-            return sources.load_ref(self.config)
+            return sources.load_ref(self.config, self.decode_mesh)
         checkpoints = _finished(self.workdir.ref, "reference model", "run")
-        return LanguageModel(checkpoints.restore_params(decoder.abstract(self.ref_config)), self.ref_config)
+        shapes = self.for_fitting(LanguageModel(decoder.abstract(self.ref_config), self.ref_config))
+        return self.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))
 
     def load_guide(self, number: int | None = None) -> ValueModel:
         """The guide fitted in a round, by default in the last that has one.
@@ -196,12 +263,13 @@ class Session:
         if offsets := self.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
             trunk = self.guide_config.trunk
             shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, trunk), jax.random.key(0))
-        params = checkpoints.restore_params(shapes)
-        return ValueModel({name: leaf for name, leaf in params.items() if name != "future"}, self.guide_config)
+        model = self.for_fitting(ValueModel(shapes, self.guide_config))
+        params = checkpoints.restore_params(model.params)
+        return self.for_decoding(model.replace(params={name: params[name] for name in params if name != "future"}))
 
     def first_guide(self, ref: LanguageModel | None) -> Params:
         """The parameters that a guide starts from, if not from those of the round before; see `sources.first_guide`."""
-        return sources.first_guide(self.config, self.guide_config, ref, self.key("guide"))
+        return sources.first_guide(self.config, self.guide_config, ref, self.key("guide"), self.fit_mesh)
 
     def fitted_rounds(self) -> int:
         """How many rounds, from the first on, have a fitted guide."""

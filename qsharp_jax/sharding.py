@@ -41,6 +41,7 @@ PARAMETERS: Mapping[str, Axes] = {
     "down.kernel": ("mlp", "embed"),
     "down.bias": (None,),
     "head": ("embed", "vocab"),  # of a language model
+    "future": (None, "embed", "vocab"),  # heads of the auxiliary loss
     "head.kernel": ("embed", "outputs"),  # of a guide
     "head.bias": ("outputs",),
     "scale": (None,),  # of every norm
@@ -196,6 +197,18 @@ def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs_of_weights(model, mesh, rules, units))
 
 
+def move(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
+    """A model to where `of_model` says, from wherever it lies; abstract leaves get the shardings. No mesh: as it is."""
+    if mesh is None:
+        return model
+    shardings = of_model(model, mesh, rules)
+    if isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct):
+        return jax.tree.map(
+            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), model, shardings
+        )
+    return place(model, shardings)
+
+
 def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings for what has an entry a row, a tree like it: a decode loop's `State`, its `Controls`, a batch.
 
@@ -218,23 +231,33 @@ def place_rows(tree: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays of this process (the same in every process, if there are several) as arrays with these shardings.
+    """Arrays, of this process (the same in every one, if there are several) or of all, with other shardings.
 
-    Where a sharding's devices belong to several processes, each gives its own the part that lies there.
+    Nothing goes over a disk. What is to be moved from or to the devices of several processes passes through the memory
+    of each host, one array at a time.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if sharding.is_fully_addressable:
+        if getattr(leaf, "sharding", None) == sharding:
+            return leaf
+        if sharding.is_fully_addressable and getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
-        whole = np.asarray(leaf)
+        whole = to_host(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put, tree, shardings)
 
 
-def to_host(leaf: jax.Array) -> np.ndarray:
+def round_rows(rows: int) -> int:
+    """The nearest number of rows that the mesh that is set divides: less, if that leaves any."""
+    mesh = jax.sharding.get_mesh()
+    parts = 1 if mesh.empty else _parts("batch", rules_of(mesh), mesh)
+    return max(rows // parts, 1) * parts
+
+
+def to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of an array, whichever processes its devices belong to; then every process has to ask for it."""
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return multihost_utils.process_allgather(leaf, tiled=True)
 

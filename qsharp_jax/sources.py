@@ -13,15 +13,17 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from qsharp_jax import sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.folders import check_vocabulary, stored_dtype
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import hf, value
+from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.text import Text
 
 ON_THE_SPOT = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
@@ -135,26 +137,37 @@ def check(config: ConfigDict, text: Text) -> None:
 # --- Weights --------------------------------------------------------------------------------------------------------
 
 
-def load_ref(config: ConfigDict) -> LanguageModel:
-    """The reference out of its folder, in the form for decoding."""
+def load_ref(config: ConfigDict, mesh: Mesh | None = None) -> LanguageModel:
+    """The reference out of its folder, in the form for decoding, on a mesh for it if there is one."""
     ref = folder(config, "ref")
-    return hf.load_ref(ref, dtype=_dtype(config, ref))
+    dtype = _dtype(config, ref)
+    shape = hf.read_config(ref, dtype)
+    shardings = _shardings(LanguageModel(decoder.abstract(shape, dtype), shape), mesh, sharding.DECODE)
+    return hf.load_ref(ref, dtype=dtype, shardings=shardings)
 
 
-def first_guide(config: ConfigDict, shape: ValueConfig, ref: LanguageModel | None, key: jax.Array) -> Params:
+def first_guide(
+    config: ConfigDict, shape: ValueConfig, ref: LanguageModel | None, key: jax.Array, mesh: Mesh | None = None
+) -> Params:
     """Float32 parameters, layers stacked, that the first guide starts from.
 
     Args:
       shape: that `guide_config` gave.
       ref: the reference; it is not looked at where the guide's trunk comes out of a folder, the reference's among them.
       key: for what is drawn at random.
+      mesh: for fitting, onto which a folder's weights are read.
     """
     start = folder(config, "guide")
+    shardings = _shardings(ValueModel(value.abstract(shape), shape), mesh, sharding.FIT)
     if start and hf.is_guide(start):
-        return hf.load_guide(start, dtype="float32", unstacked=False).params
+        return hf.load_guide(start, dtype="float32", unstacked=False, shardings=shardings).params
     start = folder(config, "ref") if config.guide == "ref" else start
     if start:
-        trunk = hf.load_trunk(start, dtype="float32").params
+        trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
     else:
         trunk = ref.params if config.guide == "ref" else None
     return value.init(key, shape, trunk)
+
+
+def _shardings(model: LanguageModel | ValueModel, mesh: Mesh | None, rules: sharding.Rules) -> Params | None:
+    return None if mesh is None else sharding.of_model(model, mesh, rules).params

@@ -6,27 +6,32 @@ Knows nothing of models, rollouts or JAX: it hands out paths, keeps the config, 
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from qsharp_jax.config import differences, from_json, to_json
 from qsharp_jax.errors import UserError
+from qsharp_jax.events import EventFiles
+from qsharp_jax.files import append_line, whole_lines, write_atomic
 
 
 @dataclasses.dataclass
 class Workdir:
     """The paths of a workdir and the config of its run; `Workdir.open` also takes the lock, until `close` or the end
-    of a `with`. A plain `Workdir(path, config)` holds no lock: for the other processes of the run that opened it.
+    of a `with`. Of several processes on one run the first opens it, and the others `attach`: they write nothing that
+    there is one of (`writes` is false).
     """
 
     path: Path
     config: ConfigDict
+    writes: bool = True
     _lock: TextIO | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -63,7 +68,21 @@ class Workdir:
         except BaseException:
             lock.close()
             raise
-        return cls(path, held if config is None else config, lock)
+        return cls(path, held if config is None else config, _lock=lock)
+
+    @classmethod
+    def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
+        """The workdir that another process of the same run holds open."""
+        path = Path(path)
+        return cls(path, _read_config(path / "config.json") if config is None else config, writes=False)
+
+    def read_hashes(self) -> dict[str, Any]:
+        """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
+        return _read_json(self.path / "config.json").get("hashes", {})
+
+    def write_hashes(self, hashes: dict[str, Any]) -> None:
+        stored = self.path / "config.json"
+        write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
 
     def close(self) -> None:
         if self._lock is not None:
@@ -92,9 +111,16 @@ class Workdir:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    def profile(self, phase: str) -> Path:
+        return self.path / "profile" / phase
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @functools.cached_property
+    def _events(self) -> EventFiles:
+        return EventFiles(self.path / "tensorboard")
 
     @property
     def results(self) -> Path:
@@ -107,16 +133,14 @@ class Workdir:
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
 
-        Raises OSError, with the file's name, if it cannot be written.
+        The same numbers go to TensorBoard's event files. Raises OSError, with the file's name, if a file cannot be
+        written.
         """
-        line = json.dumps(_finite(metrics), allow_nan=False) + "\n"
-        try:
-            with open(self.metrics, "a+b") as file:
-                _cut_half_line(file)
-                file.write(line.encode())
-        except OSError as e:
-            e.filename = str(self.metrics)
-            raise
+        if not self.writes:
+            return
+        metrics = _finite(metrics)
+        append_line(self.metrics, json.dumps(metrics, allow_nan=False))
+        self._events.write(metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metrics so far, without the half line that a kill may have left at the end.
@@ -125,7 +149,7 @@ class Workdir:
         """
         if not self.metrics.exists():
             return []
-        lines = _whole_lines(self.metrics.read_bytes()).splitlines()
+        lines = whole_lines(self.metrics.read_bytes()).splitlines()
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -154,26 +178,17 @@ def _take_lock(path: Path) -> TextIO:
 
 
 def _read_config(path: Path) -> ConfigDict:
+    return from_json({name: item for name, item in _read_json(path).items() if name != "hashes"})
+
+
+def _read_json(path: Path) -> dict:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
-        return from_json(plain)
+        return plain
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
-
-
-def _whole_lines(data: bytes) -> bytes:
-    return data[: data.rfind(b"\n") + 1]
-
-
-def _cut_half_line(file: BinaryIO) -> None:
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":  # only then is the file read whole
-        file.seek(0)
-        file.truncate(len(_whole_lines(file.read())))
 
 
 def _finite(value: Any) -> Any:
@@ -185,26 +200,6 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes the whole file or nothing: a reader, or a kill at any moment, meets the old text or the new one.
-
-    Raises OSError, with the file's name, if it cannot be written; nothing is left behind then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            e.filename = str(path)
-        raise
 
 
 _OS_ERRORS = {

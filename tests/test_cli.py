@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qsharp_jax import checkpoint, cli, dataset
+from qsharp_jax import checkpoint, cli, dataset, train
+from qsharp_jax.errors import UserError
 from qsharp_jax.models import memory
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,7 @@ def stdout_lines(capfd, *arguments) -> list[dict]:
 
 def test_a_run_leaves_everything_it_promises(finished):
     names = {"config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "ref", "guide"}
+    names |= {"tensorboard"}
     assert names <= {path.name for path in finished.iterdir()}
     methods = [(row["method"], row["eta"], row["round"]) for row in results(finished)]
     assert ("pi_ref", None, 0) in methods and ("cd", 0.1, 2) in methods
@@ -133,6 +135,16 @@ def test_each_command_works_alone_on_the_workdir(copied, capsys):
     assert records(copied) == before
     rows = results(copied)  # `evaluate` measures the last round's guide at every eta, as the end of a run does
     assert [row["reward"] for row in rows] == [row["reward"] for row in expected]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_profile_is_the_trainings_when_asked_for(asked, copied, capsys, monkeypatch):
+    def fit(*_, loop, **__):
+        raise UserError(f"the trace goes to {loop.profile}")
+
+    monkeypatch.setattr(train, "fit", fit)
+    sentence = refused(capsys, "fit", "--workdir", copied, *["--profile"] * asked)
+    assert sentence.endswith(f"to {copied / 'profile' / 'round_2' if asked else None}")
 
 
 def test_generate_writes_a_strict_json_line_for_each_prompt_and_eta(finished, capfd):

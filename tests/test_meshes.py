@@ -1,6 +1,7 @@
 """The presets of meshes as data, and the meshes that are made of them."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from ml_collections import ConfigDict
+from test_tpu import printed_by
 
 from qsharp_jax import config as configs
 from qsharp_jax import sharding
@@ -118,3 +120,42 @@ def test_devices_that_are_not_the_preset_s_are_refused(changes, words):
     with pytest.raises(UserError) as caught:
         sharding.preset_mesh(PRESETS["v6e_16"] | changes, "fit", devices)
     assert words in str(caught.value)
+
+
+# --- On the chips of real slices ------------------------------------------------------------------------------------
+
+
+def main():
+    """Of every TPU preset's meshes: sizes, hosts of the decode mesh, slices and hosts along an axis, as JSON."""
+    from qsharp_jax.plan import compiled
+
+    found = {}
+    for name, preset in PRESETS.items():
+        if not preset["topology"]:
+            continue
+        devices = compiled.devices(preset)
+        fit, decode = (sharding.preset_mesh(preset, use, devices) for use in ("fit", "decode"))
+        slices = lambda grid: len({getattr(device, "slice_index", None) for device in grid.flat})  # noqa: E731
+        found[name] = dict(
+            devices=len(devices),
+            fit=dict(fit.shape),
+            hosts_of_decoding=len({device.process_index for device in decode.devices.flat}),
+            slices_of_a_data_group=slices(fit.devices[0]),
+            slices=slices(fit.devices),
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+
+
+def test_every_tpu_preset_s_slice_is_known_to_the_compiler():
+    """And only `data` goes from slice to slice, and decoding stays on a host."""
+    found = printed_by(__file__)
+    assert set(found) == {name for name, preset in PRESETS.items() if preset["platform"] == "tpu"}
+    for name, mesh in found.items():
+        preset = PRESETS[name]
+        assert mesh["devices"] == preset["slices"] * preset["hosts"] * preset["devices_per_host"], name
+        assert mesh["fit"] == preset["fit"] and mesh["hosts_of_decoding"] == 1, name
+        assert mesh["slices"] == preset["slices"] and mesh["slices_of_a_data_group"] == 1, name

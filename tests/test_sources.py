@@ -180,3 +180,14 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     sessions.check(
         session(ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,0.5,1").config
     )
+
+
+def test_a_folder_that_changed_is_refused_by_every_command(finished, folders, capfd):
+    other = folders / "ref" / "added_tokens.json"
+    other.write_text("{}")
+    try:
+        for arguments in (["report"], ["generate", PROMPT]):
+            assert "added_tokens.json changed since" in refused(capfd, *arguments, "--workdir", finished)
+    finally:
+        other.unlink()
+    assert cli.main(["report", "--workdir", str(finished)]) == 0

@@ -24,7 +24,8 @@ def run(session: Session) -> LanguageModel:
         if checkpoints.finished():
             return session.load_ref()
     text = session.text
-    text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
+    if session.workdir.writes:
+        text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
     texts = session.task.pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )
@@ -35,20 +36,24 @@ def run(session: Session) -> LanguageModel:
         seed=session.seed("pretrain"),
     )
     optimizer = train.make_optimizer(config.optimizer)
-    state = train.fit(
-        train.init_state(decoder.init(session.key("ref"), model_config), optimizer),
-        batches,
-        loss_fn=functools.partial(train.language_model_loss, config=model_config),
-        optimizer=optimizer,
-        schedule=train.make_schedule(config.optimizer, config.steps),
-        checkpoints=checkpoints,
-        loop=train.Loop(
-            name="pre-train pi_ref",
-            total_steps=min(config.steps, batches.steps_per_epoch),
-            log_every=config.log_every,
-            save_every=config.save_every,
-            log=session.workdir.append_metrics,
-            stop=lambda means: means["loss"] <= config.stop_loss,
-        ),
-    )
-    return LanguageModel(state.params, model_config)
+    first = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
+    with session.fitting():
+        state = train.fit(
+            train.init_state(first.params, optimizer),
+            batches,
+            loss_fn=functools.partial(train.language_model_loss, config=model_config),
+            optimizer=optimizer,
+            schedule=train.make_schedule(config.optimizer, config.steps),
+            checkpoints=checkpoints,
+            loop=train.Loop(
+                name="pre-train pi_ref",
+                total_steps=min(config.steps, batches.steps_per_epoch),
+                log_every=config.log_every,
+                save_every=config.save_every,
+                log=session.workdir.append_metrics,
+                stop=lambda means: means["loss"] <= config.stop_loss,
+                flops=train.language_model_flops(model_config),
+                profile=session.profile_folder("pretrain"),
+            ),
+        )
+    return session.for_decoding(first.replace(params=state.params))

@@ -33,7 +33,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
     for number in range(1, session.config.rounds + 1):
         collect(session, number, ref, guide)
         data = aggregate(session, number)
-        guide = fit(session, number, ref, data, guide)
+        guide = session.for_decoding(fit(session, number, ref, data, guide))
         after_round(number, guide)
     return guide
 
@@ -41,21 +41,22 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
     """Roll in with the last round's policy, finish with pi_ref; records go to the workdir, statistics come back."""
     began = time.monotonic()
-    rollouts.collect(
-        ref,
-        guide,
-        session.task,
-        session.text,
-        session.train_problems(number),
-        session.workdir.rollouts(number),
-        number=number,
-        seed=session.seed("collect"),
-        samples=session.config.collect.samples,
-        eta=session.config.collect.eta,
-        batch_size=session.config.collect.batch_size,
-        shard_rows=session.config.collect.shard_rows,
-        **session.generation_settings(),
-    )
+    with session.decoding():
+        rollouts.collect(
+            ref,
+            guide,
+            session.task,
+            session.text,
+            session.train_problems(number),
+            session.workdir.rollouts(number),
+            number=number,
+            seed=session.seed("collect"),
+            samples=session.config.collect.samples,
+            eta=session.config.collect.eta,
+            batch_size=session.config.collect.batch_size,
+            shard_rows=session.config.collect.shard_rows,
+            **session.generation_settings(),
+        )
     rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
     figures = rollouts.statistics(rollouts_)
     session.workdir.append_metrics(
@@ -76,7 +77,8 @@ def fit(
     """A guide fitted to all the data, but for the prompts that are held out to measure it on.
 
     It starts from `previous`, the guide of the round before, where the config says so and there is one; else from
-    `Session.first_guide`, which may need the reference.
+    `Session.first_guide`, which may need the reference. It comes back where it was fitted, `Session.for_decoding` moves
+    it on.
     """
     config, guide_config = session.config.fit, session.guide_config
     if config.warm_start and previous is not None:
@@ -86,6 +88,7 @@ def fit(
     if config.future_offsets:
         future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
         params = params | {"future": future}
+    params = session.for_fitting(ValueModel(params, guide_config)).params
 
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
@@ -115,32 +118,35 @@ def fit(
 
     total_steps = config.epochs * batches.steps_per_epoch
     optimizer = train.make_optimizer(config.optimizer)
-    state = train.fit(
-        train.init_state(params, optimizer),
-        batches,
-        loss_fn=functools.partial(
-            train.value_loss,
-            config=guide_config,
-            projection=config.projection,
-            clip=config.clip_rewards,
-            future_weight=config.future_weight,
-            remat=config.remat,
-        ),
-        optimizer=optimizer,
-        schedule=train.make_schedule(config.optimizer, total_steps),
-        accumulate=config.accumulate,
-        checkpoints=Checkpoints(session.guide_folder(number)),
-        loop=train.Loop(
-            name=f"round {number}: fit",
-            total_steps=total_steps,
-            log_every=config.log_every,
-            save_every=config.save_every,
-            log=session.workdir.append_metrics,
-            measure=measure,
-            evaluate_every=config.evaluate_every,
-            patience=config.patience,
-        ),
-    )
+    with session.fitting():
+        state = train.fit(
+            train.init_state(params, optimizer),
+            batches,
+            loss_fn=functools.partial(
+                train.value_loss,
+                config=guide_config,
+                projection=config.projection,
+                clip=config.clip_rewards,
+                future_weight=config.future_weight,
+                remat=config.remat,
+            ),
+            optimizer=optimizer,
+            schedule=train.make_schedule(config.optimizer, total_steps),
+            accumulate=config.accumulate,
+            checkpoints=Checkpoints(session.guide_folder(number)),
+            loop=train.Loop(
+                name=f"round {number}: fit",
+                total_steps=total_steps,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                log=session.workdir.append_metrics,
+                measure=measure,
+                evaluate_every=config.evaluate_every,
+                patience=config.patience,
+                flops=train.guide_flops(guide_config, config.future_offsets),
+                profile=session.profile_folder(f"round_{number}"),
+            ),
+        )
     return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)
 
 

@@ -7,19 +7,27 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
 from qsharp_jax import interrupt
 from qsharp_jax.cli import arguments, texts
 from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax.interrupt import leave
 from qsharp_jax.workdir import Workdir, explain_os_error
 
-STOPPED = "qsharp: told to end; the same command goes on where it stopped"
+STOPPED = "told to end; the same command goes on where it stopped"
 RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
+
+
+# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
+_NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -27,31 +35,66 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
     try:
         options, rest = arguments.parser().parse_known_args(given)
-        with _on_sigterm(options), _open_workdir(options, rest) as workdir:
+        if options.name == "plan":
+            os.environ.update(_NO_DEVICES)
+        with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
         sys.stdout.flush()
         return 0
-    except UserError as error:
-        return _refuse(str(error))
-    except Stopped:
-        print(f"\n{STOPPED}", file=sys.stderr)
-        return 0
     except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if (sentence := explain_os_error(error)) is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if (found := _explain(error)) is None:
             raise
-        return _refuse(sentence)
-    except KeyboardInterrupt:
-        print("\nqsharp: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        code, sentence = found
+        print(f"qsharp: {sentence}", file=sys.stderr)
+        return code
 
 
-def _on_sigterm(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    return interrupt.sigterm_ends(STOPPED) if options.name in RESUMING else contextlib.nullcontext()
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error; None for what only a traceback explains."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, Stopped):
+        return 0, STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on where it stopped"
+    sentence = explain_os_error(error)
+    return sentence and (2, sentence)
+
+
+def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+    """The other processes of the run, where there are some, have come; it gives the way to end them all at once.
+
+    All but the first print nothing but errors.
+    """
+    if getattr(options, "coordinator", None) is None:
+        return contextlib.nullcontext(leave)
+
+    from qsharp_jax import processes
+
+    def explain(error: BaseException) -> tuple[int, str]:
+        if (found := _explain(error)) is None:
+            traceback.print_exception(error)
+            found = 1, f"{type(error).__name__}, see the traceback above"
+        return found
+
+    place = processes.find_place(options.coordinator, options.processes, options.process)
+    if place.index:
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
+    return processes.joined(place, options.coordinator_timeout, explain)
+
+
+def _on_sigterm(
+    options: argparse.Namespace, end: Callable[[int, str], None]
+) -> contextlib.AbstractContextManager[None]:
+    if options.name not in RESUMING:
+        return contextlib.nullcontext()
+    return interrupt.sigterm_ends(lambda: end(0, STOPPED))
 
 
 def _keep_programs(folder: Path) -> None:
@@ -61,37 +104,75 @@ def _keep_programs(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
-def _refuse(sentence: str) -> int:
-    print(f"qsharp: {sentence}", file=sys.stderr)
-    return 2
-
-
 def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | contextlib.AbstractContextManager[None]:
     """The run's workdir, with its lock; None for a command that works on folders instead."""
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
+    if options.name == "plan":
+        from qsharp_jax import session
+
+        options.settings = configs.load(options.config, rest)
+        session.check_settings(options.settings)
+        return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
     if hasattr(options, "ref"):  # before a workdir is opened, or made
         texts.check_source(options)
     if options.workdir is None:
         return contextlib.nullcontext()
-    if options.config is None and rest:
-        raise UserError(f"{rest[0]} changes the settings of a run that is there; give the --config it was made with")
+    if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
+        raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import session, sources
+    from qsharp_jax import hashes, session, sources
 
     if options.config is not None:
         config = configs.load(options.config, rest)
+        session.check_settings(config)
+        _check_mesh(config, options.config)
         session.check(config)
         sources.make_absolute(config)
         if not (Path(options.workdir) / "config.json").exists():
             session.check_problems(config)
-        return Workdir.open(options.workdir, config)
-    workdir = Workdir.open(options.workdir)
+        workdir = _opened(options.workdir, config)
+    else:
+        workdir = _opened(options.workdir)
     try:
-        session.check(workdir.config)  # it may be of an older version, or edited
-    except UserError as error:
+        if options.config is None:
+            configs.override_mesh(workdir.config, rest)
+            _check_stored(workdir)
+        hashes.check_folders(workdir)
+    except BaseException:
         workdir.close()
-        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
+        raise
     return workdir
+
+
+def _check_mesh(config: ConfigDict, path: str) -> None:
+    """That a mesh of several devices is that of this machine's, divides what it has to, and has the memory."""
+    if "mesh" not in config or config.mesh.name == "single":
+        return
+
+    import jax
+
+    from qsharp_jax import plan
+
+    plan.check(plan.make(config), config.mesh, configs.presets(path), jax.devices())
+
+
+def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
+    from qsharp_jax import processes
+
+    if processes.is_first():
+        workdir = Workdir.open(path, config)
+    processes.wait_for_all("the workdir is open")
+    return workdir if processes.is_first() else Workdir.attach(path, config)
+
+
+def _check_stored(workdir: Workdir) -> None:
+    """The settings may be of an older version, or edited."""
+    from qsharp_jax import session
+
+    try:
+        session.check(workdir.config)
+    except UserError as error:
+        raise UserError(f"{workdir.path / 'config.json'}: {error}") from None

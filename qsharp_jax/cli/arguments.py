@@ -46,6 +46,18 @@ It grows in the order of the input; the same command, typed again after it was s
 {FOLDERS_HELP}"""
 
 
+PLAN_HELP = f"""\
+No workdir, no device and no weights are needed: of folders their config.json. What a chip holds and does in a step of
+the fit and of decoding, for the mesh of the config, by arithmetic; each number says how it was found. For example
+
+  qsharp plan --config configs/arithmetic.py --config.mesh=v5p_64 --ref-size llama3.1-70b --guide-size llama3.2-3b
+
+A mesh that cannot be is refused with the nearest that can. Its memory, bandwidths and peak are the vendor's figures in
+configs/meshes.py; of `single` and `cpu` nothing is known, so give them as --config.mesh.hbm_bytes=16000000000.
+
+{CONFIG_HELP}"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Refuses like the rest of the program: one sentence, not the usage."""
 
@@ -76,9 +88,14 @@ def parser() -> argparse.ArgumentParser:
         sub = add(command, summary)
         sub.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
         _add_config(sub, required=command is runs.run)
+        if command in (runs.run, runs.collect, runs.fit, runs.evaluate):
+            _add_processes(sub)
         return sub
 
-    add_on_run(runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated")
+    sub = add_on_run(
+        runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated"
+    )
+    _add_profile(sub)
 
     sub = add_on_run(runs.collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
@@ -86,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add_on_run(runs.fit, "fit the guide to all rollouts up to a round")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the last collected")
     sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+    _add_profile(sub)
 
     sub = add(
         texts.generate,
@@ -106,6 +124,20 @@ def parser() -> argparse.ArgumentParser:
     add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
     add_on_run(runs.report, "write report.md and the plots from what was measured")
 
+    sub = add(runs.plan, "memory and time on a mesh of devices, without a device", PLAN_HELP)
+    _add_config(sub, required=True)
+    sub.set_defaults(workdir=None)
+    sub.add_argument("--ref-size", metavar="SIZE", help="a published shape as the reference, such as llama3.1-70b")
+    sub.add_argument("--guide-size", metavar="SIZE", help="the same as the guide, such as llama3.2-3b")
+    sub.add_argument(
+        "--prompt-tokens", type=_whole(1), metavar="N",
+        help="of the longest prompt; by default config.generate.prompt_bucket",
+    )  # fmt: skip
+    sub.add_argument(
+        "--compile", action="store_true",
+        help="ask the TPU compiler as well, for a TPU's mesh (minutes); it comes with: pip install \".[tpu]\"",
+    )  # fmt: skip
+
     sub = add_on_run(runs.export, "write one of a run's models as a folder that `transformers` loads")
     sub.add_argument("--what", choices=("ref", "guide"), required=True, help="the reference, or the last fitted guide")
     sub.add_argument("--out", metavar="DIR", required=True, help="the folder; made if it is new, must be empty if not")
@@ -116,6 +148,29 @@ def _add_config(sub: argparse.ArgumentParser, *, required: bool = False) -> None
     sub.add_argument(
         "--config", metavar="FILE", required=required, help="a Python file with get_config(), as in configs/"
     )
+
+
+def _add_processes(sub: argparse.ArgumentParser) -> None:
+    several = sub.add_argument_group(
+        "several processes, one a host", "all of them run the same command on a workdir that all of them see"
+    )
+    several.add_argument(
+        "--coordinator", metavar="PLACE",
+        help="where they meet: HOST:PORT of the first of them, tpu (by the TPU VM's metadata), or slurm (under srun)",
+    )  # fmt: skip
+    several.add_argument("--processes", type=_whole(1), metavar="N", help="how many, with HOST:PORT")
+    several.add_argument("--process", type=_whole(0), metavar="I", help="which this is, from 0, with HOST:PORT")
+    several.add_argument(
+        "--coordinator-timeout", type=_whole(1), default=300, metavar="SECONDS",
+        help="how long they wait for each other at the start, by default 300",
+    )  # fmt: skip
+
+
+def _add_profile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--profile", action="store_true",
+        help="write a trace of ten steps of every training, once it compiles no more, to the workdir's profile/",
+    )  # fmt: skip
 
 
 def _add_folders(sub: argparse.ArgumentParser) -> None:

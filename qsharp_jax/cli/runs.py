@@ -8,11 +8,12 @@ from qsharp_jax.workdir import Workdir
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
     """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
-    from qsharp_jax import evaluate, report
+    from qsharp_jax import evaluate, hashes, report
     from qsharp_jax.algorithms import pretrain, qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
+    hashes.check_problems(session)
     ref = pretrain.run(session)
     guides = {}
 
@@ -21,14 +22,17 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
         evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
 
     qsharp.run(session, ref, after_round)
-    print("\n" + report.write(session))
+    if workdir.writes:
+        print("\n" + report.write(session))
 
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import hashes
     from qsharp_jax.algorithms import pretrain, qsharp
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
     ref = pretrain.run(session)
@@ -41,7 +45,7 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.algorithms import qsharp
     from qsharp_jax.session import Session
 
-    session = Session(workdir)
+    session = Session(workdir, options.profile)
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
@@ -52,10 +56,11 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import evaluate, report
+    from qsharp_jax import evaluate, hashes, report
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    hashes.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()
     guides = {number: session.load_guide(number) for number in range(1, last + 1)}
@@ -67,6 +72,23 @@ def report(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     print(report.write(Session(workdir)))
+
+
+def plan(workdir: None, options: argparse.Namespace) -> None:
+    """On the config alone; a run that cannot be is refused after what can be said about it."""
+    from qsharp_jax import config as configs
+    from qsharp_jax import plan
+
+    presets = configs.presets(options.config)
+    section = options.settings.get("mesh") or presets["single"]
+    job = plan.make(
+        options.settings, ref_size=options.ref_size, guide_size=options.guide_size, prompt_tokens=options.prompt_tokens
+    )
+    try:
+        for line in plan.lines(job, section, compile=options.compile):
+            print(line, flush=True)
+    finally:
+        plan.check(job, section, presets)
 
 
 def export(workdir: Workdir, options: argparse.Namespace) -> None:

@@ -240,9 +240,9 @@ def forward(
         x, kept = block.apply({"params": layer}, x, turn, attend)
         return sharding.constrain_sequences(x), kept
 
-    first = {name: leaf for name, leaf in params.items() if name in ("embedding", "positions", "token_shift")}
-    x = embed(sharding.gather_weights(first, config), config, tokens, previous_tokens(tokens, segments), positions)
-    x = sharding.constrain_sequences(x)
+    # The table stays divided by its width: each device looks up all rows' tokens in its part, and an all-to-all makes
+    # whole rows of them. Gathered, the table and its float32 gradient would be whole on every device.
+    x = sharding.constrain_sequences(embed(params, config, tokens, previous_tokens(tokens, segments), positions))
     if isinstance(params["layers"], list):
         kept = []
         for layer in params["layers"]:

@@ -11,6 +11,7 @@ from qsharp_jax.train.losses import (
     value_loss,
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
+from qsharp_jax.train.speed import guide_flops, language_model_flops
 from qsharp_jax.train.step import LossFn, TrainState, init_state, state_shardings, train_step
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "check_rewards",
     "fit",
     "future_token_loss",
+    "guide_flops",
     "init_future",
     "init_state",
+    "language_model_flops",
     "language_model_loss",
     "make_optimizer",
     "make_schedule",

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import math
 import resource
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -22,7 +22,9 @@ from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.progress import Bar
 from qsharp_jax.train.optimizer import Schedule
+from qsharp_jax.train.speed import Clock, Flops
 from qsharp_jax.train.step import LossFn, TrainState, train_step
+from qsharp_jax.train.trace import Trace
 
 
 class BatchSource(Protocol):
@@ -49,6 +51,8 @@ class Loop:
     evaluate_every: int = 0
     patience: int = 0  # 0: off
     stop_requested: Callable[[int], bool] = interrupt.requested  # asked after each step
+    flops: Flops | None = None  # of a step, for the speed in the log
+    profile: Path | None = None  # folder for a trace of some steps; None: no trace
 
 
 @interrupt.deferred()
@@ -77,6 +81,7 @@ def fit(
       Stopped: if `loop.stop_requested`, or at SIGTERM in an evaluation; the present step is saved.
       OSError: naming the folder, if a checkpoint cannot be written.
     """
+    clock = Clock(loop.flops)
     state = checkpoints.restore(state)
     if checkpoints.finished():
         return state
@@ -85,7 +90,7 @@ def fit(
     places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
     try:
-        return _train(state, batches, step_fn, checkpoints, loop, schedule)
+        return _train(state, batches, step_fn, checkpoints, loop, schedule, clock)
     finally:
         checkpoints.wait()
 
@@ -97,25 +102,31 @@ def _train(
     checkpoints: Checkpoints,
     loop: Loop,
     schedule: Schedule,
+    clock: Clock,
 ) -> TrainState:
     """`fit`, from the state on. A checkpoint is of the moment before the evaluation that its step may have."""
     best = checkpoints.best()
     first, evaluated = int(state.step), False
     window: list[dict] = []
-    tokens, since = 0, time.monotonic()
+    metrics: dict[str, jax.Array] = {}
+    trace = Trace(loop.profile)
+    clock.start(state.params)
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         if step > 0 and loop.evaluate_every > 0 and step % loop.evaluate_every == 0:
-            began, best_before, evaluated = time.monotonic(), best, True
-            best = _evaluate(state, loop, checkpoints, best)
-            if best is not best_before:
-                checkpoints.save_best(state.params, best)
-            since += time.monotonic() - began
+            best_before, evaluated = best, True
+            jax.block_until_ready(state)
+            with clock.lost():
+                best = _evaluate(state, loop, checkpoints, best)
+                if best is not best_before:
+                    checkpoints.save_best(state.params, best)
             if loop.patience and step - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
                 break
-        batch, evaluated = batches[step], False
-        state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
+        batch, evaluated = clock.fetch(batches, step, metrics), False
+        with clock.lost():
+            trace.before_step(state, clock.warm)
+        with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
         window.append(metrics)
-        tokens += int(batch.segments.astype(bool).sum())
         last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
         stopping = loop.stop_requested(step + 1)
         if last or saving or stopping or (step + 1) % loop.log_every == 0:
@@ -126,17 +137,20 @@ def _train(
                     f"{loop.name}: the loss or its gradient is not finite by step {step + 1}; the last good checkpoint"
                     " is kept. Lower the learning rate"
                 )
-            rate = tokens / (time.monotonic() - since)
-            loop.log({"phase": loop.name, "step": step + 1, **means, "tokens_per_second": rate, **device_memory()})
+            speed = clock.lap()
+            with clock.lost():
+                loop.log({"phase": loop.name, "step": step + 1, **means, **speed, **device_memory()})
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            window, tokens, since = [], 0, time.monotonic()
+            window = []
             if loop.stop(means):
                 break
         if stopping or (saving and not last):
-            checkpoints.save(state, best=best)
+            with clock.lost():
+                checkpoints.save(state, best=best)
         if stopping:
             raise Stopped
     bar.close()
+    trace.end(state)
     if not evaluated:
         best = _evaluate(state, loop, checkpoints, best)
     if best and best.step < int(state.step):

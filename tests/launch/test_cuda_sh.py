@@ -154,7 +154,7 @@ def test_slurm_has_one_process_a_node_with_all_its_gpus(world):
 
     subprocess.run(["bash", world.folder / "submitted"], check=True, env=world.environment(FAKE_PROGRAM="0"))
     (started,) = world.started()
-    assert started["words"] == f"{HERE} it's" and started["flags"] == f"{FLAG} --xla_x=1"
+    assert started["words"] == f"{HERE} it's --coordinator slurm" and started["flags"] == f"{FLAG} --xla_x=1"
     assert world.lines("srun") == ["--kill-on-bad-exit=1"]
 
 
@@ -172,7 +172,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(world, where):
         assert all(words in world.calls() for words in printed)
     else:
         assert f"bash {world.repo}/launch/setup.sh cuda\n" in dry.stdout
-        assert f"{world.repo}/.venv/bin/qsharp {HERE}\n" in dry.stdout
+        together = " --coordinator slurm" if where else ""
+        assert f"{world.repo}/.venv/bin/qsharp {HERE}{together}\n" in dry.stdout
 
 
 @pytest.mark.parametrize(

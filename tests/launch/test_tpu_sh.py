@@ -14,7 +14,7 @@ TPU = ["--name", "q", "--zone", "z"]
 RUN = ["run", *TPU]
 ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.seed=1"]
 ONE, FOUR = ["--type", "v6e-4"], ["--type", "v5e-16"]
-WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.seed=1"
+WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.seed=1 --coordinator tpu"
 LOOK, MAKE, FROM_READY = (
     ["describe", "state"],
     ["create", "describe"],

@@ -188,7 +188,7 @@ def test_metrics_lines(tmp_path):
     toy_fit(tmp_path, lines=lines, total_steps=11, measure=lambda params: {"brier": float(params["x"][0])})
     steps = [line["step"] for line in lines]
     assert steps == [4, 5, 8, 10, 11, 11]
-    required = {"phase", "step", "loss", "gradient_norm", "accuracy", "tokens_per_second"}
+    required = {"phase", "step", "loss", "gradient_norm", "accuracy", "tokens_per_second", "goodput"}
     assert all(required <= set(line) <= required | {"peak_bytes"} for line in lines[:-1])
     x, expected = 0.0, []
     for step in range(11):
@@ -198,7 +198,7 @@ def test_metrics_lines(tmp_path):
         loss, norm, accuracy = np.mean(expected[first : line["step"]], axis=0)
         found = [line["loss"], line["gradient_norm"], line["accuracy"]]
         np.testing.assert_allclose(found, [loss, norm, accuracy], rtol=1e-4)
-        assert line["phase"] == "toy" and line["tokens_per_second"] > 0
+        assert line["phase"] == "toy" and line["tokens_per_second"] > 0 and 0 < line["goodput"] < 1
     np.testing.assert_allclose(lines[-1].pop("brier"), x, rtol=1e-5)
     assert lines[-1] == {"phase": "toy", "step": 11}
 

@@ -1,14 +1,15 @@
-"""Reads a compiled decode program's text (`compiled.as_text()`): collectives and copies of one step of its loop.
+"""Reads a compiled program's text (`compiled.as_text()`): its collectives, and the copies of a decode loop's step.
 
 A program is a list of computations, each a list of instructions; a decode loop is a while over blocks whose body has a
 while over steps. It knows the text's grammar and nothing about models.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 REDUCTIONS = ("all-reduce", "reduce-scatter")
@@ -20,6 +21,7 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_c
 _OPERAND = re.compile(r"%([\w.-]+)")
 # What moves no array by itself.
 _NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "iota")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 
 
@@ -50,21 +52,75 @@ class Instruction:
 
 
 class Program:
-    """Attributes: `computations`, instructions by computation; `loop`, the names of those within the decode loop;
-    `step`, the one that is a step."""
+    """Attributes: `computations`, instructions by computation; `entry`, the name of the first. Of a decode loop:
+    `loop`, the names of those within it; `step`, the one that is a step.
+    """
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
-        current, entry = [], None
+        current, self.entry = [], None
         for line in text.splitlines():
             if header := _HEADER.match(line):
                 current = self.computations[header[2]] = []
-                entry = header[2] if header[1] else entry
+                self.entry = header[2] if header[1] else self.entry
             elif found := _INSTRUCTION.match(line):
                 current.append(_instruction(line, *found.groups()))
-        blocks = self._largest_while(entry)
-        self.loop = self._reached(blocks)
-        self.step = self._largest_while(blocks)
+
+    @functools.cached_property
+    def _blocks(self) -> str:
+        return self._largest_while(self.entry)
+
+    @functools.cached_property
+    def loop(self) -> set[str]:
+        return self._reached(self._blocks)
+
+    @functools.cached_property
+    def step(self) -> str:
+        return self._largest_while(self._blocks)
+
+    def traffic(self, start: str | None = None) -> Counter[str]:
+        """Bytes that arrive on a chip by its collectives, by kind, in one run of a computation, by default the program.
+
+        Those in a loop count for each of its turns. By rings, of which each chip is one of n: an all-gather brings
+        (n - 1) / n of its result, an all-reduce twice that, a reduce-scatter (n - 1) / n of what it reduces.
+        """
+        total, seen = Counter(), set()
+        for name, times in self._runs(self.entry if start is None else start):
+            # Written so where the chips' parts of a sum are scattered.
+            scatters = "all-reduce-scatter" in name
+            for i in self.computations[name]:
+                kind = i.kind.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                # An all-gather that runs beside products stands in each of them, with one channel.
+                if "chain_id=" in i.text and (channel := _CHANNEL.search(i.text)):
+                    if channel[1] in seen:
+                        continue
+                    seen.add(channel[1])
+                kind = "reduce-scatter" if scatters else kind
+                size, n = result_bytes(i), group_size(i)
+                if kind == "collective-permute":
+                    share = 1.0
+                elif kind == "reduce-scatter" and not scatters:
+                    share = n - 1
+                else:
+                    share = (n - 1) / n * (2 if kind == "all-reduce" else 1)
+                total[kind] += times * size * share
+        return Counter({kind: round(size) for kind, size in total.items()})
+
+    def _runs(self, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
+        """Every computation below one, and how often it runs."""
+        yield name, times
+        for i in self.computations[name]:
+            turns = self._turns(i) if i.kind == "while" else 1
+            for called in i.called:
+                yield from self._runs(called, times * turns)
+
+    def _turns(self, loop: Instruction) -> int:
+        """Of a scan: the number that its counter is compared with; 1 where there is none."""
+        condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.text)[1]]
+        limits = [re.search(r"constant\((\d+)\)", i.text) for i in condition if i.kind == "constant"]
+        return max((int(limit[1]) for limit in limits if limit), default=1)
 
     def collectives(self) -> list[Instruction]:
         """Of one step, those that every turn of an inner loop would repeat included once."""
@@ -157,6 +213,19 @@ def result_bytes(instruction: Instruction) -> int:
     if instruction.kind.endswith("-start") and len(arrays) > 1:
         arrays = arrays[len(arrays) // 2 :]
     return sum(array.bytes for array in arrays)
+
+
+def group_size(instruction: Instruction) -> int:
+    """How many chips a collective is among; 1 for one that does not say."""
+    text = instruction.text
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([\w.]+)'", named[2]))
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return listed[1].count(",") + 1
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(tiled[1])
+    return 1
 
 
 def _collective(kind: str) -> bool:

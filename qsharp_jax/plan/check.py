@@ -1,0 +1,61 @@
+"""Meshes that cannot be are refused before anything is made, with the nearest preset that works."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qsharp_jax import sharding
+from qsharp_jax.errors import UserError
+from qsharp_jax.plan import forecast
+from qsharp_jax.plan.job import Job
+
+GIB = 2**30
+SURE = 1.15  # a forecast may be too high by so much: what is refused does not fit even then
+
+
+def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> None:
+    """That a run can be on a mesh: its devices, the models' heads, the batches' rows, the memory of a chip.
+
+    Args:
+      section: of the config.
+      presets: all that could be in its place, by name.
+      devices: that there are; by default nothing is asked about them.
+
+    Raises:
+      UserError: with the numbers, and the preset nearest to this one that works.
+    """
+    if (reason := problem(job, section, devices)) is None:
+        return
+    others = sorted((other for other in presets.values() if other["hbm_bytes"]), key=lambda other: _far(section, other))
+    works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
+    hint = f"the nearest preset that works is --config.mesh={works}" if works else "no preset works as it stands"
+    raise UserError(f"{reason}; {hint}")
+
+
+def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None) -> str | None:
+    """Why a run cannot be on a mesh; None if it can."""
+    try:
+        if devices is not None:
+            for use in sharding.MESH_AXES:
+                sharding.preset_mesh(section, use, devices)
+        steps = {"a step of the fit": forecast.fit(job, section), "decoding": forecast.decode(job, section)}
+    except UserError as error:
+        return str(error)
+    for what, step in steps.items():
+        if section["hbm_bytes"] and step.bytes > SURE * section["hbm_bytes"]:
+            parts = sorted(step.memory, key=lambda line: -line.amount)[:3]
+            words = ", ".join(f"{line.what} {line.amount / GIB:.2f}" for line in parts)
+            return (
+                f"{what} with {step.rows} rows would take {step.bytes / GIB:.2f} GiB a chip ({words}), and one of"
+                f" {section['name']} has {section['hbm_bytes'] / GIB:.2f}"
+            )
+    return None
+
+
+def _far(section: Any, other: Any) -> tuple[bool, bool, float]:
+    """How far a preset is from another: first those of the same kind, by their number of devices, then other kinds."""
+    count, here = (s["slices"] * s["hosts"] * s["devices_per_host"] for s in (other, section))
+    different = (other[what] != section[what] for what in ("kind", "platform"))
+    return *different, abs(math.log2(count / here))

@@ -1,0 +1,158 @@
+"""What the TPU compiler makes of a fit's step and of guided decoding, asked for a slice that need not be there.
+
+libtpu compiles for a named topology; the programs are those of `train.train_step` and `generate.decode` on abstract
+arrays with shardings. Nothing is allocated and nothing runs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax import generate, sharding, train
+from qsharp_jax.dataset import Batch
+from qsharp_jax.errors import UserError
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.plan import program
+from qsharp_jax.plan.job import Job, placed
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Attributes:
+    bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.
+    arguments, temporaries: of these.
+    flops: of a chip in a step, as far as the compiler counts them.
+    collectives: bytes that arrive on a chip in a step, by kind.
+    text: the program.
+    """
+
+    bytes: int
+    arguments: int
+    temporaries: int
+    flops: float
+    collectives: Counter[str]
+    text: str
+
+
+def devices(section: Any) -> list[Any]:
+    """Of a preset's slices.
+
+    Raises:
+      UserError: for a preset of no TPUs, or where the compiler is not installed.
+    """
+    if not section["topology"]:
+        raise UserError(f"--compile is for TPU meshes, and {section['name']} is none; give one, as --config.mesh=v5e_8")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError('--compile needs the TPU compiler; install it with: pip install ".[tpu]"')
+    from jax.experimental import topologies
+
+    sides = {"chips_per_host_bounds": (2, 4, 1)} if section["devices_per_host"] == 8 else {}
+    # Two TensorCores are one device, on chips that have two.
+    cores = {"chip_config_name": "megacore"} if section["topology"].startswith("v4") else {}
+    with _quiet():
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=section["topology"], num_slices=section["slices"], **sides, **cores
+        ).devices
+
+
+def fit(job: Job, section: Any, rows: int) -> Compiled:
+    """One step of the guide's fit, its state updated in place."""
+    config, guide = job.config.fit, job.guide.config
+    mesh = sharding.preset_mesh(section, "fit", devices(section))
+    params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
+    optimizer = train.make_optimizer(config.optimizer)
+    places = train.state_shardings(params, optimizer)
+    shapes = train.TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    number, flag = (jax.ShapeDtypeStruct((rows, job.fit_tokens), dtype) for dtype in (jnp.int32, jnp.bool_))
+    batch = Batch(
+        tokens=number, segments=number, positions=number, response_mask=flag, label_mask=flag,
+        reward_to_go=jax.ShapeDtypeStruct(number.shape, jnp.float32),
+    )  # fmt: skip
+    loss = functools.partial(
+        train.value_loss, config=guide, projection=config.projection, clip=config.clip_rewards,
+        future_weight=config.future_weight, remat=config.remat,
+    )  # fmt: skip
+    step = functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer, accumulate=config.accumulate)
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        lowered = step.lower(
+            placed(shapes, places), placed(batch, sharding.of_rows(batch, mesh, sharding.FIT)), np.float32(1)
+        )
+        made = _compile(lowered)
+    # The compiler counts one turn of a loop; all but a little is in those over the layers.
+    turns = guide.trunk.layers * config.accumulate
+    return _facts(made, program.Program(made.as_text()).traffic(), turns)
+
+
+def decode(job: Job, section: Any, rows: int) -> Compiled:
+    """The decode loop with its caches, of `rows` rows; flops and collectives are those of one step."""
+    config = job.config
+    mesh = sharding.preset_mesh(section, "decode", devices(section))
+    ref, guide = (jax.eval_shape(generate.for_decoding, model) for model in (job.ref, job.guide))
+    ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
+    vocabulary = job.ref.config.vocab_size
+    settings = generate.Settings(
+        stop_ids=(0,),
+        vocab_size=vocabulary,
+        candidates=min(config.generate.top_k_candidates, vocabulary),
+        truncate=True,
+    )
+    width = job.cache_size - config.generate.max_new_tokens
+    tokens, start = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    fill = functools.partial(generate.prefill, tokens=tokens[:, :-1], start=start, size=job.cache_size)
+
+    def first(ref_params: Any, trunk: Any) -> generate.State:
+        caches = fill(ref_params, job.ref.config), fill(trunk, job.guide.config.trunk)
+        return generate.first_state(*caches, tokens, start, config.generate.max_new_tokens, settings)
+
+    state = jax.eval_shape(first, job.ref.params, job.guide.params["trunk"])
+    number, whole, seed = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
+    controls = generate.Controls(
+        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
+    )
+    state, controls = placed((state, controls), sharding.of_rows((state, controls), mesh, sharding.DECODE))
+    with jax.set_mesh(mesh):
+        made = _compile(generate.decode.lower(ref, guide, state, controls, settings=settings))
+    read = program.Program(made.as_text())
+    return _facts(made, read.traffic(read.step), 1)
+
+
+def _facts(made: Any, collectives: Counter[str], turns: int) -> Compiled:
+    memory = made.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    flops = turns * made.cost_analysis().get("flops", 0.0)
+    return Compiled(arguments + temporaries + new, arguments, temporaries, flops, collectives, made.as_text())
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        with _quiet():
+            return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        words = next((line.strip() for line in str(error).splitlines() if " of " in line), "it does not fit")
+        raise UserError(f"the TPU compiler has no room for this step: {words}; take smaller batches") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libtpu says on the process's standard error about the TPU that is not there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

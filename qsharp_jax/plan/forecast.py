@@ -1,0 +1,364 @@
+"""Memory and time of a step on each chip of a mesh, by arithmetic: no device, no weight, nothing compiled.
+
+What has a shape is counted by its shardings; what the gradient keeps by asking JAX for it; a step's temporaries and
+its times by the formulas that stand beside them in words, which the table shows. B rows of a chip, T tokens of a row.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax import sharding, train
+from qsharp_jax.dataset import Batch
+from qsharp_jax.models import kv_cache, value
+from qsharp_jax.models.decoder import Params
+from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, placed
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A number of bytes or seconds on each chip, and how it was found."""
+
+    what: str
+    amount: float
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Attributes:
+    rows: of the whole mesh.
+    memory: bytes on a chip at the peak of a step, by part.
+    flops: of a chip in a step.
+    collectives: bytes that arrive on a chip in a step, by kind; `slow`, those of them that come from other slices.
+    times: seconds of a step if it did this alone.
+    """
+
+    rows: int
+    memory: tuple[Line, ...]
+    flops: float
+    collectives: Counter[str]
+    slow: float
+    times: tuple[Line, ...]
+
+    @property
+    def bytes(self) -> int:
+        return round(sum(line.amount for line in self.memory))
+
+    @property
+    def seconds(self) -> float:
+        """The step's bound: the slowest of what can go on at the same time."""
+        return max((line.amount for line in self.times), default=0.0)
+
+
+# --- Fitting --------------------------------------------------------------------------------------------------------
+
+
+def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
+    """One step of the guide's fit.
+
+    Args:
+      section: of the mesh.
+      rows: of the batch, by default the config's.
+
+    Raises:
+      UserError: if the mesh does not divide the guide's heads or the rows.
+    """
+    config, guide = job.config.fit, job.guide.config
+    mesh, parts = abstract_mesh(section, "fit"), config.accumulate
+    rows = config.batch_size if rows is None else rows
+    params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
+    sharding.of_rows(jax.ShapeDtypeStruct((rows // parts, job.fit_tokens), np.int32), mesh, sharding.FIT)
+    optimizer = train.make_optimizer(config.optimizer)
+    moments = placed(jax.eval_shape(optimizer.init, params), train.state_shardings(params, optimizer).opt_state)
+    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES["fit"])
+    part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
+
+    weights, optimiser = chip_bytes(params), chip_bytes(moments)
+    memory = _fit_memory(part, weights, optimiser)
+    kept = next(line.amount for line in memory if line.what == "activations")
+    products = _product_weights(params)
+    once = 2 * products / tensor * part.tokens
+    scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
+    again = {"none": 0, "dots": scores, "full": once + scores}[config.remat]
+    flops = parts * (3 * (once + scores) + again)
+    traffic = 4 * weights + 2 * optimiser + parts * (2 * kept + 3 * part.layer * part.trunk.layers)
+    brought, across = _fit_collectives(part, weights)
+    slow = across if section["slices"] > 1 else 0.0
+    said = [
+        (fsdp > 1, "a layer's weights gathered twice and its gradient scattered, the embedding's rows exchanged"),
+        (tensor > 1, "sums of every layer over tensor"),
+        (data > 1, "the gradient summed over data" + ", between slices" * (slow > 0)),
+    ]
+    how = dict(
+        computing=f"{flops / 1e12:.4g} TFLOP: 6 x {products / 1e9:.3g}e9 weights x tokens, attention,"
+        f" what remat {config.remat} does again, over {data * fsdp * tensor} chips",
+        memory="state and gradient read and written, activations too, gathered weights read three times",
+        collectives="; ".join(words for there, words in said if there),
+    )
+    return Forecast(rows, memory, flops, _whole(brought), slow, _times(section, flops, traffic, brought, slow, how))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one chip does of a part of the batch: `rows` of `length` tokens."""
+
+    guide: ValueConfig
+    params: Params
+    config: Any  # the section `fit`
+    rows: int
+    length: int
+    data: int
+    fsdp: int
+    tensor: int
+
+    trunk = property(lambda self: self.guide.trunk)
+    tokens = property(lambda self: self.rows * self.length)
+    heads = property(lambda self: _divided(self.trunk.heads, self.tensor))
+    width = property(lambda self: self.trunk.compute_dtype.itemsize)
+
+    @property
+    def layer(self) -> int:
+        """Bytes of a layer's weights as they are computed with, whole over fsdp."""
+        return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // 4
+
+
+def _fit_memory(part: _Part, weights: int, optimiser: int) -> tuple[Line, ...]:
+    trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
+    mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
+    kept = _kept(part.guide, config.remat, rows, length, part.tensor)
+    # Of float32 weights the compiler makes a copy to compute with, of all layers at once, and gathers from that.
+    narrow = 0 if part.width == 4 else _layers_bytes(part.params, here=True) * part.width // 4
+    # What a block needs for its gradient is there for one layer if it is not kept for all.
+    again = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
+    attention, hidden = rows * part.heads * length**2 * SCORES, part.tokens * mlp * HIDDEN
+    return (
+        Line("weights", weights, "float32, divided as sharding.of_model says"),
+        Line("optimiser", optimiser, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
+        Line("gradients", weights * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
+        Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
+        Line("gathered weights", 2 * part.layer * (part.fsdp > 1), "of two layers, whole over fsdp"),
+        Line(
+            "activations", kept,
+            f"of {trunk.layers} layers, what remat {config.remat} keeps of {rows} rows x {length} tokens",
+        ),
+        Line(
+            "a layer's gradient", max(attention, hidden) + again,
+            f"the larger of its scores ({rows} rows x {part.heads} heads x {length}^2 x {SCORES} bytes) and its hidden"
+            f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is computed again" * (again > 0),
+        ),
+    )  # fmt: skip
+
+
+def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
+    """Bytes that arrive on a chip by kind, and those of them of the sum over `data`."""
+    parts, trunk = part.config.accumulate, part.trunk
+    gathered = _layers_bytes(part.params, axis="fsdp") // part.tensor * part.width // 4
+    stream = part.tokens * trunk.embed
+    # Forwards after attention and after the feed-forward, backwards before them; with everything done again, once more.
+    sums = 4 + 2 * (part.config.remat == "full")
+    across = 2 * weights * (part.data - 1) / part.data
+    by_fsdp, by_tensor = (parts * (n - 1) / n for n in (part.fsdp, part.tensor))
+    return Counter({
+        "all-gather": 2 * gathered * by_fsdp,
+        "reduce-scatter": gathered * by_fsdp,
+        "all-to-all": stream * (part.width + 4) * by_fsdp,  # the embedding's rows, and their float32 gradient
+        "all-reduce": trunk.layers * sums * stream * part.width * 2 * by_tensor + across,
+    }), across  # fmt: skip
+
+
+LARGEST = 2**20  # chips' rows that nobody asks for
+SCORES, HIDDEN = 10, 16  # bytes: of a score while its gradient is taken, and of a hidden unit
+WORK = 4  # arrays at a time in decoding that are as large as the logits
+
+
+def _kept(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
+    """Bytes that the backward pass of the loss needs of the forward pass, on one chip, but for the weights."""
+    one, two = (_kept_of(guide, remat, count, length, tensor) for count in (1, 2))
+    return one + (rows - 1) * (two - one)
+
+
+@functools.lru_cache
+def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
+    """As JAX itself says, asked about a model with a chip's share of the heads and of the hidden units."""
+    trunk = guide.trunk
+    heads, mlp = _divided(trunk.heads, tensor), _divided(trunk.mlp, tensor)
+    kv_heads = math.gcd(_divided(trunk.kv_heads, tensor), heads)
+    share = dataclasses.replace(guide, trunk=dataclasses.replace(trunk, heads=heads, kv_heads=kv_heads, mlp=mlp))
+    params = value.abstract(share)
+    held = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
+    whole, flag = jnp.int32, jnp.bool_
+    shapes = dict(
+        tokens=whole, segments=whole, positions=whole, response_mask=flag, label_mask=flag, reward_to_go=jnp.float32
+    )
+    batch = Batch(**{name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in shapes.items()})
+
+    def backward(params: Params, batch: Batch) -> Any:
+        loss = functools.partial(train.value_loss, batch=batch, config=share, remat=remat)
+        return jax.vjp(loss, params, has_aux=True)[1]
+
+    kept = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(backward, params, batch)))
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (kept - held).items())
+
+
+# --- Decoding -------------------------------------------------------------------------------------------------------
+
+
+def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
+    """One step of guided decoding on the devices of a decode mesh: one host's, unless the sizes multiply to all.
+
+    Args:
+      section: of the mesh.
+      rows: of a batch, by default the config's in collection; rounded up to what the mesh divides.
+
+    Raises:
+      UserError: if the mesh does not divide a model's heads.
+    """
+    config, mesh = job.config, abstract_mesh(section, "decode")
+    data, beside, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES["decode"])
+    rows = config.collect.batch_size if rows is None else rows
+    rows = -(-rows // (data * beside)) * data * beside
+    ref, guide = (placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide))
+    trunks = {"reference": (ref.params, ref.config), "guide": (guide.params["trunk"], guide.config.trunk)}
+    caches = {}
+    for name, (_, trunk) in trunks.items():
+        cache = kv_cache.abstract(trunk, rows, job.cache_size)
+        caches[name] = chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
+    # A V-type takes its candidates through the layers beside the pending token.
+    candidates = config.generate.top_k_candidates
+    queries = {"reference": 1, "guide": 1 + candidates * (guide.config.type == "v")}
+    stream = rows // data
+    memory = [
+        Line("reference's weights", chip_bytes(ref), f"{_dtype(ref)}, divided as of_model says"),
+        Line("guide's weights", chip_bytes(guide), f"{_dtype(guide)}, divided alike"),
+        *(
+            Line(f"{name}'s cache", size, f"{rows} rows x {job.cache_size} positions x {trunks[name][1].layers} layers")
+            for name, size in caches.items()
+        ),
+    ]
+    vocabulary = rows * ref.config.vocab_size * 4 / mesh.size
+    copies, wider = 0, 0  # bytes; the layers that are wider than what is computed with are read as their copies
+    for params, trunk in trunks.values():
+        layers = _layers_bytes(params, here=True)
+        narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
+        copies += narrow if narrow < layers else _turned_bytes(params)
+        wider += layers - narrow
+    memory += [
+        Line(
+            "copies of weights", copies,
+            "made before the loop: of all layers where these are wider than computing, else query kernels and head",
+        ),
+        Line("work", WORK * vocabulary, f"{WORK} x the rows' float32 logits"),
+    ]  # fmt: skip
+
+    flops, brought = 0.0, Counter()
+    for name, (params, trunk) in trunks.items():
+        tokens = stream * queries[name]
+        products = _product_weights(params) + (name == "reference") * trunk.vocab_size * trunk.embed
+        heads = _divided(trunk.heads, tensor)
+        flops += 2 * products / tensor / beside * tokens
+        flops += 4 * trunk.layers * heads * trunk.head_dim * job.cache_size * tokens / beside
+        width = trunk.compute_dtype.itemsize
+        sums = 2 * trunk.layers * tokens * trunk.embed * width
+        brought["all-reduce"] += sums * 2 * (tensor - 1) / tensor
+        brought["all-gather"] += sums * 3 * (beside - 1) / beside
+    brought["all-to-all"] = vocabulary * (mesh.size - 1) / mesh.size
+    # The guide's table, and a reference's that is not its head, are only looked up in.
+    tables = chip_bytes(guide.params["trunk"]["embedding"])
+    tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
+    traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables
+    how = dict(
+        computing=f"{flops / 1e12:.4g} TFLOP: 2 x weights, for a token of the reference and {queries['guide']} of the"
+        " guide",
+        memory="weights and caches once, without tables that are only looked up in",
+        collectives=f"two sums a layer over tensor {tensor}, the logits exchanged",
+    )
+    return Forecast(
+        rows, tuple(memory), flops, _whole(brought), 0.0, _times(section, flops, traffic, brought, 0.0, how)
+    )
+
+
+def largest(forecast: Any, job: Job, section: Any, step: int) -> int | None:
+    """The most rows that fit into a chip's memory, a multiple of `step`; 0 if not even these do, None if unknown.
+
+    Args:
+      forecast: `fit` or `decode`.
+    """
+    if not section["hbm_bytes"]:
+        return None
+    fits = lambda count: forecast(job, section, step * count).bytes <= section["hbm_bytes"]  # noqa: E731
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < LARGEST:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return step * low
+
+
+# --- What both count ------------------------------------------------------------------------------------------------
+
+
+def _times(
+    section: Any, flops: float, traffic: float, brought: Counter, slow: float, how: dict[str, str]
+) -> tuple[Line, ...]:
+    """Seconds of a step by what bounds them; nothing for what the preset does not know."""
+    lines = []
+    if section["flops"]:
+        lines.append(Line("computing", flops / section["flops"], how["computing"]))
+    if section["hbm_bandwidth"]:
+        lines.append(Line("memory", traffic / section["hbm_bandwidth"], f"{traffic / 1e9:.3g} GB: {how['memory']}"))
+    total = sum(brought.values())
+    if section["ici_bandwidth"] and total:
+        seconds = (total - slow) / section["ici_bandwidth"] + (slow and slow / section["dcn_bandwidth"])
+        lines.append(Line("collectives", seconds, f"{total / 1e9:.3g} GB: {how['collectives']}"))
+    return tuple(lines)
+
+
+def _divided(count: int, tensor: int) -> int:
+    """A chip's share of heads or hidden units: all of them where the mesh does not divide them."""
+    return count if count % tensor else count // tensor
+
+
+def _product_weights(params: Params) -> int:
+    """Weights that every token is multiplied with, over all chips."""
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if {"layers", "future"} & set(names := _names(path)) and names[-1] in ("kernel", "future")
+    )
+
+
+def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:
+    """Of the leaves below "layers": over all chips, or on one; all of them, or those that a mesh axis divides."""
+    leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "layers" in _names(path)]
+    if axis:
+        leaves = [leaf for leaf in leaves if axis in jax.tree.leaves(tuple(leaf.sharding.spec))]
+    return chip_bytes(leaves) if here else sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _turned_bytes(params: Params) -> int:
+    """Of what the decode loop reads in another order than that it is given in, on one chip."""
+    leaves = jax.tree.leaves_with_path(params)
+    return chip_bytes([leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"])
+
+
+def _names(path: Any) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+
+
+def _dtype(model: Any) -> str:
+    return str(jax.tree.leaves(model.params)[0].dtype)
+
+
+def _whole(brought: Counter) -> Counter[str]:
+    return Counter({kind: round(size) for kind, size in brought.items() if round(size)})

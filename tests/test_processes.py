@@ -1,0 +1,253 @@
+"""Several processes on one run: how they meet, how one's end ends all, and that they do what one process does.
+
+The processes are this file run as a script, or the command line, with two fake devices each.
+"""
+
+import contextlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qsharp_jax import dataset, processes
+from qsharp_jax.errors import UserError
+from qsharp_jax.processes import Place, find_place
+
+ROOT = Path(processes.__file__).parents[1]
+
+
+# --- In the other processes -----------------------------------------------------------------------------------------
+
+
+def main(port: int, index: int, act: str) -> None:
+    """Meets the other, and then does what `act` says: `kill 1` is that process 1 is killed, and so on."""
+
+    def explain(error):
+        return 2, str(error)
+
+    with processes.joined(Place("localhost", port, 2, index), 200, explain):
+        print(processes.gather([index, {"of": index}]), processes.share(range(5)), flush=True)
+        what, _, who = act.partition(" ")
+        if what == "kill" and index == int(who):
+            os.kill(os.getpid(), 9)
+        if what == "refuse" and index == int(who):
+            raise UserError("the disk is full")
+        if what != "end":
+            time.sleep(200)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+
+
+# --- Here -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """Of which the next one up is free as well."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_up, contextlib.suppress(OSError):
+            one.bind(("", 0))
+            next_up.bind(("", one.getsockname()[1] + 1))
+            return one.getsockname()[1]
+
+
+def start(*words: str, devices: int = 2) -> subprocess.Popen:
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *words], env=environment, cwd=ROOT, **pipes)
+
+
+def both(act: str) -> list[tuple[int, str, str]]:
+    """Of each process its exit code, output and errors, and the second's pid in place of ours."""
+    port = free_port()
+    started = [start(__file__, str(port), str(index), act) for index in range(2)]
+    return [(*reversed([process.pid, *process.communicate(timeout=240), process.returncode]),) for process in started]
+
+
+def test_two_processes_meet_share_and_end():
+    for index, (code, errors, output, _) in enumerate(both("end")):
+        assert code == 0, errors
+        shares = ["range(0, 2)", "range(2, 5)"]
+        assert output.splitlines()[-1] == f"[0, {{'of': 0}}, 1, {{'of': 1}}] {shares[index]}"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_its_name(victim):
+    found = both(f"kill {victim}")
+    code, errors, _, _ = found[1 - victim]
+    assert found[victim][0] == -9
+    assert code == 2
+    name = f"process 1 (pid {found[1][3]} on {socket.gethostname()})" if victim else "process 0 on localhost"
+    assert f"qsharp: {name} has died" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_process_that_refuses_to_go_on_ends_the_other_with_its_words():
+    first, second = both("refuse 1")
+    assert second[:1] == first[:1] == (2,)
+    assert second[1].strip().endswith("qsharp: the disk is full")
+    assert f"process 1 (pid {second[3]} on {socket.gethostname()}) has ended: the disk is full" in first[1]
+
+
+def command(*words: str, index: int | None = None, port: int | None = None, **options) -> subprocess.Popen:
+    several = [] if index is None else [
+        "--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(index)
+    ]  # fmt: skip
+    return start("-m", "qsharp_jax.cli", *words, *several, **options)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (
+            1,
+            "the coordinator localhost:{port} could not be reached within 1 s (.*); see that process 0 has been started",
+        ),
+        (0, "of 2 processes 1 did not come to port {next} within 1 s; see that they have been started"),
+    ],
+)
+def test_one_that_waits_in_vain_says_for_what(tmp_path, index, sentence):
+    port = free_port()
+    process = command(
+        "run", "--config", "configs/star_graph.py", "--workdir", str(tmp_path / "run"), "--coordinator-timeout", "1",
+        index=index, port=port,
+    )  # fmt: skip
+    output, errors = process.communicate(timeout=200)
+    assert (process.returncode, output) == (2, "")
+    [line] = errors.splitlines()
+    first, _, last = sentence.format(port=port, next=port + 1).partition("(.*)")
+    assert line.startswith(f"qsharp: {first}")
+    assert last in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_places():
+    assert find_place("gpu1:8476", 4, 3) == Place("gpu1", 8476, 4, 3)
+    for coordinator in ("gpu1", "gpu1:", ":80", "gpu1:x", "gpu1:70000"):
+        with pytest.raises(UserError, match="give HOST:PORT of the first process, tpu or slurm"):
+            find_place(coordinator, 2, 0)
+    for count, index in ((None, 0), (2, None), (2, 2)):
+        with pytest.raises(UserError, match="needs --processes N, and --process I from 0 to N - 1"):
+            find_place("gpu1:80", count, index)
+    with pytest.raises(UserError, match="slurm knows them"):
+        find_place("slurm", 2, 0)
+
+
+def test_slurm_tells_the_place(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, text in {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "20007"
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, text)
+    assert find_place("slurm", None, None) == Place("gpu3", 20014, 2, 1)
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UserError, match="finds no SLURM step around it .*; start it with srun"):
+        find_place("slurm", None, None)
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A stand-in for the TPU VM's metadata server: the attributes that it is to give."""
+    attributes: dict[str, str] = {}
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            found = name in attributes and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(attributes.get(name, "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        yield attributes
+        server.shutdown()
+
+
+def test_tpu_metadata_tells_the_place(metadata, monkeypatch):
+    metadata |= {"worker-network-endpoints": "a:1:10.0.0.5,b:2:10.0.0.6", "agent-worker-number": "1"}
+    assert find_place("tpu", None, None) == Place("10.0.0.5", 8476, 2, 1)
+    # The second of three slices of two hosts.
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "3")
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.1:8080")
+    assert find_place("tpu", None, None) == Place("10.0.0.1", 8476, 6, 3)
+    del metadata["agent-worker-number"]
+    with pytest.raises(UserError, match="finds no TPU VM's metadata here"):
+        find_place("tpu", None, None)
+
+
+# --- A whole run ----------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "--config.task.degree=2", "--config.task.path_length=3", "--config.task.num_nodes=6", "--config.model.size=tiny",
+    "--config.pretrain.steps=30", "--config.pretrain.batch_size=16", "--config.pretrain.log_every=1",
+    "--config.generate.max_new_tokens=7", "--config.generate.top_k_candidates=4", "--config.rounds=2",
+    "--config.collect.prompts=24", "--config.collect.samples=2", "--config.collect.batch_size=16",
+    "--config.collect.shard_rows=12", "--config.fit.epochs=2", "--config.fit.batch_size=16", "--config.fit.holdout=0.2",
+    "--config.fit.log_every=1", "--config.evaluate.problems=9", "--config.evaluate.batch_size=16",
+    "--config.evaluate.samples=2", "--config.evaluate.etas=0.1", "--config.mesh=cpu", "--config.mesh.fit.data=2",
+    "--config.mesh.fit.fsdp=2",
+)  # fmt: skip
+ONE = ("--config.mesh.devices_per_host=4", "--config.mesh.decode.data=4")
+TWO = ("--config.mesh.hosts=2", "--config.mesh.devices_per_host=2", "--config.mesh.decode.data=2")
+
+
+def files(workdir: Path) -> list[str]:
+    """But for the programs and what Orbax makes of the checkpoints."""
+    found = [path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file()]
+    return sorted(str(path) for path in found if path.parts[0] not in ("programs", "ref", "guide", "tensorboard"))
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """The short job by one process with four devices, and by two with two each; then one machine takes the guide."""
+    run = ("run", "--config", "configs/star_graph.py", *SMALL)
+    one = command(*run, *ONE, "--workdir", str(tmp_path / "one"), devices=4)
+    output, errors = one.communicate()
+    assert one.returncode == 0, errors
+    port = free_port()
+    two = [command(*run, *TWO, "--workdir", str(tmp_path / "two"), index=i, port=port) for i in range(2)]
+    outputs = [process.communicate() for process in two]
+    assert [process.returncode for process in two] == [0, 0], outputs
+    assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []  # which XLA prints
+    assert "report.md" in outputs[0][0]
+
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    for number in (1, 2):
+        rollouts = [dataset.read_rounds(tmp_path / name / "rollouts", [number]) for name in ("one", "two")]
+        assert rollouts[0] == rollouts[1]
+    losses = []
+    for name in ("one", "two"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(row["phase"], row["step"], row["loss"]) for row in rows if "loss" in row])
+    assert [loss[:2] for loss in losses[0]] == [loss[:2] for loss in losses[1]]
+    np.testing.assert_allclose([loss[2] for loss in losses[0]], [loss[2] for loss in losses[1]], atol=1e-5)
+
+    out = tmp_path / "guide"
+    export = command(
+        "export", "--workdir", str(tmp_path / "two"), "--what", "guide", "--out", str(out), "--config.mesh=single",
+        devices=1,
+    )  # fmt: skip
+    output, errors = export.communicate()
+    assert export.returncode == 0, errors
+    assert (out / "model.safetensors").is_file()
