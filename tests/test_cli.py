@@ -331,6 +331,18 @@ def test_a_damaged_checkpoint_is_named(copied, capsys):
     assert str(guide) in sentence and "damaged" in sentence
 
 
+def test_a_run_goes_on_from_the_checkpoints_before_damaged_ones_and_ends_the_same(finished, copied, capsys):
+    """The finished reference's and guide's: what is measured anew is that of the run that was never damaged."""
+    for folder in (copied / "ref", copied / "guide" / "round_2"):
+        last = max((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+        shutil.rmtree(last / "params")
+    shutil.rmtree(copied / "samples")
+    assert run(copied) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "training goes on from step" in line]
+    assert len(said) == 2 and str(copied / "ref") in said[0] and str(copied / "guide" / "round_2") in said[1]
+    assert results(copied) == results(finished)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_one_sentence(finished, capsys):
     assert "disk is full" in refused(capsys, "generate", "--workdir", finished, PROMPT, "--output", "/dev/full")

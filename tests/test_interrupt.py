@@ -11,6 +11,9 @@ import pytest
 
 SCRIPT = """
 import ctypes, signal, sys, time
+
+import jax.experimental.multihost_utils  # `requested` and `interruptible` do: not in the time that is measured
+
 from qsharp_jax import interrupt
 from qsharp_jax.errors import Stopped
 
