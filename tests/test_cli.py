@@ -103,19 +103,22 @@ def test_a_finished_run_repeated_computes_nothing_again(finished, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
+)
 @pytest.mark.parametrize(
     "reached", ["ref/20", "rollouts/round_1/shard-00000.parquet", "samples/pi_ref.jsonl", "guide/round_2/2"]
 )
-def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(finished, tmp_path, sign, reached):
+def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(finished, tmp_path, sign, code, reached):
     workdir = tmp_path / "stopped"
     command = [sys.executable, "-m", "qsharp_jax.cli", "run", "--config", CONFIG, "--workdir", str(workdir), *SMALL]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (workdir / reached).exists() and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, sign)
-    output, _ = process.communicate()
-    assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL), output
+    output, _ = process.communicate(timeout=30)  # the time that clouds give
+    assert process.returncode == code, output
+    assert ("told to end; the same command goes on" in output) == (sign == signal.SIGTERM)
     assert "Traceback" not in output
     assert run(workdir) == 0
     assert records(workdir) == records(finished)
@@ -326,6 +329,18 @@ def test_a_damaged_checkpoint_is_named(copied, capsys):
         path.write_bytes(b"")
     sentence = refused(capsys, "generate", "--workdir", copied, PROMPT)
     assert str(guide) in sentence and "damaged" in sentence
+
+
+def test_a_run_goes_on_from_the_checkpoints_before_damaged_ones_and_ends_the_same(finished, copied, capsys):
+    """The finished reference's and guide's: what is measured anew is that of the run that was never damaged."""
+    for folder in (copied / "ref", copied / "guide" / "round_2"):
+        last = max((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+        shutil.rmtree(last / "params")
+    shutil.rmtree(copied / "samples")
+    assert run(copied) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "training goes on from step" in line]
+    assert len(said) == 2 and str(copied / "ref") in said[0] and str(copied / "guide" / "round_2") in said[1]
+    assert results(copied) == results(finished)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

@@ -20,7 +20,7 @@ from qsharp_jax import dataset, train
 from qsharp_jax.algorithms import qsharp
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Example, Rollout
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.models import value
 from qsharp_jax.models.value import ValueConfig
 
@@ -222,8 +222,14 @@ def test_evaluations_between(tmp_path):
 EVERY, PATIENCE = 5, 3
 
 
-def overfitting(folder, kill_at=None, **changes):
+def overfitting(folder, kill_at=None, stopped_measure=lambda: False, **changes):
     """Five examples learned by heart, measured on the same sequences with other rewards; with the lines written."""
+
+    def measure(params):
+        if stopped_measure():
+            raise Stopped
+        return {"nll": float(nll(params))}
+
     rng = np.random.default_rng(3)
     learned = helpers.random_examples(rng, count=5)
     held_out = dataset.make_batch(helpers.random_examples(rng, count=40), rows=40, width=10)
@@ -231,7 +237,7 @@ def overfitting(folder, kill_at=None, **changes):
     nll = jax.jit(lambda params: bag_loss(params, held_out)[0])
     lines = []
     loop = dict(total_steps=120, evaluate_every=EVERY, patience=PATIENCE, log=lines.append) | changes
-    loop["measure"] = lambda params: {"nll": float(nll(params))}
+    loop["measure"] = measure
     state = bag_fit(folder, batches if kill_at is None else killed_at(kill_at, batches), "adamw", "constant", **loop)
     return state, [line for line in lines if "loss" not in line], nll
 
@@ -267,6 +273,43 @@ def test_patience_goes_on_where_it_was_stopped(tmp_path, overfitted, after_best)
     again, none, _ = overfitting(tmp_path)
     assert_trees_equal(again, straight)
     assert not none
+
+
+@pytest.mark.parametrize("at", [7, 8, 20])
+def test_a_training_that_is_told_to_stop_saves_that_step_and_goes_on_from_it(tmp_path, at):
+    """Between two checkpoints, at one, and after the last step: the end is that of one that never stopped."""
+    with pytest.raises(Stopped):
+        toy_fit(tmp_path / "stopped", stop_requested=lambda step: step == at)
+    kept = Checkpoints(tmp_path / "stopped")
+    assert int(kept.restore(toy_state()).step) == at and not kept.finished()
+    batches = Numbers()
+    state = toy_fit(tmp_path / "stopped", batches)
+    assert batches.asked == list(range(at, 20)) and Checkpoints(tmp_path / "stopped").finished()
+    assert_trees_equal(state, toy_fit(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("when", ["after the step", "in the evaluation", "in the last evaluation"])
+def test_patience_goes_on_where_a_training_was_told_to_stop(tmp_path, overfitted, when):
+    """At the step of the best evaluation, which is then still to come."""
+    straight, lines, _ = overfitted
+    best = lines[-1]["best_step"]
+    at = lines[-1]["step"] if when == "in the last evaluation" else best
+    asked = []
+
+    def stop_requested(step):
+        asked.append(step)
+        return when == "after the step" and step == at
+
+    with pytest.raises(Stopped):
+        overfitting(
+            tmp_path,
+            stop_requested=stop_requested,
+            stopped_measure=lambda: when != "after the step" and asked[-1] == at,
+        )
+    assert asked[-1] == at
+    state, resumed, _ = overfitting(tmp_path)
+    assert_trees_equal(state, straight)
+    assert resumed == lines[-len(resumed) :] and resumed[0]["step"] == at
 
 
 def bad_from(step, what):
