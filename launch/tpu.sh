@@ -30,8 +30,8 @@ Options
   --help           this
 
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. FILE is a path in the repository. On a slice of
-several hosts DIR has to be one folder for all: the absolute path of a network folder, or of a mounted bucket. On one
-host a relative DIR is under ~/qsharp there, and lost with the TPU.
+several hosts DIR has to be one folder for all: gs://BUCKET/FOLDER, which the TPU's service account may write to, or the
+absolute path of a network folder. On one host a relative DIR is under ~/qsharp there, and lost with the TPU.
 
 On each host ~/qsharp has code/, venv/, LOG, PID and EXIT (the exit code). Where the image has no Python >= 3.11, uv
 brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds no TPU, and does not fall back to CPU.
@@ -41,7 +41,7 @@ brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds
                         gives up (30); a bad request or missing permission ends it at once
 
   bash launch/tpu.sh run --name q --zone us-central1-a --type v5e-16 --spot \
-      -- --config configs/star_graph_g5_5.py --workdir /mnt/bucket/g5_5
+      -- --config configs/star_graph_g5_5.py --workdir gs://bucket/g5_5
 HELP
 }
 
@@ -81,7 +81,7 @@ read_options() {
         host_arguments
         check_shared_workdir "$hosts"
         [[ -n $url ]] || check_head
-        [[ -z $spot || $workdir == /* ]] ||
+        [[ -z $spot || $workdir == /* || $workdir == gs://* ]] ||
             say "--workdir $workdir is on the TPU VM: after a pre-emption the run begins anew"
     fi
 }

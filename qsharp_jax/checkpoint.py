@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from qsharp_jax import files
 from qsharp_jax.errors import UserError
 from qsharp_jax.workdir import os_error_number
 
@@ -57,7 +58,7 @@ class Checkpoints:
     """The checkpoints in one folder."""
 
     def __init__(self, folder: Path):
-        self._folder = Path(folder).absolute()
+        self._folder = files.absolute(folder)
         with _silence():
             self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=KEEP))
         self._best_manager: ocp.CheckpointManager | None = None
@@ -116,8 +117,9 @@ class Checkpoints:
                     manager.wait_until_finished()
 
     def _save(self, manager: ocp.CheckpointManager, step: int, progress: dict, **trees: Any) -> None:
-        # Orbax's writers, once they meet a full disk, go on complaining from threads of their own.
-        enough = shutil.disk_usage(self._folder).free >= sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        # Orbax's writers, once they meet a full disk, go on complaining from threads of their own. No bucket is full.
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        enough = files.is_remote(self._folder) or shutil.disk_usage(self._folder).free >= size
         if not _everywhere(enough):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         progress |= {"sums": {name: int(_sum_of_bits(tree)) for name, tree in trees.items()}}
@@ -225,7 +227,7 @@ class Checkpoints:
 
     def _read(self, manager: ocp.CheckpointManager, step: int, **trees: Any) -> dict[str, Any]:
         """The items of one checkpoint, shaped and placed like the trees, and "progress"."""
-        path, problem = Path(manager.directory) / str(step), None
+        path, problem = files.make_path(manager.directory) / str(step), None
         try:
             with _silence():
                 progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
@@ -260,7 +262,7 @@ class Checkpoints:
                 while aside.exists():
                     tries += 1
                     aside = path.with_name(f"{number}.damaged-{tries}")
-                path.rename(aside)
+                files.rename_folder(path, aside)
                 print(f"{what}; it is kept as {aside}, and training goes on from step {step}", file=sys.stderr)
         if unread:
             _everywhere(True)  # the others wait for the first

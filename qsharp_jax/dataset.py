@@ -5,7 +5,7 @@ the position in the data is the step. Shapes: B rows, T tokens. It knows nothing
 """
 
 import dataclasses
-import os
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from qsharp_jax import files
 from qsharp_jax.errors import UserError
 
 datasets.disable_progress_bars()  # a shard takes milliseconds
@@ -75,16 +76,12 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> None:
-    """Writes one shard under a temporary name and renames it, so that it is whole or absent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = shard_path(folder, index)
+    """Writes one shard, so that it is whole or absent."""
+    if not files.is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     columns = {name: [getattr(rollout, name) for rollout in rollouts] for name in FEATURES}
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with files.writing(shard_path(folder, index)) as file:
         datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(file, write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_shard(path: Path) -> list[Rollout]:
@@ -94,7 +91,8 @@ def read_shard(path: Path) -> list[Rollout]:
       UserError: if it is damaged or is no shard of rollouts.
     """
     try:
-        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        file = io.BytesIO(path.read_bytes()) if files.is_remote(path) else path
+        table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
         if not table.schema.equals(FEATURES.arrow_schema):
             raise pyarrow.ArrowInvalid("its columns are not a rollout's")
     # The checksums are the pages'; in the schema, a flipped bit may also leave a name that is no UTF-8: a ValueError.

@@ -19,7 +19,7 @@ import numpy as np
 from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
-from qsharp_jax.files import write_atomic
+from qsharp_jax.files import read_text, write_atomic
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -147,7 +147,7 @@ def read_samples(path: Path) -> list[dict]:
       UserError: naming the damaged line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError:

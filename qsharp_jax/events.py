@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.files import append
+from qsharp_jax.files import Growing
 
 
 class EventFiles:
@@ -43,12 +43,12 @@ class EventFiles:
         }
         events = []
         if phase not in self._files:
-            self._files[phase] = self._folder / _folder_name(phase) / _file_name(now)
+            self._files[phase] = Growing(self._folder / _folder_name(phase) / _file_name(now))
             events.append(Event(wall_time=now, file_version="brain.Event:2"))
             events.append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))
         values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         events.append(Event(wall_time=now, step=step, summary=Summary(value=values)))
-        append(self._files[phase], _records(events))
+        self._files[phase].append(_records(events))
 
 
 def _records(events: list) -> bytes:

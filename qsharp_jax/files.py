@@ -1,20 +1,98 @@
-"""How files are written so that a kill, or a full disk, loses nothing that was there. It knows nothing of runs."""
+"""Files of this machine and objects of a bucket (gs://...), written so that a kill loses nothing that was there.
 
+On a disk a file is made whole under another name, synced and renamed, and grows by appending. An object is there whole
+or not at all, and cannot be appended to or renamed: it grows by being written anew. It knows nothing of runs.
+"""
+
+import contextlib
+import importlib.util
+import io
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from qsharp_jax.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes the whole file or nothing: a reader, or a kill at any moment, meets the old text or the new one.
+def make_path(text: str | Path) -> Path:
+    """A `Path` of this machine, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
 
-    Raises OSError, with the file's name, if it cannot be written; nothing is left behind then.
+    Raises UserError for another URL, or a bucket's where gcsfs is not installed.
     """
-    path = Path(path)
+    if not is_remote(text):
+        return Path(text)
+    if not str(text).startswith("gs://"):
+        raise UserError(f"{text} is neither a folder nor of the form gs://BUCKET/FOLDER; give one of these")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f'{text} needs the package gcsfs; install it by `pip install "qsharp_jax[gcs]"`')
+
+    import fsspec
+    from etils import epath
+
+    # TensorStore writes checkpoints behind its back: what gcsfs remembers of a folder would be out of date.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(str(text))
+
+
+def is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def absolute(path: Path) -> Path:
+    return path if is_remote(path) else path.absolute()
+
+
+def is_file(path: Path) -> bool:
+    """Raises UserError if the path is a bucket's, and that cannot be reached."""
+    if not is_remote(path):
+        return path.is_file()
+    try:
+        store(path).info(str(path))
+        return True
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # of Google's libraries, aiohttp, or an OSError
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{path} cannot be reached ({words}); check the bucket's name, and log in by `gcloud auth"
+            " application-default login`"
+        ) from error
+
+
+def store(path: Path) -> Any:
+    """The fsspec file system of a bucket's path, for what `epath` has no name for."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(str(path))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write to, whose content is at `path` at the end of the `with`: all of it, or nothing of it.
+
+    A reader, or a kill at any moment, meets the old content or the new one. Raises OSError, with the file's name, if
+    it cannot be written; nothing is left behind then.
+    """
+    if is_remote(path):
+        content = io.BytesIO()
+        yield content
+        store(path).pipe_file(str(path), content.getvalue())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -25,29 +103,81 @@ def write_atomic(path: str | Path, text: str) -> None:
         raise
 
 
-def append(path: Path, data: bytes) -> None:
-    """Adds to the end of a file, which is made with its folder if it is new.
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes a text as `writing` does."""
+    with writing(make_path(path)) as file:
+        file.write(text.encode())
 
-    Raises OSError, with the file's name, if it cannot be written.
+
+def read_text(path: Path) -> str:
+    return path.read_bytes().decode()
+
+
+@contextlib.contextmanager
+def folder_of_this_machine(path: Path) -> Iterator[Path]:
+    """For libraries that write files by themselves: `path`, or a stand-in whose files are in the bucket at the end."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                target = path / file.relative_to(folder).as_posix()
+                store(path).pipe_file(str(target), file.read_bytes())
+
+
+def rename_folder(path: Path, target: Path) -> None:
+    """Moves a folder beside itself; in a bucket object by object, without their coming here."""
+    if is_remote(path):
+        store(path).mv(str(path), str(target), recursive=True)
+    else:
+        path.rename(target)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that grow
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Growing:
+    """A file of one writer, that only grows.
+
+    An object is written anew with everything in it each time: for what comes every few seconds and stays at some MB.
     """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._held: bytes | None = None  # of an object
+
+    def append(self, data: bytes) -> None:
+        """Adds to the end; the file is made, with its folder, if it is new.
+
+        Raises OSError, with the file's name, if it cannot be written.
+        """
+        if is_remote(self._path):
+            if self._held is None:
+                self._held = self._path.read_bytes() if is_file(self._path) else b""
+            self._held += data
+            store(self._path).pipe_file(str(self._path), self._held)
+            return
+        with _named(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab") as file:
+                file.write(data)
+
+    def append_line(self, line: str) -> None:
+        """Adds a line to lines; half a line that a kill left at the end of a file is cut off first."""
+        if not is_remote(self._path) and self._path.exists():
+            with _named(self._path), open(self._path, "a+b") as file:
+                _cut_half_line(file)
+        self.append(line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(data)
-    except OSError as e:
-        e.filename = str(path)
-        raise
-
-
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file of lines; half a line that a kill left at the end is cut off first.
-
-    Raises OSError, with the file's name, if it cannot be written.
-    """
-    try:
-        with open(path, "a+b") as file:
-            _cut_half_line(file)
-            file.write(line.encode() + b"\n")
+        yield
     except OSError as e:
         e.filename = str(path)
         raise

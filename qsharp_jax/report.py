@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from qsharp_jax import evaluate, score  # noqa: E402
 from qsharp_jax.errors import UserError  # noqa: E402
-from qsharp_jax.files import write_atomic  # noqa: E402
+from qsharp_jax.files import read_text, write_atomic, writing  # noqa: E402
 from qsharp_jax.session import Session  # noqa: E402
 
 COLUMNS = (
@@ -38,7 +38,7 @@ def read_results(session: Session) -> list[dict]:
     if not path.exists():
         raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
 
@@ -152,10 +152,9 @@ def _save(path, draw) -> None:
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=130, format="png")
+    with writing(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def _errors(rows: list[dict]) -> list[list[float]]:

@@ -1,25 +1,26 @@
-"""A run's folder on disk: where its files lie, who may write there, and how to write so that a kill loses nothing.
+"""A run's folder on disk: where its files lie, who may write there, and what goes wrong with files.
 
-Knows nothing of models, rollouts or JAX: it hands out paths, keeps the config, appends metrics.
+It may lie in a bucket: `files.py` and `lock.py` know what differs there. Knows nothing of models, rollouts or JAX: it
+hands out paths, keeps the config, appends metrics.
 """
 
 import dataclasses
 import errno
-import fcntl
 import functools
 import json
 import math
-import os
 import re
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from qsharp_jax import files
+from qsharp_jax import lock as locks
 from qsharp_jax.config import differences, from_json, to_json
 from qsharp_jax.errors import UserError
 from qsharp_jax.events import EventFiles
-from qsharp_jax.files import append_line, whole_lines, write_atomic
+from qsharp_jax.lock import Lock
 
 
 @dataclasses.dataclass
@@ -32,7 +33,7 @@ class Workdir:
     path: Path
     config: ConfigDict
     writes: bool = True
-    _lock: TextIO | None = dataclasses.field(default=None, repr=False)
+    _lock: Lock | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
@@ -40,25 +41,25 @@ class Workdir:
 
         A run may go on with another `mesh` than it was begun with: the one that is given counts.
 
-        Raises UserError if `path` is a URL or a file, if it is no workdir and no config is given, if another process
-        holds it, or if it holds a run with other settings; OSError if it cannot be written.
+        Raises UserError if `path` is a file, or in a bucket that cannot be reached, if it is no workdir and no config
+        is given, if another process holds it, or if it holds a run with other settings; OSError if it cannot be
+        written.
         """
-        if "://" in str(path):  # it would be made here, as a folder of that name
-            raise UserError(
-                f"{path} is no folder of this machine; give --workdir a folder, or where the bucket is mounted"
-            )
-        path = Path(path)
+        path = files.make_path(path)
         stored = path / "config.json"
-        if config is None and not stored.is_file():
+        if config is None and not files.is_file(stored):
             raise UserError(f"{path} is no workdir, for it has no config.json; give a run's --workdir, or a --config")
+        if not files.is_remote(path):  # a bucket has no folders to make
+            try:
+                (path / "samples").mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UserError(
+                    f"{path} cannot be a folder, since a file is in the way; give another --workdir"
+                ) from None
+        lock = locks.take(path)
         try:
-            (path / "samples").mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path} cannot be a folder, since a file is in the way; give another --workdir") from None
-        lock = _take_lock(path)
-        try:
-            if not stored.is_file():
-                write_atomic(stored, json.dumps(to_json(config), indent=2) + "\n")
+            if not files.is_file(stored):
+                files.write_atomic(stored, json.dumps(to_json(config), indent=2) + "\n")
             held = _read_config(stored)
             if config is not None and (differing := differences(held, config, but="mesh")):
                 raise UserError(
@@ -66,14 +67,14 @@ class Workdir:
                     "give another --workdir, or the same settings"
                 )
         except BaseException:
-            lock.close()
+            lock.release()
             raise
         return cls(path, held if config is None else config, _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """The workdir that another process of the same run holds open."""
-        path = Path(path)
+        path = files.make_path(path)
         return cls(path, _read_config(path / "config.json") if config is None else config, writes=False)
 
     def read_hashes(self) -> dict[str, Any]:
@@ -82,13 +83,11 @@ class Workdir:
 
     def write_hashes(self, hashes: dict[str, Any]) -> None:
         stored = self.path / "config.json"
-        write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
+        files.write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
 
     def close(self) -> None:
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it with any child that was forked meanwhile
-            self._lock.close()
-            self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> "Workdir":
         return self
@@ -119,6 +118,10 @@ class Workdir:
         return self.path / "metrics.jsonl"
 
     @functools.cached_property
+    def _metrics(self) -> files.Growing:
+        return files.Growing(self.metrics)
+
+    @functools.cached_property
     def _events(self) -> EventFiles:
         return EventFiles(self.path / "tensorboard")
 
@@ -134,12 +137,14 @@ class Workdir:
         """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
 
         The same numbers go to TensorBoard's event files. Raises OSError, with the file's name, if a file cannot be
-        written.
+        written, and UserError if another process has taken the workdir over.
         """
         if not self.writes:
             return
         metrics = _finite(metrics)
-        append_line(self.metrics, json.dumps(metrics, allow_nan=False))
+        if self._lock is not None:
+            self._lock.check()
+        self._metrics.append_line(json.dumps(metrics, allow_nan=False))
         self._events.write(metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -147,9 +152,9 @@ class Workdir:
 
         Raises UserError naming a line that is damaged elsewhere.
         """
-        if not self.metrics.exists():
+        if not files.is_file(self.metrics):
             return []
-        lines = whole_lines(self.metrics.read_bytes()).splitlines()
+        lines = files.whole_lines(self.metrics.read_bytes()).splitlines()
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -159,31 +164,13 @@ class Workdir:
         return rows
 
 
-def _take_lock(path: Path) -> TextIO:
-    """The file that holds the lock: the kernel frees it when the process ends, however it ends."""
-    lock = open(path / "lock", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise UserError(
-            f"{path} is in use by process {holder or 'unknown'}; wait for it to end, stop it, or give another --workdir"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
-
-
 def _read_config(path: Path) -> ConfigDict:
     return from_json({name: item for name, item in _read_json(path).items() if name != "hashes"})
 
 
 def _read_json(path: Path) -> dict:
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(files.read_text(path))
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
         return plain

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 
 import numpy as np
 import pyarrow
@@ -79,9 +80,9 @@ def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch, killed_at):
         if killed_at == "to_parquet":
             patch.setattr(dataset.datasets.Dataset, "to_parquet", half_written)
         elif killed_at == "fsync":
-            patch.setattr(dataset.os, "fsync", killed)
+            patch.setattr(os, "fsync", killed)
         else:
-            patch.setattr(dataset.Path, "replace", killed)
+            patch.setattr(os, "replace", killed)
         for index in (0, 1):
             with pytest.raises(KeyboardInterrupt):
                 dataset.write_shard(folder, index, new)

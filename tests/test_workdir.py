@@ -83,13 +83,6 @@ def test_what_is_no_workdir_is_refused_and_left_alone(tmp_path):
     assert sorted(tmp_path.iterdir()) == [file] and file.read_text() == "mine"
 
 
-def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="^gs://bucket/run is no folder of this machine"):
-        Workdir.open("gs://bucket/run", make_config())
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_damaged_config_is_named(tmp_path):
     Workdir.open(tmp_path, make_config()).close()
     (tmp_path / "config.json").write_text('{\n"seed": \n')

@@ -9,6 +9,7 @@ import functools
 from qsharp_jax import train
 from qsharp_jax.checkpoint import Checkpoints, DamagedError
 from qsharp_jax.dataset import Batches, Example
+from qsharp_jax.files import folder_of_this_machine
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.session import Session
@@ -25,7 +26,8 @@ def run(session: Session) -> LanguageModel:
             return session.load_ref()
     text = session.text
     if session.workdir.writes:
-        text.tokenizer.save_pretrained(session.workdir.ref / "tokenizer")
+        with folder_of_this_machine(session.workdir.ref / "tokenizer") as folder:
+            text.tokenizer.save_pretrained(folder)
     texts = session.task.pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )

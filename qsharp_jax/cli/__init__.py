@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from qsharp_jax import config as configs
-from qsharp_jax import interrupt
+from qsharp_jax import files, interrupt
 from qsharp_jax.cli import arguments, texts
 from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.interrupt import leave
@@ -101,7 +101,7 @@ def _keep_programs(folder: Path) -> None:
     """Compiled programs are kept on disk, for the next round and for the same command typed again."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(files.absolute(folder)))
 
 
 def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | contextlib.AbstractContextManager[None]:
@@ -131,7 +131,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         _check_mesh(config, options.config)
         session.check(config)
         sources.make_absolute(config)
-        if not (Path(options.workdir) / "config.json").exists():
+        if not files.is_file(files.make_path(options.workdir) / "config.json"):
             session.check_problems(config)
         workdir = _opened(options.workdir, config)
     else:

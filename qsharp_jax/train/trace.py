@@ -3,11 +3,14 @@
 TensorBoard shows it with its profile plugin (`pip install xprof`). It knows nothing about what a step does.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from qsharp_jax.files import folder_of_this_machine
 
 STEPS = 10
 WARM = 5  # steps in a row without a compilation before the trace begins
@@ -18,7 +21,7 @@ class Trace:
 
     def __init__(self, folder: Path | None):
         self._folder, self._left = folder, None if folder is None else STEPS
-        self._running = False
+        self._running, self._stack = False, contextlib.ExitStack()
 
     def before_step(self, state: Any, warm: int) -> None:
         """Begins the trace, or ends it, when the device is done with all steps so far, whose state this is.
@@ -31,7 +34,7 @@ class Trace:
         if self._left and (self._running or warm >= WARM):
             if not self._running:
                 jax.block_until_ready(state)
-                jax.profiler.start_trace(str(self._folder))
+                jax.profiler.start_trace(str(self._stack.enter_context(folder_of_this_machine(self._folder))))
                 self._running = True
             self._left -= 1
 
@@ -40,6 +43,7 @@ class Trace:
         if self._running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            self._stack.close()
             self._running, self._left = False, None
         elif self._left:
             print(f"no trace in {self._folder}: there were not {WARM} steps without a compilation", file=sys.stderr)

@@ -80,6 +80,15 @@ def test_one_box_alone_needs_no_meeting_point(world):
     assert world.started()[0]["cwd"] == f"{world.folder}/home/box1/qsharp/box1"
 
 
+def test_boxes_share_a_bucket_and_get_what_reads_it(world):
+    world.play(2, [], [["0", "0"]])
+    arguments = ["--", "--config", "configs/arithmetic.py", "--workdir", "gs://bucket/a"]
+    done = world.run("cuda.sh", *TWO, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert all("--workdir gs://bucket/a" in start["words"] for start in world.started())
+    assert len([line for line in world.lines("installed") if line.endswith("/code[cuda,gcs]")]) == 2
+
+
 def test_a_failure_on_one_box_ends_the_others_and_is_the_exit_code(world):
     world.play(2, [], [["forever", "3"]])
     done = world.run("cuda.sh", *TWO, *ARGUMENTS)

@@ -289,7 +289,7 @@ def test_gclouds_own_parser_takes_the_commands(world):
         ([*RUN, *ONE, "--fast", *ARGUMENTS], "unknown option --fast"),
         ([*RUN, *ONE], "give the arguments of `qsharp run` after --"),
         ([*RUN, *ONE, "--", "--workdir", "/w"], "give the arguments of `qsharp run` after --"),
-        ([*RUN, *ONE, "--", "--config", "configs/arithmetic.py", "--workdir", "gs://b/w"], "gs://b/w is no folder"),
+        ([*RUN, *ONE, "--", "--config", "configs/arithmetic.py", "--workdir", "s3://b/w"], "s3://b/w is neither"),
         ([*RUN, *ONE, "--", "--workdir=/w", "--config", "mine.py"], "--config mine.py is not in HEAD"),
         (
             [*RUN, *FOUR, "--", "--config", "configs/arithmetic.py", "--workdir", "runs/a"],
