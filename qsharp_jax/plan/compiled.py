@@ -20,9 +20,10 @@ import numpy as np
 from qsharp_jax import generate, sharding, train
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
+from qsharp_jax.models import decoder, value
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.plan import program
-from qsharp_jax.plan.job import Job, placed
+from qsharp_jax.plan.job import Job, learned, placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,11 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
     mesh = sharding.preset_mesh(section, "fit", devices(section))
     params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
     optimizer = train.make_optimizer(config.optimizer)
-    places = train.state_shardings(params, optimizer)
-    shapes = train.TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    changed, frozen = learned(job, params)
+    places = train.state_shardings(changed, optimizer)
+    places = places.replace(frozen=jax.tree.map(lambda leaf: leaf.sharding, frozen))
+    moments, count = jax.eval_shape(optimizer.init, changed), jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = train.TrainState(changed, moments, count, frozen)
     number, flag = (jax.ShapeDtypeStruct((rows, job.fit_tokens), dtype) for dtype in (jnp.int32, jnp.bool_))
     batch = Batch(
         tokens=number, segments=number, positions=number, response_mask=flag, label_mask=flag,
@@ -98,7 +102,9 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     """The decode loop with its caches, of `rows` rows; flops and collectives are those of one step."""
     config = job.config
     mesh = sharding.preset_mesh(section, "decode", devices(section))
-    ref, guide = (jax.eval_shape(generate.for_decoding, model) for model in (job.ref, job.guide))
+    # Not by `generate.for_decoding`, which makes the form for the devices that are here.
+    ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
+    guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))
     ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
     vocabulary = job.ref.config.vocab_size
     settings = generate.Settings(

@@ -19,7 +19,7 @@ from qsharp_jax.dataset import Batch
 from qsharp_jax.models import kv_cache, value
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, placed
+from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned, placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,19 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     Raises:
       UserError: if the mesh does not divide the guide's heads or the rows.
     """
-    config, guide = job.config.fit, job.guide.config
+    config, guide = job.config.fit, job.guide.config.computed_in(job.config.fit.dtype)
     mesh, parts = abstract_mesh(section, "fit"), config.accumulate
     rows = config.batch_size if rows is None else rows
     params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
     sharding.of_rows(jax.ShapeDtypeStruct((rows // parts, job.fit_tokens), np.int32), mesh, sharding.FIT)
     optimizer = train.make_optimizer(config.optimizer)
-    moments = placed(jax.eval_shape(optimizer.init, params), train.state_shardings(params, optimizer).opt_state)
+    changed, _ = learned(job, params)
+    moments = placed(jax.eval_shape(optimizer.init, changed), train.state_shardings(changed, optimizer).opt_state)
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES["fit"])
     part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
 
     weights, optimiser = chip_bytes(params), chip_bytes(moments)
-    memory = _fit_memory(part, weights, optimiser)
+    memory = _fit_memory(part, weights, optimiser, chip_bytes(changed))
     kept = next(line.amount for line in memory if line.what == "activations")
     products = _product_weights(params)
     once = 2 * products / tensor * part.tokens
@@ -130,7 +131,7 @@ class _Part:
         return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // 4
 
 
-def _fit_memory(part: _Part, weights: int, optimiser: int) -> tuple[Line, ...]:
+def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int) -> tuple[Line, ...]:
     trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
     kept = _kept(part.guide, config.remat, rows, length, part.tensor)
@@ -138,11 +139,12 @@ def _fit_memory(part: _Part, weights: int, optimiser: int) -> tuple[Line, ...]:
     narrow = 0 if part.width == 4 else _layers_bytes(part.params, here=True) * part.width // 4
     # What a block needs for its gradient is there for one layer if it is not kept for all.
     again = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
-    attention, hidden = rows * part.heads * length**2 * SCORES, part.tokens * mlp * HIDDEN
+    scores = SCORES if config.attention == "xla" else 0  # others have a part of them at a time
+    attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
     return (
         Line("weights", weights, "float32, divided as sharding.of_model says"),
         Line("optimiser", optimiser, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
-        Line("gradients", weights * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
+        Line("gradients", gradient * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
         Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
         Line("gathered weights", 2 * part.layer * (part.fsdp > 1), "of two layers, whole over fsdp"),
         Line(
@@ -151,7 +153,7 @@ def _fit_memory(part: _Part, weights: int, optimiser: int) -> tuple[Line, ...]:
         ),
         Line(
             "a layer's gradient", max(attention, hidden) + again,
-            f"the larger of its scores ({rows} rows x {part.heads} heads x {length}^2 x {SCORES} bytes) and its hidden"
+            f"the larger of its scores ({rows} rows x {part.heads} heads x {length}^2 x {scores} bytes) and its hidden"
             f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is computed again" * (again > 0),
         ),
     )  # fmt: skip

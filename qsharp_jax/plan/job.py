@@ -4,6 +4,7 @@ Models in folders need their config.json alone; `--ref-size` and `--guide-size` 
 """
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import generate, sharding, sources, tasks, train
 from qsharp_jax.errors import UserError, nearest
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import decoder, lora, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -29,7 +30,7 @@ class Job:
     config: of the run.
     ref, guide: the models as a run decodes with them, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide
       has the float32 weights that were fitted, and is computed in its trunk's dtype.
-    fitted: what the optimiser changes, float32: the guide and the heads of the auxiliary loss.
+    fitted: what a fit has, float32: the guide, the heads of the auxiliary loss, and a LoRA.
     fit_tokens: of a row in the fit.
     cache_size: positions of the caches in decoding.
     """
@@ -79,7 +80,15 @@ def make(
     if offsets := config.fit.future_offsets:
         heads = jax.eval_shape(lambda key: train.init_future(key, offsets, guide.trunk), jax.random.key(0))
         job = dataclasses.replace(job, fitted=fitted | {"future": heads})
+    if rank := config.fit.lora_rank:
+        add = functools.partial(lora.add, rank=rank, alpha=config.fit.lora_alpha)
+        job = dataclasses.replace(job, fitted=jax.eval_shape(add, jax.random.key(0), job.fitted))
     return job
+
+
+def learned(job: Job, params: Params) -> tuple[Params, Params]:
+    """Of the fitted parameters those that the optimiser changes, and those that a LoRA leaves frozen."""
+    return lora.split(params) if job.config.fit.lora_rank else (params, {})
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
