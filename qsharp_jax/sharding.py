@@ -42,6 +42,14 @@ PARAMETERS: Mapping[str, Axes] = {
     "down.bias": (None,),
     "head": ("embed", "vocab"),  # of a language model
     "future": (None, "embed", "vocab"),  # heads of the auxiliary loss
+    "head_weight": ("vocab", "embed"),  # this and the following are those of the transposed form
+    "query.weight": ("heads", "embed"),
+    "key.weight": ("kv", "embed"),
+    "value.weight": ("kv", "embed"),
+    "output.weight": ("embed", "heads"),
+    "up.weight": ("mlp", "embed"),
+    "gate.weight": ("mlp", "embed"),
+    "down.weight": ("embed", "mlp"),
     "head.kernel": ("embed", "outputs"),  # of a guide
     "head.bias": ("outputs",),
     "scale": (None,),  # of every norm

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.folders import check_vocabulary, stored_dtype
+from qsharp_jax.generate import for_decoding
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
@@ -142,7 +143,8 @@ def load_ref(config: ConfigDict, mesh: Mesh | None = None) -> LanguageModel:
     ref = folder(config, "ref")
     dtype = _dtype(config, ref)
     shape = hf.read_config(ref, dtype)
-    shardings = _shardings(LanguageModel(decoder.abstract(shape, dtype), shape), mesh, sharding.DECODE)
+    read = jax.eval_shape(for_decoding, LanguageModel(decoder.abstract(shape, dtype), shape))
+    shardings = _shardings(read, mesh, sharding.DECODE)
     return hf.load_ref(ref, dtype=dtype, shardings=shardings)
 
 

@@ -251,3 +251,21 @@ def test_two_processes_do_what_one_does(tmp_path):
     output, errors = export.communicate()
     assert export.returncode == 0, errors
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_ends_both_at_one_step_with_code_0(tmp_path):
+    """What a pre-emption does; that a run goes on from such a checkpoint, on other meshes too, is tested elsewhere."""
+    workdir, port = tmp_path / "run", free_port()
+    run = ("run", "--config", "configs/star_graph.py", *SMALL, *TWO, "--workdir", str(workdir))
+    two = [command(*run, "--config.pretrain.steps=5000", index=i, port=port) for i in range(2)]
+    while not (workdir / "metrics.jsonl").exists() and all(process.poll() is None for process in two):
+        time.sleep(0.1)
+    two[1].terminate()
+    outputs = [process.communicate(timeout=240) for process in two]
+    assert [process.returncode for process in two] == [0, 0], outputs
+    for _, errors in outputs:
+        assert errors.count("qsharp: told to end; the same command goes on where it stopped") == 1
+    [step] = [int(path.name) for path in (workdir / "ref").iterdir() if path.name.isdecimal()]
+    assert 0 < step < 5000
+    assert step % 8 == 0

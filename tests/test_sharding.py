@@ -127,6 +127,17 @@ def test_weights_are_divided_as_the_table_says():
     assert layer["attention_norm"]["scale"] == P(None)
 
 
+def test_transposed_weights_are_divided_as_what_they_replace():
+    mesh = mesh_of(data=2, tensor=4)
+    kernels, shape = abstract_ref(tied=False), config.make("llama3.2-1b", layers=2, tied=False)
+    turned = jax.eval_shape(lambda key: decoder.unstack(decoder.init(key, shape), transposed=True), jax.random.key(0))
+    expected = specs(sharding.of_model(kernels, mesh, DECODE)).params
+    actual = specs(sharding.of_model(LanguageModel(turned, shape), mesh, DECODE)).params
+    assert tuple(actual["head_weight"]) == tuple(expected["head"])[::-1] == ("tensor", None)
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        assert tuple(actual["layers"][1][name]["weight"]) == tuple(expected["layers"][1][name]["kernel"])[::-1]
+
+
 def test_stacked_layers_have_the_same_division_after_the_layers_axis():
     fit = specs(sharding.of_model(abstract_ref(stacked=True), mesh_of(data=2, fsdp=2, tensor=2), FIT)).params
     assert fit["layers"]["query"]["kernel"] == P(None, "fsdp", "tensor")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_cli import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
 
-from qsharp_jax import cli, sources, train
+from qsharp_jax import cli, sharding, sources, train
 from qsharp_jax import config as configs
 from qsharp_jax import session as sessions
 from qsharp_jax.errors import UserError
@@ -105,6 +105,21 @@ def test_a_language_model_s_trunk_gets_a_head_of_zeros_and_float32_masters(folde
     assert made.guide_config.trunk.dtype == "bfloat16", "computed as the folder has it"
     assert jax.tree.structure(params) == jax.tree.structure(value.abstract(made.guide_config))
     assert session(*changes[guide], "dtype=float32").guide_config.trunk.dtype == "float32"
+
+
+@pytest.mark.parametrize("guide", ["ref", "guide"])
+def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
+    """Every leaf where the rules have it (the meshes have one device), with the values that it has without."""
+    workdir = helpers.session(tmp_path, f"ref={folders / 'ref'}", f"guide={folders / guide}").workdir
+    config, made = workdir.config, Session(workdir)
+    decode = sharding.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
+    fit = sharding.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
+    ref = sources.load_ref(config, decode)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(ref)} == {decode}
+    helpers.assert_trees_equal(ref.params, sources.load_ref(config).params)
+    first = [sources.first_guide(config, made.guide_config, None, jax.random.key(0), mesh) for mesh in (fit, None)]
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(first[0]["trunk"])} == {fit}
+    helpers.assert_trees_equal(*first)
 
 
 def test_a_guide_from_scratch_has_the_shape_of_the_model_section(folders):

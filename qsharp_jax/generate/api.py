@@ -27,12 +27,15 @@ PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
 
 
 def for_decoding(model: Any) -> Any:
-    """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through."""
+    """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through.
+
+    On a CPU the weights are transposed as well, see `decoder.unstack`.
+    """
     trunk = model.params.get("trunk", model.params)
     if isinstance(trunk["layers"], list):
         return model
     unstack = value.unstack if isinstance(model, ValueModel) else decoder.unstack
-    return model.replace(params=unstack(model.params))
+    return model.replace(params=unstack(model.params, transposed=decoder.transposed_here()))
 
 
 def generate(

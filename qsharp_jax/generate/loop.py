@@ -4,6 +4,7 @@ Shapes: B prompts, P their padded length, R rows (B times the samples of each pr
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -75,4 +76,12 @@ def decode(
         )
         return sharding.constrain_rows(state.replace(record=record))
 
-    return jax.lax.while_loop(going_on, block, state)
+    if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return jax.lax.while_loop(going_on, block, state)
+    state = jax.lax.while_loop(going_on, block, _of_caches(kv_cache.without_rows, state))
+    return _of_caches(kv_cache.with_rows, state)
+
+
+def _of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
+    guide_cache = None if state.guide_cache is None else change(state.guide_cache)
+    return state.replace(ref_cache=change(state.ref_cache), guide_cache=guide_cache)

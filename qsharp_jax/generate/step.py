@@ -122,14 +122,14 @@ def advance(
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turn, block = decoder.rotation(positions, config), decoder.Block(config)
-    rows, new, written = pending.shape[0], [], []
+    new, written = [], []
     for layer, *buffers in zip(params["layers"], cache.keys, cache.values, strict=True):
 
         def attend(query, key, value, buffers=tuple(buffers)):
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
             after = kv_cache.write_pair(buffers, pair, cache.index)
-            read = _ordered(rows, lambda before, after: before, lambda before, after: after, buffers, after)
+            read = _ordered(lambda before, after: before, lambda before, after: after, buffers, after)
             return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index)), (pair, after)
 
         x, (pair, after) = block.apply({"params": layer}, x, turn, attend)
@@ -142,21 +142,18 @@ def advance(
         buffers = zip(cache.keys, cache.values, strict=True)
         return x, [kv_cache.write_pair(pair, added, cache.index) for pair, added in zip(buffers, new, strict=True)]
 
-    x, written = _ordered(rows, write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
+    x, written = _ordered(write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
     keys, values_ = map(list, zip(*written, strict=True))
     cache = cache.replace(keys=keys, values=values_, index=cache.index + 1)
     return unpack(decoder.normalise(params, config, x)), cache
 
 
-def _ordered(rows: int, write_last: Callable[..., Any], write_first: Callable[..., Any], *operands: Any) -> Any:
+def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *operands: Any) -> Any:
     """The order of a step's reads and writes of the caches, of which the result does not depend.
 
     A buffer that is written and then read is updated in place on CPU and GPU; the other way round it is copied first. A
     TPU takes a buffer that is to be written to its fast memory, and moves all of it back: there all writes come last.
-    So they do with one row, whose dimension a CPU squeezes out: it then copies either way, but half as often.
     """
-    if rows == 1:
-        return write_last(*operands)
     return jax.lax.platform_dependent(*operands, tpu=write_last, default=write_first)
 
 

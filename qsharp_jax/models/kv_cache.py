@@ -16,7 +16,7 @@ from qsharp_jax.models.config import DecoderConfig
 @flax.struct.dataclass
 class KVCache:
     """Attributes:
-    keys, values: a [B, G, S, E] buffer a layer.
+    keys, values: a [B, G, S, E] buffer a layer; [G, S, E] within a loop over one row, see `without_rows`.
     start: [B] int32, position of each row's first token.
     index: int32 scalar, the next position to be written.
     """
@@ -54,16 +54,31 @@ def abstract(config: DecoderConfig, rows: int, size: int) -> KVCache:
     )
 
 
+def without_rows(cache: KVCache) -> KVCache:
+    """The cache of one row as buffers [G, S, E], which a CPU updates in place.
+
+    XLA leaves a dimension of 1 out of the products that read a buffer, not out of the write, and so takes the two for
+    different arrays: it copied each buffer twice a step.
+    """
+    return cache.replace(**{name: [buffer[0] for buffer in getattr(cache, name)] for name in ("keys", "values")})
+
+
+def with_rows(cache: KVCache) -> KVCache:
+    """The inverse of `without_rows`."""
+    return cache.replace(**{name: [buffer[None] for buffer in getattr(cache, name)] for name in ("keys", "values")})
+
+
 def write_pair(
     buffers: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values, each [B, G, S, E], with [B, 1, G, E] of each at position `index` of every row."""
+    """A layer's keys and values with [B, 1, G, E] of each at position `index` of every row; buffers as in `write`."""
     return tuple(write(buffer, pair, index) for buffer, pair in zip(buffers, new, strict=True))
 
 
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """`buffer` [B, G, S, E] with `new` [B, 1, G, E] at position `index` of every row."""
-    return jax.lax.dynamic_update_slice(buffer, new.swapaxes(1, 2).astype(buffer.dtype), (0, 0, index, 0))
+    """`buffer` [B, G, S, E] (or [G, S, E] of one row) with `new` [B, 1, G, E] at position `index` of every row."""
+    new = new.swapaxes(1, 2).astype(buffer.dtype).reshape(*buffer.shape[:-2], 1, buffer.shape[-1])
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, -2)
 
 
 def attend(
@@ -83,7 +98,7 @@ def attend(
     Args:
       query: [B, Q, H, E].
       key, value: [B, Q, G, E] of the step's tokens.
-      keys, values: [B, G, S, E] buffers, of which the positions before `index` are read.
+      keys, values: [B, G, S, E] buffers (or [G, S, E] of one row), of which the positions before `index` are read.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
 
@@ -92,6 +107,8 @@ def attend(
     """
     batch, tokens, heads, width = query.shape
     dtype = query.dtype
+    if keys.ndim == 3:
+        keys, values = keys[None], values[None]
     groups, size = keys.shape[1], keys.shape[2]
     chex.assert_shape([key, value], (batch, tokens, groups, width))
     chex.assert_shape([keys, values], (batch, groups, size, width))

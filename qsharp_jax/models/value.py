@@ -133,6 +133,6 @@ def read(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Arr
     return outputs(params, config, hidden) if config.type == "v" else outputs_at(params, config, hidden, tokens)
 
 
-def unstack(params: Params) -> Params:
-    """The decoding form, as `decoder.unstack`."""
-    return params | {"trunk": decoder.unstack(params["trunk"])}
+def unstack(params: Params, *, transposed: bool = False) -> Params:
+    """The decoding form, as `decoder.unstack`; the guide's own head stays as it is."""
+    return params | {"trunk": decoder.unstack(params["trunk"], transposed=transposed)}

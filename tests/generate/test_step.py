@@ -1,6 +1,7 @@
 """Every step against a loop without a cache, and against exact policies of sequences that can be enumerated."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qsharp_jax.generate import generate
+from qsharp_jax.generate import Run, decode, generate
 from qsharp_jax.models import value
 
 
@@ -37,6 +38,20 @@ def test_every_row_of_a_mixed_batch_is_the_loop_without_a_cache(case):
     got = run(case, rng=SEEDS, **MIXED)
     assert_is_brute_force(got, case, PROMPTS, SEEDS, MIXED)
     assert got.kl.max() > 0.3, "the guide steers in this test"
+
+
+def test_one_row_is_the_loop_without_a_cache_too_and_its_cache_is_not_copied():
+    case, prompts, seeds = "v-bernoulli", [PROMPTS[1]], SEEDS[1:2]
+    got = run(case, prompts, rng=seeds, eta=[0.1])
+    assert_is_brute_force(got, case, prompts, seeds, dict(eta=[0.1]))
+
+    whole = Run(*decoding_models(case), prompts, rng=seeds, eta=0.1, **COMMON)
+    program = decode.lower(whole.ref, whole.guide, whole.state, whole.controls, settings=whole.settings).compile()
+    for cache in (whole.state.ref_cache, whole.state.guide_cache):
+        shape = ",".join(map(str, cache.keys[0].shape[1:]))
+        assert re.search(rf"f32\[{shape}\]", program.as_text())
+        if jax.default_backend() == "cpu":
+            assert not re.search(rf"= f32\[(1,)?{shape}\]\S* copy\(", program.as_text())
 
 
 @hypothesis_settings(max_examples=20, deadline=None, derandomize=True)

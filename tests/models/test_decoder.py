@@ -114,6 +114,24 @@ def test_scanned_layers_equal_unrolled_ones_keys_and_values_included():
         np.testing.assert_allclose(value, values[layer], atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@every_family
+def test_transposed_weights_give_the_same_hidden_states_and_logits(family, tied):
+    _, config = model(family)
+    config = dataclasses.replace(config, tied=tied)
+    params = decoder.init(jax.random.key(1), config)
+    turned = decoder.unstack(params, transposed=True)
+    assert decoder.is_transposed(turned) and not decoder.is_transposed(decoder.unstack(params))
+    assert {path[-1].key for path, _ in jax.tree.leaves_with_path(turned)}.isdisjoint({"kernel", "head"})
+    expected, _ = forward(params, config, TOKENS, SEGMENTS, POSITIONS)
+    actual, _ = forward(turned, config, TOKENS, SEGMENTS, POSITIONS)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    for hidden in (expected, expected[:, 0], expected[0, 0]):
+        logits = decoder.logits(turned, config, hidden)
+        assert logits.shape == (*hidden.shape[:-1], config.vocab_size)
+        np.testing.assert_allclose(logits, decoder.logits(params, config, hidden), atol=1e-5)
+
+
 def test_gradients_are_finite_and_padding_gets_none():
     """A row of padding attends to nothing, and a softmax over nothing is where nan would come from."""
     params, config = model("llama")

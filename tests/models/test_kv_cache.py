@@ -55,6 +55,21 @@ def test_nothing_before_the_start_or_from_the_index_on_matters():
     )
 
 
+def test_a_row_without_its_dimension_is_the_same_row():
+    query, key, value, keys, values = (x[1:2] for x in step())
+    cache = kv_cache.KVCache(keys=[keys], values=[values], start=START[1:2], index=INDEX)
+    bare = kv_cache.without_rows(cache)
+    assert bare.keys[0].shape == bare.values[0].shape == (G, S, E)
+    jax.tree.map(np.testing.assert_array_equal, kv_cache.with_rows(bare), cache)
+    new = key[:, :1] + 1
+    written = kv_cache.write(keys, new, INDEX)
+    np.testing.assert_array_equal(kv_cache.write(bare.keys[0], new, INDEX), written[0])
+    np.testing.assert_array_equal(
+        attend(query, key, value, bare.keys[0], bare.values[0], START[1:2], INDEX),
+        attend(query, key, value, keys, values, START[1:2], INDEX),
+    )
+
+
 def test_a_candidate_does_not_see_the_others():
     query, key, value, keys, values = step()
     before = attend(query, key, value, keys, values, START, INDEX)

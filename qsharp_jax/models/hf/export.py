@@ -169,13 +169,12 @@ def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
 
 def _stored(held: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
     """One tensor as the checkpoint has it, from the leaves that it holds."""
-    # Of a copy: an array whose parts are fetched from several devices keeps what it was put together to.
-    values = [
-        sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
-        for _, leaf, layer in sorted(held, key=lambda each: each[0].part)
-    ]
-    joined = values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
-    return joined.T if held[0][0].transposed else joined
+    values = []
+    for place, leaf, layer in sorted(held, key=lambda each: each[0].part):
+        # Of a copy: an array whose parts are fetched from several devices keeps what it was put together to.
+        found = sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
+        values.append(found.T if place.transposed else found)
+    return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
 
 
 # --- The folder -----------------------------------------------------------------------------------------------------

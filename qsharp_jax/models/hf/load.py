@@ -166,10 +166,8 @@ def _load(asked: _Asked, unstacked: bool, shardings: Any) -> Params:
     with _open(asked) as (tensors, table):
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), asked.shapes)
         if unstacked:
-            trunk = target.get("trunk", target)
-            count = asked.config.decoder.layers
-            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype), trunk["layers"])
-            trunk["layers"] = [one] * count
+            unstack = value.unstack if "trunk" in target else decoder.unstack
+            target = jax.eval_shape(functools.partial(unstack, transposed=decoder.transposed_here()), target)
         if shardings is not None:
             target = jax.tree.map(
                 lambda sharding, tree: jax.tree.map(
@@ -324,11 +322,11 @@ def _read_slice(
 ) -> np.ndarray:
     """A slice of a leaf of `shape`, with its bounds [start, stop) on each axis, read in small pieces."""
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    first = place.part * shape[-1]  # where this part begins on the tensor's last axis
-    where = [*bounds[:-1], (bounds[-1][0] + first, bounds[-1][1] + first)]
-    by_row = out.T if place.transposed else out  # a view in the order of the file
+    by_row, where, stored = out, list(bounds), shape
     if place.transposed:
-        where.reverse()
+        by_row, where, stored = out.T, where[::-1], shape[::-1]  # a view in the order of the file
+    first = place.part * stored[-1]  # where this part begins on the tensor's last axis
+    where[-1] = (where[-1][0] + first, where[-1][1] + first)
     (begin, end), *others = where
     width = int(np.prod([stop - start for start, stop in others], dtype=np.int64))
     rows = max(1, CHUNK // (4 * width))

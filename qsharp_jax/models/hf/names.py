@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face checkpoint holds which leaf of ours: a table a family, and nothing else.
 
-Our kernels are [in, out]. A `Linear` of PyTorch is stored [out, in]; GPT-2's `Conv1D` is stored [in, out], with query,
-key and value side by side in one tensor. Families: "gpt2", "llama", "qwen2", "qwen3".
+Our kernels are [in, out], the weights that the transposed form has in their place [out, in]. A `Linear` of PyTorch is
+stored [out, in]; GPT-2's `Conv1D` is stored [in, out], with query, key and value side by side in one tensor. Families:
+"gpt2", "llama", "qwen2", "qwen3".
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ class Place:
 
     Attributes:
       name: of the tensor, with {} for the layer.
-      transposed: the tensor is [out, in].
+      transposed: the tensor's axes are those of the leaf in reverse.
       part, parts: the leaf is this one of several equal parts of the tensor's last axis.
     """
 
@@ -28,7 +29,8 @@ class Place:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, from the leaf's."""
-        return shape[::-1] if self.transposed else (*shape[:-1], shape[-1] * self.parts)
+        shape = shape[::-1] if self.transposed else shape
+        return (*shape[:-1], shape[-1] * self.parts)
 
 
 def _linear(prefix: str, *leaves: str) -> dict[str, Place]:
@@ -82,7 +84,19 @@ _GPT2 = {
     **_under("layers/down", _conv("transformer.h.{}.mlp.c_proj")),
 }
 
-_DECODER = {"gpt2": _GPT2, "llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+
+def _with_transposed(places: Mapping[str, Place]) -> dict[str, Place]:
+    """The table with the leaves of the transposed form beside those that they replace."""
+    turned = {
+        "head_weight" if path == "head" else path.removesuffix("kernel") + "weight": place
+        for path, place in places.items()
+        if path == "head" or path.endswith("/kernel")
+    }
+    turned = {path: dataclasses.replace(place, transposed=not place.transposed) for path, place in turned.items()}
+    return {**places, **turned}
+
+
+_DECODER = {"gpt2": _with_transposed(_GPT2)} | dict.fromkeys(("llama", "qwen2", "qwen3"), _with_transposed(_LLAMA))
 # The base model's name, which checkpoints of the base model alone leave out.
 PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "qwen3": "model."}
 _CLASSIFIER = {"gpt2": "classifier", "llama": "score", "qwen2": "score", "qwen3": "score"}
