@@ -4,6 +4,7 @@ libtpu compiles for a named slice (`v5e:2x2`) and the program is read, not run. 
 which is this file run as a script: libtpu wants to be loaded before JAX has settled on a backend.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,7 +25,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qsharp_jax import generate, train
+from qsharp_jax import generate, plan, sharding, train
 from qsharp_jax.dataset import Batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
@@ -34,6 +35,7 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 ROOT = Path(__file__).parents[1]
 ROWS, PROMPT, NEW = 64, 1024, 1024  # of decoding: caches that do not fit into a chip's fast memory all at once
 FIT_ROWS, LENGTH = 8, 256  # of training
+SPLASH_LENGTH = 2048  # of training with splash attention, tokens; no other array has two axes of it
 REF = DecoderConfig(
     vocab_size=1024, embed=512, layers=2, heads=8, kv_heads=4, head_dim=128, mlp=1024, max_positions=PROMPT + NEW,
     dtype="bfloat16",
@@ -109,11 +111,39 @@ def compile_fit(mesh):
     return jax.jit(step, donate_argnums=0).lower(state, sharded(mesh, batch, FIT_ROWS), np.float32(1)).compile(), state
 
 
+def compile_splash(devices):
+    """One training step with splash attention, rows over two chips and heads over two."""
+    guide = dataclasses.replace(GUIDE, trunk=dataclasses.replace(GUIDE.trunk, heads=8, kv_heads=4))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, sharding.FIT, devices)
+    places = sharding.of_model(ValueModel(value.abstract(guide), guide), mesh, sharding.FIT).params
+    params = plan.job.placed(value.abstract(guide), places)
+    optimizer = optax.adamw(1e-4)
+    places = train.state_shardings(params, optimizer)
+    state = train.TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    number, flag = (jax.ShapeDtypeStruct((4, SPLASH_LENGTH), dtype) for dtype in (jnp.int32, jnp.bool_))
+    batch = Batch(
+        tokens=number, segments=number, positions=number, response_mask=flag, label_mask=flag,
+        reward_to_go=jax.ShapeDtypeStruct(number.shape, jnp.float32),
+    )  # fmt: skip
+    batch = plan.job.placed(batch, sharding.of_rows(batch, mesh, sharding.FIT))
+    loss = functools.partial(train.value_loss, config=guide, attend_by="splash")
+    step = functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer)
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return step.lower(plan.job.placed(state, places), batch, np.float32(1)).compile()
+
+
 def main():
     """Prints a JSON object a program: bytes on a chip, and the instructions as wide as what is updated in place."""
     from jax.experimental import topologies
 
-    mesh = Mesh(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices, ("data",))
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    if sys.argv[1:] == ["splash"]:
+        text = compile_splash(devices).as_text()
+        square = rf"\w+\[[\d,]*{SPLASH_LENGTH},{SPLASH_LENGTH}[\d,]*\]"
+        print(json.dumps(dict(kernels=text.count("tpu_custom_call"), scores=re.findall(square, text))))
+        return
+    mesh = Mesh(devices, ("data",))
     facts = {}
     for name, compile_one in {"decode": compile_decode, "fit": compile_fit}.items():
         begin = time.monotonic()
@@ -180,6 +210,13 @@ def test_no_cache_is_copied_in_the_loop_or_around_it(programs):
 def test_a_training_step_updates_its_state_in_place(programs):
     fit = programs["fit"]
     assert fit["aliased"] >= fit["updated"]
+
+
+@pytest.mark.slow
+def test_a_training_step_with_splash_attention_has_no_scores_in_memory():
+    splash = printed_by(__file__, "splash")
+    assert splash["kernels"] >= 3, "forward, and backward for the queries and for keys and values"
+    assert splash["scores"] == []
 
 
 @pytest.mark.slow

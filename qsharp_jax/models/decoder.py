@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from qsharp_jax import sharding
 from qsharp_jax.models import attention, lora, memory
@@ -46,29 +47,28 @@ def _norm(config: DecoderConfig, name: str | None = None) -> nn.Module:
 
 
 class Projection(nn.Module):
-    """x @ kernel + bias, computed in the config's dtype; with the LoRA's part where the layer has one (`lora.py`)."""
+    """A product with the leaf "kernel" [in, out], or with "weight" [out, in] in its place, see `unstack`; and the bias.
 
-    config: DecoderConfig
+    Computed in the inputs' dtype; with the LoRA's part where the layer has one (`lora.py`).
+    """
+
     features: int
     bias: bool
-    scale: float
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
-        if self.has_variable("params", "weight"):  # of the transposed form, see `unstack`
+        if self.has_variable("params", "weight"):
             y = _from_left(self.get_variable("params", "weight").astype(x.dtype), x, x.dtype)
         else:
+            init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
             y = product(x, self.param("kernel", init, (x.shape[-1], self.features)), x.dtype)
+            y = checkpoint_name(y, "product")
         if self.has_variable("params", "lora_a"):
             y = y + lora.part(x, {name: self.get_variable("params", name) for name in lora.LEAVES})
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y
-
-
-def _projection(config: DecoderConfig, features: int, name: str, *, bias: bool, scale: float = 1.0) -> Projection:
-    return Projection(config, features, bias, scale, name=name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -119,9 +119,9 @@ class Block(nn.Module):
 
         h = _norm(c, "attention_norm")(x)
         qkv_bias = c.bias or c.qkv_bias
-        query = _projection(c, c.heads * c.head_dim, "query", bias=qkv_bias)(h)
-        key = _projection(c, c.kv_heads * c.head_dim, "key", bias=qkv_bias)(h)
-        value = _projection(c, c.kv_heads * c.head_dim, "value", bias=qkv_bias)(h)
+        query = Projection(c.heads * c.head_dim, qkv_bias, name="query")(h)
+        key = Projection(c.kv_heads * c.head_dim, qkv_bias, name="key")(h)
+        value = Projection(c.kv_heads * c.head_dim, qkv_bias, name="value")(h)
         query = query.reshape(batch, length, c.heads, c.head_dim)
         key = key.reshape(batch, length, c.kv_heads, c.head_dim)
         value = value.reshape(batch, length, c.kv_heads, c.head_dim)
@@ -130,16 +130,16 @@ class Block(nn.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         attended, kept = attend(query, key, value)
-        attended = attended.reshape(batch, length, c.heads * c.head_dim)
-        x = x + _projection(c, c.embed, "output", bias=c.bias, scale=residual_scale)(attended)
+        attended = attended.reshape(batch, length, c.heads * c.head_dim).astype(c.compute_dtype)
+        x = x + Projection(c.embed, c.bias, residual_scale, name="output")(attended)
 
         h = _norm(c, "mlp_norm")(x)
-        up = _projection(c, c.mlp, "up", bias=c.bias)(h)
+        up = Projection(c.mlp, c.bias, name="up")(h)
         if c.activation == "swiglu":
-            h = jax.nn.silu(_projection(c, c.mlp, "gate", bias=c.bias)(h)) * up
+            h = jax.nn.silu(Projection(c.mlp, c.bias, name="gate")(h)) * up
         else:
             h = jax.nn.gelu(up, approximate=True)
-        return x + _projection(c, c.embed, "down", bias=c.bias, scale=residual_scale)(h), kept
+        return x + Projection(c.embed, c.bias, residual_scale, name="down")(h), kept
 
 
 def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
@@ -286,7 +286,7 @@ def _rematerialised(run_block: Callable, remat: Remat) -> Callable:
         return run_block
     policies = {
         # The products with weights are kept; what lies between them, attention's scores above all, is done again.
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names("product"),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     return jax.checkpoint(run_block, policy=policies[remat])

@@ -55,10 +55,7 @@ def part(x: jax.Array, leaves: Params) -> jax.Array:
       leaves: by the names of `LEAVES`, one layer's.
     """
     a, b = (leaves[name].astype(x.dtype) for name in LEARNED)
-    narrow = (x @ a) * leaves["lora_scale"].astype(x.dtype)
-    # A batch of one: rematerialisation that keeps products without a batch keeps the narrow one, and not this beside
-    # x @ W.
-    return jnp.einsum("z...r,zrn->z...n", narrow[None], b[None])[0]
+    return (x @ a) * leaves["lora_scale"].astype(x.dtype) @ b
 
 
 def merged(params: Params) -> Params:
