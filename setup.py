@@ -23,6 +23,7 @@ setup(
         # PyTorch is what parity is judged by; libtpu compiles for TPUs on a machine that has none.
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "mpmath>=1.3",
             "torch==2.13.0",
