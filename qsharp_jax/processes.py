@@ -199,13 +199,14 @@ class _FirstWatch:
             return
         with self._ending:  # the first that ends is the one that is named
             sentence += "; all processes of the run end" if code else ""
-            self.tell(code, sentence)
+            self.tell(code, sentence, but=line)
             leave(code, sentence)
 
-    def tell(self, code: int, sentence: str) -> None:
-        """How this process has ended, or another; without a sentence, as it should."""
+    def tell(self, code: int, sentence: str, but: socket.socket | None = None) -> None:
+        """How this process has ended, or the one at a line; without a sentence, as it should."""
         for line in self._lines.values():
-            _send(line, (code, sentence))
+            if line is not but:
+                _send(line, (code, sentence))
 
 
 def _who(index: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax import dataset, rollouts
+from qsharp_jax import dataset, files, rollouts
 from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import generate
 from qsharp_jax.tasks import star_graph
@@ -183,7 +183,7 @@ def test_a_killed_collection_goes_on(run, collected, tmp_path, monkeypatch):
     assert len(read(tmp_path, 2)) == 2 * SHARD_ROWS
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.os, "fsync", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files.os, "fsync", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             collect(run, tmp_path / "round_2", 2)
     assert len(read(tmp_path, 2)) == 2 * SHARD_ROWS

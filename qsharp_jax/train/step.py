@@ -63,7 +63,8 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation) -> 
       params: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
     flat = jax.tree.leaves_with_path(params)
-    meshes = [leaf.sharding.mesh for _, leaf in flat if isinstance(leaf.sharding, NamedSharding)]
+    places = [getattr(leaf, "sharding", None) for _, leaf in flat]  # a traced one has none
+    meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
     if not meshes:
         return None
     whole = NamedSharding(meshes[0], PartitionSpec())
