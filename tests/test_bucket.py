@@ -168,6 +168,7 @@ def test_checkpoints_in_a_bucket(bucket):
     assert {name.partition("/")[0] for name in under(bucket, "ref/")} == {"10", "15"} and not bucket.moves
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
     """Named, kept under another name, and the one before is gone on from."""
     folder, checkpoints = files.make_path(URL) / "ref", Checkpoints(files.make_path(URL) / "ref")

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_trees_equal
+from helpers import (
+    assert_trees_equal,
+    quick_compilation,  # noqa: F401
+)
 
 from qsharp_jax.checkpoint import Best, Checkpoints, DamagedError
 from qsharp_jax.errors import UserError

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import checkpoint, cli, dataset, train
 from qsharp_jax.errors import UserError
@@ -331,6 +332,7 @@ def test_a_damaged_checkpoint_is_named(copied, capsys):
     assert str(guide) in sentence and "damaged" in sentence
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoints_before_damaged_ones_and_ends_the_same(finished, copied, capsys):
     """The finished reference's and guide's: what is measured anew is that of the run that was never damaged."""
     for folder in (copied / "ref", copied / "guide" / "round_2"):

@@ -15,6 +15,7 @@ import numpy as np
 import numpy_decoder
 import pytest
 import scipy.special
+from helpers import quick_compilation  # noqa: F401
 from test_cli import FIELDS, refused, stdout_lines
 
 from qsharp_jax import cli

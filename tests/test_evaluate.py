@@ -7,6 +7,7 @@ from collections import Counter
 import helpers
 import numpy as np
 import pytest
+from helpers import quick_compilation  # noqa: F401
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st

@@ -170,6 +170,7 @@ def found(folder) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_state_comes_back_on_every_number_of_devices_from_every_other(found):
     """Parameters, moments, position and best parameters bit for bit, each leaf where a new state would have it."""
     print("\n".join(f"{pair}: {what}" for pair, what in found["matrix"].items()))
@@ -178,11 +179,13 @@ def test_a_state_comes_back_on_every_number_of_devices_from_every_other(found):
         assert all(what.values()), f"{pair}: {what}"
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_next_batch_and_ends_where_one_device_would(found):
     assert found["moved"]["asked"] == [[0, 1], [2, 3], [4, 5]]
     assert found["moved"]["difference"] < 1e-3  # sums in another order, six steps of them
 
 
+@pytest.mark.slow
 def test_a_slice_s_checkpoint_is_exported_on_one_device(found, folder):
     """The same files, but for what the run's own command adds, and the weights that the slice had."""
     out = folder / "here"

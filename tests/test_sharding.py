@@ -39,6 +39,8 @@ MESHES = {
     "caches apart, mlp together": {"attention_data": 2, "tensor": 2},
 }
 CASES = [("own", name) for name in MESHES] + [("packed", "data 2, tensor 4")]
+QUICK = [case for case in CASES if case[1] in ("data 2, tensor 4", "caches apart, mlp together")]
+SLOW = [case for case in CASES if case not in QUICK]
 
 
 # --- In the other process: decode on every mesh ---------------------------------------------------------------------
@@ -58,12 +60,13 @@ def decoded(ref, guide, **changes):
     return {name: np.nan_to_num(getattr(made, name), nan=-9).tolist() for name in names}
 
 
-def main():
+def main(*meshes: str):
     """Prints a JSON object: by variant, what one device gives and what each mesh does."""
     ref, guide = models()
     variants = {"own": {}, "packed": dict(candidate_slots=2)}
     found = {variant: {"one device": decoded(ref, guide, **changes)} for variant, changes in variants.items()}
-    for name, sizes in MESHES.items():
+    for name in meshes:
+        sizes = MESHES[name]
         devices = jax.devices()[: np.prod(list(sizes.values()))]
         mesh = sharding.make_mesh(sizes, DECODE, devices)
         placed = [jax.device_put(model, sharding.of_model(model, mesh, DECODE)) for model in (ref, guide)]
@@ -75,27 +78,46 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
 
 
 # --- In the tests ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def found():
+def decoded_elsewhere(*meshes: str) -> dict:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join(
         [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
     environment = os.environ | quick | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *meshes], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("variant, mesh", CASES)
+@pytest.fixture(scope="module")
+def found():
+    return decoded_elsewhere(*{mesh for _, mesh in QUICK})
+
+
+@pytest.fixture(scope="module")
+def found_slowly():
+    return decoded_elsewhere(*{mesh for _, mesh in SLOW})
+
+
+@pytest.mark.parametrize("variant, mesh", QUICK)
 def test_a_mesh_decodes_what_one_device_does(found, variant, mesh):
+    check(found, variant, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, mesh", SLOW)
+def test_smaller_meshes_decode_what_one_device_does(found_slowly, variant, mesh):
+    check(found_slowly, variant, mesh)
+
+
+def check(found, variant, mesh):
     expected, actual = found[variant]["one device"], found[variant][mesh]
     for name in ("tokens", "lengths", "dropped"):
         assert actual[name] == expected[name], name

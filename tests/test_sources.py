@@ -10,6 +10,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from helpers import quick_compilation  # noqa: F401
 from test_cli import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
 
 from qsharp_jax import cli, sharding, sources, train
