@@ -33,5 +33,5 @@ setup(
         ],
         "bench": ["torch==2.13.0"],
     },
-    entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:main"]},
+    entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:console"]},
 )

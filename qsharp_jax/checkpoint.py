@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from qsharp_jax import files
+from qsharp_jax import files, processes
 from qsharp_jax.errors import UserError
 from qsharp_jax.workdir import os_error_number
 
@@ -120,7 +119,7 @@ class Checkpoints:
         # Orbax's writers, once they meet a full disk, go on complaining from threads of their own. No bucket is full.
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         enough = files.is_remote(self._folder) or shutil.disk_usage(self._folder).free >= size
-        if not _everywhere(enough):
+        if not processes.everywhere(enough):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         progress |= {"sums": {name: int(_sum_of_bits(tree)) for name, tree in trees.items()}}
         progress |= {"crc32": _crc32(progress)}
@@ -248,7 +247,7 @@ class Checkpoints:
         if problem:
             with _silence():
                 gc.collect()  # of what was still being read
-        if not _everywhere(problem is None):
+        if not processes.everywhere(problem is None):
             raise DamagedError(f"the checkpoint {path} {problem or 'cannot be read by another process'}")
         return found
 
@@ -265,7 +264,7 @@ class Checkpoints:
                 files.rename_folder(path, aside)
                 print(f"{what}; it is kept as {aside}, and training goes on from step {step}", file=sys.stderr)
         if unread:
-            _everywhere(True)  # the others wait for the first
+            processes.everywhere(True)  # the others wait for the first
             self._manager.reload()
         if (self._folder / "best").exists():
             for number in [number for number in self._best.all_steps() if number > step]:
@@ -291,13 +290,6 @@ def _silence() -> Iterator[None]:
         sys.unraisablehook = hook
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
-
-
-def _everywhere(condition: bool) -> bool:
-    """Whether it holds in every process; all of them must ask."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
 def _abstract(tree: Any) -> Any:

@@ -63,6 +63,8 @@ def sample_method(
     problems, part = problems[mine.start : mine.stop], slice(mine.start * each, mine.stop * each)
     began, asked = time.monotonic(), len(plan)
     plan = plan[part]
+    if not problems:  # there are more processes than problems
+        return _keep(session, path, [])
     with session.decoding():
         generation = rollouts.sample(
             ref,

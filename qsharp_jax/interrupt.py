@@ -13,11 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import numpy as np
-
 from qsharp_jax.errors import Stopped
-
-AGREE_EVERY = 8  # steps: to ask the others is to wait for the device
 
 _told, _deferred, _raising = threading.Event(), threading.Event(), threading.Event()
 
@@ -79,14 +75,9 @@ def interruptible() -> Iterator[None]:
         _raising.clear()
 
 
-def requested(step: int) -> bool:
-    """Whether to save and stop after this step. Several processes agree on it, once in so many steps."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return _told.is_set()
-    return step % AGREE_EVERY == 0 and bool(multihost_utils.process_allgather(np.asarray(_told.is_set())).any())
+def requested() -> bool:
+    """Whether there was a SIGTERM."""
+    return _told.is_set()
 
 
 def leave(code: int, sentence: str) -> None:

@@ -87,16 +87,14 @@ def _of_tpu() -> Place:
     try:
         hosts = [endpoint.split(":")[2] for endpoint in attribute("worker-network-endpoints").split(",")]
         worker = int(attribute("agent-worker-number"))
-        slices, number = (int(os.environ.get(f"MEGASCALE_{name}", default)) for name, default in _SLICES.items())
+        slices = int(os.environ.get("MEGASCALE_NUM_SLICES", "1"))
+        number = int(os.environ.get("MEGASCALE_SLICE_ID", "0"))
     except (OSError, IndexError, ValueError) as error:
         raise UserError(
             f"--coordinator tpu finds no TPU VM's metadata here ({error}); start it on a TPU VM, or give HOST:PORT"
         ) from None
     first = os.environ.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).partition(":")[0]
     return Place(first, PORT, slices * len(hosts), number * len(hosts) + worker)
-
-
-_SLICES = {"NUM_SLICES": "1", "SLICE_ID": "0"}
 
 
 @contextlib.contextmanager
@@ -255,6 +253,13 @@ def gather(items: list[Any]) -> list[Any]:
     padded[: len(data)] = data
     gathered = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [item for row, size in zip(gathered, sizes, strict=True) for item in json.loads(row[:size].tobytes())]
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether it holds in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
 def wait_for_all(what: str) -> None:

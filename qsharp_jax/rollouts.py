@@ -49,7 +49,8 @@ def sample(
     per_row = {key: np.broadcast_to(settings.pop(key), (rows,)) for key in PER_ROW if key in settings}
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     step = max(1, batch_size // samples)
-    while step * samples % sharding.round_rows(1):
+    divisor = sharding.round_rows(1)
+    while step * samples % divisor:
         step += 1
     parts = []
     for begin in Bar(range(0, len(prompts), step), name, disable=name is None):

@@ -171,19 +171,26 @@ class Session:
 
     @functools.cached_property
     def decode_mesh(self) -> Mesh | None:
-        return sharding.preset_mesh(self.config.get("mesh"), "decode")
+        mesh = sharding.preset_mesh(self.config.get("mesh"), "decode")
+        if mesh is not None and mesh.is_multi_process:
+            raise UserError(
+                f"config.mesh.decode spans the hosts of {self.config.mesh.name}, and each host decodes by itself; give"
+                f" sizes that multiply to the {self.config.mesh.devices_per_host} devices of one"
+            )
+        return mesh
 
     @property
     def fit_config(self) -> ValueConfig:
         """The guide's shape, to be computed in `fit.dtype`."""
         return self.guide_config.computed_in(self.config.fit.dtype)
 
-    def check_attention(self) -> None:
-        """That the fit's attention runs on this machine's devices.
+    def check_devices(self) -> None:
+        """That the meshes are those of the devices that are there, and that the fit's attention runs on them.
 
         Raises:
-          UserError: saying what it needs.
+          UserError: saying what they need.
         """
+        _ = self.fit_mesh, self.decode_mesh
         asked, platform, dtype = self.config.fit.attention, jax.default_backend(), self.fit_config.trunk.dtype
         if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(asked, platform)) != platform:
             raise UserError(

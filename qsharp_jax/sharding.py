@@ -217,11 +217,13 @@ def move(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
     if mesh is None:
         return model
     shardings = of_model(model, mesh, rules)
-    if isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct):
-        return jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), model, shardings
-        )
-    return place(model, shardings)
+    abstract = isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct)
+    return placed(model, shardings) if abstract else place(model, shardings)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays with shardings."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings)
 
 
 def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -284,13 +286,7 @@ def abstract_rows(tree: Any) -> Any:
       UserError: as `of_rows`.
     """
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return tree
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        of_rows(tree, mesh, DECODE),
-    )
+    return tree if mesh.empty else placed(tree, of_rows(tree, mesh, DECODE))
 
 
 # --- Inside jit; without a mesh these do nothing --------------------------------------------------------------------

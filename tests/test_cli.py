@@ -259,6 +259,17 @@ def test_a_folder_that_is_no_workdir_is_named(tmp_path, capsys):
     assert "is no workdir" in refused(capsys, "report", "--workdir", tmp_path)
 
 
+@pytest.mark.parametrize("command", ["run", "fit"])
+def test_attention_of_other_devices_is_refused_before_anything_is_computed(command, tmp_path, capsys):
+    given = [command, "--config", CONFIG, "--workdir", tmp_path / "run", *SMALL]
+    assert "config.fit.attention is cudnn, which runs on a gpu, and JAX has a cpu here; give xla" in refused(
+        capsys, *given, "--config.fit.attention=cudnn"
+    )
+    assert "config.fit.length_bucket is 8, and config.fit.attention splash takes multiples of 128" in refused(
+        capsys, *given, "--config.fit.attention=splash", "--config.fit.length_bucket=8"
+    )
+
+
 def test_a_workdir_in_use_is_refused_until_its_process_is_dead(finished, capsys):
     hold = (
         "import sys, time; from qsharp_jax.workdir import Workdir;"

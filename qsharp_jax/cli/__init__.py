@@ -17,17 +17,25 @@ from qsharp_jax import config as configs
 from qsharp_jax import files, interrupt
 from qsharp_jax.cli import arguments, texts
 from qsharp_jax.errors import Stopped, UserError
-from qsharp_jax.interrupt import leave
 from qsharp_jax.workdir import Workdir, explain_os_error
 
 STOPPED = "told to end; the same command goes on where it stopped"
 RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
 
+# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
+_NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
 
-# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
-_NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+def console() -> int:
+    """`main` as a process. After an error it waits for no thread: those that write a checkpoint may wait for ever for
+    the one that was interrupted.
+    """
+    if code := main():
+        sys.stdout.flush()
+        os._exit(code)
+    return 0
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Ca
     All but the first print nothing but errors.
     """
     if getattr(options, "coordinator", None) is None:
-        return contextlib.nullcontext(leave)
+        return contextlib.nullcontext(interrupt.leave)
 
     from qsharp_jax import processes
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from qsharp_jax.cli import main
+from qsharp_jax.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

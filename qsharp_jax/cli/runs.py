@@ -13,6 +13,7 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
+    session.check_devices()
     hashes.check_problems(session)
     ref = pretrain.run(session)
     guides = {}
@@ -32,7 +33,6 @@ def collect(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
-    session.check_attention()
     hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
@@ -47,6 +47,7 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
+    session.check_devices()
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
     data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
@@ -61,7 +62,6 @@ def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
-    session.check_attention()
     hashes.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()

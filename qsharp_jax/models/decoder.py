@@ -227,7 +227,7 @@ def transposed_here() -> bool:
 
 def is_transposed(params: Params) -> bool:
     """Whether the weights are [out, in], see `unstack`."""
-    return isinstance(params["layers"], list) and "weight" in params["layers"][0]["output"]
+    return isinstance(params.get("layers"), list) and "weight" in params["layers"][0]["output"]
 
 
 def _transposed(leaves: Params) -> Params:

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
+import qsharp_jax.plan.forecast as forecast
 from qsharp_jax import sharding
 from qsharp_jax.errors import UserError
-from qsharp_jax.plan import forecast
 from qsharp_jax.plan.job import Job
 
 GIB = 2**30

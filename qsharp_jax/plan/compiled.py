@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qsharp_jax.plan.program as program
 from qsharp_jax import generate, sharding, train
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.plan import program
-from qsharp_jax.plan.job import Job, learned, placed
+from qsharp_jax.plan.job import Job, learned
+from qsharp_jax.sharding import placed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from qsharp_jax.dataset import Batch
 from qsharp_jax.models import kv_cache, value
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned, placed
+from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned
+from qsharp_jax.sharding import placed
 
 
 @dataclasses.dataclass(frozen=True)

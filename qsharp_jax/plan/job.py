@@ -124,11 +124,6 @@ def abstract_mesh(section: Any, use: str) -> AbstractMesh:
     return AbstractMesh(tuple(section[use][axis] for axis in axes), axes, (AxisType.Auto,) * len(axes))
 
 
-def placed(tree: Any, shardings: Any) -> Any:
-    """Abstract arrays with shardings."""
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
-
-
 def chip_bytes(tree: Any) -> int:
     """Of abstract arrays with shardings, what lies on each chip."""
     total = 0

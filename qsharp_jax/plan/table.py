@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
+import qsharp_jax.plan.compiled as compiled
+import qsharp_jax.plan.forecast as forecast
 from qsharp_jax import sharding
-from qsharp_jax.plan import compiled, forecast
+from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job
-
-GIB = 2**30
 
 
 def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:

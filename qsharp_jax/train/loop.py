@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from qsharp_jax import interrupt, sharding
+from qsharp_jax import interrupt, processes, sharding
 from qsharp_jax.checkpoint import Best, Checkpoints
 from qsharp_jax.dataset import Batch
 from qsharp_jax.errors import Stopped, UserError
@@ -31,6 +31,16 @@ class BatchSource(Protocol):
     """`dataset.Batches`, or anything whose batch is a function of the step."""
 
     def __getitem__(self, step: int) -> Batch: ...
+
+
+AGREE_EVERY = 8  # steps: to ask the other processes is to wait for the device
+
+
+def told_to_stop(step: int) -> bool:
+    """Whether a SIGTERM asks to save and stop after this step; several processes agree, once in so many steps."""
+    if jax.process_count() == 1:
+        return interrupt.requested()
+    return step % AGREE_EVERY == 0 and not processes.everywhere(not interrupt.requested())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Loop:
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
     patience: int = 0  # 0: off
-    stop_requested: Callable[[int], bool] = interrupt.requested  # asked after each step
+    stop_requested: Callable[[int], bool] = told_to_stop  # asked after each step
     flops: Flops | None = None  # of a step, for the speed in the log
     profile: Path | None = None  # folder for a trace of some steps; None: no trace
 

@@ -32,7 +32,7 @@ def language_model_loss(
     hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
     sums = labelled_sum(
         functools.partial(_next_token, config=config),
-        {name: params[name] for name in ("embedding", "head") if name in params} | {"layers": {}},  # a head alone
+        {name: params[name] for name in ("embedding", "head") if name in params},
         hidden[:, :-1],
         batch.tokens[:, 1:],
         _has_context(batch),
