@@ -4,7 +4,9 @@ arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens. It knows
 than shards of rollouts.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax import dataset, processes, sharding
+from qsharp_jax import dataset, processes
 from qsharp_jax.dataset import Rollout
-from qsharp_jax.generate import Generation, for_decoding, generate
+from qsharp_jax.generate import ContinuousBatch, Generation, for_decoding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.progress import Bar
@@ -33,57 +35,29 @@ def sample(
     name: str | None = None,
     **settings: Any,
 ) -> Generation:
-    """`generate` for any number of prompts, in batches of one shape, those of like length together.
+    """`generate` for any number of prompts, in a loop of some rows, where a row that ends is given to the next prompt.
 
     Args:
       seeds: [rows], one a row; rows are the prompts' samples, a prompt's next to each other.
-      batch_size: rows of a batch, rounded down to whole prompts, and up to what a mesh divides; the last is filled up
-        with rows that generate nothing.
+      batch_size: rows of the loop, rounded to what a mesh divides.
       samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
       settings: of `generate`; arrays have one entry a row.
     """
-    ref, guide = for_decoding(ref), None if guide is None else for_decoding(guide)
-    settings.setdefault("budget", settings["max_new_tokens"])
-    rows = len(prompts) * samples
-    per_row = {key: np.broadcast_to(settings.pop(key), (rows,)) for key in PER_ROW if key in settings}
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    step = max(1, batch_size // samples)
-    divisor = sharding.round_rows(1)
-    while step * samples % divisor:
-        step += 1
-    parts = []
-    for begin in Bar(range(0, len(prompts), step), name, disable=name is None):
-        batch = order[begin : begin + step]
-        filled = np.resize(batch, step)
-        picked = _rows_of(filled, samples)
-        controls = {key: array[picked] for key, array in per_row.items()}
-        kept = len(batch) * samples
-        controls["budget"] = np.where(np.arange(len(picked)) < kept, controls["budget"], 0)
-        part = generate(
-            ref,
-            guide,
-            [prompts[prompt] for prompt in filled],
-            rng=seeds[picked],
-            samples=samples,
-            **controls,
-            **settings,
-        )
-        parts.append({key: array if array is None else array[:kept] for key, array in vars(part).items()})
-    back = np.argsort(_rows_of(order, samples))
-    return Generation(
-        **{
-            key: None if array is None else np.concatenate([part[key] for part in parts])[back]
-            for key, array in parts[0].items()
-        }
-    )
-
-
-def _rows_of(prompts: np.ndarray, samples: int) -> np.ndarray:
-    return (prompts[:, None] * samples + np.arange(samples)).reshape(-1)
-
-
-PER_ROW = ("eta", "temperature", "top_p", "top_k", "budget")
+    count = len(prompts) * samples
+    order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
+    batch = ContinuousBatch(
+        ref, guide, prompts, samples=samples, rows=batch_size, rng=seeds,
+        starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)), **settings,
+    )  # fmt: skip
+    rows: dict[str, np.ndarray] = {}
+    with Bar(None, name, total=count, disable=name is None) as bar:
+        for places, part in batch:
+            made = {key: array for key, array in vars(part).items() if array is not None}
+            for key, array in made.items():
+                rows.setdefault(key, np.zeros((count, *array.shape[1:]), array.dtype))[places] = array
+            bar.update(len(places))
+    return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
 
 
 def collect(
@@ -101,74 +75,107 @@ def collect(
     batch_size: int,
     seed: int,
     **settings: Any,
-) -> None:
+) -> dict[str, int]:
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
     A rollout depends on the seed, the round and its own place in it, so a collection that was stopped anywhere and
-    started again ends with the same records as one that never stopped. Several processes take shards in turn, each
-    decoding for itself, and all return when the last has done.
+    started again ends with the same records as one that never stopped. A shard is written when the last of its rollouts
+    has ended, while others are under way. Several processes take shards in turn, each decoding for itself, and all
+    return when the last has done.
 
     Args:
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
       number: of the round, from 1.
       eta: of the roll-in.
-      shard_rows: rollouts in a shard, rounded down to whole problems; what is lost at most when the program is killed.
+      shard_rows: rollouts in a shard, rounded down to whole problems.
+      batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, with half of them each.
       settings: of `generate`, for roll-in and roll-out alike.
+
+    Returns:
+      of all processes, the "row_steps" that were computed, and the "tokens" that came of them.
     """
-    settings = settings | {"record": ()}
     step = max(1, shard_rows // samples)
-    for shard, begin in enumerate(Bar(range(0, len(problems), step), f"round {number}: collect")):
-        others = shard % jax.process_count() != jax.process_index()
-        if others or dataset.shard_path(folder, shard).exists():
-            continue
-        asked = [text.encode_prompt(problem.prompt) for problem in problems[begin : begin + step]]
-        part = [problem for problem in problems[begin : begin + step] for _ in range(samples)]
-        prompts = [prompt for prompt in asked for _ in range(samples)]
-        # Three numbers a rollout: seeds of roll-in and roll-out, and the place of the switch.
-        places = range(begin * samples, begin * samples + len(part))
-        draws = np.stack([np.random.SeedSequence((seed, number, place)).generate_state(3) for place in places])
-        if guide is None:
-            switches, prefixes = np.zeros(len(part), np.int64), [[] for _ in part]
-            ended = np.zeros(len(part), bool)
-        else:
-            roll_in = sample(
-                ref, guide, asked, samples=samples, seeds=draws[:, 0], batch_size=batch_size, eta=eta, **settings
-            )
-            switches = draw_switches(roll_in.lengths, draws[:, 2])
-            prefixes = [roll_in.response(row)[:switch] for row, switch in enumerate(switches)]
-            ended = switches == roll_in.lengths  # a response of one token leaves nothing for pi_ref
-        roll_out = sample(
-            ref,
-            None,
-            # Without a roll-in a problem's samples start from one and the same prompt.
-            asked if guide is None else [[*p, *prefix] for p, prefix in zip(prompts, prefixes, strict=True)],
-            samples=samples if guide is None else 1,
-            seeds=draws[:, 1],
-            batch_size=batch_size,
-            # The budget is the whole response's: decoding will not allow longer ones.
-            budget=np.where(ended, 0, settings["max_new_tokens"] - switches),
-            **settings,
+    shards = {
+        shard: range(begin, min(begin + step, len(problems)))
+        for shard, begin in enumerate(range(0, len(problems), step))
+        if shard % jax.process_count() == jax.process_index() and not dataset.shard_path(folder, shard).exists()
+    }
+    asked = [problem for shard in shards.values() for problem in shard]
+    prompts = [text.encode_prompt(problems[problem].prompt) for problem in asked]
+    # Three numbers a rollout, by its place in the round: seeds of roll-in and roll-out, and the place of the switch.
+    places = [problem * samples + sample for problem in asked for sample in range(samples)]
+    draws = [np.random.SeedSequence((seed, number, place)).generate_state(3) for place in places]
+
+    def rollout(place: int, prompt: list[int], switch: int, response: list[int], draw: np.ndarray) -> Rollout:
+        problem, written = problems[place // samples], text.decode(response)
+        return Rollout(
+            prompt_id=problem.problem_id,
+            round=number,
+            prompt_tokens=prompt,
+            response_tokens=response,
+            switch=switch,
+            reward=task.reward(problem, written),
+            finished=response[-1] in settings["stop_ids"],
+            eta=float("inf") if guide is None else eta,
+            seed=int(draw[1]),
+            text=written,
         )
-        rollouts = []
-        for row, problem in enumerate(part):
-            response = [*prefixes[row], *roll_out.response(row)]
-            written = text.decode(response)
-            rollouts.append(
-                Rollout(
-                    prompt_id=problem.problem_id,
-                    round=number,
-                    prompt_tokens=prompts[row],
-                    response_tokens=response,
-                    switch=int(switches[row]),
-                    reward=task.reward(problem, written),
-                    finished=bool(roll_out.finished[row] or (ended[row] and roll_in.finished[row])),
-                    eta=float("inf") if guide is None else eta,
-                    seed=int(draws[row, 1]),
-                    text=written,
-                )
-            )
-        dataset.write_shard(folder, shard, rollouts)
+
+    batches: list[ContinuousBatch] = []
+    ended = defaultdict(dict)  # by shard and place: what a rollout is made of
+    responses = _responses(
+        ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
+        **settings | {"record": ()},
+    )  # fmt: skip
+    for index, switch, response in Bar(responses, f"round {number}: collect", total=len(places)):
+        place, prompt = places[index], prompts[index // samples]
+        shard = place // samples // step
+        ended[shard][place] = (place, prompt, switch, response, draws[index])
+        if len(ended[shard]) == len(shards[shard]) * samples:
+            parts = ended.pop(shard)
+            dataset.write_shard(folder, shard, [rollout(*parts[place]) for place in sorted(parts)])
     processes.wait_for_all(f"rollouts of round {number}")
+    totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches])
+    return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
+
+
+def _responses(
+    ref: LanguageModel,
+    guide: ValueModel | None,
+    prompts: Sequence[Sequence[int]],
+    draws: np.ndarray,
+    batches: list[ContinuousBatch],
+    *,
+    eta: float,
+    rows: int,
+    **settings: Any,
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Every response, as it ends: its index, its switch, and its tokens.
+
+    Args:
+      draws: [responses, 3] of 32 random bits: seeds of roll-in and roll-out, and the place of the switch.
+      batches: gets the loops that decode them.
+    """
+    if not prompts:
+        return
+    ref, begun = for_decoding(ref), {}
+
+    def roll_in() -> Iterator[tuple[int, list[int]]]:
+        for indices, part in batches[0]:
+            switches = draw_switches(part.lengths, draws[indices, 2])
+            for row, index in enumerate(indices.tolist()):
+                begun[index] = part.response(row)[: switches[row]]
+                yield index, begun[index]
+
+    starts = None
+    if guide is not None:
+        rows, starts = max(rows // 2, 1), roll_in()
+        batches.append(ContinuousBatch(ref, guide, prompts, rng=draws[:, 0], eta=eta, rows=rows, **settings))
+    batches.append(ContinuousBatch(ref, None, prompts, rng=draws[:, 1], rows=rows, starts=starts, **settings))
+    for indices, part in batches[-1]:
+        for row, index in enumerate(indices.tolist()):
+            prefix = begun.pop(index, [])
+            yield index, len(prefix), [*prefix, *part.response(row)]
 
 
 def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:

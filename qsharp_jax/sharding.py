@@ -361,6 +361,27 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return mapped
 
 
+def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., Any]:
+    """A function that every device computes for its own part of the arrays, laid out as `DECODE` says.
+
+    Args:
+      function: gives a tree like its first argument.
+      axes: logical axes of each argument's leaves.
+    """
+
+    def mapped(*arguments: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(*arguments)
+        specs = tuple(
+            jax.tree.map(lambda leaf, names=names: _fitting_spec(leaf.shape, names, mesh, DECODE, {}), argument)
+            for argument, names in zip(arguments, axes, strict=True)
+        )
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
+
+    return mapped
+
+
 def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
     return spec(("batch" if rows % _parts("rows", DECODE, mesh) else "rows",), DECODE, mesh)
 

@@ -1,9 +1,11 @@
-"""Guided decoding: `generate` and `stream`, and the `prefill`, `decode_one_token` and `decode` that they consist of.
+"""Guided decoding: `generate`, `stream` and `ContinuousBatch`, and the `prefill`, `decode_one_token` and `decode` that
+they consist of.
 
 It takes and gives token ids; it knows nothing about text, tasks or rewards.
 """
 
 from qsharp_jax.generate.api import PROMPT_BUCKET, Run, cache_size, caches, for_decoding, generate, row_seeds, stream
+from qsharp_jax.generate.continuous import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
@@ -12,6 +14,7 @@ __all__ = [
     "BLOCK",
     "PROMPT_BUCKET",
     "RECORDED",
+    "ContinuousBatch",
     "Controls",
     "Generation",
     "Record",

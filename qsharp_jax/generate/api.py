@@ -109,83 +109,28 @@ class Run:
         guide: ValueModel | None,
         prompts: Sequence[Sequence[int]],
         *,
-        eta: Any = jnp.inf,
-        temperature: Any = 1.0,
-        top_k_candidates: int = 20,
-        top_p: Any = 1.0,
-        top_k: Any = 0,
         max_new_tokens: int,
-        budget: Any = None,
-        rng: Any,
-        stop_ids: Sequence[int],
         samples: int = 1,
-        mode: str = "qsharp",
-        vocab_size: int | None = None,
-        candidate_slots: float | None = None,
-        candidate_threshold: float = 1e-3,
-        record: Collection[str] = RECORDED,
         prompt_bucket: int = PROMPT_BUCKET,
+        **settings: Any,
     ):
-        for name, count in dict(max_new_tokens=max_new_tokens, prompt_bucket=prompt_bucket, samples=samples).items():
-            if count < 1:
-                raise UserError(f"{name} is {count}; it must be at least 1")
-        if mode not in guidance.MODES:
-            raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
         rows = len(prompts) * samples
         self.max_new_tokens = max_new_tokens
-        self.controls = Controls(
-            eta=_per_row("eta", eta, rows, np.float32, lambda x: x > 0, "greater than 0"),
-            temperature=_per_row("temperature", temperature, rows, np.float32, lambda x: x >= 0, "0 or more"),
-            top_p=_per_row("top_p", top_p, rows, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-            top_k=_per_row("top_k", top_k, rows, np.int32, lambda x: x >= 0, "0 or more"),
-            threshold=_per_row(
-                "candidate_threshold", candidate_threshold, rows, np.float32, lambda x: (0 <= x) & (x < 1), "in [0, 1)"
-            ),
-            budget=_per_row(
-                "budget",
-                max_new_tokens if budget is None else budget,
-                rows,
-                np.int32,
-                lambda x: (x >= 0) & (x <= max_new_tokens),
-                f"in 0 .. max_new_tokens = {max_new_tokens}",
-            ),
-            seed=_per_row(
-                "rng",
-                row_seeds(rng, rows) if np.ndim(rng) == 0 and rng >= 0 else rng,
-                rows,
-                np.int64,
-                lambda x: (0 <= x) & (x < 2**32),
-                "0 or more, and less than 2^32 where it is one a row",
-            ).astype(np.uint32),
+        guide, self.controls, self.settings = checked(
+            ref,
+            guide,
+            prompts,
+            samples=samples,
+            rows=rows,
+            max_new_tokens=max_new_tokens,
+            prompt_bucket=prompt_bucket,
+            **settings,
         )
-        if guide is not None and np.isinf(self.controls.eta).all():
-            guide = None
-        vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
-        if guide is not None:
-            _check_guide(ref.config, guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
-        _check_prompts(ref, guide, prompts, self.controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
-        controls = self.controls
-        self.settings = Settings(
-            stop_ids=tuple(stop_ids),
-            vocab_size=vocab_size,
-            candidates=top_k_candidates,
-            slots=0 if candidate_slots is None else min(math.ceil(candidate_slots * rows), rows * top_k_candidates),
-            mode=mode,
-            truncate=bool(
-                (controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()
-            ),
-            record=tuple(name for name in RECORDED if name in record),
-        )
-
-        width = padded_length(max(map(len, prompts)), prompt_bucket)
-        padded = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, width - len(prompt) :] = prompt
-        start = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
+        padded, start = pad(prompts, prompt_bucket)
         steps = _steps(max_new_tokens)
         size = cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
         self.ref, self.guide = for_decoding(ref), None if guide is None else for_decoding(guide)
-        _check_memory(self.ref, self.guide, rows, size)
+        check_memory(self.ref, self.guide, rows, size)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
         self.state = first_state(
             fill(self.ref.params, ref.config),
@@ -200,18 +145,109 @@ class Run:
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""
         state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
-        record = jax.tree.map(lambda leaf: leaf[:, : self.max_new_tokens], state.record)
-        return Generation(
-            tokens=record.token,
-            lengths=state.length,
-            finished=state.stopped,
-            dropped=state.dropped,
-            log_probs=record.log_prob,
-            ref_log_probs=record.ref_log_prob,
-            kl=record.kl,
-            kl_truncated=record.kl_truncated,
-            values=None if record.value is None else _values(record, state.length, guided=self.guide is not None),
-        )
+        return to_generation(state, self.max_new_tokens, guided=self.guide is not None)
+
+
+def checked(
+    ref: LanguageModel,
+    guide: ValueModel | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eta: Any = jnp.inf,
+    temperature: Any = 1.0,
+    top_k_candidates: int = 20,
+    top_p: Any = 1.0,
+    top_k: Any = 0,
+    max_new_tokens: int,
+    budget: Any = None,
+    rng: Any,
+    stop_ids: Sequence[int],
+    samples: int,
+    rows: int,
+    mode: str = "qsharp",
+    vocab_size: int | None = None,
+    candidate_slots: float | None = None,
+    candidate_threshold: float = 1e-3,
+    record: Collection[str] = RECORDED,
+    prompt_bucket: int,
+) -> tuple[ValueModel | None, Controls, Settings]:
+    """The guide, None where none runs, and the loop's controls and settings from the arguments of `generate`.
+
+    `rows` are those of the loop; controls have an entry for each of the prompts' samples.
+    """
+    for name, count in dict(max_new_tokens=max_new_tokens, prompt_bucket=prompt_bucket, samples=samples).items():
+        if count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
+    if mode not in guidance.MODES:
+        raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
+    responses = len(prompts) * samples
+    controls = Controls(
+        eta=_per_row("eta", eta, responses, np.float32, lambda x: x > 0, "greater than 0"),
+        temperature=_per_row("temperature", temperature, responses, np.float32, lambda x: x >= 0, "0 or more"),
+        top_p=_per_row("top_p", top_p, responses, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+        top_k=_per_row("top_k", top_k, responses, np.int32, lambda x: x >= 0, "0 or more"),
+        threshold=_per_row(
+            "candidate_threshold", candidate_threshold, responses, np.float32, lambda x: (0 <= x) & (x < 1), "in [0, 1)"
+        ),
+        budget=_per_row(
+            "budget",
+            max_new_tokens if budget is None else budget,
+            responses,
+            np.int32,
+            lambda x: (x >= 0) & (x <= max_new_tokens),
+            f"in 0 .. max_new_tokens = {max_new_tokens}",
+        ),
+        seed=_per_row(
+            "rng",
+            row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng,
+            responses,
+            np.int64,
+            lambda x: (0 <= x) & (x < 2**32),
+            "0 or more, and less than 2^32 where it is one a row",
+        ).astype(np.uint32),
+    )
+    if guide is not None and np.isinf(controls.eta).all():
+        guide = None
+    vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
+    if guide is not None:
+        _check_guide(ref.config, guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
+    _check_prompts(ref, guide, prompts, controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
+    settings = Settings(
+        stop_ids=tuple(stop_ids),
+        vocab_size=vocab_size,
+        candidates=top_k_candidates,
+        slots=0 if candidate_slots is None else min(math.ceil(candidate_slots * rows), rows * top_k_candidates),
+        mode=mode,
+        truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
+        record=tuple(name for name in RECORDED if name in record),
+    )
+    return guide, controls, settings
+
+
+def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded prompts [B, P] int32, and the place [B] where each begins."""
+    width = padded_length(max(map(len, prompts)), prompt_bucket)
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, width - len(prompt) :] = prompt
+    return padded, np.asarray([width - len(prompt) for prompt in prompts], np.int32)
+
+
+def to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Generation:
+    """What a loop's state, on the host, holds of its rows, without what lies past the end of each."""
+    within = np.arange(max_new_tokens) < state.length[:, None]
+    record = jax.tree.map(lambda leaf: np.where(within, leaf[:, :max_new_tokens], 0), state.record)
+    return Generation(
+        tokens=record.token,
+        lengths=state.length,
+        finished=state.stopped,
+        dropped=state.dropped,
+        log_probs=record.log_prob,
+        ref_log_probs=record.ref_log_prob,
+        kl=record.kl,
+        kl_truncated=record.kl_truncated,
+        values=None if record.value is None else _values(record, state.length, guided=guided),
+    )
 
 
 def _values(record: Record, lengths: np.ndarray, *, guided: bool) -> np.ndarray:
@@ -299,7 +335,7 @@ def _check_prompts(
                 )
 
 
-def _check_memory(ref: LanguageModel, guide: ValueModel | None, rows: int, size: int) -> None:
+def check_memory(ref: LanguageModel, guide: ValueModel | None, rows: int, size: int) -> None:
     """That the caches fit beside the weights, which are there already."""
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     if guide is not None:

@@ -78,10 +78,11 @@ def decode(
 
     if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.while_loop(going_on, block, state)
-    state = jax.lax.while_loop(going_on, block, _of_caches(kv_cache.without_rows, state))
-    return _of_caches(kv_cache.with_rows, state)
+    state = jax.lax.while_loop(going_on, block, of_caches(kv_cache.without_rows, state))
+    return of_caches(kv_cache.with_rows, state)
 
 
-def _of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
+def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
+    """The state with its caches changed."""
     guide_cache = None if state.guide_cache is None else change(state.guide_cache)
     return state.replace(ref_cache=change(state.ref_cache), guide_cache=guide_cache)

@@ -56,7 +56,7 @@ def decode_one_token(
     if settings.truncate:
         truncate = sharding.by_row(guidance.truncate)
         truncated = truncate(policy, controls.temperature, controls.top_k, controls.top_p)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.step))(controls.seed)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(controls.seed, state.length)
     token = guidance.sample(truncated, keys)
 
     new = Record(token=token)
@@ -128,9 +128,9 @@ def advance(
         def attend(query, key, value, buffers=tuple(buffers)):
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
-            after = kv_cache.write_pair(buffers, pair, cache.index)
+            after = kv_cache.write_pair(buffers, pair, cache.slot)
             read = _ordered(lambda before, after: before, lambda before, after: after, buffers, after)
-            return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index)), (pair, after)
+            return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, cache.ring)), (pair, after)
 
         x, (pair, after) = block.apply({"params": layer}, x, turn, attend)
         x = sharding.constrain(x, *stream)
@@ -140,7 +140,7 @@ def advance(
     def write_last(x, cache, new, written):
         x, new, cache = jax.lax.optimization_barrier((x, new, cache))
         buffers = zip(cache.keys, cache.values, strict=True)
-        return x, [kv_cache.write_pair(pair, added, cache.index) for pair, added in zip(buffers, new, strict=True)]
+        return x, [kv_cache.write_pair(pair, added, cache.slot) for pair, added in zip(buffers, new, strict=True)]
 
     x, written = _ordered(write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
     keys, values_ = map(list, zip(*written, strict=True))

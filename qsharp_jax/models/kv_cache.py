@@ -2,7 +2,8 @@
 
 Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
 A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed to end where the others end, so that
-every row writes at the same index and a step's write is one `dynamic_update_slice`. Of a model it knows the shape.
+every row writes at the same index and a step's write is one `dynamic_update_slice`. In a ring position p lies in slot
+p % S, so that the index goes on for ever, and `refill` gives a row to another prompt. Of a model it knows the shape.
 """
 
 import chex
@@ -10,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax import sharding
 from qsharp_jax.models.config import DecoderConfig
 
 
@@ -19,12 +21,19 @@ class KVCache:
     keys, values: a [B, G, S, E] buffer a layer; [G, S, E] within a loop over one row, see `without_rows`.
     start: [B] int32, position of each row's first token.
     index: int32 scalar, the next position to be written.
+    ring: positions wrap around at S; a row must not be longer.
     """
 
     keys: list[jax.Array]
     values: list[jax.Array]
     start: jax.Array
     index: jax.Array
+    ring: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def slot(self) -> jax.Array:
+        """Where in the buffers position `index` lies."""
+        return self.index % self.keys[0].shape[-2] if self.ring else self.index
 
 
 def from_prefill(kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int) -> KVCache:
@@ -52,6 +61,49 @@ def abstract(config: DecoderConfig, rows: int, size: int) -> KVCache:
         start=jax.ShapeDtypeStruct((rows,), jnp.int32),
         index=jax.ShapeDtypeStruct((), jnp.int32),
     )
+
+
+def empty_ring(config: DecoderConfig, rows: int, size: int) -> KVCache:
+    """A ring in which no row has a sequence yet."""
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract(config, rows, size))
+    return cache.replace(ring=True)
+
+
+def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
+    """A ring of which some rows begin anew, with a prompt that ends where the others are.
+
+    A row is written as a whole, for what it held is of no use: what it holds besides the prompt is never seen.
+
+    Args:
+      cache: the ring [B, G, S, E].
+      prompts: a cache of U prompts [U, G, W, E], each of which ends at its last position and is not longer than S.
+      source: [B], the prompt that the row gets; -1: the row goes on.
+    """
+    size, width = cache.keys[0].shape[-2], prompts.keys[0].shape[-2]
+    chex.assert_shape(source, cache.start.shape)
+
+    def write_rows(buffers, prompts, source, index):
+        rows = jnp.argsort(source < 0)  # those that get a prompt come first
+
+        def write_row(count, buffers):
+            row = rows[count]
+
+            def write(buffer, prompts):
+                new = jax.lax.dynamic_slice_in_dim(prompts, source[row], 1)[:, :, -min(size, width) :]
+                new = jnp.pad(new, ((0, 0), (0, 0), (size - new.shape[2], 0), (0, 0)))
+                return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.roll(new, index % size, axis=2), row, 0)
+
+            return jax.tree.map(write, buffers, prompts)
+
+        return jax.lax.fori_loop(0, jnp.sum(source >= 0), write_row, buffers)
+
+    # Each device writes its own rows, of which it has another number than the others.
+    write_rows = sharding.on_each_device(
+        write_rows, sharding.CACHE, (None, *sharding.CACHE[1:]), sharding.CACHE[:1], ()
+    )
+    keys, values = write_rows((cache.keys, cache.values), (prompts.keys, prompts.values), source, cache.index)
+    start = cache.index - (width - prompts.start[source])
+    return cache.replace(keys=keys, values=values, start=jnp.where(source >= 0, start, cache.start))
 
 
 def without_rows(cache: KVCache) -> KVCache:
@@ -89,10 +141,11 @@ def attend(
     values: jax.Array,
     start: jax.Array,
     index: jax.Array,
+    ring: bool = False,
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
-    Token 0 is the pending one; the buffers may hold its key and value at `index` already or not. Tokens 1.. are
+    Token 0 is the pending one; the buffers may hold its key and value already or not. Tokens 1.. are
     candidates for the position after it: each sees the cache, the pending token and itself, not the other candidates.
 
     Args:
@@ -101,6 +154,7 @@ def attend(
       keys, values: [B, G, S, E] buffers (or [G, S, E] of one row), of which the positions before `index` are read.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
+      ring: whether the buffers are, see `KVCache`.
 
     Returns:
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
@@ -128,6 +182,8 @@ def attend(
     query = rows((query * width**-0.5).reshape(batch, tokens, groups, shared, width))
     scores = jnp.einsum("bgne,bgse->bgns", query, keys, preferred_element_type=jnp.float32)
     positions = jnp.arange(size)
+    if ring:
+        positions = index - 1 - (index - 1 - positions) % size  # the last before `index` that lies in the slot
     seen = (positions >= start[:, None]) & (positions < index)  # [B, S]
     scores += jnp.where(seen, 0, -jnp.inf)[:, None, None]
     pending = jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
