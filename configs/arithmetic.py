@@ -52,8 +52,9 @@ def get_config() -> ConfigDict:
     c.collect.prompts = 600  # new problems a round
     c.collect.samples = 4  # rollouts of each
     c.collect.eta = 0.1  # of the roll-in, from round 2 on
-    c.collect.batch_size = 250
+    c.collect.batch_size = 250  # rows that are decoded at once; one that ends is given to the next prompt
     c.collect.shard_rows = 1200
+    c.collect.drop_no_variation = False  # fit to no problem whose rollouts of a round all have one reward
 
     c.fit = ConfigDict()
     c.fit.epochs = 5

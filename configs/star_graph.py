@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     c.collect.samples = 2
     c.collect.batch_size = 1024
     c.collect.shard_rows = 4096
+    c.collect.drop_no_variation = False
 
     c.fit.epochs = 6
     c.fit.batch_size = 64

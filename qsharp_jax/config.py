@@ -273,6 +273,7 @@ RULES: dict[str, Rule] = {
     "collect.batch_size": _whole(1),
     "collect.eta": _ETA,
     "collect.shard_rows": _whole(1),
+    "collect.drop_no_variation": _TRUTH,
     "pretrain.steps": _whole(0),
     "pretrain.batch_size": _whole(1),
     "pretrain.stop_loss": _NOT_NEGATIVE,

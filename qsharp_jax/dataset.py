@@ -6,6 +6,7 @@ the position in the data is the step. Shapes: B rows, T tokens. It knows nothing
 
 import dataclasses
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
         if len(rollouts) == before:
             raise UserError(f"there are no rollouts of round {number} in {folder}; run `qsharp collect` first")
     return rollouts
+
+
+def with_variation(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Without the problems whose rollouts of a round all have the same reward."""
+    rewards = defaultdict(set)
+    for rollout in rollouts:
+        rewards[rollout.round, rollout.prompt_id].add(rollout.reward)
+    return [rollout for rollout in rollouts if len(rewards[rollout.round, rollout.prompt_id]) > 1]
 
 
 # --- Batches --------------------------------------------------------------------------------------------------------

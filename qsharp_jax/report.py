@@ -5,6 +5,7 @@ It knows nothing about models: whoever has the workdir can make the report again
 
 import json
 import math
+import re
 from collections import defaultdict
 
 import matplotlib
@@ -65,13 +66,14 @@ def write(session: Session) -> str:
         scored = evaluate.read_samples(scored_path)
         _save(folder / "calibration.png", lambda axes: _plot_calibration(axes, scored))
         pictures.append("calibration.png")
-    shown = table(rows)
+    shown, collected = table(rows), rollouts_table(session.workdir.read_metrics())
     examples = _examples(session, number)
     text = "\n\n".join(
         [
             f"# {session.config.task.name}: {folder.name}",
             shown,
             HOW,
+            *(("## Rollouts", collected, HOW_ROLLOUTS) if collected else ()),
             *(f"![{name}]({name})" for name in pictures),
             "## Examples, unguided and guided",
             f"```text\n{examples}\n```",
@@ -79,7 +81,7 @@ def write(session: Session) -> str:
     )
     write_atomic(session.workdir.report, text + "\n")
     files = ", ".join(str(folder / name) for name in ("report.md", "results.json", *pictures))
-    return f"{shown}\n\n{examples}\n\nFiles: {files}"
+    return "\n\n".join(part for part in (collected, shown, examples, f"Files: {files}") if part)
 
 
 HOW = (
@@ -111,10 +113,45 @@ def table(rows: list[dict]) -> str:
                 f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
             ]
         )
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too; the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(line) + " |" for line in text)
+
+
+ROLLOUTS = ("round", "rollouts", "reward", "tokens", "finished", "labelled", "varied", "useful rows", "seconds")
+HOW_ROLLOUTS = (
+    "Of each round's rollouts: mean reward, mean tokens of a response, share that ended by a stop token, share of the"
+    " tokens that carry a label, share of the problems whose rollouts do not all have one reward (with"
+    " `collect.drop_no_variation` the others are left out). Useful rows: of the rows that decoding computed, over all"
+    " steps, those that belonged to a response. Seconds are wall time, compilation included."
+)
+
+
+def rollouts_table(metrics: list[dict]) -> str:
+    """Of the rollouts of each round, from the lines of metrics.jsonl; empty if there are none.
+
+    A collection that was begun several times has as many lines: the last tells of all its rollouts, while rows and
+    seconds are those of all that came to their end.
+    """
+    by_round = defaultdict(list)
+    for line in metrics:
+        if found := re.fullmatch(r"round (\d+): collect", line.get("phase", "")):
+            by_round[int(found[1])].append(line)
+    lines = [list(ROLLOUTS)]
+    for number, found in sorted(by_round.items()):
+        last, row_steps = found[-1], sum(line.get("row_steps", 0) for line in found)
+        shares = [f"{last[name]:.3f}" if name in last else "" for name in ("finished", "labelled", "varied")]
+        useful = f"{sum(line.get('tokens', 0) for line in found) / row_steps:.3f}" if row_steps else ""
+        seconds = f"{sum(line['seconds'] for line in found):.0f}"
+        whole = [str(number), str(last["rollouts"]), f"{last['reward']:.3f}", f"{last['response_tokens']:.1f}"]
+        lines.append([*whole, *shares, useful, seconds])
+    return _aligned(lines) if by_round else ""
 
 
 def _examples(session: Session, number: int) -> str:

@@ -123,11 +123,11 @@ def collect(
 
     batches: list[ContinuousBatch] = []
     ended = defaultdict(dict)  # by shard and place: what a rollout is made of
-    responses = _responses(
+    made = responses(
         ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
         **settings | {"record": ()},
     )  # fmt: skip
-    for index, switch, response in Bar(responses, f"round {number}: collect", total=len(places)):
+    for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
         place, prompt = places[index], prompts[index // samples]
         shard = place // samples // step
         ended[shard][place] = (place, prompt, switch, response, draws[index])
@@ -139,7 +139,7 @@ def collect(
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
 
 
-def _responses(
+def responses(
     ref: LanguageModel,
     guide: ValueModel | None,
     prompts: Sequence[Sequence[int]],
@@ -187,7 +187,10 @@ def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of one round: rollouts, mean reward, mean response tokens, share finished, labelled share of response tokens."""
+    """Of one round: rollouts, mean reward, mean response tokens, share finished, labelled share of response tokens, and
+    share of the problems whose rollouts do not all have the same reward.
+    """
+    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, dataset.with_variation(rollouts)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
     labelled = lengths - np.asarray([rollout.first_label for rollout in rollouts])
     return {
@@ -196,4 +199,5 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_tokens": float(lengths.mean()),
         "finished": float(np.mean([rollout.finished for rollout in rollouts])),
         "labelled": float(labelled.sum() / lengths.sum()),
+        "varied": varied / problems,
     }

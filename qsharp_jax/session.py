@@ -63,6 +63,11 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
             " prompts to evaluate on"
         )
+    if config.collect.drop_no_variation and config.collect.samples == 1:
+        raise UserError(
+            "config.collect.drop_no_variation is True and config.collect.samples 1; the rewards of a problem vary only"
+            " among two or more samples"
+        )
     width = "pack_length" if config.fit.pack_length else "length_bucket"
     if config.fit.attention == "splash" and config.fit[width] % 128:
         raise UserError(
@@ -113,7 +118,8 @@ def _check_rows(config: ConfigDict) -> None:
 
 
 def check_problems(config: ConfigDict) -> None:
-    """That the task has as many problems as are asked for, and that their rollouts will fit into packed rows.
+    """That the task has as many problems as are asked for, and that they and the responses to them fit into the models'
+    contexts and into packed rows.
 
     This takes seconds, so it is for new runs only. A workdir keeps its settings, so one that shows to be impossible
     after the pre-training would cost a new one.
@@ -122,15 +128,24 @@ def check_problems(config: ConfigDict) -> None:
       UserError: with how many there are, or how long they may be.
     """
     session = Session(Workdir(Path(), config))
-    problems = session.all_train_problems()
-    session.test_problems()
-    if pack_length := config.fit.pack_length:
-        prompt = max(len(session.text.encode_prompt(problem.prompt)) for problem in problems)
-        if (longest := prompt + config.generate.max_new_tokens) > pack_length:
+    lengths = {
+        problem.problem_id: len(session.text.encode_prompt(problem.prompt))
+        for problem in session.all_train_problems() + session.test_problems()
+    }
+    longest, new = max(lengths, key=lengths.get), config.generate.max_new_tokens
+    together = lengths[longest] + new
+    for name, shape in session.configs.items():
+        if together > shape.max_positions:
             raise UserError(
-                f"config.fit.pack_length is {pack_length}; it must be at least {longest}, the tokens of the longest"
-                " prompt and config.generate.max_new_tokens, or 0"
+                f"the prompt of problem {longest} has {lengths[longest]} tokens, which with"
+                f" config.generate.max_new_tokens = {new} are more than the {name}'s {shape.max_positions} positions;"
+                " give fewer new tokens, or a model with a longer context"
             )
+    if 0 < config.fit.pack_length < together:
+        raise UserError(
+            f"config.fit.pack_length is {config.fit.pack_length}; it must be at least {together}, the tokens of the"
+            " longest prompt and config.generate.max_new_tokens, or 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,12 +249,17 @@ def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):
 
 
 def test_statistics_by_hand():
-    """Two rollouts: 5 tokens with labels from the third on, and 3 with labels on all."""
-    common = dict(prompt_id="p", round=2, prompt_tokens=[1], eta=0.1, seed=0, text="")
+    """Of one problem a response of 5 tokens with labels from the third on, and one of 3 with labels on all; of another
+    two that are alike: their rewards do not vary."""
+    common = dict(round=2, prompt_tokens=[1], eta=0.1, seed=0, text="")
     figures = rollouts.statistics(
         [
-            Rollout(response_tokens=[3] * 5, switch=3, reward=1.0, finished=False, **common),
-            Rollout(response_tokens=[3] * 3, switch=1, reward=0.0, finished=True, **common),
+            Rollout(prompt_id="p", response_tokens=[3] * 5, switch=3, reward=1.0, finished=False, **common),
+            Rollout(prompt_id="p", response_tokens=[3] * 3, switch=1, reward=0.0, finished=True, **common),
+            *[Rollout(prompt_id="q", response_tokens=[3] * 6, switch=1, reward=0.5, finished=True, **common)] * 2,
         ]
     )
-    assert figures == dict(rollouts=2, reward=0.5, response_tokens=4.0, finished=0.5, labelled=(3 + 3) / (5 + 3))
+    labelled = (3 + 3 + 6 + 6) / (5 + 3 + 6 + 6)
+    assert figures == dict(
+        rollouts=4, reward=0.5, response_tokens=5.0, finished=0.75, labelled=labelled, varied=1 / 2
+    )  # fmt: skip

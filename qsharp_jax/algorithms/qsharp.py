@@ -43,7 +43,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
     """Roll in with the last round's policy, finish with pi_ref; records go to the workdir, statistics come back."""
     began = time.monotonic()
     with session.decoding():
-        rollouts.collect(
+        decoded = rollouts.collect(
             ref,
             guide,
             session.task,
@@ -61,15 +61,28 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
     rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
     figures = rollouts.statistics(rollouts_)
     session.workdir.append_metrics(
-        {"phase": f"round {number}: collect", **figures, "seconds": time.monotonic() - began}
+        {"phase": f"round {number}: collect", **figures, **decoded, "seconds": time.monotonic() - began}
     )
     return figures
 
 
 def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
-    """The rollouts of this round and all before it."""
+    """The rollouts of this round and all before it, of the problems that are to be learned from.
+
+    Raises:
+      UserError: if none are left; and as `dataset.read_rounds`.
+    """
     folder = session.workdir.path / "rollouts"
-    return dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
+    data = dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
+    if not session.config.collect.drop_no_variation:
+        return data
+    if not (kept := dataset.with_variation(data)):
+        raise UserError(
+            f"collect.drop_no_variation leaves none of {len(data)} rollouts: of every problem all rewards are"
+            f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
+            " collect.samples, with other problems, or without it"
+        )
+    return kept
 
 
 def fit(
@@ -100,6 +113,8 @@ def fit(
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
     held_out = [r for r in data if _is_held_out(r, config.holdout)]
+    if not learned:
+        raise UserError(f"all of {len(data)} rollouts are of prompts that fit.holdout keeps out; lower it")
     if config.evaluate_every and not held_out:
         raise UserError(
             f"fit.evaluate_every is {config.evaluate_every}, and none of {len(data)} rollouts is of a held-out prompt;"
