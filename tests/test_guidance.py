@@ -111,15 +111,10 @@ def test_in_expectation_mode_only_candidates_are_left():
 
 
 def exact_values(tree):
-    """Z*(x, y) of every inner node and token as one Categorical on the union of the laws' values: [nodes, V, M]."""
-    laws = tabular.Laws(tree)
-    table = {(node, token): laws(node, token) for node in tree.inner for token in range(tree.vocab)}
-    atoms = np.unique(np.concatenate([values for values, _ in table.values()]))
-    probabilities = np.zeros((len(tree.reward), tree.vocab, len(atoms)))
-    for (node, token), (support, mass) in table.items():
-        probabilities[node, token, np.searchsorted(atoms, support)] = mass
+    """The exact law of a sequence's reward after every inner node and token, as a Categorical: [nodes, V, M]."""
+    laws = tabular.total_laws(tree)[tree.children(tree.inner)]
     with np.errstate(divide="ignore"):
-        return values.Categorical(jnp.float32(np.log(probabilities[tree.inner])), jnp.float32(atoms))
+        return values.Categorical(jnp.float32(np.log(laws)), jnp.float32(tabular.totals(tree)[0]))
 
 
 def ref_logits(tree):

@@ -1,6 +1,8 @@
 """The oracle itself, against the enumeration of every sequence and against the theorems that it stands for."""
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -84,6 +86,44 @@ def test_laws_are_those_of_the_enumerated_sequences(tree):
 
 
 @examples
+@given(trees())
+def test_laws_of_the_total_are_those_of_the_reward_to_go_and_what_has_been_paid(tree):
+    """The table of all nodes against the law of each, whose atoms it holds among others."""
+    laws, values, table = tabular.Laws(tree), tabular.totals(tree)[0], tabular.total_laws(tree)
+    np.testing.assert_allclose(table.sum(axis=1), 1)
+    for node in tree.inner[:10]:
+        for token in range(tree.vocab):
+            support, probabilities = laws(node, token)
+            row = table[tree.first_child[node] + token]
+            np.testing.assert_allclose(values[row > 0] - tree.paid[node], support, atol=1e-9)
+            np.testing.assert_allclose(row[row > 0], probabilities, rtol=1e-9)
+
+
+@examples
+@given(trees(), st.integers(0, 2**32 - 1))
+def test_sampled_sequences_pass_the_nodes_that_they_consist_of(tree, seed):
+    """Counts add up over children and totals, none goes where the policy does not, and all are there."""
+    policy = random_policy(np.random.default_rng(seed), tree)
+    policy[0] = np.eye(tree.vocab)[1]
+    counts = tabular.sample(tree, policy, 500, np.random.default_rng(seed))
+    assert counts[0].sum() == 500 and not counts[tree.first_child[0]].any()
+    for node in tree.inner:
+        np.testing.assert_array_equal(counts[node], counts[tree.first_child[node] + np.arange(tree.vocab)].sum(axis=0))
+
+
+def test_frequencies_of_samples_are_the_policys_probabilities():
+    """400,000 sequences: within five standard errors of passing every node, and of the laws of the totals."""
+    tree = tabular.random_tree(np.random.default_rng(5), 3, 3, final_rewards=(-1.0, 0.0, 2.0))
+    counts = tabular.sample(tree, tree.pi_ref, 400_000, np.random.default_rng(0))
+    passed, probability = counts.sum(axis=1), tabular.reach(tree, tree.pi_ref)
+    assert (abs(passed / 400_000 - probability) <= 5 * np.sqrt(probability / 400_000)).all()
+    laws = tabular.total_laws(tree)
+    often = passed > 0
+    errors = abs(counts[often] / passed[often, None] - laws[often])
+    assert (errors <= 5 * np.sqrt(0.25 / passed[often, None])).all() and errors[laws[often] == 0].max() == 0
+
+
+@examples
 @given(trees(), st.sampled_from([0.05, 0.3, 1.0, 20.0]))
 def test_soft_bellman_values_are_functionals_of_the_law_under_pi_ref(tree, eta):
     """The paper's theorem: Q*_eta(x, y) = eta log E_{z ~ Z*(x, y)}[exp(z / eta)], a law that knows nothing of eta."""
@@ -111,6 +151,58 @@ def test_no_policy_beats_the_optimal_one(tree, eta, seed):
     other = random_policy(np.random.default_rng(seed), tree)
     for policy in (tree.pi_ref, other, 0.99 * optimal + 0.01 * other):
         assert objective(policy) <= v[0] + 1e-9
+
+
+@examples
+@given(trees(), st.sampled_from([0.05, 1.0]), st.integers(0, 2**32 - 1))
+def test_a_policy_loses_eta_times_its_kl_to_the_optimal_one(tree, eta, seed):
+    """V*_eta - (E reward - eta KL(pi || pi_ref)) = eta KL(pi || pi*_eta), at every node."""
+    _, v, optimal = tabular.soft_bellman(tree, eta)
+    policy = random_policy(np.random.default_rng(seed), tree)
+    reward, kl = tabular.evaluate(tree, policy)
+    np.testing.assert_allclose(v - (reward - eta * kl), eta * tabular.evaluate(tree, policy, optimal)[1], atol=1e-9)
+
+
+@examples
+@given(trees(), st.sampled_from([0.05, 1.0]))
+def test_tilting_by_the_optimal_values_gives_the_optimal_policy(tree, eta):
+    q, _, optimal = tabular.soft_bellman(tree, eta)
+    weights = np.zeros(len(tree.reward))
+    weights[tree.children(tree.inner)] = q[tree.inner] / eta
+    np.testing.assert_allclose(tabular.tilted(tree, weights), optimal, atol=1e-12)
+
+
+def test_a_token_that_pi_ref_never_chooses_is_worth_nothing_however_well_it_pays():
+    tree = tabular.toy_tree()
+    never = dataclasses.replace(tree, pi_ref=np.array([[1.0, 0.0], [0, 0], [0.05, 0.95], [0, 0], [0, 0]]))
+    _, v, policy = tabular.soft_bellman(never, 1e-4)
+    np.testing.assert_allclose(v[0], 0.1)
+    np.testing.assert_array_equal(policy[0], [1, 0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_best_of_n_is_that_of_all_lists_of_n_sequences(n, seed):
+    """Every list of n sequences, one at a time, gives its probability to the first of its best."""
+    tree = tabular.random_tree(np.random.default_rng(seed), 2, 3, final_rewards=(-1.0, 0.3, 2.0), step_rewards=(0, 0.1))
+    probability, total = tabular.reach(tree, tree.pi_ref), np.round(tree.paid, 9)
+    want = np.zeros(len(tree.reward))
+    for several in itertools.product(tree.ends, repeat=n):
+        want[max(several, key=lambda end: total[end])] += np.prod(probability[list(several)])
+    np.testing.assert_allclose(tabular.reach(tree, tabular.best_of_n(tree, n))[tree.ends], want[tree.ends], atol=1e-12)
+
+
+def test_best_of_n_keeps_to_its_bound_and_ends_at_the_best():
+    """KL at most log n - (n - 1) / n (equal were no two totals the same), while the reward grows to the best there is."""
+    tree = tabular.random_tree(np.random.default_rng(2), 4, 4, final_rewards=tuple(np.linspace(0, 1, 50)))
+    last = tabular.evaluate(tree, tree.pi_ref)[0][0]
+    for n in (2, 4, 16, 64, 1024):
+        reward, kl = (x[0] for x in tabular.evaluate(tree, tabular.best_of_n(tree, n)))
+        bound = math.log(n) - (n - 1) / n
+        assert last < reward and 0.5 * bound < kl <= bound
+        last = reward
+    reward = tabular.evaluate(tree, tabular.best_of_n(tree, 10**9))[0][0]
+    np.testing.assert_allclose(reward, tree.paid[tree.ends].max(), atol=1e-6)
 
 
 @examples
@@ -151,3 +243,7 @@ def test_a_hundred_thousand_nodes_are_no_trouble():
     values, probabilities = tabular.Laws(tree)(0, 0)
     assert 0 < v[0] <= 1 and set(values) <= {0.0, 1.0}
     np.testing.assert_allclose(probabilities.sum(), 1)
+    # And the same by another way: the objective of the policy that tilts pi_ref by the laws.
+    weights = np.log(tabular.total_laws(tree) @ np.exp(tabular.totals(tree)[0] / 0.1))
+    reward, kl = tabular.evaluate(tree, tabular.tilted(tree, weights))
+    np.testing.assert_allclose(reward[0] - 0.1 * kl[0], v[0])
