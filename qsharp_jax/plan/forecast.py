@@ -149,6 +149,9 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int) -> tup
         Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
         Line("gathered weights", 2 * part.layer * (part.fsdp > 1), "of two layers, whole over fsdp"),
         Line(
+            "gradients to scatter", 2 * part.layer * 4 // part.width * (part.fsdp > 1), "float32, of two layers, whole"
+        ),
+        Line(
             "activations", kept,
             f"of {trunk.layers} layers, what remat {config.remat} keeps of {rows} rows x {length} tokens",
         ),
@@ -163,16 +166,16 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int) -> tup
 def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
     """Bytes that arrive on a chip by kind, and those of them of the sum over `data`."""
     parts, trunk = part.config.accumulate, part.trunk
-    gathered = _layers_bytes(part.params, axis="fsdp") // part.tensor * part.width // 4
+    gradient = _layers_bytes(part.params, axis="fsdp") // part.tensor  # float32
     stream = part.tokens * trunk.embed
     # Forwards after attention and after the feed-forward, backwards before them; with everything done again, once more.
     sums = 4 + 2 * (part.config.remat == "full")
     across = 2 * weights * (part.data - 1) / part.data
     by_fsdp, by_tensor = (parts * (n - 1) / n for n in (part.fsdp, part.tensor))
     return Counter({
-        "all-gather": 2 * gathered * by_fsdp,
-        "reduce-scatter": gathered * by_fsdp,
-        "all-to-all": stream * (part.width + 4) * by_fsdp,  # the embedding's rows, and their float32 gradient
+        "all-gather": 2 * gradient * part.width // 4 * by_fsdp,  # of weights, in the dtype they are computed with
+        "reduce-scatter": gradient * by_fsdp,
+        "all-to-all": 2 * stream * part.width * by_fsdp,  # the embedding's rows, and their gradient
         "all-reduce": trunk.layers * sums * stream * part.width * 2 * by_tensor + across,
     }), across  # fmt: skip
 
