@@ -54,7 +54,7 @@ def main() -> None:
     print("| slots a row | reward (95%) | KL | dropped a response | seconds |\n| --- | --- | --- | --- | --- |")
     for slots, (generation, _) in results.items():
         texts = [session.text.decode(generation.response(row)) for row in range(len(problems))]
-        rewards = [session.task.reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
+        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
         low, high = evaluate.bootstrap(np.asarray(rewards))
         name = f"{CANDIDATES} (not packed)" if slots is None else f"{slots:g}"
         print(

@@ -19,13 +19,11 @@ import numpy as np
 from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.figures import bootstrap, by_problem, majority
 from qsharp_jax.files import read_text, write_atomic
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
-
-RESAMPLES = 2000  # of the bootstrap
-
 
 # --- Samples --------------------------------------------------------------------------------------------------------
 
@@ -79,17 +77,18 @@ def sample_method(
             **(session.generation_settings() | changes),
         )
     seconds = time.monotonic() - began
+    responses = [text.decode(generation.response(row)) for row in range(len(plan))]
+    judgements = session.judge([problem for problem, _, _ in plan], responses)
     rows = []
     for row, (problem, eta, _) in enumerate(plan):
-        response = text.decode(generation.response(row))
         rows.append(
             {
                 "problem_id": problem.problem_id,
                 "prompt": problem.prompt,
                 "answer": problem.answer,
-                "response": response,
-                "parsed": session.task.parse(response),
-                "reward": session.task.reward(problem, response),
+                "response": responses[row],
+                "parsed": judgements[row].parsed,
+                "reward": judgements[row].reward,
                 "finished": bool(generation.finished[row]),
                 "eta": _finite(eta),
                 "tokens": generation.response(row),
@@ -194,7 +193,7 @@ def policy_rows(method: str, number: int, samples: list[dict]) -> list[dict]:
         _row(
             method,
             number,
-            _by_problem(part, "reward"),
+            by_problem(part, "reward"),
             eta=eta,
             kl=_mean(part, "kl"),
             kl_truncated=_mean(part, "kl_truncated"),
@@ -230,28 +229,6 @@ def rerank_rows(number: int, samples: list[dict], scored: list[dict]) -> list[di
     ]
 
 
-def majority(answers: Sequence[str | None], rewards: np.ndarray, weights: np.ndarray) -> float:
-    """Expected reward of the answer with most weight; ties are drawn by lot, and None is no vote."""
-    votes: dict[str, float] = defaultdict(float)
-    for answer, weight in zip(answers, weights, strict=True):
-        if answer is not None:
-            votes[answer] += float(weight)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, weight in votes.items() if weight >= most - 1e-9]
-    reward_of = dict(zip(answers, rewards, strict=True))
-    return float(np.mean([reward_of[answer] for answer in winners]))
-
-
-def bootstrap(per_problem: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95% percentile interval of the mean over problems (Efron 1979), with a fixed seed."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(per_problem), size=(resamples, len(per_problem)))
-    low, high = np.percentile(per_problem[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _row(method: str, number: int, per_problem: Sequence[float], **figures: Any) -> dict:
     low, high = bootstrap(np.asarray(per_problem))
     return {
@@ -265,13 +242,6 @@ def _row(method: str, number: int, per_problem: Sequence[float], **figures: Any)
         "kl": None,
         "kl_truncated": None,
     } | figures
-
-
-def _by_problem(samples: list[dict], key: str) -> list[float]:
-    groups = defaultdict(list)
-    for sample in samples:
-        groups[sample["problem_id"]].append(sample[key])
-    return [float(np.mean(group)) for group in groups.values()]
 
 
 def _mean(samples: list[dict], key: str) -> float:

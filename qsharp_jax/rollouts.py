@@ -6,9 +6,9 @@ than shards of rollouts.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from qsharp_jax import dataset, processes
 from qsharp_jax.dataset import Rollout
 from qsharp_jax.generate import ContinuousBatch, Generation, for_decoding
+from qsharp_jax.judging import Judge
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.progress import Bar
@@ -63,7 +64,7 @@ def sample(
 def collect(
     ref: LanguageModel,
     guide: ValueModel | None,
-    task: ModuleType,
+    judge: Judge,
     text: Text,
     problems: Sequence[Problem],
     folder: Path,
@@ -79,9 +80,9 @@ def collect(
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
     A rollout depends on the seed, the round and its own place in it, so a collection that was stopped anywhere and
-    started again ends with the same records as one that never stopped. A shard is written when the last of its rollouts
-    has ended, while others are under way. Several processes take shards in turn, each decoding for itself, and all
-    return when the last has done.
+    started again ends with the same records as one that never stopped. A rollout is judged, and a shard is written when
+    the last of its rollouts has ended, while others are under way. Several processes take shards in turn, each decoding
+    for itself, and all return when the last has done.
 
     Args:
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
@@ -106,15 +107,19 @@ def collect(
     places = [problem * samples + sample for problem in asked for sample in range(samples)]
     draws = [np.random.SeedSequence((seed, number, place)).generate_state(3) for place in places]
 
-    def rollout(place: int, prompt: list[int], switch: int, response: list[int], draw: np.ndarray) -> Rollout:
+    def rollout(
+        place: int, prompt: list[int], switch: int, response: list[int], draw: np.ndarray
+    ) -> Callable[[], Rollout]:
+        """Its reward is being judged; who calls the result waits for it."""
         problem, written = problems[place // samples], text.decode(response)
-        return Rollout(
+        judgement = judge.submit(problem, written)
+        return lambda: Rollout(
             prompt_id=problem.problem_id,
             round=number,
             prompt_tokens=prompt,
             response_tokens=response,
             switch=switch,
-            reward=task.reward(problem, written),
+            reward=judgement().reward,
             finished=response[-1] in settings["stop_ids"],
             eta=float("inf") if guide is None else eta,
             seed=int(draw[1]),
@@ -122,7 +127,8 @@ def collect(
         )
 
     batches: list[ContinuousBatch] = []
-    ended = defaultdict(dict)  # by shard and place: what a rollout is made of
+    ended = defaultdict(dict)  # by shard and place, while they are judged
+    writer, writing = ThreadPoolExecutor(1), None  # decoding goes on while a shard's last judgements are waited for
     made = responses(
         ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
         **settings | {"record": ()},
@@ -130,13 +136,20 @@ def collect(
     for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
         place, prompt = places[index], prompts[index // samples]
         shard = place // samples // step
-        ended[shard][place] = (place, prompt, switch, response, draws[index])
+        ended[shard][place] = rollout(place, prompt, switch, response, draws[index])
         if len(ended[shard]) == len(shards[shard]) * samples:
-            parts = ended.pop(shard)
-            dataset.write_shard(folder, shard, [rollout(*parts[place]) for place in sorted(parts)])
+            if writing:
+                writing.result()
+            writing = writer.submit(_write, folder, shard, ended.pop(shard))
+    if writing:
+        writing.result()
     processes.wait_for_all(f"rollouts of round {number}")
     totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches])
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
+
+
+def _write(folder: Path, shard: int, judged: dict[int, Callable[[], Rollout]]) -> None:
+    dataset.write_shard(folder, shard, [judged[place]() for place in sorted(judged)])
 
 
 def responses(

@@ -21,6 +21,7 @@ from qsharp_jax import config as configs
 from qsharp_jax import sharding, sources, tasks, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.errors import UserError, nearest
+from qsharp_jax.judging import Judge
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -164,6 +165,10 @@ class Session:
         return tasks.get(self.config.task.name)
 
     @functools.cached_property
+    def judge(self) -> Judge:
+        return Judge(self.task)
+
+    @functools.cached_property
     def text(self) -> Text:
         return sources.make_text(self.config, self.task)
 
@@ -248,7 +253,9 @@ class Session:
         return jax.random.key(self.seed(name))
 
     def train_problems(self, number: int) -> list[Problem]:
-        """The problems of a round: each round's are new ones."""
+        """The problems of a round: new ones in each, or of a fixed data set the same in all, as in the paper."""
+        if self.task.FINITE:
+            return self.all_train_problems()
         count = self.config.collect.prompts
         return self.all_train_problems()[count * (number - 1) : count * number]
 
@@ -260,7 +267,8 @@ class Session:
 
     @functools.cached_property
     def _all_train_problems(self) -> list[Problem]:
-        return self._problems("train", self.config.collect.prompts * self.config.rounds)
+        rounds = 1 if self.task.FINITE else self.config.rounds
+        return self._problems("train", self.config.collect.prompts * rounds)
 
     @functools.cached_property
     def _test_problems(self) -> list[Problem]:

@@ -40,15 +40,26 @@ def make_absolute(config: ConfigDict) -> None:
     for name, words in ON_THE_SPOT.items():
         if config[name] not in words:
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
+    if config.task.get("data", "") not in ("", "hub"):
+        config.task.data = os.path.abspath(os.path.expanduser(config.task.data))
 
 
 # --- Text and shapes ------------------------------------------------------------------------------------------------
 
 
 def make_text(config: ConfigDict, task: ModuleType) -> Text:
-    """The reference's tokenizer: its folder's, or the task's own."""
+    """The reference's tokenizer: its folder's, or the task's own.
+
+    Raises:
+      UserError: for a task that has none, and as `Text.load`.
+    """
     if ref := folder(config, "ref"):
         return Text.load(ref, prompt_format=config.prompt_format)
+    if task.FINITE:
+        raise UserError(
+            f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"
+            " the folder of a language model"
+        )
     return Text(task.make_tokenizer(config.task), config.prompt_format)
 
 

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 def collect(run, folder, number):
     ref, guide, session = run
     rollouts.collect(
-        ref, guide if number > 1 else None, session.task, session.text, session.train_problems(1), folder,
+        ref, guide if number > 1 else None, session.judge, session.text, session.train_problems(1), folder,
         number=number, samples=SAMPLES, eta=ETA, shard_rows=SHARD_ROWS, batch_size=8, seed=SEED,
         **session.generation_settings(),
     )  # fmt: skip

@@ -1,9 +1,12 @@
 """Settings that do not go together are refused before anything is computed."""
 
+from pathlib import Path
+
 import helpers
 import pytest
+import small_data
 
-from qsharp_jax import session
+from qsharp_jax import session, sources
 from qsharp_jax.errors import UserError
 
 
@@ -39,6 +42,44 @@ def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
     for enough in (23, 0):
         config.fit.pack_length = enough
         session.check_problems(config)
+
+
+def test_a_budget_that_the_longest_prompt_leaves_no_room_for(tmp_path):
+    """Prompts of 16 tokens in models of 23 positions: 7 new ones fit, 8 do not."""
+    config = changed(tmp_path, "generate.max_new_tokens=8")
+    with pytest.raises(UserError, match="16 tokens, which with config.generate.max_new_tokens = 8 are more than the"):
+        session.check_problems(config)
+    config.generate.max_new_tokens = 7
+    session.check_problems(config)
+
+
+def test_every_round_uses_a_fixed_data_set_whole(tmp_path):
+    """As the paper does, where endless problems are new ones in each round."""
+    folder = small_data.write_gsm8k(tmp_path / "data")
+    made = helpers.session(tmp_path / "run", "rounds=2")
+    first, second = made.train_problems(1), made.train_problems(2)
+    assert len(first) == len(second) == 12 and not {p.problem_id for p in first} & {p.problem_id for p in second}
+    data_set = dict(name="gsm8k", data=str(folder), evaluate_on="test", split_seed=0)
+    made = helpers.session(tmp_path / "other", "rounds=2", "collect.prompts=36", task=data_set)
+    assert len(made.train_problems(1)) == 36 and made.train_problems(2) == made.train_problems(1)
+    assert len(made.test_problems()) == 10 and not set(made.test_problems()) & set(made.train_problems(1))
+    made = helpers.session(tmp_path / "more", "collect.prompts=37", task=data_set)
+    with pytest.raises(UserError, match="gsm8k: there are 36 train problems, not the 37 asked for"):
+        made.train_problems(1)
+
+
+def test_a_task_without_a_model_of_its_own(tmp_path):
+    """Its reference comes from a folder; data that are relative to where the command was typed are not kept so."""
+    config = changed(tmp_path)
+    with config.unlocked():
+        config.task = dict(name="gsm8k", data="data", evaluate_on="test", split_seed=0)
+    with pytest.raises(UserError, match="config.ref is pretrain, and for gsm8k no model is made on the spot"):
+        session.check(config)
+    sources.make_absolute(config)
+    assert config.task.data == str(Path.cwd() / "data")
+    config.task.data = "hub"
+    sources.make_absolute(config)
+    assert config.task.data == "hub"
 
 
 @pytest.mark.parametrize(

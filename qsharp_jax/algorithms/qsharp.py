@@ -46,7 +46,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
         decoded = rollouts.collect(
             ref,
             guide,
-            session.task,
+            session.judge,
             session.text,
             session.train_problems(number),
             session.workdir.rollouts(number),
@@ -59,7 +59,8 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             **session.generation_settings(),
         )
     rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
-    figures = rollouts.statistics(rollouts_)
+    answered = np.mean([session.task.parse(rollout.text) is not None for rollout in rollouts_])
+    figures = rollouts.statistics(rollouts_) | {"answered": float(answered)}
     session.workdir.append_metrics(
         {"phase": f"round {number}: collect", **figures, **decoded, "seconds": time.monotonic() - began}
     )

@@ -46,6 +46,17 @@ It grows in the order of the input; the same command, typed again after it was s
 {FOLDERS_HELP}"""
 
 
+JUDGE_HELP = """\
+A line of the input is a JSON object with a text "response", and an "answer", the right one as the task's data set has
+it, or else the "problem_id" of one of its problems. The output has the same lines and fields, with
+
+  reward  1.0 for a right answer, else 0.0
+  parsed  the answer that was found in the response, null if there is none
+
+Answers that are mathematics are the same if they are so as texts, as whole numbers, or by `math_verify`, which runs in
+processes of its own, with bounded time and memory for each answer. The file is written whole, at the end."""
+
+
 PLAN_HELP = f"""\
 No workdir, no device and no weights are needed: of folders their config.json. What a chip holds and does in a step of
 the fit and of decoding, for the mesh of the config, by arithmetic; each number says how it was found. For example
@@ -119,6 +130,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--batch-size", type=_whole(1), default=texts.BATCH_ROWS, metavar="N",
         help=f"sequences in a batch, by default {texts.BATCH_ROWS}",
+    )  # fmt: skip
+
+    sub = add(texts.judge, "rewards of given responses, without a model; JSON lines", JUDGE_HELP)
+    sub.set_defaults(workdir=None)
+    sub.add_argument("--task", metavar="NAME", required=True, help="the task that they respond to, such as gsm8k")
+    sub.add_argument("--input", metavar="FILE", required=True, help="JSON lines, as described below")
+    sub.add_argument("--output", metavar="FILE", required=True, help="where the JSON lines go")
+    sub.add_argument(
+        "--data", metavar="DIR", default="",
+        help="where a problem_id is looked up: a folder of the data set's files, or hub; by default the folder that"
+        " QSHARP_DATA names, else the hub",
     )  # fmt: skip
 
     add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")

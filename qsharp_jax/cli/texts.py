@@ -1,4 +1,6 @@
-"""The commands that read and write texts, `generate` and `score`: with a run's models, or with models in folders."""
+"""The commands that read and write texts: `generate` and `score`, with a run's models or with models in folders, and
+`judge`, which needs none.
+"""
 
 import argparse
 import json
@@ -100,8 +102,7 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
     from qsharp_jax import score_file
 
     records = score_file.read(options.input)
-    if Path(options.output).exists() and os.path.samefile(options.input, options.output):
-        raise UserError(f"{options.output} is the input itself; give another --output")
+    _check_other_file(options)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
     done = score_file.resume(options.output, records, ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide)
     records = records[done:]
@@ -124,6 +125,22 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
     if has_guide:
         means = functools.partial(scoring.score, models.load_guide(), rows=rows)
     score_file.write(options.output, records, examples, log_probs=log_probs, means=means, rows=rows)
+
+
+def judge(workdir: None, options: argparse.Namespace) -> None:
+    """The rewards of given responses, as JSON lines."""
+    from qsharp_jax import judge_file, tasks
+
+    try:
+        task = tasks.get(options.task)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    records, problems = judge_file.read(options.input, task, options.data)
+    _check_other_file(options)
+    _check_output(options.output)
+    judgements = judge_file.judge(task, records, problems)
+    judge_file.write(options.output, records, judgements)
+    print(f"{options.output}: {judge_file.summary(problems, judgements)}", file=sys.stderr)
 
 
 # --- Where the models come from -------------------------------------------------------------------------------------
@@ -228,6 +245,11 @@ def _check_memory(models, names: Sequence[str], rows: int, longest: int, setting
     size = cache_size(longest, settings["max_new_tokens"], settings.get("prompt_bucket", PROMPT_BUCKET))
     weights = {f"the {name}'s weights": models.weights[name] for name in names}
     memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
+
+
+def _check_other_file(options: argparse.Namespace) -> None:
+    if Path(options.output).exists() and os.path.samefile(options.input, options.output):
+        raise UserError(f"{options.output} is the input itself; give another --output")
 
 
 def _check_output(path: str) -> None:

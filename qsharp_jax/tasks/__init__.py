@@ -1,11 +1,21 @@
 """The tasks by name. A task is one file here and one line in `TASKS`; each such module has
 
   check(config) -> None                    ValueError, in one sentence, for a setting out of range
-  make_tokenizer(config) -> tokenizer      built offline; lossless on the task's texts; adds no special tokens
   problems(config, split, count, seed)     -> list[Problem], distinct; split is "train" or "test"
+  parse(response) -> str | None            the final answer, None if there is none
+  SYMBOLIC: bool                           answers are mathematics, the same in more ways than as texts; if not,
+  reward(problem, response) -> float       the verified reward, 0.0 or 1.0; else `qsharp_jax.judging` gives it
+  FINITE: bool                             a fixed data set, whose training problems every round uses all of
+
+and one whose reference model can be made on the spot, which is every one that is not finite,
+
+  make_tokenizer(config) -> tokenizer      built offline; lossless on the task's texts; adds no special tokens
   pretraining_texts(config, count, seed)   -> list[(prompt, response)] of train problems, for the reference model
-  parse(response) -> str | None            the final answer in one canonical form, None if there is none
-  reward(problem, response) -> float       the verified reward, 0.0 or 1.0
+
+and one that is finite
+
+  every_problem(data) -> list[Problem]     of all files; `data` is as in the config
+  gold(answer) -> str                      a data set's answer as a problem has it; ValueError if it cannot be one
 
 where `config` is anything with the attributes that the head of the task's file lists.
 """
@@ -13,7 +23,7 @@ where `config` is anything with the attributes that the head of the task's file 
 import difflib
 from types import ModuleType
 
-from qsharp_jax.tasks import arithmetic, star_graph
+from qsharp_jax.tasks import aime, arithmetic, gsm8k, math, quality, star_graph
 from qsharp_jax.tasks.base import Problem
 
 __all__ = ["Problem", "TASKS", "get"]
@@ -21,6 +31,10 @@ __all__ = ["Problem", "TASKS", "get"]
 TASKS = {
     "arithmetic": arithmetic,
     "star_graph": star_graph,
+    "gsm8k": gsm8k,
+    "math": math,
+    "aime": aime,
+    "quality": quality,
 }
 
 

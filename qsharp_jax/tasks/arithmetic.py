@@ -24,6 +24,8 @@ from tokenizers import Regex, decoders, pre_tokenizers
 import qsharp_jax.tasks.base as base
 from qsharp_jax.tasks.base import Problem
 
+FINITE = SYMBOLIC = False
+
 # Every equation of this world: sums and differences within 0..99, the multiplication table to 9x9 and its inverse.
 RESULT = {
     **{("+", a, b): a + b for a in range(100) for b in range(100 - a)},

@@ -22,6 +22,8 @@ from tokenizers import Regex, decoders, pre_tokenizers
 import qsharp_jax.tasks.base as base
 from qsharp_jax.tasks.base import Problem
 
+FINITE = SYMBOLIC = False
+
 _PRETRAIN_ON = ("paths", "walks")
 
 

@@ -348,12 +348,18 @@ def test_good_settings_pass():
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_every_task_in_the_table_has_all_functions(name):
-    for function in ("check", "make_tokenizer", "problems", "pretraining_texts", "parse", "reward"):
-        assert callable(getattr(tasks.get(name), function))
+    task = tasks.get(name)
+    functions = ["check", "problems", "parse"]
+    functions += ["every_problem", "gold"] if task.FINITE else ["make_tokenizer", "pretraining_texts"]
+    functions += [] if task.SYMBOLIC else ["reward"]
+    for function in functions:
+        assert callable(getattr(task, function))
 
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
     with pytest.raises(ValueError, match="unknown task 'star-graph'; the tasks are .*; did you mean 'star_graph'"):
         tasks.get("star-graph")
-    with pytest.raises(ValueError, match="unknown task 'zzz'; the tasks are arithmetic, star_graph$"):
+    with pytest.raises(
+        ValueError, match="unknown task 'zzz'; the tasks are arithmetic, star_graph, gsm8k, math, aime, quality$"
+    ):
         tasks.get("zzz")

@@ -1,0 +1,114 @@
+"""Rewards of responses, and which answers to a problem are the same: by strings where these decide, else by algebra.
+
+A task whose answers are mathematics (`SYMBOLIC`) is judged by string equality, then as whole numbers, then by
+`math_verify` in worker processes, so that whoever generates responses need not wait. It knows nothing about models.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from types import ModuleType
+
+from qsharp_jax.judging.pool import Pool
+from qsharp_jax.tasks import Problem
+
+__all__ = ["Judge", "Judgement", "Pool"]
+
+LONGEST = 2000  # characters of an answer that is read as mathematics
+_LAYOUT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_WHOLE = re.compile(r"\(?(-?[0-9]{1,100})\)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """Attributes:
+    reward: 1.0 if the response answers rightly, else 0.0.
+    parsed: the answer that was found in it; None if there is none.
+    """
+
+    reward: float
+    parsed: str | None
+
+
+class Judge:
+    """Of one task's responses."""
+
+    def __init__(self, task: ModuleType, workers: int | None = None):
+        """Args:
+        workers: processes, by default one a core, at most 16; they are started once algebra is needed.
+        """
+        self._task = task
+        self._pool = functools.cache(lambda: Pool(workers))
+        self._same = functools.lru_cache(1 << 16)(self._compare)  # a problem's samples often agree
+
+    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
+        """The judgement of each response to the problem beside it."""
+        pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
+        return [judgement() for judgement in pending]
+
+    def submit(self, problem: Problem, response: str) -> Callable[[], Judgement]:
+        """Has a response judged and returns at once; who calls the result waits for the judgement."""
+        parsed = self._task.parse(response)
+        if not self._task.SYMBOLIC:
+            return functools.partial(Judgement, self._task.reward(problem, response), parsed)
+        if parsed is None:
+            return functools.partial(Judgement, 0.0, None)
+        same = self._same(problem.answer, parsed)
+        return lambda: Judgement(float(same.result()), parsed)
+
+    def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
+        """The parsed answers of each problem's samples, with one spelling for all that are the same.
+
+        Right answers are spelled as the problem's; of the others, the first that was given is its class's spelling, and
+        an answer belongs to the first class whose spelling it equals. None stays None.
+        """
+        if not self._task.SYMBOLIC:
+            return [list(group) for group in answers]
+        # Everything is asked before anything is waited for: first what is right, then what wrong ones are the same.
+        groups = [list(dict.fromkeys(answer for answer in group if answer is not None)) for group in answers]
+        asked = [[self._same(p.answer, answer) for answer in group] for p, group in zip(problems, groups, strict=True)]
+        wrong = [
+            [answer for answer, same in zip(group, sames, strict=True) if not same.result()]
+            for group, sames in zip(groups, asked, strict=True)
+        ]
+        pairs = [{pair: self._same(*pair) for pair in itertools.combinations(group, 2)} for group in wrong]
+        spelled = []
+        for problem, group, others, same in zip(problems, groups, wrong, pairs, strict=True):
+            spelling = dict.fromkeys(group, problem.answer)
+            heads = []
+            for answer in others:
+                spelling[answer] = next((head for head in heads if same[head, answer].result()), answer)
+                heads += [answer] * (spelling[answer] == answer)
+            spelled.append(spelling)
+        return [[spelling.get(answer) for answer in group] for spelling, group in zip(spelled, answers, strict=True)]
+
+    def close(self) -> None:
+        """Ends the workers; they also end with this process."""
+        self._pool().close()
+
+    def _compare(self, gold: str, answer: str) -> Future[bool]:
+        """Whether two answers are the same; what is plain to see is answered at once."""
+        gold, answer = gold.rstrip(". "), answer.rstrip(". ")
+        if gold == answer:
+            return _answered(True)
+        if (right := _whole(gold)) is not None and (given := _whole(answer)) is not None:
+            return _answered(right == given)
+        if max(len(gold), len(answer)) > LONGEST:
+            return _answered(False)
+        return self._pool().same(gold, answer)
+
+
+def _whole(answer: str) -> int | None:
+    r"""The whole number that an answer is, as 73, 073 or \textbf{(73)}; None if it is none."""
+    layout = _LAYOUT.fullmatch(answer)
+    number = _WHOLE.fullmatch((layout[1] if layout else answer).strip())
+    return int(number[1]) if number else None
+
+
+def _answered(verdict: bool) -> Future[bool]:
+    future = Future()
+    future.set_result(verdict)
+    return future
