@@ -26,8 +26,8 @@ from qsharp_jax.errors import UserError, nearest
 def load(path: str | Path, overrides: list[str]) -> ConfigDict:
     """Runs the config file's `get_config()` and applies the overrides; the result is locked.
 
-    A `mesh` that is a text is the name of a preset in the `meshes.py` beside the file, and becomes that preset's
-    section; `--config.mesh=NAME` comes before all other overrides.
+    A `mesh` that is a text is the name of a preset in the `meshes.py` beside the file, or in the folder above, and
+    becomes that preset's section; `--config.mesh=NAME` comes before all other overrides.
 
     Raises UserError if the file is missing, fails (naming the line), returns no ConfigDict or holds a value that JSON
     cannot keep, for an unknown preset, and as `override` does.
@@ -38,7 +38,8 @@ def load(path: str | Path, overrides: list[str]) -> ConfigDict:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"there is no config file {path}; give the path of one, as configs/arithmetic.py") from None
     module = {"__name__": "config", "__file__": str(path)}
-    sys.path.insert(0, str(path.parent.resolve()))  # so that a config can import the one that it varies
+    beside = [str(folder) for folder in path.resolve().parents[:2]]
+    sys.path[:0] = beside  # so that a config can import the one that it varies, there or in the folder above
     try:
         exec(compile(source, str(path), "exec"), module)
         if "get_config" not in module:
@@ -53,7 +54,7 @@ def load(path: str | Path, overrides: list[str]) -> ConfigDict:
         what = (str(e).splitlines() or ["no message"])[0]
         raise UserError(f"{where}: {type(e).__name__}: {what}; mend the config file") from e
     finally:
-        sys.path.pop(0)
+        del sys.path[: len(beside)]
     names, rest = _split_mesh(overrides)
     if "mesh" not in config and names:
         raise UserError(f'there is no setting --config.mesh in {path}; add c.mesh = "single"')
@@ -80,11 +81,11 @@ def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
 
 
 def presets(path: str | Path) -> dict[str, dict]:
-    """The sections by name in the `meshes.py` beside a config file.
+    """The sections by name in the `meshes.py` beside a config file, or else in the folder above.
 
     Raises UserError if there is no such file, or it does not hold what it should.
     """
-    path = Path(path).with_name("meshes.py")
+    path = _presets_file(path)
     try:
         return dict(runpy.run_path(str(path))["PRESETS"])
     except FileNotFoundError:
@@ -97,8 +98,14 @@ def preset(path: str | Path, name: str) -> dict:
     """One of the `presets`; UserError for a name that is not among them, as well."""
     known = presets(path)
     if name not in known:
-        raise UserError(f"there is no mesh {name!r} in {Path(path).with_name('meshes.py')}; {nearest(name, known)}")
+        raise UserError(f"there is no mesh {name!r} in {_presets_file(path)}; {nearest(name, known)}")
     return known[name]
+
+
+def _presets_file(path: str | Path) -> Path:
+    above = Path(path).absolute().parent.with_name("meshes.py")
+    beside = Path(path).with_name("meshes.py")
+    return beside if beside.exists() or not above.exists() else above
 
 
 def _split_mesh(overrides: list[str]) -> tuple[list[str], list[str]]:
