@@ -80,6 +80,12 @@ def get_config() -> ConfigDict:
     c.fit.optimizer = optimizer("muon", 0.02)
     c.fit.optimizer.adam_learning_rate = 4e-3
 
+    c.cd = ConfigDict()
+    c.cd.variant = "regression"  # of pi_ref's rewards; fudge: their likelihood, and a tilt by log p; q: Bellman targets
+
+    c.vas = ConfigDict()
+    c.vas.td_lambda = 0.95  # of the returns that values are fitted to; 1: the reward itself, 0: the next token's value
+
     c.evaluate = ConfigDict()
     c.evaluate.problems = 500
     c.evaluate.samples = 8  # of pi_ref for each problem: majority of 8, best of 8

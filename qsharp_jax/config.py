@@ -262,6 +262,8 @@ _OPTIMIZER = {
     "end_fraction": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
 }
 
+ALGORITHM_SECTIONS = ("cd", "vas")  # each asked for by a run of the algorithm of its name alone
+
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "rounds": _whole(1),
@@ -307,6 +309,8 @@ RULES: dict[str, Rule] = {
     "fit.warm_start": _TRUTH,
     "fit.future_offsets": _whole(0),
     "fit.future_weight": _NOT_NEGATIVE,
+    "cd.variant": _one_of("regression", "fudge", "q"),
+    "vas.td_lambda": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "evaluate.problems": _whole(1),
     "evaluate.samples": _whole(1),
     "evaluate.etas": _ETAS,

@@ -40,6 +40,8 @@ def check_settings(config: ConfigDict) -> None:
     present = configs.keys(config)
     pretrained = config.get("ref") == "pretrain"
     asked = [key for key in configs.RULES if pretrained or not key.startswith("pretrain.")]
+    others = [f"{name}." for name in configs.ALGORITHM_SECTIONS if name != config.get("algorithm")]
+    asked = [key for key in asked if not key.startswith(tuple(others))]
     if "mesh" not in config:  # of an older version: one device
         asked = [key for key in asked if not key.startswith("mesh.")]
     for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:

@@ -223,6 +223,8 @@ RANGES = {  # key: (allowed, forbidden)
     "fit.warm_start": ([True, False], [0, "yes"]),
     "fit.future_offsets": ([0, 4], [-1]),
     "fit.future_weight": ([0, 0.5], [-1]),
+    "cd.variant": (["regression", "fudge", "q"], ["v", None]),
+    "vas.td_lambda": ([0, 0.95, 1], [-0.1, 1.1, None]),
     "evaluate.problems": ([1], [0]),
     "evaluate.samples": ([1], [0]),
     "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),

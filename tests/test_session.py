@@ -34,6 +34,17 @@ def test_a_workdir_of_before_there_were_meshes(tmp_path):
     session.check(config)
 
 
+def test_a_workdir_of_before_there_were_other_algorithms(tmp_path):
+    """Their sections are asked for where they are used."""
+    config = helpers.session(tmp_path).config
+    with config.unlocked():
+        del config.cd, config.vas
+        session.check(config)
+        config.algorithm = "vas"
+    with pytest.raises(UserError, match="lacks the setting vas.td_lambda"):
+        session.check(config)
+
+
 def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
     """Prompts of 16 tokens and up to 7 new ones: 22 are too few, 23 are enough, and 0 packs nothing."""
     config = changed(tmp_path, "fit.pack_length=22")

@@ -7,25 +7,19 @@
         fit Z by maximum likelihood on all of D
         pi_{k+1}(y|x) ∝ pi_ref(y|x) E_{z ~ Z(x,y)}[exp(z / eta)]
 
-There is no step for the policy: it is pi_ref with the guide beside it. Everything lies in the workdir, so that a run
-that was stopped anywhere goes on from there. It knows nothing about evaluation.
+There is no step for the policy: it is pi_ref with the guide beside it. It knows nothing about evaluation.
 """
 
-import functools
-import time
-import zlib
 from collections.abc import Callable
 
-import numpy as np
+from ml_collections import ConfigDict
 
-from qsharp_jax import dataset, rollouts, score, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Batches, Rollout
-from qsharp_jax.errors import UserError
-from qsharp_jax.models import lora
+from qsharp_jax.algorithms.guides import aggregate, collect, fit
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
+
+__all__ = ["aggregate", "collect", "fit", "mode", "run"]
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
@@ -39,146 +33,6 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
     return guide
 
 
-def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
-    """Roll in with the last round's policy, finish with pi_ref; records go to the workdir, statistics come back."""
-    began = time.monotonic()
-    with session.decoding():
-        decoded = rollouts.collect(
-            ref,
-            guide,
-            session.judge,
-            session.text,
-            session.train_problems(number),
-            session.workdir.rollouts(number),
-            number=number,
-            seed=session.seed("collect"),
-            samples=session.config.collect.samples,
-            eta=session.config.collect.eta,
-            batch_size=session.config.collect.batch_size,
-            shard_rows=session.config.collect.shard_rows,
-            **session.generation_settings(),
-        )
-    rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
-    answered = np.mean([session.task.parse(rollout.text) is not None for rollout in rollouts_])
-    figures = rollouts.statistics(rollouts_) | {"answered": float(answered)}
-    session.workdir.append_metrics(
-        {"phase": f"round {number}: collect", **figures, **decoded, "seconds": time.monotonic() - began}
-    )
-    return figures
-
-
-def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
-    """The rollouts of this round and all before it, of the problems that are to be learned from.
-
-    Raises:
-      UserError: if none are left; and as `dataset.read_rounds`.
-    """
-    folder = session.workdir.path / "rollouts"
-    data = dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
-    if not session.config.collect.drop_no_variation:
-        return data
-    if not (kept := dataset.with_variation(data)):
-        raise UserError(
-            f"collect.drop_no_variation leaves none of {len(data)} rollouts: of every problem all rewards are"
-            f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
-            " collect.samples, with other problems, or without it"
-        )
-    return kept
-
-
-def fit(
-    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
-) -> ValueModel:
-    """A guide fitted to all the data, but for the prompts that are held out to measure it on.
-
-    It starts from `previous`, the guide of the round before, where the config says so and there is one; else from
-    `Session.first_guide`, which may need the reference. It comes back where it was fitted, `Session.for_decoding` moves
-    it on.
-    """
-    config, guide_config = session.config.fit, session.guide_config
-    checkpoints = Checkpoints(session.guide_folder(number))
-    if config.lora_rank and checkpoints.finished():
-        return session.load_guide(number)
-    if config.warm_start and previous is not None:
-        params = previous.params
-    else:
-        params = session.first_guide(ref)
-    if config.future_offsets:
-        future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
-        params = params | {"future": future}
-    if config.lora_rank:
-        params = lora.add(session.key("lora"), params, config.lora_rank, config.lora_alpha)
-    params = session.for_fitting(ValueModel(params, guide_config)).params
-    params, frozen = lora.split(params) if config.lora_rank else (params, {})
-
-    train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
-    learned = [r for r in data if not _is_held_out(r, config.holdout)]
-    held_out = [r for r in data if _is_held_out(r, config.holdout)]
-    if not learned:
-        raise UserError(f"all of {len(data)} rollouts are of prompts that fit.holdout keeps out; lower it")
-    if config.evaluate_every and not held_out:
-        raise UserError(
-            f"fit.evaluate_every is {config.evaluate_every}, and none of {len(data)} rollouts is of a held-out prompt;"
-            " raise fit.holdout, or give 0"
-        )
-    batches = Batches(
-        [dataset.from_rollout(r) for r in learned],
-        rows=config.batch_size,
-        bucket=config.length_bucket,
-        pack_length=config.pack_length,
-        seed=session.seed("fit"),
-    )
-
-    def measure(params: train.Params) -> dict[str, float]:
-        if not held_out:
-            return {}
-        examples, ids = [dataset.from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
-        guide = ValueModel(params, guide_config)
-        return score.quality(
-            guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket, projection=config.projection,
-            clip=config.clip_rewards,
-        )  # fmt: skip
-
-    total_steps = config.epochs * batches.steps_per_epoch
-    optimizer = train.make_optimizer(config.optimizer)
-    with session.fitting():
-        state = train.fit(
-            train.init_state(params, optimizer, frozen),
-            batches,
-            loss_fn=functools.partial(
-                train.value_loss,
-                config=session.fit_config,
-                projection=config.projection,
-                clip=config.clip_rewards,
-                future_weight=config.future_weight,
-                remat=config.remat,
-                attend_by=config.attention,
-                packed=config.pack_length > 0,
-            ),
-            optimizer=optimizer,
-            schedule=train.make_schedule(config.optimizer, total_steps),
-            accumulate=config.accumulate,
-            checkpoints=Checkpoints(session.guide_folder(number) / "lora") if config.lora_rank else checkpoints,
-            loop=train.Loop(
-                name=f"round {number}: fit",
-                total_steps=total_steps,
-                log_every=config.log_every,
-                save_every=config.save_every,
-                log=session.workdir.append_metrics,
-                measure=measure,
-                evaluate_every=config.evaluate_every,
-                patience=config.patience,
-                flops=train.guide_flops(guide_config, config.future_offsets),
-                profile=session.profile_folder(f"round_{number}"),
-            ),
-        )
-    if config.lora_rank:  # its checkpoints are of what is learned; what they make of the trunk is an ordinary guide
-        state = state.replace(params=lora.merged(state.model), frozen={})
-        checkpoints.save(state, final=True)
-        checkpoints.wait()
-    return ValueModel({name: leaf for name, leaf in state.params.items() if name != "future"}, guide_config)
-
-
-def _is_held_out(rollout: Rollout, share: float) -> bool:
-    """By prompt, so that no response to a held-out prompt is learned from in any round."""
-    return zlib.crc32(rollout.prompt_id.encode()) < share * 2**32
+def mode(config: ConfigDict) -> str:
+    """How the guide tilts pi_ref, of `guidance.MODES`."""
+    return "qsharp"

@@ -105,6 +105,12 @@ def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: j
     return jnp.einsum("btd,btmd->btm", hidden, columns, preferred_element_type=jnp.float32)
 
 
+def outputs_of_all(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
+    """A Q-type head's float32 outputs for the whole vocabulary, [..., V, M], from hidden states [..., D]."""
+    outputs = decoder.product(hidden, params["head"]["kernel"], jnp.float32)
+    return outputs.reshape(*hidden.shape[:-1], config.trunk.vocab_size, config.outputs)
+
+
 def forward(
     params: Params,
     config: ValueConfig,

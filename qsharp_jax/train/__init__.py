@@ -3,6 +3,8 @@
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.train.loop import Loop, fit
 from qsharp_jax.train.losses import (
+    Error,
+    Targets,
     check_rewards,
     future_token_loss,
     init_future,
@@ -10,14 +12,17 @@ from qsharp_jax.train.losses import (
     value_loss,
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
-from qsharp_jax.train.speed import guide_flops, language_model_flops
+from qsharp_jax.train.speed import Flops, guide_flops, language_model_flops
 from qsharp_jax.train.step import LossFn, TrainState, init_state, state_shardings, train_step
 
 __all__ = [
+    "Error",
+    "Flops",
     "Loop",
     "LossFn",
     "Params",
     "Schedule",
+    "Targets",
     "TrainState",
     "check_rewards",
     "fit",

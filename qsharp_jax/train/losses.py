@@ -8,6 +8,8 @@ divided by the whole's counts: the parts' losses, metrics and gradients then add
 """
 
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,10 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.train.labelled import labelled_sum
+
+Error = Literal["nll", "squared"]
+# of (params, hidden [B, T, D], batch) -> what the values are fitted to in the place of the reward-to-go, [B, T]
+Targets = Callable[[Params, jax.Array, Batch], jax.Array]
 
 
 def language_model_loss(
@@ -63,6 +69,8 @@ def value_loss(
     whole: Batch | None = None,
     *,
     config: ValueConfig,
+    error: Error = "nll",
+    targets: Targets | None = None,
     projection: values.Projection = "two_hot",
     clip: bool = False,
     future_weight: float = 0.0,
@@ -78,6 +86,8 @@ def value_loss(
 
     Args:
       params: a value model's parameters, with "future" [F, D, V] or without.
+      error: "squared" is half the squared error of the distribution's mean, in place of the likelihood.
+      targets: of what is fitted in place of the observed reward-to-go (`targets.py`), with no gradient through it.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
       remat, attend_by, packed: of the trunk, see `decoder.forward`.
     """
@@ -86,38 +96,46 @@ def value_loss(
         params["trunk"], config.trunk, batch.tokens, batch.segments, batch.positions,
         remat=remat, attend_by=attend_by, packed=packed,
     )  # fmt: skip
+    fitted_to = batch.reward_to_go
+    if targets is not None:
+        fitted_to = targets(*jax.lax.stop_gradient((params, hidden)), batch)
     sums = labelled_sum(
-        functools.partial(_reward_to_go, config=config, projection=projection, clip=clip),
+        functools.partial(_reward_to_go, config=config, error=error, projection=projection, clip=clip),
         {"head": params["head"]},
         value.read_from(config, hidden, batch.tokens, batch.segments),
-        (batch.tokens, batch.reward_to_go),
+        (batch.tokens, fitted_to, batch.reward_to_go),
         batch.label_mask,
         width=config.outputs * (config.trunk.embed if config.type == "q" else 1),
     )
-    nll, brier = (total / jnp.maximum(whole.label_mask.sum(), 1) for total in sums)
-    metrics = {"nll": nll, "brier": brier}
+    loss, brier = (total / jnp.maximum(whole.label_mask.sum(), 1) for total in sums)
+    metrics = {error: loss, "brier": brier}
     if "future" not in params:
-        return nll, metrics
+        return loss, metrics
     future = future_token_loss(params["future"], hidden, batch, whole)
-    return nll + future_weight * future, metrics | {"future_nll": future}
+    return loss + future_weight * future, metrics | {"future_nll": future}
 
 
 def _reward_to_go(
     params: Params,
     hidden: jax.Array,
-    targets: tuple[jax.Array, jax.Array],
+    of_tokens: tuple[jax.Array, jax.Array, jax.Array],
     mask: jax.Array,
     *,
     config: ValueConfig,
+    error: Error,
     projection: values.Projection,
     clip: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the mask: of the negative log-likelihood, and of the mean's squared error."""
-    tokens, reward_to_go = targets
+    """Sums over the mask: of the error, and of the squared difference between mean and observed reward-to-go."""
+    tokens, fitted_to, reward_to_go = of_tokens
     outputs = value.read(params, config, hidden, tokens)
     distribution = values.from_outputs(config.distribution, outputs, config.atoms)
-    nll = values.nll(distribution, reward_to_go, projection=projection, clip=clip)
-    return tuple(jnp.where(mask, x, 0).sum() for x in (nll, (distribution.mean() - reward_to_go) ** 2))
+    mean = distribution.mean()
+    if error == "squared":
+        loss = 0.5 * (mean - fitted_to) ** 2
+    else:
+        loss = values.nll(distribution, fitted_to, projection=projection, clip=clip)
+    return tuple(jnp.where(mask, x, 0).sum() for x in (loss, (mean - reward_to_go) ** 2))
 
 
 def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:

@@ -1,0 +1,94 @@
+"""CD: "Controlled Decoding from Language Models" (Mudgal et al., arXiv 2310.17022); with FUDGE (arXiv 2104.05218).
+
+    D <- rollouts of pi_ref (x, y), with their rewards r
+    fit V to D, at every token y_t:
+        regression   min (V(x, y_1..t) - r)^2 / 2                                         (the paper's CD-FUDGE)
+        fudge        max r log V(x, y_1..t) + (1 - r) log(1 - V(x, y_1..t))               (FUDGE itself)
+        q            min (V(x, y_1..t) - v_t)^2 / 2,   v_t = r at the last token, and before it
+                         v_t = E_{z ~ pi_ref}[V(x, y_1..t z)], with no gradient           (CD-Q)
+    pi(y|x) ∝ pi_ref(y|x) exp(V(x, y) / eta);   of fudge: pi_ref(y|x) V(x, y)
+
+It learns from pi_ref's rollouts alone. They are collected and fitted in as many rounds as Q#'s, each round's fit on all
+so far, so that both have as many rollouts and as many steps.
+"""
+
+import functools
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from qsharp_jax import train
+from qsharp_jax.algorithms import guides
+from qsharp_jax.algorithms.guides import aggregate
+from qsharp_jax.dataset import Rollout
+from qsharp_jax.errors import UserError
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.session import Session
+from qsharp_jax.train import targets
+
+
+def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
+    """Controlled Decoding; `after_round` is told each round's number and guide."""
+    guide = None
+    for number in range(1, session.config.rounds + 1):
+        collect(session, number, ref)
+        data = aggregate(session, number)
+        guide = session.for_decoding(fit(session, number, ref, data, guide))
+        after_round(number, guide)
+    return guide
+
+
+def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None = None) -> dict[str, float]:
+    """pi_ref's rollouts, whatever guide there is."""
+    return guides.collect(session, number, ref, None)
+
+
+def fit(
+    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+) -> ValueModel:
+    """As `guides.fit`, by the loss of `config.cd.variant`."""
+    fitted = functools.partial(guides.fit, session, number, ref, data, previous)
+    match session.config.cd.variant:
+        case "regression":
+            return fitted(error="squared")  # (V - r)^2 / 2
+        case "fudge":
+            return fitted(error="nll")  # -(r log V + (1 - r) log(1 - V))
+    ref = session.for_fitting(session.load_ref() if ref is None else ref)
+    settings = session.config.generate
+    backups = functools.partial(  # v_t = E_{z ~ pi_ref}[V(x, y_1..t z)]
+        targets.bellman,
+        config=session.fit_config,
+        ref_config=ref.config,
+        sampling={name: settings[name] for name in ("temperature", "top_k", "top_p")},
+        vocab_size=session.text.vocab_size,
+        attend_by=session.config.fit.attention,
+        packed=session.config.fit.pack_length > 0,
+    )
+    return fitted(error="squared", targets=backups, beside={"ref": ref.params}, flops=_flops(session))
+
+
+def _flops(session: Session) -> train.Flops:
+    """Of a step of CD-Q: beside the guide's, pi_ref's forward pass (a third of a training's) and V of all tokens."""
+    config, guide = session.guide_config, train.guide_flops(session.guide_config, session.config.fit.future_offsets)
+    ref, head = train.language_model_flops(session.ref_config), 2 * config.trunk.embed * config.trunk.vocab_size
+    return lambda batch: guide(batch) + ref(batch) / 3 + head * config.outputs * int((batch.segments > 0).sum())
+
+
+def mode(config: ConfigDict) -> str:
+    """How the guide tilts pi_ref, of `guidance.MODES`: by V / eta, or by log V."""
+    return "expectation" if config.cd.variant == "fudge" else "cd"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError unless the variant goes with the guide's head."""
+    if config.cd.variant == "fudge" and config.value.distribution != "bernoulli":
+        raise UserError(
+            f"config.cd.variant fudge learns a probability, and config.value.distribution is"
+            f" {config.value.distribution}; give bernoulli, or the variant regression"
+        )
+    if config.cd.variant == "q" and config.value.type != "q":
+        raise UserError(
+            "config.cd.variant q takes the mean over all next tokens, which a Q-type guide gives in one pass; give"
+            " config.value.type=q, or config.algorithm=vas with td_lambda 0, which takes the rollout's next token alone"
+        )

@@ -1,0 +1,53 @@
+"""VAS, "Value Augmented Sampling for Language Model Alignment and Personalization" (Han et al., arXiv 2405.06639).
+
+    D <- rollouts of pi_ref (x, y), with their rewards r
+    fit V to D by TD(lambda): at every token y_t
+        min (V(x, y_1..t) - G_t)^2 / 2,   G_t = r at the last token, and before it
+            G_t = (1 - lambda) V(x, y_1..t+1) + lambda G_t+1, with no gradient
+    pi(y|x) ∝ pi_ref(y|x) exp(V(x, y) / eta) on the likeliest tokens under pi_ref
+
+lambda 1 is the regression of CD. It learns from pi_ref's rollouts alone, in as many rounds as Q# (see `cd.py`); several
+guides, each of its own reward, can be composed when decoding, see `generate`.
+"""
+
+import functools
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from qsharp_jax.algorithms import guides
+from qsharp_jax.algorithms.guides import aggregate
+from qsharp_jax.dataset import Rollout
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.session import Session
+from qsharp_jax.train import targets
+
+
+def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
+    """Value Augmented Sampling; `after_round` is told each round's number and guide."""
+    guide = None
+    for number in range(1, session.config.rounds + 1):
+        collect(session, number, ref)
+        data = aggregate(session, number)
+        guide = session.for_decoding(fit(session, number, ref, data, guide))
+        after_round(number, guide)
+    return guide
+
+
+def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None = None) -> dict[str, float]:
+    """pi_ref's rollouts, whatever guide there is."""
+    return guides.collect(session, number, ref, None)
+
+
+def fit(
+    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+) -> ValueModel:
+    """As `guides.fit`, to the lambda-returns of `config.vas.td_lambda`."""
+    returns = functools.partial(targets.td_lambda, config=session.fit_config, decay=session.config.vas.td_lambda)  # G_t
+    return guides.fit(session, number, ref, data, previous, error="squared", targets=returns)  # (V - G)^2 / 2
+
+
+def mode(config: ConfigDict) -> str:
+    """How the guide tilts pi_ref, of `guidance.MODES`: by V / eta."""
+    return "cd"
