@@ -14,7 +14,7 @@ import numpy as np
 
 from qsharp_jax import dataset, processes, sharding
 from qsharp_jax.dataset import Rollout
-from qsharp_jax.generate import Generation, for_decoding, generate
+from qsharp_jax.generate import Generation, Guide, for_decoding, generate
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.progress import Bar
@@ -24,7 +24,7 @@ from qsharp_jax.text import Text
 
 def sample(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     prompts: Sequence[Sequence[int]],
     *,
     seeds: np.ndarray,

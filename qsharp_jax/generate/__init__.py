@@ -3,7 +3,17 @@
 It takes and gives token ids; it knows nothing about text, tasks or rewards.
 """
 
-from qsharp_jax.generate.api import PROMPT_BUCKET, Run, cache_size, caches, for_decoding, generate, row_seeds, stream
+from qsharp_jax.generate.api import (
+    PROMPT_BUCKET,
+    Guide,
+    Run,
+    cache_size,
+    caches,
+    for_decoding,
+    generate,
+    row_seeds,
+    stream,
+)
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
@@ -14,6 +24,7 @@ __all__ = [
     "RECORDED",
     "Controls",
     "Generation",
+    "Guide",
     "Record",
     "Run",
     "Settings",
