@@ -16,7 +16,7 @@ import numpy as np
 
 from qsharp_jax import dataset, processes
 from qsharp_jax.dataset import Rollout
-from qsharp_jax.generate import ContinuousBatch, Generation, for_decoding
+from qsharp_jax.generate import ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.judging import Judge
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
@@ -27,7 +27,7 @@ from qsharp_jax.text import Text
 
 def sample(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     prompts: Sequence[Sequence[int]],
     *,
     seeds: np.ndarray,
@@ -128,21 +128,22 @@ def collect(
 
     batches: list[ContinuousBatch] = []
     ended = defaultdict(dict)  # by shard and place, while they are judged
-    writer, writing = ThreadPoolExecutor(1), None  # decoding goes on while a shard's last judgements are waited for
     made = responses(
         ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
         **settings | {"record": ()},
     )  # fmt: skip
-    for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
-        place, prompt = places[index], prompts[index // samples]
-        shard = place // samples // step
-        ended[shard][place] = rollout(place, prompt, switch, response, draws[index])
-        if len(ended[shard]) == len(shards[shard]) * samples:
-            if writing:
-                writing.result()
-            writing = writer.submit(_write, folder, shard, ended.pop(shard))
-    if writing:
-        writing.result()
+    with ThreadPoolExecutor(1) as writer:  # decoding goes on while a shard's last judgements are waited for
+        writing = None
+        for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
+            place, prompt = places[index], prompts[index // samples]
+            shard = place // samples // step
+            ended[shard][place] = rollout(place, prompt, switch, response, draws[index])
+            if len(ended[shard]) == len(shards[shard]) * samples:
+                if writing:
+                    writing.result()
+                writing = writer.submit(_write, folder, shard, ended.pop(shard))
+        if writing:
+            writing.result()
     processes.wait_for_all(f"rollouts of round {number}")
     totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches])
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}

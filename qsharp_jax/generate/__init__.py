@@ -4,7 +4,17 @@ they consist of.
 It takes and gives token ids; it knows nothing about text, tasks or rewards.
 """
 
-from qsharp_jax.generate.api import PROMPT_BUCKET, Run, cache_size, caches, for_decoding, generate, row_seeds, stream
+from qsharp_jax.generate.api import (
+    PROMPT_BUCKET,
+    Guide,
+    Run,
+    cache_size,
+    caches,
+    for_decoding,
+    generate,
+    row_seeds,
+    stream,
+)
 from qsharp_jax.generate.continuous import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
@@ -17,6 +27,7 @@ __all__ = [
     "ContinuousBatch",
     "Controls",
     "Generation",
+    "Guide",
     "Record",
     "Run",
     "Settings",

@@ -22,6 +22,8 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
+Guide = ValueModel | LanguageModel  # a policy of its own may be in the value model's place
+
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
 
@@ -31,16 +33,13 @@ def for_decoding(model: Any) -> Any:
 
     On a CPU the weights are transposed as well, see `decoder.unstack`.
     """
-    trunk = model.params.get("trunk", model.params)
-    if isinstance(trunk["layers"], list):
+    if isinstance(value.trunk(model).params["layers"], list):
         return model
     unstack = value.unstack if isinstance(model, ValueModel) else decoder.unstack
     return model.replace(params=unstack(model.params, transposed=decoder.transposed_here()))
 
 
-def generate(
-    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], **settings: Any
-) -> Generation:
+def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence[int]], **settings: Any) -> Generation:
     """Samples responses to prompts from the guided policy.
 
     As in the paper's program and in Hugging Face's order, the tilt comes first, then temperature, then top-k and top-p.
@@ -51,7 +50,9 @@ def generate(
 
     Args:
       ref: the frozen reference model.
-      guide: the value model; None, or eta = inf for all rows, gives exactly the reference, and then no guide runs.
+      guide: the value model; None, or eta = inf for all rows, gives exactly the reference, and then no guide runs. A
+        language model in its place is a policy of its own: its logits are sampled, whatever eta is, with the reference
+        beside it for its log-probabilities and the KL. Its weights are data: they may change from call to call.
       prompts: B lists of token ids, each of at least one token.
       eta: weight of the KL to the reference, > 0, in units of reward; a number or one a row. Small is strong guidance.
         By default inf.
@@ -83,7 +84,7 @@ def generate(
 
 
 def stream(
-    ref: LanguageModel, guide: ValueModel | None, prompts: Sequence[Sequence[int]], **settings: Any
+    ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
     run = Run(ref, guide, prompts, **settings)
@@ -106,7 +107,7 @@ class Run:
     def __init__(
         self,
         ref: LanguageModel,
-        guide: ValueModel | None,
+        guide: Guide | None,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -134,7 +135,7 @@ class Run:
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
         self.state = first_state(
             fill(self.ref.params, ref.config),
-            None if guide is None else fill(self.guide.params["trunk"], guide.config.trunk),
+            None if guide is None else fill(value.trunk(self.guide).params, value.trunk(guide).config),
             np.repeat(padded, samples, axis=0),
             np.repeat(start, samples),
             steps,
@@ -145,12 +146,12 @@ class Run:
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""
         state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
-        return to_generation(state, self.max_new_tokens, guided=self.guide is not None)
+        return to_generation(state, self.max_new_tokens, guided=isinstance(self.guide, ValueModel))
 
 
 def checked(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     prompts: Sequence[Sequence[int]],
     *,
     eta: Any = jnp.inf,
@@ -170,7 +171,7 @@ def checked(
     candidate_threshold: float = 1e-3,
     record: Collection[str] = RECORDED,
     prompt_bucket: int,
-) -> tuple[ValueModel | None, Controls, Settings]:
+) -> tuple[Guide | None, Controls, Settings]:
     """The guide, None where none runs, and the loop's controls and settings from the arguments of `generate`.
 
     `rows` are those of the loop; controls have an entry for each of the prompts' samples.
@@ -206,11 +207,13 @@ def checked(
             "0 or more, and less than 2^32 where it is one a row",
         ).astype(np.uint32),
     )
-    if guide is not None and np.isinf(controls.eta).all():
+    if isinstance(guide, ValueModel) and np.isinf(controls.eta).all():
         guide = None
     vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
+    if isinstance(guide, ValueModel):
+        _check_guide(guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
     if guide is not None:
-        _check_guide(ref.config, guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
+        _check_vocabulary(ref, guide, vocab_size)
     _check_prompts(ref, guide, prompts, controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
     settings = Settings(
         stop_ids=tuple(stop_ids),
@@ -246,12 +249,12 @@ def to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Generat
         ref_log_probs=record.ref_log_prob,
         kl=record.kl,
         kl_truncated=record.kl_truncated,
-        values=None if record.value is None else _values(record, state.length, guided=guided),
+        values=None if record.value is None else _values(record, state.length, guided),
     )
 
 
-def _values(record: Record, lengths: np.ndarray, *, guided: bool) -> np.ndarray:
-    """[R, N]: the guide's mean at every token, nan without a guide and past the end.
+def _values(record: Record, lengths: np.ndarray, guided: bool) -> np.ndarray:
+    """[R, N]: the guide's mean at every token, nan without a value model and past the end.
 
     A V-type reads a token's value when it was a candidate; one that was not is read a step later, as pending.
     """
@@ -311,7 +314,7 @@ def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: 
 
 def _check_prompts(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     prompts: Sequence[Sequence[int]],
     budget: np.ndarray,
     vocab_size: int,
@@ -321,7 +324,7 @@ def _check_prompts(
         raise UserError("there are no prompts; give at least one")
     positions = {"reference": ref.config.max_positions}
     if guide is not None:
-        positions["guide"] = guide.config.trunk.max_positions
+        positions["guide"] = value.trunk(guide).config.max_positions
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty; a prompt needs at least one token")
@@ -335,28 +338,35 @@ def _check_prompts(
                 )
 
 
-def check_memory(ref: LanguageModel, guide: ValueModel | None, rows: int, size: int) -> None:
+def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) -> None:
     """That the caches fit beside the weights, which are there already."""
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     if guide is not None:
-        configs["guide"], weights["the guide's weights"] = guide.config.trunk, guide.params
+        configs["guide"], weights["the guide's weights"] = value.trunk(guide).config, guide.params
     memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), held=weights)
 
 
-def _check_guide(
-    ref: DecoderConfig, guide: ValueConfig, mode: str, vocab_size: int, candidates: int, slots: float | None
-) -> None:
+def _check_vocabulary(ref: LanguageModel, guide: Guide, vocab_size: int) -> None:
+    # Embeddings of one vocabulary may be padded to different sizes.
+    theirs, guides = ref.config.vocab_size, value.trunk(guide).config.vocab_size
+    if vocab_size > min(theirs, guides):
+        raise UserError(
+            f"the guide's vocabulary has {guides} entries, the reference's {theirs}, of which {vocab_size} are in use;"
+            " use a guide with the reference's vocabulary"
+        )
+    if isinstance(guide, LanguageModel) and guides != theirs:
+        raise UserError(
+            f"the policy has {guides} tokens in its embedding, the reference {theirs}; their logits are compared token"
+            " by token, so pad them to one size"
+        )
+
+
+def _check_guide(guide: ValueConfig, mode: str, vocab_size: int, candidates: int, slots: float | None) -> None:
     never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
     if mode == "expectation" and not never_negative:
         raise UserError(
             'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
             " bernoulli guide, or a categorical one with atoms of 0 and more"
-        )
-    # Embeddings of one vocabulary may be padded to different sizes.
-    if vocab_size > min(ref.vocab_size, guide.trunk.vocab_size):
-        raise UserError(
-            f"the guide's vocabulary has {guide.trunk.vocab_size} entries, the reference's {ref.vocab_size}, of which"
-            f" {vocab_size} are in use; use a guide with the reference's vocabulary"
         )
     if not 1 <= candidates <= vocab_size:
         raise UserError(f"top_k_candidates is {candidates}; it must be in 1 .. {vocab_size}")

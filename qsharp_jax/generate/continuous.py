@@ -20,7 +20,7 @@ from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
 from qsharp_jax.generate.state import Controls, Generation, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
-from qsharp_jax.models import kv_cache
+from qsharp_jax.models import kv_cache, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -79,7 +79,7 @@ def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
 def decode_until_free(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: api.Guide | None,
     state: State,
     controls: Controls,
     enough: jax.Array | int,
@@ -120,7 +120,7 @@ class ContinuousBatch:
     def __init__(
         self,
         ref: LanguageModel,
-        guide: ValueModel | None,
+        guide: api.Guide | None,
         prompts: Sequence[Sequence[int]],
         *,
         rows: int,
@@ -149,7 +149,8 @@ class ContinuousBatch:
         size = api.cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
         api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
-        trunk = None if self._guide is None else self._guide.config.trunk
+        self._trunk = None if self._guide is None else value.trunk(self._guide)
+        trunk = None if self._trunk is None else self._trunk.config
         self._state = empty_state(ref.config, trunk, rows, size, max_new_tokens, self._settings)
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._budget = np.zeros(rows, np.int32)
@@ -205,7 +206,7 @@ class ContinuousBatch:
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=padded.shape[1] - 1)
         self._waiting = Waiting(
             ref_cache=fill(self._ref.params, self._ref.config),
-            guide_cache=None if self._guide is None else fill(self._guide.params["trunk"], self._guide.config.trunk),
+            guide_cache=None if self._trunk is None else fill(self._trunk.params, self._trunk.config),
             pending=jnp.asarray(padded[:, -1]),
             previous=jnp.asarray([prompt[-2] if len(prompt) > 1 else -1 for prompt in filled], jnp.int32),
         )
@@ -227,4 +228,4 @@ class ContinuousBatch:
         self.tokens += int(length[rows].sum())
         kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
         kept = jax.tree.map(lambda leaf: leaf[rows], jax.device_get(kept))
-        return places, api.to_generation(kept, self._new, guided=self._guide is not None)
+        return places, api.to_generation(kept, self._new, guided=isinstance(self._guide, ValueModel))

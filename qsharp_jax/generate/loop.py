@@ -48,7 +48,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
 def decode(
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: ValueModel | LanguageModel | None,
     state: State,
     controls: Controls,
     *,

@@ -1,7 +1,9 @@
 """One step of guided decoding: score the pending token and the candidates, tilt, sample.
 
 pi(y|x) ∝ pi_ref(y|x) E_{z~Z(x,y)}[exp(z/eta)] at every token (arXiv 2502.20548, Theorem 4.4), with one pass of the
-reference and one of the guide. Shapes: B rows, V vocabulary, K candidates, M outputs of the guide, S shared slots.
+reference and one of the guide. A guide that is a policy of its own is sampled as it is, and the reference runs beside
+it for its log-probabilities and the KL.
+Shapes: B rows, V vocabulary, K candidates, M outputs of the guide, S shared slots.
 """
 
 import functools
@@ -21,23 +23,21 @@ from qsharp_jax.models.value import ValueModel
 
 
 def decode_one_token(
-    ref: LanguageModel, guide: ValueModel | None, state: State, controls: Controls, settings: Settings
+    ref: LanguageModel, guide: ValueModel | LanguageModel | None, state: State, controls: Controls, settings: Settings
 ) -> tuple[State, Record]:
     """One step for every row: score the pending token, tilt, sample the next one.
 
-    The reference sees the pending token; the guide sees it and the K likeliest candidates in the same pass.
+    The reference sees the pending token; a value model sees it and the K likeliest candidates in the same pass, a
+    policy it alone.
     """
-    hidden, ref_cache = advance(ref.params, ref.config, state.ref_cache, state.pending, state.previous)
-    ref_logits = decoder.logits(ref.params, ref.config, hidden[:, 0])  # [B, V]
-    if settings.vocab_size < ref_logits.shape[-1]:
-        ref_logits = jnp.where(jnp.arange(ref_logits.shape[-1]) < settings.vocab_size, ref_logits, -jnp.inf)
-    # On a mesh that divides the vocabulary each device then takes whole rows: one all-to-all, in place of a sum over
-    # devices for every sum over the vocabulary, of which truncation alone has 64.
-    ref_logits = sharding.whole_rows(sharding.constrain(ref_logits, "stream", "vocab"))
+    ref_logits, ref_cache = next_logits(ref, state.ref_cache, state, settings)
     active = state.active(controls)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
-    if guide is not None:
+    guided = isinstance(guide, ValueModel)
+    if isinstance(guide, LanguageModel):
+        logits, guide_cache = next_logits(guide, state.guide_cache, state, settings)
+    elif guided:
         candidates = guidance.top_candidates(ref_logits, settings.candidates)  # [B, K]
         packing = None
         if settings.slots:
@@ -67,9 +67,7 @@ def decode_one_token(
         kl = none if guide is None else guidance.kl(policy, ref_policy)
         new = new.replace(kl=kl, kl_truncated=guidance.kl(truncated, ref_policy) if settings.truncate else kl)
     if "values" in settings.record:
-        new = new.replace(
-            value=none if guide is None else mean_of(token), pending_value=none if guide is None else pending_value
-        )
+        new = new.replace(value=mean_of(token) if guided else none, pending_value=pending_value if guided else none)
 
     stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
     # Rows that have ended go on computing on a harmless token; nothing of it is kept.
@@ -85,6 +83,17 @@ def decode_one_token(
         step=state.step + 1,
     )
     return state, new
+
+
+def next_logits(model: LanguageModel, cache: KVCache, state: State, settings: Settings) -> tuple[jax.Array, KVCache]:
+    """Float32 logits [B, V] of the token after the pending one, -inf at ids that pad the embedding; and the cache."""
+    hidden, cache = advance(model.params, model.config, cache, state.pending, state.previous)
+    logits = decoder.logits(model.params, model.config, hidden[:, 0])
+    if settings.vocab_size < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.vocab_size, logits, -jnp.inf)
+    # On a mesh that divides the vocabulary each device then takes whole rows: one all-to-all, in place of a sum over
+    # devices for every sum over the vocabulary, of which truncation alone has 64.
+    return sharding.whole_rows(sharding.constrain(logits, "stream", "vocab")), cache
 
 
 def advance(

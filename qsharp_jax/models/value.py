@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.models.decoder import Params
+from qsharp_jax.models.decoder import LanguageModel, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,11 @@ class ValueModel:
 
     params: Params
     config: ValueConfig = flax.struct.field(pytree_node=False)
+
+
+def trunk(model: ValueModel | LanguageModel) -> LanguageModel:
+    """The decoder below a value model's head; of a language model itself."""
+    return LanguageModel(model.params["trunk"], model.config.trunk) if isinstance(model, ValueModel) else model
 
 
 def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
