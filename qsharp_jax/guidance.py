@@ -7,7 +7,7 @@ too. Shapes: B batch, V vocabulary, K candidates; logits are float32, and eta, t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import flax.struct
@@ -115,6 +115,19 @@ def zero_log_weight(eta: jax.Array, mode: str) -> jax.Array:
     """
     chex.assert_rank(eta, 1)
     return jnp.where((mode == "expectation") & jnp.isfinite(eta), -jnp.inf, jnp.zeros_like(eta))
+
+
+def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
+    """sum_g weights[:, g] parts[g] over guides: G arrays [B, ...], [B, G] -> [B, ...].
+
+    Of log-weights it is a product of tilts, each to the power of its guide's weight: of CD's and VAS's, the tilt by the
+    weighted sum of rewards.
+    """
+    chex.assert_rank(weights, 2)
+    chex.assert_shape(weights, (len(parts[0]), len(parts)))
+    chex.assert_equal_shape(parts)
+    across = (-1, *(1,) * (parts[0].ndim - 1))
+    return sum(weights[:, g].reshape(across) * part for g, part in enumerate(parts))
 
 
 def tilt(

@@ -139,7 +139,8 @@ def check(config: ConfigDict, text: Text) -> None:
     """
     ref, guide = folder(config, "ref"), folder(config, "guide")
     shapes = {"reference": ref_config(config, text), "guide": guide_config(config, text).trunk}
-    check_vocabulary(text, shapes, guide, f"the tokenizer in {ref}" if ref else "the task's tokenizer")
+    whose = f"the tokenizer in {ref}" if ref else "the task's tokenizer"
+    check_vocabulary(text, shapes, [guide] if guide else [], whose)
     if ref:
         hf.check_weights(ref, "ref")
     if guide:

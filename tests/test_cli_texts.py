@@ -128,6 +128,18 @@ def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     assert text.startswith(made[0]["response"].rstrip("\ufffd")) and text.endswith("\n") and len(text) > NEW
 
 
+def test_several_guides_are_composed_by_their_weights(models, tmp_path, capfd):
+    """Weights of 1 and 0 are the first guide alone; 0.5 twice, of the same guide, too; 1 and 1 are another tilt."""
+    ref, guide = models
+    one = ("generate", "--ref", ref, "--guide", guide)
+    arguments = (PROMPT, "--eta", "0.1", "--seed", "4", *FEW)
+    (alone,) = stdout_lines(capfd, *one, *arguments)
+    for weights, same in (("1,0", True), ("0.5,0.5", True), ("1,1", False)):
+        (line,) = stdout_lines(capfd, *one, "--guide", guide, "--weights", weights, *arguments)
+        assert (line["tokens"] == alone["tokens"] and np.allclose(line["kl"], alone["kl"], atol=1e-5)) == same
+    assert sum(alone["kl"]) > 1e-2
+
+
 # --- score ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +197,10 @@ def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
         (("score", *files, "--ref", ref, "--guide", guide, "--workdir", tmp_path), "by --ref and --guide, not both"),
         (("generate", PROMPT, "--guide", guide), "--guide needs the reference"),
         (("generate", PROMPT, "--ref", ref, "--eta", "0.5"), "--eta 0.5 needs a guide"),
+        (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2), "there are 2 --guide and 0 --weights"),
+        (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "1,2"), "1 --guide and 2 --weights"),
+        (("generate", PROMPT, "--workdir", tmp_path, "--weights", "1,2"), "0 --guide and 2 --weights"),
+        (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2, "--weights", "a"), "is not a list of numbers"),
         (("generate", PROMPT, "--ref", ref, "--config", "x.py"), "--config goes with --workdir"),
         (("generate", PROMPT, "--ref", ref, "--config.seed=1"), "--config goes with --workdir"),
         (("generate", PROMPT, "--ref", ref, "--wat"), "unknown argument '--wat'"),

@@ -195,10 +195,16 @@ def _add_profile(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_folders(sub: argparse.ArgumentParser) -> None:
+def _add_folders(sub: argparse.ArgumentParser, *, several_guides: bool = False) -> None:
     sub.add_argument("--workdir", metavar="DIR", help="a run's folder: its reference and its last guide")
     sub.add_argument("--ref", metavar="DIR", help="folder of the reference model")
-    sub.add_argument("--guide", metavar="DIR", help="folder of the guide")
+    if several_guides:
+        sub.add_argument(
+            "--guide", metavar="DIR", action="append",
+            help="folder of the guide; may be given several times, with --weights: their tilts are then multiplied",
+        )  # fmt: skip
+    else:
+        sub.add_argument("--guide", metavar="DIR", help="folder of the guide")
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"),
         help="of weights and computation; by default bfloat16 for a folder whose config.json says so, else float32",
@@ -212,7 +218,11 @@ def _add_folders(sub: argparse.ArgumentParser) -> None:
 def _add_generate(sub: argparse.ArgumentParser) -> None:
     d = texts.DEFAULTS
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
-    _add_folders(sub)
+    _add_folders(sub, several_guides=True)
+    sub.add_argument(
+        "--weights", type=_numbers, metavar="LIST",
+        help="of several guides, as 0.7,0.3: what each one's logarithm of the tilt is multiplied by",
+    )  # fmt: skip
     _add_config(sub)
     sub.add_argument(
         "--input", metavar="FILE", help='a prompt a line, or (.jsonl) JSON lines with a "prompt"; - is standard input'
@@ -266,11 +276,15 @@ def _ids(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
 
 
-def _etas(text: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     try:
-        etas = [float(item) for item in text.split(",")]
+        return [float(item) for item in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as 0.5,0.1") from None
+
+
+def _etas(text: str) -> list[float]:
+    etas = _numbers(text)
     if not all(eta >= configs.LEAST_ETA for eta in etas):
         raise argparse.ArgumentTypeError(f"{text!r}: every eta must be at least {configs.LEAST_ETA:g}")
     return etas

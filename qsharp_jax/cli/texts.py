@@ -34,6 +34,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     models = _models(workdir, options)
     settings = _all_settings(models, workdir, given)
     guided = not all(map(math.isinf, etas))
+    settings["weights"] = options.weights if guided else None
     encoded = _encode(models, prompts, settings["max_new_tokens"], guided)
     if options.output:
         _check_output(options.output)
@@ -41,7 +42,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
     each = len(etas) * options.samples
     together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
-    names = ("reference", "guide") if guided else ("reference",)
+    names = list(models.configs) if guided else ["reference"]
     _check_memory(models, names, rows // each * each if together else rows, max(map(len, encoded)), settings)
     ref, guide = models.load_ref(), models.load_guide() if guided else None
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
@@ -155,6 +156,13 @@ def check_source(options: argparse.Namespace) -> None:
         raise UserError("there are no models; give a run by --workdir, or models' folders by --ref and --guide")
     if options.name == "generate" and folders == ["--guide"]:
         raise UserError("--guide needs the reference that it guides; give --ref")
+    if (guides := len(_guides(options))) > 1 or getattr(options, "weights", None):
+        given = len(options.weights or [])
+        if guides < 2 or guides != given:
+            raise UserError(
+                f"there are {guides} --guide and {given} --weights; to compose guides give each by a --guide of its"
+                " own, and as many --weights, as 0.7,0.3"
+            )
     for name in ("dtype", "prompt_format", "stop_ids"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
@@ -170,11 +178,16 @@ def _models(workdir: Workdir | None, options: argparse.Namespace):
 
     return Folders(
         options.ref and Path(options.ref),
-        options.guide and Path(options.guide),
+        _guides(options),
         dtype=options.dtype,
         prompt_format=options.prompt_format or "plain",
         stop_ids=getattr(options, "stop_ids", None),
     )
+
+
+def _guides(options: argparse.Namespace) -> list[Path]:
+    """Of `generate` several may be given."""
+    return [Path(guide) for guide in ([options.guide] if isinstance(options.guide, str) else options.guide or [])]
 
 
 # --- What `generate` is given ---------------------------------------------------------------------------------------

@@ -6,18 +6,18 @@ It takes and gives token ids; it knows nothing about text, tasks or rewards.
 
 from qsharp_jax.generate.api import (
     PROMPT_BUCKET,
-    Guide,
     Run,
     cache_size,
     caches,
     for_decoding,
     generate,
+    guide_names,
     row_seeds,
     stream,
 )
 from qsharp_jax.generate.continuous import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
+from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Record, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "first_state",
     "for_decoding",
     "generate",
+    "guide_names",
     "prefill",
     "row_seeds",
     "stream",

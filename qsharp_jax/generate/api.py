@@ -15,14 +15,12 @@ import numpy as np
 from qsharp_jax import guidance, sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import RECORDED, Controls, Generation, Record, Settings, State, first_state
+from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Record, Settings, State, first_state
 from qsharp_jax.models import decoder, kv_cache, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
-
-Guide = ValueModel | LanguageModel  # a policy of its own may be in the value model's place
 
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
@@ -51,9 +49,11 @@ def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence
     Args:
       ref: the frozen reference model.
       guide: the value model; None, or eta = inf for all rows, gives exactly the reference, and then no guide runs. A
-        language model in its place is a policy of its own: its logits are sampled, whatever eta is, with the reference
-        beside it for its log-probabilities and the KL. Its weights are data: they may change from call to call.
+        tuple of several, of one type, composes them: their log-weights are added, each times its weight. A language
+        model in its place is a policy of its own: its logits are sampled, whatever eta is, with the reference beside it
+        for its log-probabilities and the KL. Its weights are data: they may change from call to call.
       prompts: B lists of token ids, each of at least one token.
+      weights: of several guides, one number each, or [rows, guides] with such numbers for each row.
       eta: weight of the KL to the reference, > 0, in units of reward; a number or one a row. Small is strong guidance.
         By default inf.
       temperature: >= 0; 0 takes the most probable token. A number or one a row, by default 1.
@@ -130,12 +130,12 @@ class Run:
         padded, start = pad(prompts, prompt_bucket)
         steps = _steps(max_new_tokens)
         size = cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
-        self.ref, self.guide = for_decoding(ref), None if guide is None else for_decoding(guide)
+        self.ref, self.guide = for_decoding(ref), value.each(for_decoding, guide)
         check_memory(self.ref, self.guide, rows, size)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
         self.state = first_state(
             fill(self.ref.params, ref.config),
-            None if guide is None else fill(value.trunk(self.guide).params, value.trunk(guide).config),
+            value.each(lambda model: fill(value.trunk(model).params, value.trunk(model).config), self.guide),
             np.repeat(padded, samples, axis=0),
             np.repeat(start, samples),
             steps,
@@ -146,7 +146,7 @@ class Run:
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""
         state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
-        return to_generation(state, self.max_new_tokens, guided=isinstance(self.guide, ValueModel))
+        return to_generation(state, self.max_new_tokens, guided=isinstance(self.guide, ValueModel | tuple))
 
 
 def checked(
@@ -154,6 +154,7 @@ def checked(
     guide: Guide | None,
     prompts: Sequence[Sequence[int]],
     *,
+    weights: Any = None,
     eta: Any = jnp.inf,
     temperature: Any = 1.0,
     top_k_candidates: int = 20,
@@ -207,13 +208,16 @@ def checked(
             "0 or more, and less than 2^32 where it is one a row",
         ).astype(np.uint32),
     )
-    if isinstance(guide, ValueModel) and np.isinf(controls.eta).all():
+    weights = _checked_weights(guide, weights, responses, mode)
+    if not isinstance(guide, LanguageModel) and np.isinf(controls.eta).all():
         guide = None
     vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
-    if isinstance(guide, ValueModel):
-        _check_guide(guide.config, mode, vocab_size, top_k_candidates, candidate_slots)
+    for member in members(guide):
+        if isinstance(member, ValueModel):
+            _check_guide(member.config, mode, vocab_size, top_k_candidates, candidate_slots)
+        _check_vocabulary(ref, member, vocab_size)
     if guide is not None:
-        _check_vocabulary(ref, guide, vocab_size)
+        controls = controls.replace(weights=weights)
     _check_prompts(ref, guide, prompts, controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
     settings = Settings(
         stop_ids=tuple(stop_ids),
@@ -312,6 +316,36 @@ def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: 
     return np.broadcast_to(array, (rows,))
 
 
+def members(guide: Guide | None) -> tuple[ValueModel | LanguageModel, ...]:
+    """The models that a guide consists of."""
+    return guide if isinstance(guide, tuple) else () if guide is None else (guide,)
+
+
+def guide_names(count: int) -> list[str]:
+    """Of so many guides, in messages."""
+    return ["guide"] if count == 1 else [f"guide {number}" for number in range(1, count + 1)]
+
+
+def _checked_weights(guide: Guide | None, given: Any, rows: int, mode: str) -> np.ndarray | None:
+    """[rows, G] of several guides, None of one."""
+    if not isinstance(guide, tuple):
+        if given is not None:
+            raise UserError("weights are of several guides; give a tuple of them as the guide")
+        return None
+    types = {member.config.type if isinstance(member, ValueModel) else None for member in guide}
+    if len(types) != 1 or None in types:
+        raise UserError("guides that are composed must be V-types, or Q-types, all of them, and at least one")
+    weights = np.asarray([] if given is None else given, np.float32)
+    if weights.shape not in ((len(guide),), (rows, len(guide))) or not np.isfinite(weights).all():
+        raise UserError(
+            f"weights are {given}; give one finite number for each of the {len(guide)} guides, or such numbers for each"
+            f" of the {rows} rows"
+        )
+    if mode == "expectation" and (weights <= 0).any():
+        raise UserError(f'weights are {given}; in the mode "expectation" they must be above 0')
+    return np.broadcast_to(weights, (rows, len(guide)))
+
+
 def _check_prompts(
     ref: LanguageModel,
     guide: Guide | None,
@@ -324,7 +358,7 @@ def _check_prompts(
         raise UserError("there are no prompts; give at least one")
     positions = {"reference": ref.config.max_positions}
     if guide is not None:
-        positions["guide"] = value.trunk(guide).config.max_positions
+        positions["guide"] = min(value.trunk(member).config.max_positions for member in members(guide))
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty; a prompt needs at least one token")
@@ -341,8 +375,8 @@ def _check_prompts(
 def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) -> None:
     """That the caches fit beside the weights, which are there already."""
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
-    if guide is not None:
-        configs["guide"], weights["the guide's weights"] = value.trunk(guide).config, guide.params
+    for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
+        configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
     memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), held=weights)
 
 

@@ -18,13 +18,12 @@ import numpy as np
 from qsharp_jax import sharding
 from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
-from qsharp_jax.generate.state import Controls, Generation, Settings, State, first_state
+from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import kv_cache, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
-from qsharp_jax.models.value import ValueModel
 
 BLOCK = 2  # steps between two looks at how many rows are free
 FREE = 16  # one in so many rows is free before the loop stops for them
@@ -36,17 +35,18 @@ class Waiting:
     """Prompts that have been prefilled, [U]: the caches end at their last position."""
 
     ref_cache: KVCache
-    guide_cache: KVCache | None
+    guide_cache: Any  # as of `State`
     pending: jax.Array
     previous: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("ref", "guide", "rows", "size", "steps", "settings"))
-def empty_state(
-    ref: DecoderConfig, guide: DecoderConfig | None, rows: int, size: int, steps: int, settings: Settings
-) -> State:
-    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens a row."""
-    rings = [None if config is None else kv_cache.empty_ring(config, rows, size) for config in (ref, guide)]
+def empty_state(ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings) -> State:
+    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens a row.
+
+    `guide` is the shape of its trunk, a tuple of them for several, or None.
+    """
+    rings = [jax.tree.map(lambda config: kv_cache.empty_ring(config, rows, size), shapes) for shapes in (ref, guide)]
     nothing = np.zeros((rows, 1), np.int32)
     return sharding.constrain_rows(first_state(*rings, nothing, nothing[:, 0], steps, settings))
 
@@ -60,9 +60,10 @@ def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
     """
     given = source >= 0
     rings = {
-        name: kv_cache.refill(getattr(state, name), prompts, source)
+        name: kv_cache.each(
+            lambda ring, prompts: kv_cache.refill(ring, prompts, source), getattr(state, name), getattr(waiting, name)
+        )
         for name in ("ref_cache", "guide_cache")
-        if (prompts := getattr(waiting, name)) is not None
     }
     return sharding.constrain_rows(
         state.replace(
@@ -79,7 +80,7 @@ def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
 def decode_until_free(
     ref: LanguageModel,
-    guide: api.Guide | None,
+    guide: Guide | None,
     state: State,
     controls: Controls,
     enough: jax.Array | int,
@@ -120,7 +121,7 @@ class ContinuousBatch:
     def __init__(
         self,
         ref: LanguageModel,
-        guide: api.Guide | None,
+        guide: Guide | None,
         prompts: Sequence[Sequence[int]],
         *,
         rows: int,
@@ -142,15 +143,14 @@ class ContinuousBatch:
             ref, guide, prompts, samples=samples, rows=rows, max_new_tokens=max_new_tokens,
             prompt_bucket=prompt_bucket, **settings,
         )  # fmt: skip
-        self._controls = Controls(**{name: np.asarray(array) for name, array in vars(controls).items()})
+        self._controls = jax.tree.map(np.asarray, controls)
         self._ref = api.for_decoding(ref)
-        self._guide = None if self._guide is None else api.for_decoding(self._guide)
+        self._guide = value.each(api.for_decoding, self._guide)
         self._bucket, self._new = prompt_bucket, max_new_tokens
         size = api.cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
         api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
-        self._trunk = None if self._guide is None else value.trunk(self._guide)
-        trunk = None if self._trunk is None else self._trunk.config
+        trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(ref.config, trunk, rows, size, max_new_tokens, self._settings)
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._budget = np.zeros(rows, np.int32)
@@ -206,7 +206,9 @@ class ContinuousBatch:
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=padded.shape[1] - 1)
         self._waiting = Waiting(
             ref_cache=fill(self._ref.params, self._ref.config),
-            guide_cache=None if self._trunk is None else fill(self._trunk.params, self._trunk.config),
+            guide_cache=value.each(
+                lambda model: fill(value.trunk(model).params, value.trunk(model).config), self._guide
+            ),
             pending=jnp.asarray(padded[:, -1]),
             previous=jnp.asarray([prompt[-2] if len(prompt) > 1 else -1 for prompt in filled], jnp.int32),
         )
@@ -214,7 +216,7 @@ class ContinuousBatch:
 
     def _row_controls(self) -> Controls:
         """Those of the rows' responses; a free row has the budget of none."""
-        controls = Controls(**{name: array[self._place] for name, array in vars(self._controls).items()})
+        controls = jax.tree.map(lambda array: array[self._place], self._controls)
         return sharding.place_rows(controls.replace(budget=np.where(self._place >= 0, self._budget, 0)))
 
     def _ended(self) -> tuple[np.ndarray, Generation] | None:
@@ -228,4 +230,4 @@ class ContinuousBatch:
         self.tokens += int(length[rows].sum())
         kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
         kept = jax.tree.map(lambda leaf: leaf[rows], jax.device_get(kept))
-        return places, api.to_generation(kept, self._new, guided=isinstance(self._guide, ValueModel))
+        return places, api.to_generation(kept, self._new, guided=isinstance(self._guide, ValueModel | tuple))

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import sharding
-from qsharp_jax.generate.state import Controls, Settings, State
+from qsharp_jax.generate.state import Controls, Guide, Settings, State
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import decoder, kv_cache
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
-from qsharp_jax.models.value import ValueModel
 
 BLOCK = 8  # steps between two looks at whether every row has ended
 
@@ -48,7 +47,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
 def decode(
     ref: LanguageModel,
-    guide: ValueModel | LanguageModel | None,
+    guide: Guide | None,
     state: State,
     controls: Controls,
     *,
@@ -84,5 +83,4 @@ def decode(
 
 def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
     """The state with its caches changed."""
-    guide_cache = None if state.guide_cache is None else change(state.guide_cache)
-    return state.replace(ref_cache=change(state.ref_cache), guide_cache=guide_cache)
+    return state.replace(ref_cache=change(state.ref_cache), guide_cache=kv_cache.each(change, state.guide_cache))

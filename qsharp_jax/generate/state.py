@@ -1,13 +1,19 @@
 """What a decode loop carries, what it is told, and what it gives back. Shapes: B rows, N new tokens, K candidates."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.value import ValueModel
+
+# Value models may be several, which are composed; a policy of its own may be in their place. See `generate`.
+Guide = ValueModel | tuple[ValueModel, ...] | LanguageModel
 
 RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
 
@@ -46,6 +52,7 @@ class Controls:
     threshold: jax.Array  # least reference probability of a candidate that may have a shared slot
     budget: jax.Array  # tokens that the row may have
     seed: jax.Array
+    weights: jax.Array | None = None  # [B, G], of G guides that are composed; None where there is one
 
 
 @flax.struct.dataclass
@@ -70,7 +77,7 @@ class State:
     """The loop's carry. The pending token is chosen but not yet seen by the models; `previous` came before it."""
 
     ref_cache: KVCache
-    guide_cache: KVCache | None
+    guide_cache: Any  # a KVCache, a tuple of them for several guides, or None
     pending: jax.Array  # [B]
     previous: jax.Array  # [B]
     length: jax.Array  # [B] tokens generated, the stop token among them
@@ -86,7 +93,7 @@ class State:
 
 def first_state(
     ref_cache: KVCache,
-    guide_cache: KVCache | None,
+    guide_cache: Any,
     prompts: np.ndarray,
     start: np.ndarray,
     steps: int,
@@ -132,7 +139,8 @@ class Generation:
         temperature (1 where it is 0) and before truncation. None if not recorded, as the following.
       kl: [B, N] nats, KL(pi || pi_ref) at each position, exact over the vocabulary, before truncation.
       kl_truncated: [B, N] nats, the same with pi after top-k and top-p; pi_ref is never truncated.
-      values: [B, N], mean reward-to-go that the guide gives each token; nan without a guide.
+      values: [B, N], mean reward-to-go that the guide gives each token, of several guides the sum by their weights; nan
+        without a guide.
     """
 
     tokens: np.ndarray

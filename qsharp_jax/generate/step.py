@@ -1,20 +1,21 @@
 """One step of guided decoding: score the pending token and the candidates, tilt, sample.
 
 pi(y|x) ∝ pi_ref(y|x) E_{z~Z(x,y)}[exp(z/eta)] at every token (arXiv 2502.20548, Theorem 4.4), with one pass of the
-reference and one of the guide. A guide that is a policy of its own is sampled as it is, and the reference runs beside
-it for its log-probabilities and the KL.
+reference and one of the guide. Several guides are composed as in VAS (arXiv 2405.06639): their log-weights are added,
+each times its guide's weight. A guide that is a policy of its own is sampled as it is, and the reference runs beside it
+for its log-probabilities and the KL.
 Shapes: B rows, V vocabulary, K candidates, M outputs of the guide, S shared slots.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, sharding, values
-from qsharp_jax.generate.state import Controls, Record, Settings, State
+from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State
 from qsharp_jax.guidance import Packing
 from qsharp_jax.models import decoder, kv_cache, value
 from qsharp_jax.models.decoder import LanguageModel
@@ -23,18 +24,18 @@ from qsharp_jax.models.value import ValueModel
 
 
 def decode_one_token(
-    ref: LanguageModel, guide: ValueModel | LanguageModel | None, state: State, controls: Controls, settings: Settings
+    ref: LanguageModel, guide: Guide | None, state: State, controls: Controls, settings: Settings
 ) -> tuple[State, Record]:
     """One step for every row: score the pending token, tilt, sample the next one.
 
-    The reference sees the pending token; a value model sees it and the K likeliest candidates in the same pass, a
-    policy it alone.
+    The reference sees the pending token; a value model, or each of several, sees it and the K likeliest candidates in
+    the same pass, a policy it alone.
     """
     ref_logits, ref_cache = next_logits(ref, state.ref_cache, state, settings)
     active = state.active(controls)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
-    guided = isinstance(guide, ValueModel)
+    guided = isinstance(guide, ValueModel | tuple)
     if isinstance(guide, LanguageModel):
         logits, guide_cache = next_logits(guide, state.guide_cache, state, settings)
     elif guided:
@@ -43,9 +44,17 @@ def decode_one_token(
         if settings.slots:
             packing = guidance.pack(ref_logits, candidates, settings.slots, controls.threshold, active)
             dropped = dropped + packing.dropped
-        scored, mean_of, pending_value, guide_cache = score_candidates(guide, state, candidates, packing)
-        log_weights = guidance.log_weights(scored, controls.eta, settings.mode)
+        weigh = functools.partial(guidance.log_weights, eta=controls.eta, mode=settings.mode)
         others = guidance.zero_log_weight(controls.eta, settings.mode)
+        if controls.weights is None:
+            cache = state.guide_cache
+            scored, mean_of, pending_value, guide_cache = score_candidates(guide, cache, state, candidates, packing)
+            log_weights = weigh(scored)
+        else:
+            log_weights, mean_of, pending_value, guide_cache = score_by_several(
+                guide, state, candidates, packing, weigh, controls.weights
+            )
+            others = guidance.compose([others] * len(guide), controls.weights)
         if packing is not None:
             log_weights = jnp.where(packing.scored, log_weights, others[:, None])
         logits = guidance.tilt(ref_logits, candidates, log_weights, others)
@@ -166,10 +175,32 @@ def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *o
     return jax.lax.platform_dependent(*operands, tpu=write_last, default=write_first)
 
 
+def score_by_several(
+    guides: Sequence[ValueModel],
+    state: State,
+    candidates: jax.Array,
+    packing: Packing | None,
+    weigh: Callable[[values.Distribution], jax.Array],
+    weights: jax.Array,
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array, tuple[KVCache, ...]]:
+    """As `score_candidates`, composed: log-weights [B, K] in the place of distributions, sums by weights [B, G]."""
+    scored = [
+        score_candidates(guide, cache, state, candidates, packing)
+        for guide, cache in zip(guides, state.guide_cache, strict=True)
+    ]
+    distributions, means_of, pending_values, caches = zip(*scored, strict=True)
+
+    def mean_of(token: jax.Array) -> jax.Array:
+        return guidance.compose([mean(token) for mean in means_of], weights)
+
+    log_weights = guidance.compose([weigh(distribution) for distribution in distributions], weights)
+    return log_weights, mean_of, guidance.compose(pending_values, weights), caches
+
+
 def score_candidates(
-    guide: ValueModel, state: State, candidates: jax.Array, packing: Packing | None
+    guide: ValueModel, cache: KVCache, state: State, candidates: jax.Array, packing: Packing | None
 ) -> tuple[values.Distribution, Callable[[jax.Array], jax.Array], jax.Array, KVCache]:
-    """One pass of the guide.
+    """One pass of a guide, whose cache it is.
 
     Returns:
       the distributions [B, K] at the candidates (of no meaning at those without a slot); a function that gives the
@@ -178,7 +209,7 @@ def score_candidates(
     """
     params, config = guide.params, guide.config
     distribution = functools.partial(values.from_outputs, config.distribution, atoms=config.atoms)
-    see = functools.partial(advance, params["trunk"], config.trunk, state.guide_cache, state.pending, state.previous)
+    see = functools.partial(advance, params["trunk"], config.trunk, cache, state.pending, state.previous)
     if config.type == "q":
         hidden, cache = see()
         scored = distribution(value.outputs_at(params, config, hidden, candidates))

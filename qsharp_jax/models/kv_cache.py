@@ -6,6 +6,9 @@ every row writes at the same index and a step's write is one `dynamic_update_sli
 p % S, so that the index goes on for ever, and `refill` gives a row to another prompt. Of a model it knows the shape.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import flax.struct
 import jax
@@ -104,6 +107,11 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
     keys, values = write_rows((cache.keys, cache.values), (prompts.keys, prompts.values), source, cache.index)
     start = cache.index - (width - prompts.start[source])
     return cache.replace(keys=keys, values=values, start=jnp.where(source >= 0, start, cache.start))
+
+
+def each(change: Callable[..., Any], *caches: Any) -> Any:
+    """What `change` makes of a cache; of each of several, as a tuple; and of none, None."""
+    return jax.tree.map(change, *caches, is_leaf=lambda x: isinstance(x, KVCache))
 
 
 def without_rows(cache: KVCache) -> KVCache:

@@ -6,6 +6,8 @@ It returns the head's raw outputs and knows nothing about what they parametrise 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -61,6 +63,11 @@ class ValueModel:
 def trunk(model: ValueModel | LanguageModel) -> LanguageModel:
     """The decoder below a value model's head; of a language model itself."""
     return LanguageModel(model.params["trunk"], model.config.trunk) if isinstance(model, ValueModel) else model
+
+
+def each(change: Callable[[Any], Any], models: Any) -> Any:
+    """What `change` makes of a model; of each of several, as a tuple; and of none, None."""
+    return jax.tree.map(change, models, is_leaf=lambda x: isinstance(x, ValueModel | LanguageModel))
 
 
 def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
