@@ -15,7 +15,17 @@ import numpy as np
 from qsharp_jax import guidance, sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Record, Settings, State, first_state
+from qsharp_jax.generate.state import (
+    RECORDED,
+    Controls,
+    Generation,
+    Guide,
+    Record,
+    Settings,
+    State,
+    first_state,
+    gives_values,
+)
 from qsharp_jax.models import decoder, kv_cache, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
@@ -146,7 +156,7 @@ class Run:
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""
         state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
-        return to_generation(state, self.max_new_tokens, guided=isinstance(self.guide, ValueModel | tuple))
+        return to_generation(state, self.max_new_tokens, guided=gives_values(self.guide))
 
 
 def checked(

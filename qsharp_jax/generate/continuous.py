@@ -18,7 +18,7 @@ import numpy as np
 from qsharp_jax import sharding
 from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
-from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state
+from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import kv_cache, value
 from qsharp_jax.models.config import DecoderConfig
@@ -230,4 +230,4 @@ class ContinuousBatch:
         self.tokens += int(length[rows].sum())
         kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
         kept = jax.tree.map(lambda leaf: leaf[rows], jax.device_get(kept))
-        return places, api.to_generation(kept, self._new, guided=isinstance(self._guide, ValueModel | tuple))
+        return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))

@@ -12,10 +12,15 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel
 
+RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
+
 # Value models may be several, which are composed; a policy of its own may be in their place. See `generate`.
 Guide = ValueModel | tuple[ValueModel, ...] | LanguageModel
 
-RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
+
+def gives_values(guide: Guide | None) -> bool:
+    """Whether it is of value models, which tilt the reference."""
+    return isinstance(guide, ValueModel | tuple)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, sharding, values
-from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State
+from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State, gives_values
 from qsharp_jax.guidance import Packing
 from qsharp_jax.models import decoder, kv_cache, value
 from qsharp_jax.models.decoder import LanguageModel
@@ -35,7 +35,7 @@ def decode_one_token(
     active = state.active(controls)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
-    guided = isinstance(guide, ValueModel | tuple)
+    guided = gives_values(guide)
     if isinstance(guide, LanguageModel):
         logits, guide_cache = next_logits(guide, state.guide_cache, state, settings)
     elif guided:
