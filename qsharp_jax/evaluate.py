@@ -20,6 +20,7 @@ from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
 from qsharp_jax.files import read_text, write_atomic
+from qsharp_jax.generate import Guide
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -34,7 +35,7 @@ def sample_method(
     session: Session,
     method: str,
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     *,
     number: int,
     etas: Sequence[float] = (float("inf"),),
@@ -46,7 +47,8 @@ def sample_method(
     They are read from the workdir if they are there, for the same etas.
 
     Args:
-      method: "pi_ref", "pi_ref_greedy", "qsharp" or "cd"; names the file.
+      method: "pi_ref", "pi_ref_greedy", "qsharp", "cd", or a policy's algorithm; names the file.
+      guide: a policy is sampled in the guide's place.
       number: of the round that fitted the guide; 0 for pi_ref.
       changes: to the config's settings of `generate`.
     """
@@ -160,20 +162,26 @@ def read_samples(path: Path) -> list[dict]:
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
 
-def evaluate(session: Session, ref: LanguageModel, guides: dict[int, ValueModel], *, full: bool) -> list[dict]:
+def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool) -> list[dict]:
     """All rows of `results.json`, which it writes, for the guides of some rounds.
 
     pi_ref sampled and greedy, and Q# after each round at the eta of collection. With `full` the last round's guide is
-    also measured at every eta of the config, as CD at the same, and as the judge of pi_ref's samples.
+    also measured at every eta of the config, as CD at the same, and as the judge of pi_ref's samples. A method that
+    trains the policy itself is measured after each round as it is; the row's eta is that of its objective.
     """
     config, last = session.config.evaluate, max(guides, default=0)
     samples = sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples)
     greedy = sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0)
     rows = policy_rows("pi_ref", 0, samples) + policy_rows("pi_ref_greedy", 0, greedy)
-    for number, guide in guides.items():
+    for number, policy in guides.items() if session.trains_policy else ():
+        method = session.algorithm
+        rows += policy_rows(
+            method, number, sample_method(session, method, ref, policy, number=number, etas=[session.eta])
+        )
+    for number, guide in guides.items() if not session.trains_policy else ():
         etas = list(config.etas) if full and number == last else [session.config.collect.eta]
         rows += policy_rows("qsharp", number, sample_method(session, "qsharp", ref, guide, number=number, etas=etas))
-    if full and guides:
+    if full and guides and not session.trains_policy:
         cd = sample_method(session, "cd", ref, guides[last], number=last, etas=list(config.etas), mode="cd")
         rows += policy_rows("cd", last, cd)
         rows += rerank_rows(last, samples, score_samples(session, guides[last], samples, number=last))

@@ -7,24 +7,20 @@ from qsharp_jax.workdir import Workdir
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
-    """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
-    from qsharp_jax import evaluate, hashes, report
-    from qsharp_jax.algorithms import pretrain, qsharp
+    """pi_ref, then the config's algorithm with an evaluation after each round, then the report."""
+    from qsharp_jax import experiment, report
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
-    session.check_devices()
-    hashes.check_problems(session)
-    ref = pretrain.run(session)
-    guides = {}
-
-    def after_round(number, guide):
-        guides[number] = guide
-        evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
-
-    qsharp.run(session, ref, after_round)
+    experiment.run(session)
     if workdir.writes:
         print("\n" + report.write(session))
+
+
+def compare(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import compare
+
+    print("\n" + compare.run(workdir))
 
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
@@ -33,6 +29,7 @@ def collect(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    _check_collects(session)
     hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
@@ -47,6 +44,7 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
+    _check_collects(session)
     session.check_devices()
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
@@ -99,6 +97,15 @@ def export(workdir: Workdir, options: argparse.Namespace) -> None:
 
     export.write(Session(workdir), options.what, options.out)
     print(f"the {'reference' if options.what == 'ref' else 'guide'} is in {options.out}")
+
+
+def _check_collects(session) -> None:
+    """That the run's algorithm collects and fits in separate steps."""
+    if session.trains_policy:
+        raise UserError(
+            f"{session.algorithm} trains a policy, and collects as it does so; use qsharp run, which goes on where it"
+            " stopped"
+        )
 
 
 def _check_round(session, number: int) -> None:
