@@ -6,6 +6,8 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
+    # qsharp learns a guide; reinforce, ppo, dpo, rpo and klq train a copy of the reference (their sections are below).
+    c.algorithm = "qsharp"
     c.rounds = 2
     c.mesh = "single"  # a preset's name in meshes.py: one device of any kind, or v5e_8, v5p_64, cuda_8, ...
 
@@ -85,6 +87,39 @@ def get_config() -> ConfigDict:
 
     c.vas = ConfigDict()
     c.vas.td_lambda = 0.95  # of the returns that values are fitted to; 1: the reward itself, 0: the next token's value
+
+    # Of the methods that train the policy itself. From `fit` they take length_bucket, accumulate, remat, dtype,
+    # attention and save_every. Where beta or tau is None, the KL's weight is collect.eta, as it is for the others.
+    c.policy = ConfigDict()
+    c.policy.batch_size = 64  # rollouts of a step, of dpo and rpo both of a pair; reinforce samples as many at a time
+    c.policy.prompts = 64  # of ppo and klq, that the policy answers before it changes, each collect.samples times
+    c.policy.log_prob_limit = 1e-4  # nats that sampler and trainer may differ by
+    c.policy.optimizer = optimizer("adamw", 1e-3)
+
+    c.reinforce = ConfigDict()
+    c.reinforce.baseline = "leave_one_out"  # of the prompt's other samples, or mean, of all rollouts at hand
+    c.reinforce.greedy = False  # the paper's variant: the likeliest tokens, one response a prompt
+
+    c.ppo = ConfigDict()
+    c.ppo.epochs = 4  # over each lot of rollouts
+    c.ppo.clip = 0.2  # of the ratio to the policy that sampled
+    c.ppo.gae_lambda = 0.95
+    c.ppo.value_weight = 0.5  # of the value head's squared error
+
+    c.klq = ConfigDict()
+    c.klq.tau = config_dict.placeholder(float)
+    c.klq.epochs = 4
+    c.klq.return_lambda = 0.95
+    c.klq.alpha = 1.0  # how far the targets go from the old action value to the lambda-return
+
+    c.dpo = ConfigDict()
+    c.dpo.beta = config_dict.placeholder(float)
+    c.dpo.epochs = 4  # over all pairs
+
+    c.rpo = ConfigDict()
+    c.rpo.beta = config_dict.placeholder(float)
+    c.rpo.alpha = 1.0  # of the chosen response's likelihood, a token
+    c.rpo.epochs = 4
 
     c.evaluate = ConfigDict()
     c.evaluate.problems = 500

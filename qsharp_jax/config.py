@@ -232,6 +232,8 @@ _POSITIVE_FINITE = (lambda v: _is_number(v) and 0 < v < math.inf, "a finite numb
 _NOT_NEGATIVE = (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0")
 _SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
 _FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number, at least 0 and below 1")
+_UNIT = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_WITHIN = (lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1")
 _TRUTH = (lambda v: isinstance(v, bool), "true or false")
 
 
@@ -241,6 +243,7 @@ def _is_list(value: Any, passes: Callable[[Any], bool]) -> bool:
 
 LEAST_ETA = 1e-6  # below it float32 does not tell two tokens' values apart any more, once divided by eta
 _ETA = (lambda v: _is_number(v) and v >= LEAST_ETA, f"a number, at least {LEAST_ETA:g}")  # inf is meant: no guidance
+_OWN_ETA = (lambda v: v is None or _ETA[0](v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
 _ETAS = (
     lambda v: _is_list(v, lambda x: _ETA[0](x) and x < math.inf) and v != [],
     f"a list of finite numbers, at least {LEAST_ETA:g}",
@@ -259,13 +262,16 @@ _OPTIMIZER = {
     "clip": _POSITIVE,
     "warmup_steps": _whole(0),
     "schedule": _one_of("constant", "cosine"),
-    "end_fraction": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "end_fraction": _UNIT,
 }
 
-ALGORITHM_SECTIONS = ("cd", "vas")  # each asked for by a run of the algorithm of its name alone
+VALUE_METHODS = ("qsharp", "cd", "vas")  # of `config.algorithm`: those that learn a guide
+POLICY_METHODS = ("reinforce", "ppo", "dpo", "rpo", "klq")  # those that train a copy of the reference
+ON_POLICY = ("reinforce", "ppo", "klq")  # and learn from rollouts of it; the others' first rollouts are pi_ref's
 
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
+    "algorithm": _one_of(*VALUE_METHODS, *POLICY_METHODS),
     "rounds": _whole(1),
     "ref": (_is_text, "pretrain, or the folder of a model"),
     "guide": (_is_text, "ref, scratch, or the folder of a model"),
@@ -318,7 +324,37 @@ RULES: dict[str, Rule] = {
     "value.type": _one_of("v", "q"),
     "value.distribution": _one_of("bernoulli", "categorical", "scalar"),
     "value.atoms": _ASCENDING,
-    **{f"{section}.optimizer.{name}": rule for section in ("pretrain", "fit") for name, rule in _OPTIMIZER.items()},
+    "policy.prompts": _whole(1),
+    "policy.batch_size": _whole(1),
+    "policy.log_prob_limit": _POSITIVE,
+    "reinforce.baseline": _one_of("leave_one_out", "mean"),
+    "reinforce.greedy": _TRUTH,
+    "ppo.epochs": _whole(1),
+    "ppo.clip": _WITHIN,
+    "ppo.gae_lambda": _UNIT,
+    "ppo.value_weight": _NOT_NEGATIVE,
+    "dpo.beta": _OWN_ETA,
+    "dpo.epochs": _whole(1),
+    "rpo.beta": _OWN_ETA,
+    "rpo.alpha": _NOT_NEGATIVE,
+    "rpo.epochs": _whole(1),
+    "klq.tau": _OWN_ETA,
+    "klq.epochs": _whole(1),
+    "klq.return_lambda": _UNIT,
+    "klq.alpha": _SHARE,
+    **{
+        f"{section}.optimizer.{name}": rule
+        for section in ("pretrain", "fit", "policy")
+        for name, rule in _OPTIMIZER.items()
+    },
+    "compare.methods": (
+        lambda v: _is_list(v, lambda x: x in VALUE_METHODS + POLICY_METHODS) and 0 < len(v) == len({*v}),
+        f"a list of different ones of {', '.join(VALUE_METHODS + POLICY_METHODS)}",
+    ),
+    "compare.seeds": (
+        lambda v: _is_list(v, lambda x: type(x) is int and x >= 0) and 0 < len(v) == len({*v}),
+        "a list of different whole numbers, at least 0",
+    ),
     "mesh.name": (_is_text, "a preset's name"),
     "mesh.platform": _one_of("any", "cpu", "gpu", "tpu"),
     "mesh.kind": (_is_text, "words for its devices"),

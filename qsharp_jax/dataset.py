@@ -7,8 +7,9 @@ the position in the data is the step. Shapes: B rows, T tokens. It knows nothing
 import dataclasses
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import flax.struct
@@ -255,17 +256,28 @@ class Batches:
     Every example comes once an epoch.
     """
 
-    def __init__(self, examples: Sequence[Example], *, rows: int, bucket: int, seed: int, pack_length: int = 0):
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        *,
+        rows: int,
+        bucket: int,
+        seed: int,
+        pack_length: int = 0,
+        make: Callable[[Sequence[Sequence[Any]], int, int], Any] = make_packed_batch,
+    ):
         """Args:
+        examples: `Example`s, or what has a length and `make` makes batches of.
         rows: B, of every batch.
         bucket: widths are multiples of it, in tokens.
         seed: of the shuffling.
         pack_length: several examples share a row, and every batch is of this width, in tokens; 0: one example a row.
+        make: of (groups of examples, rows, width), the batch.
 
         Raises:
           UserError: if an example is longer than `pack_length`.
         """
-        self._examples, self._rows, self._bucket, self._seed = examples, rows, bucket, seed
+        self._examples, self._rows, self._bucket, self._seed, self._make = examples, rows, bucket, seed, make
         self._lengths = np.asarray([len(example) for example in examples])
         self._pack_length = pack_length
         # How lengths share rows is the same in every epoch; which examples of a length, is shuffled.
@@ -281,7 +293,7 @@ class Batches:
         if self._epoch != epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
         width, groups = self._order[place]
-        return make_packed_batch([[self._examples[i] for i in group] for group in groups], self._rows, width)
+        return self._make([[self._examples[i] for i in group] for group in groups], self._rows, width)
 
     def _shuffled(self, epoch: int) -> list[tuple[int, list[np.ndarray]]]:
         """The epoch's batches: widths, and the examples of each row."""

@@ -21,6 +21,7 @@ from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
 from qsharp_jax.figures import bootstrap, by_problem, majority
 from qsharp_jax.files import read_text, write_atomic
+from qsharp_jax.generate import Guide
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
@@ -32,7 +33,7 @@ def sample_method(
     session: Session,
     method: str,
     ref: LanguageModel,
-    guide: ValueModel | None,
+    guide: Guide | None,
     *,
     number: int,
     etas: Sequence[float] = (float("inf"),),
@@ -44,7 +45,8 @@ def sample_method(
     They are read from the workdir if they are there, for the same etas.
 
     Args:
-      method: "pi_ref", "pi_ref_greedy", "qsharp" or "cd"; names the file.
+      method: "pi_ref", "pi_ref_greedy", or an algorithm; names the file.
+      guide: a policy is sampled in the guide's place.
       number: of the round that fitted the guide; 0 for pi_ref.
       changes: to the config's settings of `generate`.
     """
@@ -159,22 +161,33 @@ def read_samples(path: Path) -> list[dict]:
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
 
-def evaluate(session: Session, ref: LanguageModel, guides: dict[int, ValueModel], *, full: bool) -> list[dict]:
+def evaluate(
+    session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool, mode: str | None = "qsharp"
+) -> list[dict]:
     """All rows of `results.json`, which it writes, for the guides of some rounds.
 
-    pi_ref sampled and greedy, and Q# after each round at the eta of collection. With `full` the last round's guide is
-    also measured at every eta of the config, as CD at the same, and as the judge of pi_ref's samples.
+    pi_ref sampled and greedy, and the run's algorithm after each round at the eta of collection. With `full` the last
+    round's guide is also measured at every eta of the config, Q#'s as CD at the same, and as the judge of pi_ref's
+    samples. A method that trains the policy itself is measured after each round as it is; the row's eta is that of its
+    objective.
+
+    Args:
+      mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
     """
     config, last = session.config.evaluate, max(guides, default=0)
     samples = sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples)
     greedy = sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0)
     rows = policy_rows("pi_ref", 0, samples) + policy_rows("pi_ref_greedy", 0, greedy)
+    method, changes = session.algorithm, {} if session.trains_policy else {"mode": mode}
     for number, guide in guides.items():
-        etas = list(config.etas) if full and number == last else [session.config.collect.eta]
-        rows += policy_rows("qsharp", number, sample_method(session, "qsharp", ref, guide, number=number, etas=etas))
-    if full and guides:
+        every = full and number == last and not session.trains_policy
+        etas = list(config.etas) if every else [session.eta]
+        made = sample_method(session, method, ref, guide, number=number, etas=etas, **changes)
+        rows += policy_rows(method, number, made)
+    if full and guides and method == "qsharp":
         cd = sample_method(session, "cd", ref, guides[last], number=last, etas=list(config.etas), mode="cd")
         rows += policy_rows("cd", last, cd)
+    if full and guides and not session.trains_policy:
         rows += rerank_rows(last, samples, score_samples(session, guides[last], samples, number=last))
     if session.workdir.writes:
         write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")

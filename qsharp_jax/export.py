@@ -11,7 +11,7 @@ from qsharp_jax.session import Session
 
 
 def write(session: Session, what: str, folder: str | Path) -> None:
-    """Writes the reference, or the guide of the last round that has one.
+    """Writes the reference, or the guide, or policy, of the last round that has one.
 
     Args:
       what: "ref" or "guide".
@@ -34,6 +34,16 @@ def write(session: Session, what: str, folder: str | Path) -> None:
             stop_ids=session.text.stop_ids,
             trained_on=_ref_trained_on(session),
             metrics=_metrics(rows, 0),
+        )
+    elif session.trains_policy:
+        number = session.fitted_rounds()
+        hf.export_ref(
+            session.load_guide(),
+            folder,
+            tokenizer=tokenizer,
+            stop_ids=session.text.stop_ids,
+            trained_on=_policy_trained_on(session, number),
+            metrics=_metrics(rows, 0) | _metrics(rows, number),
         )
     else:
         number = session.fitted_rounds()
@@ -79,6 +89,15 @@ def _guide_trained_on(session: Session, number: int) -> str:
         f"{number * c.prompts * c.samples} rollouts of the reference on {_task(session)}: {number} rounds of"
         f" {c.prompts} prompts, {c.samples} rollouts each.{rolled_in} {fit.epochs} epochs by maximum likelihood of the"
         f" verified reward, seed {session.config.seed}.\n\n{_shape(session.guide_config.trunk)}"
+    )
+
+
+def _policy_trained_on(session: Session, number: int) -> str:
+    c = session.config.collect
+    return (
+        f"{report.NAMES[session.algorithm]} from the reference on {_task(session)}: {number} rounds of {c.prompts}"
+        f" prompts, {c.samples} rollouts each, at a weight of the KL of {session.eta:g}, seed {session.config.seed}."
+        f"\n\n{_shape(session.ref_config)}"
     )
 
 

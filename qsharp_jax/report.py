@@ -3,6 +3,7 @@
 It knows nothing about models: whoever has the workdir can make the report again.
 """
 
+import itertools
 import json
 import math
 import re
@@ -23,9 +24,12 @@ COLUMNS = (
     "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",
     "tokens/s",
 )  # fmt: skip
-NAMES = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref, greedy", "qsharp": "Q#", "cd": "CD"}
-GUIDED = ("qsharp", "cd")
-COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "pi_ref": "#555555"}
+POLICIES = {"reinforce": "REINFORCE", "ppo": "PPO", "dpo": "DPO", "rpo": "RPO", "klq": "KLQ"}
+NAMES = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref, greedy", "qsharp": "Q#", "cd": "CD", "vas": "VAS"} | POLICIES
+GUIDED = ("qsharp", "cd", "vas")
+COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "vas": "#b58a00", "pi_ref": "#555555"} | dict.fromkeys(
+    POLICIES, "#2c7a4b"
+)
 EXAMPLES = 3
 
 
@@ -58,14 +62,17 @@ def write(session: Session) -> str:
         "rounds.png": _plot_rounds,
     }
     for name, plot in plots.items():
-        _save(folder / name, lambda axes, plot=plot: plot(axes, rows))
+        save_plot(folder / name, lambda axes, plot=plot: plot(axes, rows))
     pictures = list(plots)
     number = max(row["round"] for row in rows)
     scored_path = evaluate.samples_path(session, "pi_ref_values", number)
     if scored_path.exists():
         scored = evaluate.read_samples(scored_path)
-        _save(folder / "calibration.png", lambda axes: _plot_calibration(axes, scored))
+        save_plot(folder / "calibration.png", lambda axes: _plot_calibration(axes, scored))
         pictures.append("calibration.png")
+    if lots := learning_curve(session.workdir.read_metrics()):
+        save_plot(folder / "learning.png", lambda axes: _plot_learning(axes, lots))
+        pictures.append("learning.png")
     shown, collected = table(rows), rollouts_table(session.workdir.read_metrics())
     examples = _examples(session, number)
     text = "\n\n".join(
@@ -94,7 +101,7 @@ HOW = (
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table whose columns line up as plain text too."""
+    """A Markdown table of the results."""
     lines = [list(COLUMNS)]
     for row in rows:
         answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
@@ -113,11 +120,11 @@ def table(rows: list[dict]) -> str:
                 f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
             ]
         )
-    return _aligned(lines)
+    return markdown(lines)
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    """A Markdown table whose columns line up as plain text too; the first line is the head."""
+def markdown(lines: list[list[str]]) -> str:
+    """A table, its head first, whose columns line up as plain text too."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text.insert(1, ["-" * width for width in widths])
@@ -151,20 +158,21 @@ def rollouts_table(metrics: list[dict]) -> str:
         seconds = f"{sum(line['seconds'] for line in found):.0f}"
         whole = [str(number), str(last["rollouts"]), f"{last['reward']:.3f}", f"{last['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
-    return _aligned(lines) if by_round else ""
+    return markdown(lines) if by_round else ""
 
 
 def _examples(session: Session, number: int) -> str:
     """Problems solved unguided and guided, first those where the guide made the difference."""
+    learned = session.algorithm
     unguided, guided = (
-        evaluate.samples_path(session, method, round_) for method, round_ in (("pi_ref", 0), ("qsharp", number))
+        evaluate.samples_path(session, method, round_) for method, round_ in (("pi_ref", 0), (learned, number))
     )
     if not (unguided.exists() and guided.exists()):
-        return "(no samples of both pi_ref and Q#)"
+        return f"(no samples of both pi_ref and {NAMES[learned]})"
     first = {}
     for sample in evaluate.read_samples(unguided):
         first.setdefault(sample["problem_id"], sample)
-    eta = session.config.collect.eta
+    eta, name = session.eta, f"{NAMES[learned]} eta "
     pairs = [
         (first[sample["problem_id"]], sample)
         for sample in evaluate.read_samples(guided)
@@ -176,7 +184,7 @@ def _examples(session: Session, number: int) -> str:
     verdict = {True: "right", False: "wrong"}
     return "\n\n".join(
         f"{before['prompt']}\n  pi_ref        {before['response']}   ({verdict[before['reward'] > 0]})\n"
-        f"  Q# eta {_eta(after):<6g} {after['response']}   ({verdict[after['reward'] > 0]}; answer {after['answer']})"
+        f"  {name}{_eta(after):<6g} {after['response']}   ({verdict[after['reward'] > 0]}; answer {after['answer']})"
         for before, after in chosen
     )
 
@@ -184,7 +192,7 @@ def _examples(session: Session, number: int) -> str:
 # --- Plots ----------------------------------------------------------------------------------------------------------
 
 
-def _save(path, draw) -> None:
+def save_plot(path, draw) -> None:
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
@@ -211,6 +219,10 @@ def _plot_frontier(axes, rows: list[dict]) -> None:
         for row, offset in zip((line[0], line[-1]), ((-34, 4), (4, -13)), strict=True):
             place = (row["kl"], row["reward"])
             axes.annotate(f"η={_eta(row):g}", place, offset, textcoords="offset points", fontsize=8)
+    for row in rows:
+        if row["method"] in POLICIES and row["round"] == number:
+            at, colour = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
+            axes.errorbar(*at, _errors([row]), marker="o", capsize=3, label=NAMES[row["method"]], color=colour)
     start = [row for row in rows if row["method"] == "pi_ref"]
     if start:
         reward, colour = [start[0]["reward"]], COLOURS["pi_ref"]
@@ -228,24 +240,49 @@ def _plot_frontier(axes, rows: list[dict]) -> None:
 
 
 def _plot_rounds(axes, rows: list[dict]) -> None:
-    """Reward of Q# at the strongest guidance that every round was evaluated at."""
+    """Reward of the guide at the strongest guidance that every round was evaluated at, or of the trained policy."""
     by_round = defaultdict(dict)
+    methods = {row["method"] for row in rows}
+    learned = next((method for method in ("qsharp", *POLICIES, "cd", "vas") if method in methods), "qsharp")
     for row in rows:
-        if row["method"] == "qsharp":
+        if row["method"] == learned:
             by_round[row["round"]][_eta(row)] = row
     shared = set.intersection(*(set(etas) for etas in by_round.values())) if by_round else set()
     line = [row for row in rows if row["method"] == "pi_ref"]
-    label = "Q#"
+    label = NAMES[learned]
     if shared:
-        label = f"Q#, η={min(shared):g}"
+        label = f"{label}, η={min(shared):g}"
         line += [by_round[number][min(shared)] for number in sorted(by_round)]
     axes.errorbar(
         [row["round"] for row in line], [row["reward"] for row in line], _errors(line), marker="o", capsize=3,
-        color=COLOURS["qsharp"], label=label,
+        color=COLOURS[learned], label=label,
     )  # fmt: skip
     axes.set_xticks([row["round"] for row in line], [str(row["round"]) if row["round"] else "pi_ref" for row in line])
     axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(0, 1))
     axes.legend(fontsize=8)
+
+
+def learning_curve(metrics: list[dict]) -> list[dict]:
+    """The lots of rollouts of a policy's training, each once, with the rollouts up to its end as "rollouts_so_far"."""
+    last = {(line["phase"], line["step"]): line for line in metrics if "log_prob_gap" in line}
+    so_far = itertools.accumulate(line["rollouts"] for line in last.values())
+    return [line | {"rollouts_so_far": count} for line, count in zip(last.values(), so_far, strict=True)]
+
+
+def _plot_learning(axes, lots: list[dict]) -> None:
+    """Of the rollouts that a policy learned from."""
+    for name, colour in (("reward", "#1f5fa8"), ("objective", "#c8641e"), ("kl", "#555555")):
+        label = name if name != "kl" else "KL (nats a response)"
+        axes.plot(*smoothed(lots, name), label=label, color=colour)
+    axes.set(xlabel="rollouts", title="Training")
+    axes.legend(fontsize=8)
+
+
+def smoothed(lots: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Rollouts so far, and the mean of a figure over the last twentieth of all lots up to there."""
+    width = max(len(lots) // 20, 1)
+    means = [float(np.mean([line[name] for line in lots[max(i - width + 1, 0) : i + 1]])) for i in range(len(lots))]
+    return [line["rollouts_so_far"] for line in lots], means
 
 
 def _plot_calibration(axes, scored: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """One run's parts, made from its config: task, tokenizer, problems, model shapes, and the models in the workdir.
 
-Every command starts from a `Session`. It knows the names of the config's sections and nothing of any algorithm.
+Every command starts from a `Session`. It knows which settings go together, and nothing of how an algorithm works.
 """
 
 import contextlib
@@ -37,13 +37,19 @@ def check_settings(config: ConfigDict) -> None:
     Raises:
       UserError: naming the setting, its value and what is allowed.
     """
-    present = configs.keys(config)
+    present, algorithm = configs.keys(config), config.get("algorithm")
     pretrained = config.get("ref") == "pretrain"
-    asked = [key for key in configs.RULES if pretrained or not key.startswith("pretrain.")]
-    others = [f"{name}." for name in configs.ALGORITHM_SECTIONS if name != config.get("algorithm")]
-    asked = [key for key in asked if not key.startswith(tuple(others))]
+    # Sections of other commands and algorithms.
+    others = {"compare", "policy", *configs.VALUE_METHODS, *configs.POLICY_METHODS} - {algorithm}
+    if algorithm in configs.POLICY_METHODS:
+        others.remove("policy")
+    if not pretrained:
+        others.add("pretrain")
     if "mesh" not in config:  # of an older version: one device
-        asked = [key for key in asked if not key.startswith("mesh.")]
+        others.add("mesh")
+    asked = [key for key in configs.RULES if key.partition(".")[0] not in others]
+    if "algorithm" not in config:  # of an older version: Q#
+        asked.remove("algorithm")
     for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
         if key not in present:
             raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")
@@ -77,6 +83,8 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
             " give one, or another attention"
         )
+    if algorithm in configs.POLICY_METHODS:
+        _check_policy(config)
     try:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
@@ -84,6 +92,38 @@ def check_settings(config: ConfigDict) -> None:
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
         words = str(error).strip('"')
         raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
+
+
+def _check_policy(config: ConfigDict) -> None:
+    """That the settings of a method that trains the policy itself go together."""
+    name, samples, rows = config.algorithm, config.collect.samples, config.policy.batch_size
+    if config.guide != "ref":
+        raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
+    if config.fit.lora_rank:
+        raise UserError(f"config.fit.lora_rank is {config.fit.lora_rank}; {name} trains all weights, so give 0")
+    if config.generate.temperature == 0:
+        raise UserError(f"config.generate.temperature is 0; {name} samples the policy that it trains, so give more")
+    in_pairs = name in ("dpo", "rpo")
+    if in_pairs and samples < 2:
+        raise UserError(f"config.collect.samples is {samples}; {name} compares two rollouts of a prompt")
+    if name == "reinforce":
+        of_prompt = 1 if config.reinforce.greedy else samples
+        if config.reinforce.baseline == "leave_one_out" and of_prompt < 2:
+            raise UserError(
+                "config.reinforce.baseline leave_one_out needs other samples of a prompt: give config.collect.samples"
+                " of at least 2 and config.reinforce.greedy false, or the baseline mean"
+            )
+        if rows % of_prompt:
+            raise UserError(
+                f"config.policy.batch_size is {rows}; reinforce takes whole prompts, so a multiple of"
+                f" config.collect.samples, {of_prompt}"
+            )
+    parts = config.fit.accumulate * (2 if in_pairs else 1)
+    if rows % parts:
+        raise UserError(
+            f"config.policy.batch_size is {rows}; it must be a multiple of {parts}, config.fit.accumulate"
+            + (" times the two rollouts of a pair" if in_pairs else "")
+        )
 
 
 def check(config: ConfigDict) -> None:
@@ -100,6 +140,11 @@ def check(config: ConfigDict) -> None:
         sources.check(config, session.text)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if session.trains_policy and session.ref_folder and session.ref_config.dtype == "bfloat16":
+        raise UserError(
+            f"config.ref is {config.ref}, read in bfloat16 for decoding alone, and {config.algorithm} trains a copy of"
+            " its weights; give --config.dtype=float32"
+        )
     longest = min(shape.max_positions for shape in session.configs.values())
     if (new := config.generate.max_new_tokens) >= longest:
         raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
@@ -110,8 +155,9 @@ def _check_rows(config: ConfigDict) -> None:
     if "mesh" not in config:
         return
     data, fsdp = config.mesh.fit.data, config.mesh.fit.fsdp
-    for section in ("pretrain", "fit") if config.ref == "pretrain" else ("fit",):
-        parts = config[section].get("accumulate", 1)
+    learned = "policy" if config.get("algorithm") in configs.POLICY_METHODS else "fit"
+    for section in ("pretrain", learned) if config.ref == "pretrain" else (learned,):
+        parts = 1 if section == "pretrain" else config.fit.accumulate
         if config[section].batch_size % (data * fsdp * parts):
             raise UserError(
                 f"config.{section}.batch_size is {config[section].batch_size}; on the mesh {config.mesh.name} it must"
@@ -161,6 +207,22 @@ class Session:
     @property
     def config(self) -> ConfigDict:
         return self.workdir.config
+
+    @property
+    def algorithm(self) -> str:
+        return self.config.get("algorithm", "qsharp")  # workdirs of an older version say nothing
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether what is learned is a policy, in the place of a guide."""
+        return self.algorithm in configs.POLICY_METHODS
+
+    @property
+    def eta(self) -> float:
+        """The KL's weight in the objective E reward - eta KL(pi || pi_ref): the algorithm's own, or collect.eta."""
+        own = {"dpo": "beta", "rpo": "beta", "klq": "tau"}.get(self.algorithm)
+        weight = self.config[self.algorithm][own] if own else None
+        return self.config.collect.eta if weight is None else weight
 
     @functools.cached_property
     def task(self) -> ModuleType:
@@ -245,7 +307,8 @@ class Session:
     def weights(self) -> dict[str, Any]:
         """Those of the "reference" and of the "guide" as they will be loaded, as `jax.ShapeDtypeStruct`s."""
         dtype = self.ref_config.dtype if self.ref_folder else "float32"  # of what was trained here
-        return {"reference": decoder.abstract(self.ref_config, dtype), "guide": value.abstract(self.guide_config)}
+        learned = decoder.abstract(self.ref_config) if self.trains_policy else value.abstract(self.guide_config)
+        return {"reference": decoder.abstract(self.ref_config, dtype), "guide": learned}
 
     def seed(self, name: str) -> int:
         """A seed of its own for every use, so that no two of them share random numbers."""
@@ -289,6 +352,7 @@ class Session:
         return settings | {"stop_ids": self.text.stop_ids, "vocab_size": self.text.vocab_size}
 
     def guide_folder(self, number: int) -> Path:
+        """Where the checkpoints of a round's guide lie, or of its policy."""
         return self.workdir.guide / f"round_{number}"
 
     def profile_folder(self, phase: str) -> Path | None:
@@ -312,13 +376,17 @@ class Session:
         shapes = self.for_fitting(LanguageModel(decoder.abstract(self.ref_config), self.ref_config))
         return self.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))
 
-    def load_guide(self, number: int | None = None) -> ValueModel:
-        """The guide fitted in a round, by default in the last that has one.
+    def load_guide(self, number: int | None = None) -> ValueModel | LanguageModel:
+        """The guide fitted in a round, by default in the last that has one; or the policy trained in it.
 
         Raises:
           UserError: if there is none, or the checkpoint is damaged.
         """
         number = self.fitted_rounds() or 1 if number is None else number
+        if self.trains_policy:
+            checkpoints = _finished(self.guide_folder(number), f"policy of round {number}", "run")
+            policy = self.for_fitting(LanguageModel(decoder.abstract(self.ref_config), self.ref_config))
+            return self.for_decoding(policy.replace(params=checkpoints.restore_params(policy.params)))
         checkpoints = _finished(self.guide_folder(number), f"guide of round {number}", "fit")
         shapes = value.abstract(self.guide_config)
         if offsets := self.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
@@ -331,6 +399,10 @@ class Session:
     def first_guide(self, ref: LanguageModel | None) -> Params:
         """The parameters that a guide starts from, if not from those of the round before; see `sources.first_guide`."""
         return sources.first_guide(self.config, self.guide_config, ref, self.key("guide"), self.fit_mesh)
+
+    def first_policy(self, ref: LanguageModel) -> Params:
+        """The parameters of the copy of the reference that a policy starts as; see `sources.first_policy`."""
+        return sources.first_policy(self.config, ref, self.fit_mesh)
 
     def fitted_rounds(self) -> int:
         """How many rounds, from the first on, have a fitted guide."""

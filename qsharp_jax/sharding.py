@@ -52,6 +52,8 @@ PARAMETERS: Mapping[str, Axes] = {
     "down.weight": ("embed", "mlp"),
     "head.kernel": ("embed", "outputs"),  # of a guide
     "head.bias": ("outputs",),
+    "value_head.kernel": ("embed", None),  # of a policy while it is trained
+    "value_head.bias": (None,),
     "scale": (None,),  # of every norm
     "attention_norm.bias": (None,),
     "mlp_norm.bias": (None,),
@@ -61,7 +63,7 @@ PARAMETERS: Mapping[str, Axes] = {
 PARAMETERS = PARAMETERS | {
     f"{name.removesuffix('kernel')}{part}": axes
     for name, kernel in PARAMETERS.items()
-    if name.endswith(".kernel") and name != "head.kernel"
+    if name.endswith(".kernel") and name not in ("head.kernel", "value_head.kernel")
     for part, axes in {"lora_a": (kernel[0], None), "lora_b": (None, kernel[1]), "lora_scale": ()}.items()
 }
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]

@@ -183,5 +183,19 @@ def first_guide(
     return value.init(key, shape, trunk)
 
 
+def first_policy(config: ConfigDict, ref: LanguageModel, mesh: Mesh | None = None) -> Params:
+    """Float32 parameters, layers stacked, of the copy of the reference that a policy starts as.
+
+    Args:
+      ref: the reference; it is not looked at where it comes out of a folder.
+      mesh: for fitting, onto which the weights are put.
+    """
+    if start := folder(config, "ref"):
+        shape = ref_config(config, None)
+        shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), mesh, sharding.FIT)
+        return hf.load_ref(start, dtype="float32", unstacked=False, shardings=shardings).params
+    return sharding.move(ref, mesh, sharding.FIT).params
+
+
 def _shardings(model: LanguageModel | ValueModel, mesh: Mesh | None, rules: sharding.Rules) -> Params | None:
     return None if mesh is None else sharding.of_model(model, mesh, rules).params

@@ -33,13 +33,15 @@ class Workdir:
     path: Path
     config: ConfigDict
     writes: bool = True
+    ref_in: str | None = None  # name of the workdir beside this one that has its reference; None: it has its own
     _lock: Lock | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
+    def open(cls, path: str | Path, config: ConfigDict | None = None, *, ref_in: str | None = None) -> "Workdir":
         """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
 
-        A run may go on with another `mesh` than it was begun with: the one that is given counts.
+        A new one may take its reference from the workdir of the name `ref_in` beside it, for ever. A run may go on with
+        another `mesh` than it was begun with: the one that is given counts.
 
         Raises UserError if `path` is a file, or in a bucket that cannot be reached, if it is no workdir and no config
         is given, if another process holds it, or if it holds a run with other settings; OSError if it cannot be
@@ -59,8 +61,9 @@ class Workdir:
         lock = locks.take(path)
         try:
             if not files.is_file(stored):
-                files.write_atomic(stored, json.dumps(to_json(config), indent=2) + "\n")
-            held = _read_config(stored)
+                settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
+                files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
+            held, ref_in = _read_config(stored)
             if config is not None and (differing := differences(held, config, but="mesh")):
                 raise UserError(
                     f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
@@ -69,13 +72,14 @@ class Workdir:
         except BaseException:
             lock.release()
             raise
-        return cls(path, held if config is None else config, _lock=lock)
+        return cls(path, held if config is None else config, ref_in=ref_in, _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """The workdir that another process of the same run holds open."""
         path = files.make_path(path)
-        return cls(path, _read_config(path / "config.json") if config is None else config, writes=False)
+        held, ref_in = _read_config(path / "config.json")
+        return cls(path, held if config is None else config, writes=False, ref_in=ref_in)
 
     def read_hashes(self) -> dict[str, Any]:
         """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
@@ -97,7 +101,7 @@ class Workdir:
 
     @property
     def ref(self) -> Path:
-        return self.path / "ref"
+        return (self.path.parent / self.ref_in if self.ref_in else self.path) / "ref"
 
     @property
     def guide(self) -> Path:
@@ -164,8 +168,11 @@ class Workdir:
         return rows
 
 
-def _read_config(path: Path) -> ConfigDict:
-    return from_json({name: item for name, item in _read_json(path).items() if name != "hashes"})
+def _read_config(path: Path) -> tuple[ConfigDict, str | None]:
+    """The settings, and where the reference is if not here."""
+    held = _read_json(path)
+    settings = {name: item for name, item in held.items() if name not in ("hashes", "ref_in")}
+    return from_json(settings), held.get("ref_in")
 
 
 def _read_json(path: Path) -> dict:

@@ -20,7 +20,7 @@ from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.workdir import Workdir, explain_os_error
 
 STOPPED = "told to end; the same command goes on where it stopped"
-RESUMING = ("run", "collect", "fit", "evaluate")  # of the commands
+RESUMING = ("run", "compare", "collect", "fit", "evaluate")  # of the commands
 
 # For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

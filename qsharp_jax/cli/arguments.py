@@ -98,15 +98,17 @@ def parser() -> argparse.ArgumentParser:
     def add_on_run(command, summary: str) -> argparse.ArgumentParser:
         sub = add(command, summary)
         sub.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
-        _add_config(sub, required=command is runs.run)
+        _add_config(sub, required=command in (runs.run, runs.compare))
         if command in (runs.run, runs.collect, runs.fit, runs.evaluate):
             _add_processes(sub)
         return sub
 
     sub = add_on_run(
-        runs.run, "everything: reference, rounds of collect and fit, evaluation, report; resumes when repeated"
+        runs.run, "everything: reference, the config's algorithm, evaluation, report; resumes when repeated"
     )
     _add_profile(sub)
+
+    add_on_run(runs.compare, "algorithms side by side at equal budgets, each in a workdir below; resumes when repeated")
 
     sub = add_on_run(runs.collect, "collect one round's rollouts: roll in guided, finish with the reference, judge")
     sub.add_argument("--round", type=_whole(1), metavar="K", help="from 1; by default the one after the last fitted")
@@ -161,7 +163,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     sub = add_on_run(runs.export, "write one of a run's models as a folder that `transformers` loads")
-    sub.add_argument("--what", choices=("ref", "guide"), required=True, help="the reference, or the last fitted guide")
+    sub.add_argument(
+        "--what", choices=("ref", "guide"), required=True, help="the reference, or the last guide or policy"
+    )
     sub.add_argument("--out", metavar="DIR", required=True, help="the folder; made if it is new, must be empty if not")
     return main
 

@@ -7,58 +7,58 @@ from qsharp_jax.workdir import Workdir
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
-    """pi_ref, then Algorithm 1 with an evaluation after each round, then the report."""
-    from qsharp_jax import evaluate, hashes, report
-    from qsharp_jax.algorithms import pretrain, qsharp
+    """pi_ref, then the config's algorithm with an evaluation after each round, then the report."""
+    from qsharp_jax import experiment, report
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
-    session.check_devices()
-    hashes.check_problems(session)
-    ref = pretrain.run(session)
-    guides = {}
-
-    def after_round(number, guide):
-        guides[number] = guide
-        evaluate.evaluate(session, ref, guides, full=number == session.config.rounds)
-
-    qsharp.run(session, ref, after_round)
+    experiment.run(session)
     if workdir.writes:
         print("\n" + report.write(session))
 
 
+def compare(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import compare
+
+    print("\n" + compare.run(workdir))
+
+
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import hashes
-    from qsharp_jax.algorithms import pretrain, qsharp
+    from qsharp_jax import algorithms, hashes
+    from qsharp_jax.algorithms import pretrain
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    algorithm = algorithms.get(session.algorithm)
+    _check_collects(session)
     hashes.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
     ref = pretrain.run(session)
     guide = session.load_guide(number - 1) if number > 1 else None
-    figures = qsharp.collect(session, number, ref, guide)
+    figures = algorithm.collect(session, number, ref, guide)
     print(f"round {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def fit(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax.algorithms import qsharp
+    from qsharp_jax import algorithms
     from qsharp_jax.session import Session
 
     session = Session(workdir, options.profile)
+    algorithm = algorithms.get(session.algorithm)
+    _check_collects(session)
     session.check_devices()
     number = options.round or max(session.collected_rounds(), 1)
     _check_round(session, number)
-    data = qsharp.aggregate(session, number, skip_damaged=options.skip_damaged)
+    data = algorithm.aggregate(session, number, skip_damaged=options.skip_damaged)
     previous = session.load_guide(number - 1) if session.config.fit.warm_start and number > 1 else None
     ref = None if session.ref_folder else session.load_ref()
-    qsharp.fit(session, number, ref, data, previous)
+    algorithm.fit(session, number, ref, data, previous)
     print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import evaluate, hashes, report
+    from qsharp_jax import algorithms, evaluate, hashes, report
     from qsharp_jax.session import Session
 
     session = Session(workdir)
@@ -66,7 +66,8 @@ def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
     ref = session.load_ref()
     last = session.fitted_rounds()
     guides = {number: session.load_guide(number) for number in range(1, last + 1)}
-    print(report.table(evaluate.evaluate(session, ref, guides, full=True)))
+    mode = None if session.trains_policy else algorithms.get(session.algorithm).mode(session.config)
+    print(report.table(evaluate.evaluate(session, ref, guides, full=True, mode=mode)))
 
 
 def report(workdir: Workdir, options: argparse.Namespace) -> None:
@@ -99,6 +100,15 @@ def export(workdir: Workdir, options: argparse.Namespace) -> None:
 
     export.write(Session(workdir), options.what, options.out)
     print(f"the {'reference' if options.what == 'ref' else 'guide'} is in {options.out}")
+
+
+def _check_collects(session) -> None:
+    """That the run's algorithm collects and fits in separate steps."""
+    if session.trains_policy:
+        raise UserError(
+            f"{session.algorithm} trains a policy, and collects as it does so; use qsharp run, which goes on where it"
+            " stopped"
+        )
 
 
 def _check_round(session, number: int) -> None:

@@ -102,6 +102,11 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     from qsharp_jax import score_file
 
+    if workdir is not None and _models(workdir, options).trains_policy:
+        raise UserError(
+            f"{workdir.path} holds a policy trained by {workdir.config.algorithm}, which gives no values; score with"
+            " models' folders, by --ref and --guide"
+        )
     records = score_file.read(options.input)
     _check_other_file(options)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))

@@ -1,4 +1,4 @@
-"""Sums over the labelled positions of a batch, of what a head makes of their hidden states.
+"""What a head makes of the hidden states at the labelled positions of a batch: sums over them, or a number at each.
 
 A head's arrays (logits [B, T, V], or a Q-type's columns [B, T, M, D]) can be larger than the model. Where they would
 be, each row's labelled positions are moved to its front, and taken a few at a time: none is computed past the last.
@@ -81,6 +81,40 @@ def _backward(head: Head, positions: int, kept: tuple, cotangent: tuple) -> tupl
 
 
 _sum_of_parts.defvjp(_forward, _backward)
+
+
+def at_labelled(
+    head: Callable[[Any, jax.Array, Any], jax.Array],
+    params: Any,
+    hidden: jax.Array,
+    others: Any,
+    mask: jax.Array,
+    *,
+    width: int,
+) -> jax.Array:
+    """[B, T] numbers `head(params, hidden, others)` at labelled positions, 0 elsewhere; arguments as `labelled_sum`.
+
+    Of the head's own arrays none is kept for the gradient where they are taken in parts: they are computed again.
+    """
+    chex.assert_rank([hidden, mask], [3, 2])
+    chex.assert_equal_shape_prefix([hidden, mask, *jax.tree.leaves(others)], 2)
+    rows, length = mask.shape
+    positions = max(NUMBERS // (rows * width), 1)
+    if positions >= length:
+        return jnp.where(mask, head(params, hidden, others), 0)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+
+    @jax.checkpoint
+    def of_part(part: Any) -> jax.Array:
+        hidden, others, mask = part
+        return jnp.where(mask, head(params, hidden, others), 0)
+
+    def of_any(part: Any) -> jax.Array:
+        return jax.lax.cond(part[-1].any(), of_part, lambda part: jnp.zeros(part[-1].shape), part)
+
+    found = jax.lax.map(of_any, _parts(positions, hidden, others, mask, order))  # [P, B, positions]
+    found = found.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
 
 
 def _parts(positions: int, hidden: jax.Array, others: Any, mask: jax.Array, order: jax.Array) -> tuple:

@@ -49,6 +49,11 @@ class Loop:
 
     `measure` is asked at the end, and every `evaluate_every` steps if that is not 0; its numbers are logged. With
     `patience` they have an "nll": after so many evaluations since the one with the least, training ends.
+
+    `sample`, for batches that the model itself makes as it learns, is told before the first step and then every
+    `sample_every` steps how many times it has been told before, and the parameters of that step; its numbers are
+    logged. Checkpoints are then of steps that a sample follows alone, so that a training that goes on makes the samples
+    that one that never stopped would have made.
     """
 
     total_steps: int
@@ -60,6 +65,8 @@ class Loop:
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
     patience: int = 0  # 0: off
+    sample: Callable[[int, Params], dict] | None = None
+    sample_every: int = 1
     stop_requested: Callable[[int], bool] = told_to_stop  # asked after each step
     flops: Flops | None = None  # of a step, for the speed in the log
     profile: Path | None = None  # folder for a trace of some steps; None: no trace
@@ -88,7 +95,7 @@ def fit(
 
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
-      Stopped: if `loop.stop_requested`, or at SIGTERM in an evaluation; the present step is saved.
+      Stopped: if `loop.stop_requested`, or at SIGTERM in an evaluation or while sampling; the present step is saved.
       OSError: naming the folder, if a checkpoint cannot be written.
     """
     clock = Clock(loop.flops)
@@ -131,14 +138,20 @@ def _train(
                     checkpoints.save_best(state.params, best)
             if loop.patience and step - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
                 break
+        if loop.sample is not None and step % loop.sample_every == 0:
+            jax.block_until_ready(state)
+            with clock.lost():
+                sample = functools.partial(loop.sample, step // loop.sample_every)
+                loop.log({"phase": loop.name, "step": step, **_ask(sample, state, checkpoints, best)})
         batch, evaluated = clock.fetch(batches, step, metrics), False
         with clock.lost():
             trace.before_step(state, clock.warm)
         with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
         window.append(metrics)
-        last, saving = step + 1 == loop.total_steps, (step + 1) % loop.save_every == 0
-        stopping = loop.stop_requested(step + 1)
+        last, between = step + 1 == loop.total_steps, (step + 1) % loop.sample_every == 0
+        saving = between and (step + 1) % loop.save_every == 0
+        stopping = between and loop.stop_requested(step + 1)
         if last or saving or stopping or (step + 1) % loop.log_every == 0:
             means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
             # A gradient that is not finite has spoilt the parameters, though their loss comes with the next step only.
@@ -171,18 +184,22 @@ def _train(
 
 def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None) -> Best | None:
     """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
-    step = int(state.step)
-    try:
-        with interrupt.interruptible():
-            measures = loop.measure(state.model)
-    except Stopped:
-        checkpoints.save(state, best=best)
-        raise
+    step, measures = int(state.step), _ask(loop.measure, state, checkpoints, best)
     if loop.patience and measures["nll"] < (best.loss if best else math.inf):
         best = Best(step, measures["nll"])
     if measures:
         loop.log({"phase": loop.name, "step": step, **measures, **({"best_step": best.step} if best else {})})
     return best
+
+
+def _ask(what: Callable[[Params], dict], state: TrainState, checkpoints: Checkpoints, best: Best | None) -> dict:
+    """What is made of the parameters, which may take long: a SIGTERM meanwhile saves them and ends the training."""
+    try:
+        with interrupt.interruptible():
+            return what(state.model)
+    except Stopped:
+        checkpoints.save(state, best=best)
+        raise
 
 
 def device_memory() -> dict[str, int]:

@@ -162,8 +162,10 @@ class Clock:
         """The speed since the last lap; to be called when the device is done with every step.
 
         Returns:
+          seconds: wall time since the last lap, what was lost too.
           tokens_per_second: of steps, padding not counted.
-          flops_per_second: model FLOP/s of steps; only if FLOPs are counted.
+          flops: model FLOPs of the steps since the last lap; only if FLOPs are counted.
+          flops_per_second: model FLOP/s of steps; likewise.
           mfu: these, as a share of the devices' dense bfloat16 peak; only if that is known.
           goodput: the share of steps in all wall time since the clock was made. With `mfu` it multiplies to the share
             of the peak that the training as a whole makes use of.
@@ -171,8 +173,9 @@ class Clock:
         now = time.monotonic()
         seconds = max(now - self._lap - self._lost, 1e-9)
         self._useful += seconds
-        speed = {"tokens_per_second": self._tokens / seconds}
+        speed = {"seconds": now - self._lap, "tokens_per_second": self._tokens / seconds}
         if self._flops is not None:
+            speed["flops"] = self._operations
             speed["flops_per_second"] = self._operations / seconds
             if self._peak is not None:
                 speed["mfu"] = self._operations / seconds / self._peak

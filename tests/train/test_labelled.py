@@ -66,6 +66,28 @@ def test_loss_metrics_and_gradient_do_not_depend_on_the_parts(name, monkeypatch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient_in_parts, gradient)
 
 
+@pytest.mark.parametrize("numbers", [1, 60])
+def test_numbers_at_labelled_positions_do_not_depend_on_the_parts(numbers, monkeypatch):
+    """One position of each row at a time, or three: the same numbers in their places, the same gradient through them."""
+    rng = np.random.default_rng(1)
+    hidden, weights = np.float32(rng.normal(size=(4, 17, 6))), np.float32(rng.normal(size=(6,)))
+    mask, scale = rng.random((4, 17)) < 0.4, np.float32(rng.normal(size=(4, 17)))
+    mask[2] = False
+
+    def loss(weights, hidden):
+        def head(weights, hidden, scale):
+            return jax.nn.softplus(hidden @ weights) * scale
+
+        found = labelled.at_labelled(head, weights, hidden, scale, mask, width=5)
+        return (found * np.arange(17)).sum() ** 2, found
+
+    want = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, hidden)
+    np.testing.assert_array_equal(np.asarray(want[0][1])[~mask], 0)
+    monkeypatch.setattr(labelled, "NUMBERS", numbers)
+    got = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)
+
+
 def test_parts_without_a_label_are_not_computed(monkeypatch):
     """Rows have 3 and 5 labels of 64: five parts of one position are computed, whatever the masked positions hold."""
     monkeypatch.setattr(labelled, "NUMBERS", 1)

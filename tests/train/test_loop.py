@@ -189,7 +189,7 @@ def test_metrics_lines(tmp_path):
     toy_fit(tmp_path, lines=lines, total_steps=11, measure=lambda params: {"brier": float(params["x"][0])})
     steps = [line["step"] for line in lines]
     assert steps == [4, 5, 8, 10, 11, 11]
-    required = {"phase", "step", "loss", "gradient_norm", "accuracy", "tokens_per_second", "goodput"}
+    required = {"phase", "step", "loss", "gradient_norm", "accuracy", "tokens_per_second", "goodput", "seconds"}
     assert all(required <= set(line) <= required | {"peak_bytes"} for line in lines[:-1])
     x, expected = 0.0, []
     for step in range(11):
@@ -217,6 +217,63 @@ def test_evaluations_between(tmp_path):
         assert [line["step"] for line in measured] == at and all(set(m) == {"phase", "step", "nll"} for m in measured)
         np.testing.assert_allclose([line["nll"] for line in measured], [xs[step - 1] for step in at], rtol=1e-5)
         assert state.params["x"][0] == measured[-1]["nll"]
+
+
+class Sampling:
+    """Batches that are samples of the parameters: what `fit` is given as `sample` and as batches."""
+
+    def __init__(self, ending=None):
+        self.told, self.ending = [], ending
+
+    def sample(self, count, params):
+        if count == self.ending:
+            raise Stopped
+        self.told.append((count, float(params["x"][0])))
+        return {"mean": float(params["x"][0])}
+
+    def __getitem__(self, step):
+        return SimpleBatch(jnp.float32(self.told[-1][1] + 1), np.ones((1, 3), np.int32))
+
+
+def sampling_fit(folder, source, lines=None, **changes):
+    return toy_fit(folder, source, lines=lines, total_steps=12, sample=source.sample, sample_every=3, **changes)
+
+
+def test_samples_of_the_present_parameters(tmp_path):
+    """Before the first step and after every third, with what it logs; x moves 0.2 of the way to the sample's x + 1 a
+    step."""
+    source, lines = Sampling(), []
+    sampling_fit(tmp_path, source, lines)
+    moved = 1 - 0.8**3
+    np.testing.assert_allclose(source.told, [(count, count * moved) for count in range(4)], rtol=1e-5)
+    assert [line["step"] for line in lines if "mean" in line] == [0, 3, 6, 9]
+
+
+def test_a_training_that_samples_is_saved_between_samples(tmp_path):
+    """Checkpoints every fourth step are of the twelfth alone; told to stop in a sample or between two, it goes on and
+    ends the same."""
+    straight = sampling_fit(tmp_path / "straight", Sampling())
+    with pytest.raises(Stopped):
+        sampling_fit(tmp_path / "in", Sampling(ending=2))
+    with pytest.raises(Stopped):
+        sampling_fit(tmp_path / "between", Sampling(), stop_requested=lambda step: step >= 4)
+    for name in ("in", "between"):
+        assert int(Checkpoints(tmp_path / name).restore(toy_state()).step) == 6
+        source = Sampling()
+        assert_trees_equal(sampling_fit(tmp_path / name, source), straight)
+        assert [count for count, _ in source.told] == [2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        sampling_fit(tmp_path / "killed", Dying())
+    assert int(Checkpoints(tmp_path / "killed").restore(toy_state()).step) == 0
+
+
+class Dying(Sampling):
+    """Killed in the last lot, before the twelfth step."""
+
+    def sample(self, count, params):
+        if count == 3:
+            raise KeyboardInterrupt
+        return super().sample(count, params)
 
 
 EVERY, PATIENCE = 5, 3

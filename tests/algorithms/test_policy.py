@@ -1,0 +1,199 @@
+"""What the policy methods share: scores against a decoder in numpy, batches in parts, and runs on a task with an optimum."""
+
+import functools
+import tempfile
+
+import bandit_task as bandit
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_decoder
+import pytest
+from helpers import quick_compilation  # noqa: F401
+
+from qsharp_jax import algorithms, dataset, evaluate, generate, report, tasks, train
+from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
+from qsharp_jax.dataset import Example, Rollout
+from qsharp_jax.errors import UserError
+
+# --- Scores and batches ---------------------------------------------------------------------------------------------
+
+V, PADDED = 11, 3
+MODEL = helpers.random_model(V, seed=1, scale=2.0)
+EXAMPLES = [Example([1, 2, 3], [4, 5]), Example([6], [7, 1, 2, 3]), Example([2, 2], [7]), Example([3, 1], [2, 4, 6])]
+
+
+def with_value_head(params):
+    return params | {policy.VALUE_HEAD: helpers.random_params({"kernel": jnp.zeros((32, 1)), "bias": jnp.zeros(1)}, 3)}
+
+
+def scorer(**changes):
+    return policy.Scorer(**dict(config=MODEL.config, temperature=1.0, vocab_size=V) | changes)
+
+
+def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
+    """At a temperature of its own, with ids that pad the vocabulary; V is of the state before the token."""
+    by, params = scorer(temperature=0.7, vocab_size=V - PADDED), with_value_head(MODEL.params)
+    batch = policy.make_batch(EXAMPLES, {}, range(4), rows=5, width=8)
+    log_probs, values = jax.jit(by)(params, batch)
+    exact, head = numpy_decoder.to_float64(MODEL.params), numpy_decoder.to_float64(params[policy.VALUE_HEAD])
+    want_log_probs, want_values = np.zeros(log_probs.shape), np.zeros(log_probs.shape)
+    for row, example in enumerate(EXAMPLES):
+        tokens = [*example.prompt, *example.response]
+        hidden = numpy_decoder.hidden(exact, MODEL.config, tokens)
+        logits = numpy_decoder.logits(exact, MODEL.config, hidden)[:, : V - PADDED] / 0.7
+        for place in range(len(example.prompt), len(example)):
+            before = logits[place - 1] - logits[place - 1].max()
+            want_log_probs[row, place] = before[tokens[place]] - np.log(np.exp(before).sum())
+            want_values[row, place] = (hidden[place - 1] @ head["kernel"] + head["bias"])[0]
+    np.testing.assert_allclose(log_probs, want_log_probs, atol=1e-5)
+    np.testing.assert_allclose(values, want_values, atol=1e-5)
+
+
+NUMBERS = ("old_log_probs", "ref_log_probs", "advantages", "returns", "targets")
+LOSSES = {
+    "reinforce": reinforce.loss,
+    "ppo": functools.partial(ppo.loss, clip=0.1, value_weight=0.5),
+    "klq": functools.partial(klq.loss, tau=0.3),
+    "rpo": functools.partial(dpo.loss, beta=0.3, alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_on_a_batch_in_parts_is_that_of_the_whole(name):
+    """Responses of several lengths, and rows of padding: parts add up to the whole's means."""
+    rng, params = np.random.default_rng(0), with_value_head(MODEL.params)
+    numbers = {key: rng.normal(size=(4, 4)) for key in NUMBERS}
+    # Of pairs the chosen come first, then the rejected; one place of each is empty.
+    rows = [0, 1, 2, None, 2, 3, 0, None] if name == "rpo" else [0, 1, None, 2, 3]
+    batch = policy.make_batch(EXAMPLES, numbers, rows, rows=8, width=8)
+    loss = functools.partial(policy._loss, by=scorer(), loss=LOSSES[name])
+    optimizer = train.make_optimizer(helpers.optimizer_config(clip=1.0))
+    state = train.init_state(params, optimizer)
+    whole, parts = (
+        jax.jit(functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer, accumulate=count))(
+            state, batch, 1.0
+        )[1]
+        for count in (1, 2)
+    )
+    assert whole["gradient_norm"] > 0.01
+    for key in whole:
+        np.testing.assert_allclose(parts[key], whole[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+# --- A bandit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bandit_is_a_task():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "bandit", bandit.TASK)
+        yield
+
+
+def run(session, ref, after_round=lambda number, guide: None):
+    return algorithms.get(session.algorithm).run(session, ref, after_round)
+
+
+@functools.cache
+def trained(name):
+    """A finished run: the session, the reference, the policy, and how many programs there were after each lot."""
+    programs, sample = [], policy.sample
+
+    def counting(*arguments, **more):
+        found = sample(*arguments, **more)
+        functions = (generate.decode, generate.prefill, policy._score)
+        programs.append(sum(function._cache_size() for function in functions))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "sample", counting)
+        session = bandit.session(tempfile.mkdtemp(), name)
+        ref = bandit.reference(session)
+        return session, ref, run(session, ref), programs
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo", "klq"])
+def test_the_regularised_optimum_is_nearly_reached(name):
+    """0.95 of it, from a reference at a good deal less; the learning curve is in the metrics, rollouts are on disk."""
+    session, ref, made, programs = trained(name)
+    before, best = bandit.exact_objective(session, ref, ref)
+    after, _ = bandit.exact_objective(session, ref, made)
+    assert before < 0.7 * best and after > 0.95 * best
+    lots = [line for line in session.workdir.read_metrics() if "objective" in line]
+    assert len(lots) == 10 and sum(line["rollouts"] for line in lots) == 640
+    assert np.mean([line["objective"] for line in lots[-3:]]) > np.mean([line["objective"] for line in lots[:3]]) + 0.1
+    assert max(line["log_prob_gap"] for line in lots) < 1e-4
+    assert len(programs) == 10 and programs[0] == programs[-1], "new weights compile nothing"
+    assert len(dataset.read_rounds(session.workdir.path / "rollouts", [1])) == 640
+    helpers.assert_trees_equal(session.load_guide(1).params, made.params)
+
+
+def test_a_policy_is_measured_and_reported_like_a_guide():
+    session, ref, made, _ = trained("reinforce")
+    rows = evaluate.evaluate(session, ref, {1: made}, full=True)
+    assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "reinforce"]
+    objective, _ = bandit.exact_objective(session, ref, made)
+    assert rows[2]["eta"] == session.eta and rows[2]["n"] == 60 and rows[2]["kl"] > 0.1
+    assert rows[2]["reward"] - session.eta * rows[2]["kl"] == pytest.approx(objective, abs=0.15)
+    assert "REINFORCE | 0.2" in report.write(session)
+    assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    """Killed while it samples the fourth lot, after a checkpoint at the second: the same policy, bit for bit."""
+    settings = ("ppo", "collect.prompts=64", "fit.save_every=4", "ppo.epochs=2")
+    straight, killed = bandit.session(tmp_path / "straight", *settings), bandit.session(tmp_path / "killed", *settings)
+    ref, sample = bandit.reference(straight), policy.sample
+
+    def dying(*arguments, lot, **more):
+        if lot == 3:
+            raise Killed
+        return sample(*arguments, lot=lot, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(policy, "sample", dying)
+        run(killed, ref)
+    assert "4" in {path.name for path in (killed.guide_folder(1) / "training").iterdir()}
+    want, got = run(straight, ref), run(killed, ref)
+    helpers.assert_trees_equal(got.params, want.params)
+    for session, steps in ((straight, [0, 2, 4, 6]), (killed, [0, 2, 4, 4, 6])):
+        assert [line["step"] for line in session.workdir.read_metrics() if "objective" in line] == steps
+    lines = len(killed.workdir.read_metrics())
+    helpers.assert_trees_equal(run(killed, ref).params, want.params)
+    assert len(killed.workdir.read_metrics()) == lines, "a finished run computes nothing again"
+
+
+def test_sampler_and_trainer_that_differ_are_told_apart(tmp_path):
+    session = bandit.session(tmp_path, "reinforce", "policy.log_prob_limit=1e-12")
+    with pytest.raises(UserError, match="reinforce, round 1, lot 0: .* differ by .* log_prob_limit is 1e-12"):
+        run(session, bandit.reference(session))
+
+
+def test_dpo_learns_from_pairs_of_two_rounds(tmp_path):
+    """The reward rises; a round's pairs and skipped prompts are counted, and a finished round is loaded."""
+    session = bandit.session(tmp_path, "dpo", "rounds=2", "collect.prompts=40", "dpo.epochs=3")
+    ref, kept = bandit.reference(session), {}
+    made = run(session, ref, kept.__setitem__)
+    data = dataset.read_rounds(session.workdir.path / "rollouts", [1, 2])
+    assert len(data) == 2 * 40 * 4 and all(rollout.switch == 0 for rollout in data)
+    pairs, skipped = dpo.make_pairs(data)
+    *_, line = [line for line in session.workdir.read_metrics() if "pairs" in line]
+    assert (line["pairs"], line["skipped_prompts"], line["prompts"]) == (len(pairs), skipped, 80)
+    (first, best), (second, _) = bandit.exact_objective(session, ref, ref), bandit.exact_objective(session, ref, made)
+    assert first + 0.2 < second < best
+    helpers.assert_trees_equal(run(session, ref).params, made.params)
+    helpers.assert_trees_equal(session.load_guide(1).params, kept[1].params)
+
+
+def test_no_pairs_at_all_are_refused_with_how_many_prompts_were_skipped(tmp_path):
+    session = bandit.session(tmp_path, "rpo", "collect.prompts=7")
+    rollouts = [Rollout(f"p{i % 7}", 1, [1], [2], 0, float(i % 7 > 3), True, 1.0, 0, "") for i in range(28)]
+    params = bandit.reference(session).params
+    with pytest.raises(UserError, match="rpo has no pairs to learn from: all 7 prompts were skipped"):
+        dpo.fit(session, 1, params, params, rollouts)
