@@ -316,7 +316,7 @@ RULES: dict[str, Rule] = {
     "fit.future_offsets": _whole(0),
     "fit.future_weight": _NOT_NEGATIVE,
     "cd.variant": _one_of("regression", "fudge", "q"),
-    "vas.td_lambda": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "vas.td_lambda": _UNIT,
     "evaluate.problems": _whole(1),
     "evaluate.samples": _whole(1),
     "evaluate.etas": _ETAS,

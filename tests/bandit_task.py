@@ -20,6 +20,8 @@ def problems(config, split, count, seed):
 
 
 TASK = types.SimpleNamespace(
+    FINITE=False,
+    SYMBOLIC=False,
     check=lambda config: None,
     make_tokenizer=lambda config: base.word_level_tokenizer(
         [*ARMS, "?"], pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
@@ -29,8 +31,9 @@ TASK = types.SimpleNamespace(
     reward=lambda problem, response: ARMS.get(response[:1], 0.0),
 )
 SMALL = (
-    "rounds=1", "generate.max_new_tokens=2", "collect.prompts=160", "collect.samples=4", "collect.eta=0.2",
+    "rounds=1", "generate.max_new_tokens=2", "collect.prompts=320", "collect.samples=4", "collect.eta=0.2",
     "collect.batch_size=64", "policy.batch_size=64", "policy.prompts=16", "policy.optimizer.warmup_steps=0",
+    "policy.optimizer.learning_rate=0.01",
     "fit.length_bucket=8", "generate.prompt_bucket=8", "evaluate.problems=60", "evaluate.samples=1",
     "evaluate.batch_size=60",
 )  # fmt: skip
