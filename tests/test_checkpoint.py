@@ -244,6 +244,7 @@ def test_a_checkpoint_without_the_best_that_it_refers_to_is_damaged(tmp_path):
     assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(5))
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """In any file: what is restored is what was saved, or the checkpoint is damaged."""
     expected, random = make_state(9), np.random.default_rng(0)

@@ -126,6 +126,7 @@ def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(fini
     assert results(workdir) == results(finished)
 
 
+@pytest.mark.slow
 def test_each_command_works_alone_on_the_workdir(copied, capsys):
     before, expected = records(copied), results(copied)
     shutil.rmtree(copied / "rollouts" / "round_2")

@@ -99,6 +99,7 @@ def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, 
         assert line["tokens"] == expected[: expected.index(stop) + 1] and line["finished"]
 
 
+@pytest.mark.slow
 def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     """Decoding against teacher forcing; and the text that is streamed is the line's."""
     ref, guide = models

@@ -150,6 +150,7 @@ if __name__ == "__main__":
     main()
 
 
+@pytest.mark.slow
 def test_every_tpu_preset_s_slice_is_known_to_the_compiler():
     """And only `data` goes from slice to slice, and decoding stays on a host."""
     found = printed_by(__file__)

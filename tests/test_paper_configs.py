@@ -14,6 +14,7 @@ from test_cli import refused
 from qsharp_jax import cli, plan
 from qsharp_jax import config as configs
 from qsharp_jax import session as sessions
+from qsharp_jax.errors import UserError
 from qsharp_jax.models import hf
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -88,14 +89,22 @@ def test_a_row_down_to_shapes_and_memory(path):
     presets = configs.presets(path)
     large = "70B" in config.ref
     for name in MESHES:
-        found = {"fit": plan.fit(job, presets[name]), "decode": plan.decode(job, presets[name])}
-        amounts = ", ".join(f"{use} {step.bytes / 2**30:.1f} GiB" for use, step in found.items())
-        reason = plan.problem(job, presets[name])
-        print(f"{path.parent.name}/{path.stem} on {name}: {amounts} a chip{', too much' if reason else ''}")
-        if name == ("cuda_8" if large else "cuda_1"):
-            assert reason is None
-        if large and name == "cuda_1":
-            assert "would take" in reason
+        found = [f"{use} {needed(count_, job, presets[name])}" for use, count_ in USES.items()]
+        print(f"{path.parent.name}/{path.stem} on {name}, a chip: {', '.join(found)}")
+    reasons = {name: plan.problem(job, presets[name]) for name in ("cuda_1", "cuda_8")}
+    assert reasons["cuda_8" if large else "cuda_1"] is None
+    assert not large or "would take" in reasons["cuda_1"]
+
+
+USES = {"fit": plan.fit, "decode": plan.decode}
+
+
+def needed(count_, job: plan.Job, section: dict) -> str:
+    """Of memory; or why the rows or heads cannot be divided so."""
+    try:
+        return f"{count_(job, section).bytes / 2**30:.1f} of {section['hbm_bytes'] / 2**30:.0f} GiB"
+    except UserError as error:
+        return f"({error})"
 
 
 def test_a_row_without_its_models_says_which(tmp_path, capsys):
@@ -114,7 +123,7 @@ SMALL = [
         "collect.prompts=9", "collect.samples=2", "collect.shard_rows=6", "collect.batch_size=8",
         "collect.drop_no_variation=False", "generate.max_new_tokens=24", "fit.epochs=1", "fit.batch_size=6",
         "fit.accumulate=1", "fit.length_bucket=64", "evaluate.problems=4", "evaluate.samples=2",
-        "evaluate.batch_size=8", "rounds=2",
+        "evaluate.batch_size=8", "rounds=1",
     )
 ]  # fmt: skip
 
@@ -128,15 +137,16 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_small_run_of_a_row(model, tmp_path, capsys):
-    """GSM8K's own format, the chat template and the judge: two rounds on the same problems, and a table at the end."""
+    """GSM8K's own format, the chat template and the judge, with a table at the end."""
     folder = small_data.write_gsm8k(tmp_path / "data", train=10, test=4)
     given = [f"--config.ref={model}", f"--config.guide={model}", f"--config.task.data={folder}", *SMALL]
     path, workdir = CONFIGS / "gsm8k" / "llama31_8b.py", tmp_path / "run"
     assert cli.main(["run", "--config", str(path), "--workdir", str(workdir), *given]) == 0
     collected = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     collected = [line for line in collected if line["phase"].endswith("collect")]
-    assert [line["rollouts"] for line in collected] == [18, 18]
+    assert [line["rollouts"] for line in collected] == [18]
     assert all(0 <= line["answered"] <= 1 for line in collected)
     samples = [json.loads(line) for line in (workdir / "samples" / "pi_ref.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and {sample["prompt"][:10] for sample in samples} == {"Problem:\n\n"}

@@ -65,6 +65,7 @@ def session(*changes: str) -> Session:
     return Session(Workdir(Path(), configs.load(CONFIG, [*FEW, *(f"--config.{change}" for change in changes)])))
 
 
+@pytest.mark.slow
 def test_a_run_from_folders_ends_with_results_and_keeps_their_paths(finished, folders, capfd):
     assert {("pi_ref", 0), ("qsharp", 1), ("cd", 1)} <= {(row["method"], row["round"]) for row in results(finished)}
     config = json.loads((finished / "config.json").read_text())

@@ -115,7 +115,9 @@ def trained(name):
         return session, ref, run(session, ref), programs
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo", "klq"])
+@pytest.mark.parametrize(
+    "name", ["reinforce", pytest.param("ppo", marks=pytest.mark.slow), pytest.param("klq", marks=pytest.mark.slow)]
+)
 def test_the_regularised_optimum_is_nearly_reached(name):
     """0.95 of it, from a reference at a good deal less; the learning curve is in the metrics, rollouts are on disk."""
     session, ref, made, programs = trained(name)

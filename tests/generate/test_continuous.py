@@ -65,6 +65,7 @@ def test_responses_are_those_of_generate_whatever_the_rows(rows):
     assert 0 < want.finished.sum() < COUNT and len(set(want.lengths)) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "v-bernoulli"])
 def test_every_kind_of_model_and_guide(case):
     """Learned positions, shifted tokens, Q-types, atoms."""
@@ -96,6 +97,7 @@ def test_shared_slots_that_suffice_change_nothing():
 # --- Responses that have begun --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_response_that_has_begun_is_finished_within_its_budget():
     """What follows is what `generate` gives after prompt and beginning, with the rest of the budget; nothing after a
     stop token, or where the budget is used up. The beginnings make the prompts longer than their bucket."""
@@ -143,6 +145,7 @@ def test_nothing_to_begin_is_nothing_done():
 # --- What it costs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_useful_row_steps():
     """Rows of one length never wait, but for the last; of a long one among short ones, only the last rows do."""
     same = batch_of(rows=4, budget=N, stop_ids=())

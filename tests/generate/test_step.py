@@ -88,6 +88,7 @@ def test_without_truncation_both_kls_are_one_and_without_stop_ids_rows_have_thei
 # --- Shared slots ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["v-bernoulli", "v-categorical"])
 def test_with_slots_for_all_above_the_threshold_every_row_is_as_if_these_were_its_candidates(case):
     controls = {**MIXED, "threshold": [0.0, 0.1, 0.2, 0.05, 0.1, 0.3]}

@@ -59,6 +59,7 @@ def test_attention_is_the_plain_einsum(implementation, length, heads, kv_heads):
     compare(implementation, length, heads, kv_heads, 16, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_splash_attention_is_the_plain_einsum(kv_heads, monkeypatch):
     """The TPU's kernel, interpreted; a length of two tiles, segments that end within them."""

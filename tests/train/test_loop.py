@@ -316,6 +316,7 @@ def test_an_over_fitting_guide_is_stopped_and_the_best_is_returned(tmp_path, ove
     assert_trees_equal(state.params, until.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_best", [-2, 6, 13])
 def test_patience_goes_on_where_it_was_stopped(tmp_path, overfitted, after_best):
     """Killed before the best evaluation or after it, and after a checkpoint or before: the same best, at the same
@@ -345,6 +346,7 @@ def test_a_training_that_is_told_to_stop_saves_that_step_and_goes_on_from_it(tmp
     assert_trees_equal(state, toy_fit(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["after the step", "in the evaluation", "in the last evaluation"])
 def test_patience_goes_on_where_a_training_was_told_to_stop(tmp_path, overfitted, when):
     """At the step of the best evaluation, which is then still to come."""

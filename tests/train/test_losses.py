@@ -231,6 +231,7 @@ def packed_and_unpacked():
     return dataset.make_packed_batch(groups, 5, 24), dataset.make_batch(examples, 8, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v", "q", "future", "language model"])
 def test_the_loss_of_a_packed_batch_is_that_of_its_examples_apart(name):
     """And its gradient: nothing is read or predicted from one segment to another, with a token shift and learned
@@ -264,6 +265,7 @@ def test_the_first_token_of_a_segment_has_nothing_before_it():
 # --- Rematerialisation ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_done_again_changes_memory_and_nothing_else():
     """One loss and one gradient; the memory that the compiler sets aside falls from keeping all to keeping inputs."""
     lm = helpers.random_model(V, seed=5, max_positions=64, layers=4)
