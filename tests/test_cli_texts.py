@@ -16,14 +16,17 @@ import numpy_decoder
 import pytest
 import scipy.special
 from helpers import quick_compilation  # noqa: F401
+from ml_collections import ConfigDict
 from test_cli import FIELDS, refused, stdout_lines
 
 from qsharp_jax import cli
+from qsharp_jax.cli import texts
 from qsharp_jax.models import decoder, hf, memory, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.text import Text
+from qsharp_jax.workdir import Workdir
 
 USED = Text(bpe.make()).vocab_size
 SHAPE = helpers.TINY | dict(max_positions=64)
@@ -303,3 +306,15 @@ def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, 
     write_lines(output, [{"prompt": "another", "response": "b", "ref_log_probs": [], "values": [], "value": 0}])
     assert "line 1, is not of record 1" in refused(capsys, *score, output)
     assert "--batch-size" in refused(capsys, *score, output, "--batch-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "qsharp"), ({"algorithm": "vas"}, "cd"), ({"algorithm": "cd", "cd": {"variant": "fudge"}}, "expectation"),
+        ({"algorithm": "cd", "cd": {"variant": "regression"}}, "cd"), ({"algorithm": "ppo"}, "qsharp"),
+    ],
+)  # fmt: skip
+def test_a_run_s_guide_tilts_as_its_algorithm_does(tmp_path, changes, mode):
+    assert texts._mode(Workdir(tmp_path, ConfigDict(changes))) == mode
+    assert texts._mode(None) == "qsharp"

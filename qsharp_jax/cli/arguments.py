@@ -260,8 +260,9 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         " the tokenizer's eos and the end of a turn in its chat template",
     )  # fmt: skip
     sub.add_argument(
-        "--mode", choices=("qsharp", "cd", "expectation"), default="qsharp",
-        help="how values tilt: log E exp(z/eta), E z/eta, or log E z",
+        "--mode", choices=("qsharp", "cd", "expectation"),
+        help="how values tilt: log E exp(z/eta), E z/eta, or log E z; by default as the run's algorithm does,"
+        " and qsharp for folders",
     )  # fmt: skip
 
 

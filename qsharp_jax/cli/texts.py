@@ -35,6 +35,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     settings = _all_settings(models, workdir, given)
     guided = not all(map(math.isinf, etas))
     settings["weights"] = options.weights if guided else None
+    settings["mode"] = options.mode or _mode(workdir)
     encoded = _encode(models, prompts, settings["max_new_tokens"], guided)
     if options.output:
         _check_output(options.output)
@@ -47,7 +48,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     ref, guide = models.load_ref(), models.load_guide() if guided else None
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
     if options.stream:
-        _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, mode=options.mode, **settings)
+        _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, **settings)
         return
 
     from qsharp_jax import rollouts
@@ -60,7 +61,6 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         seeds=seeds,
         batch_size=rows,
         eta=np.asarray([eta for _, eta in plan], np.float32),
-        mode=options.mode,
         **settings,
     )
     with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
@@ -171,6 +171,16 @@ def check_source(options: argparse.Namespace) -> None:
     for name in ("dtype", "prompt_format", "stop_ids"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
+
+
+def _mode(workdir: Workdir | None) -> str:
+    """How the algorithm of a run tilts; a policy is sampled as it is."""
+    if workdir is None:
+        return "qsharp"
+    from qsharp_jax import algorithms
+
+    algorithm = algorithms.get(workdir.config.get("algorithm", "qsharp"))
+    return algorithm.mode(workdir.config) if hasattr(algorithm, "mode") else "qsharp"
 
 
 def _models(workdir: Workdir | None, options: argparse.Namespace):
