@@ -5,7 +5,7 @@ is elementwise over the batch dimensions, written `...`; M is the number of atom
 rest is in nats. It knows nothing about tokens, models or training.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import flax.struct
@@ -17,6 +17,15 @@ KINDS = ("bernoulli", "categorical", "scalar")
 Projection = Literal["two_hot", "nearest"]
 
 
+def _kind(name: str) -> Any:
+    """A static field that tells the distributions apart.
+
+    In jax 0.10 the tree structures of two dataclasses are equal if their fields are as many and their static fields'
+    values equal, whatever their classes. Hashes do differ, so that `jit` only now and then took one for the other.
+    """
+    return flax.struct.field(pytree_node=False, default=name, repr=False)
+
+
 @flax.struct.dataclass
 class Bernoulli:
     """Reward-to-go in {0, 1}, with P(z = 1) = sigmoid(logits).
@@ -26,6 +35,7 @@ class Bernoulli:
     """
 
     logits: jax.Array
+    kind: str = _kind("bernoulli")
 
     def mean(self) -> jax.Array:
         """E z, [...]."""
@@ -74,6 +84,7 @@ class Categorical:
 
     logits: jax.Array
     atoms: jax.Array
+    kind: str = _kind("categorical")
 
     def mean(self) -> jax.Array:
         """E z, [...]."""
@@ -134,6 +145,7 @@ class Scalar:
     """
 
     value: jax.Array
+    kind: str = _kind("scalar")
 
     def mean(self) -> jax.Array:
         """E z, [...]."""

@@ -1,5 +1,7 @@
 """Distributions of the reward-to-go against mpmath, and the limits that the paper's theory asks of them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -174,6 +176,13 @@ def distributions(rng, batch=5):
         values.Categorical(jnp.float32(rng.normal(size=(batch, 4))), jnp.asarray(atoms)),
         values.Scalar(jnp.float32(rng.normal(size=batch))),
     ]
+
+
+def test_no_distribution_has_the_tree_structure_of_another():
+    """Else `jit` may run the program of one for another, as it did with a Bernoulli's and a Scalar's single array."""
+    structures = [jax.tree.structure(distribution) for distribution in distributions(np.random.default_rng(0))]
+    for a, b in itertools.combinations(structures, 2):
+        assert a != b
 
 
 @pytest.mark.parametrize("index", range(3), ids=values.KINDS)
