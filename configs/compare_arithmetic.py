@@ -1,12 +1,9 @@
 """All algorithms on the word problems of arithmetic.py: `qsharp compare`."""
 
 from arithmetic import get_config as run
-from compare_star_graph import compare
+from compare_star_graph import compared
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    c = run()
-    c.evaluate.samples = 1
-    c.compare = compare()
-    return c
+    return compared(run())

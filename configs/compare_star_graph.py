@@ -5,16 +5,25 @@ from star_graph import get_config as run
 
 
 def get_config() -> ConfigDict:
-    c = run()
+    return compared(run())
+
+
+def compared(c: ConfigDict) -> ConfigDict:
+    """A run's settings, with what a comparison has beside them."""
     c.evaluate.samples = 1
-    c.compare = compare()
+    c.compare = ConfigDict()
+    c.compare.methods = ("qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo")
+    c.compare.seeds = (0, 1, 2)
+    # Settings of single methods, as on the command line: c.compare.changes.ppo = ("ppo.clip=0.1",)
+    c.compare.changes = ConfigDict()
     return c
 
 
-def compare() -> ConfigDict:
-    """What a comparison has beside a run's settings."""
-    c = ConfigDict()
-    c.methods = ("qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo")
-    c.seeds = (0, 1, 2)
-    c.changes = ConfigDict()  # settings of single methods, as on the command line: c.changes.ppo = ("ppo.clip=0.1",)
+def compared_on_paper_graph(c: ConfigDict) -> ConfigDict:
+    """As `compared`, with what the larger policies of star_graph_paper.py need."""
+    c = compared(c)
+    c.policy.optimizer.learning_rate = 1e-5
+    c.policy.batch_size = 256
+    c.policy.prompts = 256
+    c.policy.log_prob_limit = 0.5  # nats: sampler and trainer compute in bfloat16
     return c

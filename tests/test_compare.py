@@ -1,6 +1,7 @@
 """Comparisons: what a run took, by its metrics; equal budgets; and a whole small one, stopped and gone on with."""
 
 import json
+from pathlib import Path
 
 import bandit_task as bandit
 import numpy as np
@@ -14,6 +15,8 @@ from qsharp_jax.dataset import Rollout
 from qsharp_jax.errors import UserError
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.workdir import Workdir
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +123,13 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path
         change(made)
     with pytest.raises(UserError, match=words):
         compare.check(made)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("compare_*.py")))
+def test_every_comparison_can_be_run(name):
+    made = config.load(CONFIGS / f"{name}.py", [])
+    compare.check(made)
+    assert set(made.compare.methods) == {"qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo"}
 
 
 @pytest.mark.parametrize(

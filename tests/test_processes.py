@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import fake_devices
 
 from qsharp_jax import dataset, processes
 from qsharp_jax.errors import UserError
@@ -62,7 +63,7 @@ def free_port() -> int:
 
 def start(*words: str, devices: int = 2) -> subprocess.Popen:
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": fake_devices(devices), "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -15,6 +15,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from devices import fake_devices
 
 from qsharp_jax import cli, sharding, train
 from qsharp_jax.checkpoint import Best, Checkpoints
@@ -162,7 +163,7 @@ def folder(tmp_path_factory) -> Path:
 def found(folder) -> dict:
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(train.__file__).parents[2])]),
     }  # fmt: skip
     done = subprocess.run([sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True)

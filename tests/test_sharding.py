@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import fake_devices
 from helpers import random_guide, random_model
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -85,12 +86,11 @@ if __name__ == "__main__":
 
 
 def decoded_elsewhere(*meshes: str) -> dict:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     path = os.pathsep.join(
         [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
-    environment = os.environ | quick | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    environment = os.environ | quick | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fake_devices(8), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, __file__, *meshes], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

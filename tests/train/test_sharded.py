@@ -16,6 +16,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from devices import fake_devices
 
 from qsharp_jax import dataset, sharding, train
 from qsharp_jax.errors import UserError
@@ -115,7 +116,7 @@ if __name__ == "__main__":
 def run(*cases: int) -> list:
     """What `main` finds on eight fake devices."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(train.__file__).parents[2])]),
     }  # fmt: skip
     command = [sys.executable, __file__, *map(str, cases)]
