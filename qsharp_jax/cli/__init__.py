@@ -128,6 +128,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         texts.check_source(options)
     if options.workdir is None:
         return contextlib.nullcontext()
+    if rejudges := getattr(options, "rejudge", False):
+        _check_rejudge(options, rest)
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
@@ -147,8 +149,9 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     try:
         if options.config is None:
             configs.override_mesh(workdir.config, rest)
-            _check_stored(workdir)
-        hashes.check_folders(workdir)
+            _check_stored(workdir, session.check_settings if rejudges else session.check)
+        if not rejudges:  # it reads no model, and the folders may be on another machine
+            hashes.check_folders(workdir)
     except BaseException:
         workdir.close()
         raise
@@ -176,11 +179,17 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
     return workdir if processes.is_first() else Workdir.attach(path, config)
 
 
-def _check_stored(workdir: Workdir) -> None:
-    """The settings may be of an older version, or edited."""
-    from qsharp_jax import session
+def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:
+    """That it is asked for on a run that is there, and of one process."""
+    if options.config is not None or rest:
+        raise UserError("--rejudge judges the samples of a run as they are; give --workdir alone")
+    if options.coordinator is not None:
+        raise UserError("--rejudge is the work of one process; leave --coordinator out")
 
+
+def _check_stored(workdir: Workdir, check: Callable[[ConfigDict], None]) -> None:
+    """The settings may be of an older version, or edited."""
     try:
-        session.check(workdir.config)
+        check(workdir.config)
     except UserError as error:
         raise UserError(f"{workdir.path / 'config.json'}: {error}") from None
