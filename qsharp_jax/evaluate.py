@@ -231,9 +231,7 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     paths, made = made, {place: _read_judged(path) for place, path in made.items()}
     scored = read_samples(scored_path) if scored_path.exists() else None
     if scored is not None and len(scored) != len(made["pi_ref", 0]):
-        raise UserError(
-            f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again"
-        )
+        raise UserError(f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again")
     changed = {}
     for place, samples in made.items():
         problems = [Problem(sample["problem_id"], sample["prompt"], sample["answer"]) for sample in samples]
@@ -350,7 +348,7 @@ def measure(samples: Sequence[dict], answers: Mapping[str, Sequence[str | None]]
         figures[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
     if size > 1:
         figures[f"majority_{size}"] = {
-            problem: majority(answers[problem][:size], group[:size], np.ones(size)) for problem, group in rewards.items()
+            name: majority(answers[name][:size], group[:size], np.ones(size)) for name, group in rewards.items()
         }
     return figures
 
@@ -389,7 +387,8 @@ def rerank_rows(
 
 def _row(method: str, number: int, figures: Figures, *, eta: float | None = None) -> dict:
     """The means over problems, each with its interval."""
-    row = {"method": method, "eta": eta, "round": number, "n": len(figures["reward"]), "kl": None, "kl_truncated": None}
+    row = {"method": method, "eta": eta, "round": number, "n": len(figures["reward"])}
+    row |= {"kl": None, "kl_truncated": None}
     for name, per_problem in figures.items():
         row |= with_interval(name, list(per_problem.values()))
     return row

@@ -79,8 +79,8 @@ def check_settings(config: ConfigDict) -> None:
         )
     if (most := max(config.evaluate.pass_at, default=0)) > config.evaluate.samples:
         raise UserError(
-            f"config.evaluate.pass_at has {most:g} and config.evaluate.samples is {config.evaluate.samples}; pass@k needs"
-            " at least k samples of a problem, so give more samples, or leave that k out"
+            f"config.evaluate.pass_at has {most:g} and config.evaluate.samples is {config.evaluate.samples}; pass@k"
+            " needs at least k samples of a problem, so give more samples, or leave that k out"
         )
     width = "pack_length" if config.fit.pack_length else "length_bucket"
     if config.fit.attention == "splash" and config.fit[width] % 128:

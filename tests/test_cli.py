@@ -139,6 +139,28 @@ def test_each_command_works_alone_on_the_workdir(copied, capsys):
     assert [row["reward"] for row in rows] == [row["reward"] for row in expected]
 
 
+def test_samples_are_judged_again_without_a_model(copied, capsys):
+    """A verdict that was changed is said to be, and mended; with neither reference nor guide on the disk."""
+    expected = json.loads((copied / "results.json").read_text())
+    for folder in ("ref", "guide", "rollouts"):
+        shutil.rmtree(copied / folder)
+    path = copied / "samples" / "cd_round_2.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    broken = json.loads(first)
+    broken["reward"] = 1.0 - broken["reward"]
+    path.write_text(json.dumps(broken) + "\n" + "".join(rest))
+    assert cli.main(["evaluate", "--workdir", str(copied), "--rejudge"]) == 0
+    said = capsys.readouterr().out
+    assert "cd_round_2.jsonl: of 16 verdicts 1 changed, and 0 answers are read otherwise" in said
+    assert "pi_ref.jsonl: of 16 verdicts 0 changed" in said and "| CD " in said
+    assert json.loads((copied / "results.json").read_text()) == expected
+    assert path.read_text().splitlines(keepends=True) == [first, *rest]
+    for more in (["--config.seed=1"], ["--config", CONFIG], ["--config.mesh=single"]):
+        assert "give --workdir alone" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *more)
+    shutil.rmtree(copied / "samples")
+    assert "there are no samples of pi_ref" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge")
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_profile_is_the_trainings_when_asked_for(asked, copied, capsys, monkeypatch):
     def fit(*_, loop, **__):

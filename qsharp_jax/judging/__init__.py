@@ -62,8 +62,8 @@ class Judge:
     def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
         """The parsed answers of each problem's samples, with one spelling for all that are the same.
 
-        Right answers are spelled as the problem's. Of the others, those that are the same as each other, be it by way of
-        a third, are one class, spelled as the first that was given. None stays None.
+        Right answers are spelled as the problem's. Of the others, those that are the same as each other, be it by way
+        of a third, are one class, spelled as the first that was given. None stays None.
         """
         if not self._task.SYMBOLIC:
             return [list(group) for group in answers]

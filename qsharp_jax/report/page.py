@@ -50,9 +50,7 @@ def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> st
     """
     shown = {kind: [pair for pair in found.pairs if pair.kind == kind][:most] for kind, (_, most) in KINDS.items()}
     pairs = [pair for some in shown.values() for pair in some]
-    sides = [
-        (pair, scored[pair.place]["values"] if scored else None, pair.after.get("values")) for pair in pairs
-    ]
+    sides = [(pair, scored[pair.place]["values"] if scored else None, pair.after.get("values")) for pair in pairs]
     values = [value for _, *both in sides for side in both for value in side or () if value is not None]
     scale = min([0.0, *values]), max([1.0, *values])
     name = f"{NAMES[found.method]}, eta {found.eta:g}"
@@ -102,11 +100,12 @@ def _example(
     scale: tuple[float, float],
     text: Text,
 ) -> str:
-    words, prompt = KINDS[pair.kind][0], f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
+    words, answer = KINDS[pair.kind][0], html.escape(pair.before["answer"])
+    prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
     if len(pair.before["prompt"]) > _LONG:
         prompt = f"<details><summary>The problem ({len(pair.before['prompt'])} characters)</summary>{prompt}</details>"
     return (
-        f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {html.escape(pair.before['answer'])}</h2>\n{prompt}\n"
+        f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n{prompt}\n"
         f'<div class="pair">\n{_side("pi_ref", pair.before, before, scale, text)}\n'
         f"{_side(name, pair.after, after, scale, text)}\n</div>"
     )

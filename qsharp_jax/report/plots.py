@@ -69,7 +69,8 @@ def frontier(axes, rows: list[dict]) -> None:
     axes.set_xscale("symlog", linthresh=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(left=-0.02, right=2 * max([1, *(row["kl"] for row in rows if row["kl"])]))
-    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="pass@1 (mean reward)", title="pass@1 against KL")
+    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="pass@1 (mean reward)")
+    axes.set_title("pass@1 against KL")
     axes.legend(fontsize=8)
 
 
