@@ -9,8 +9,8 @@ It knows nothing about training.
 import itertools
 import json
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +275,9 @@ def _write_results(session: Session, made: Made, last: int, scored: list[dict] |
         for (method, number), samples in made.items()
         for eta, part in _by_eta(samples).items()
     }
-    figures = {
-        place: measure(part, _classes(session, part), session.config.evaluate.pass_at) for place, part in parts.items()
-    }
+    config = session.config.evaluate
+    sizes = {config.samples, config.guided_samples}
+    figures = {place: measure(part, _classes(session, part), config.pass_at, sizes) for place, part in parts.items()}
     rows = [
         _row(method, number, figures[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
@@ -315,12 +315,23 @@ def _classes(session: Session, samples: Sequence[dict]) -> dict[str, list[str | 
     return dict(zip(groups, session.judge.classes(problems, answers), strict=True))
 
 
-def measure(samples: Sequence[dict], answers: Mapping[str, Sequence[str | None]], asked: Sequence[float]) -> Figures:
+def _least(samples: Sequence[dict]) -> int:
+    """How many samples each problem has."""
+    return min(Counter(sample["problem_id"] for sample in samples).values())
+
+
+def measure(
+    samples: Sequence[dict],
+    answers: Mapping[str, Sequence[str | None]],
+    asked: Sequence[float],
+    majorities: Collection[int],
+) -> Figures:
     """The figures of one method's samples, problem by problem.
 
     Args:
       answers: of each problem's samples, one spelling for all that are the same.
       asked: k of pass@k, of which those are taken that there are samples for; empty for 1, 2, 4, ... and all.
+      majorities: k of maj1@k, the numbers of samples that methods to be compared have.
 
     Returns:
       reward: mean over the problem's samples, for rewards 0 and 1 pass@1.
@@ -328,10 +339,10 @@ def measure(samples: Sequence[dict], answers: Mapping[str, Sequence[str | None]]
         truncation, and of its length.
       finished, no_answer: shares of the responses that ended by a stop token, and in which no answer was found.
       pass_K: pass@K, for the K asked for.
-      majority_N: reward of the answer that most of the N samples have, where N is above 1.
+      majority_K: reward of the answer that most of the first K samples have, for the K above 1 that there are.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
-    size = min(map(len, rewards.values()))
+    most = _least(samples)
     means = {
         "reward": [sample["reward"] for sample in samples],
         "kl": [sample["kl"] for sample in samples],
@@ -344,11 +355,11 @@ def measure(samples: Sequence[dict], answers: Mapping[str, Sequence[str | None]]
         name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
         for name, items in means.items()
     }
-    for k in _sizes(asked, size):
+    for k in _sizes(asked, most):
         figures[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
-    if size > 1:
-        figures[f"majority_{size}"] = {
-            name: majority(answers[name][:size], group[:size], np.ones(size)) for name, group in rewards.items()
+    for k in sorted(k for k in majorities if 1 < k <= most):
+        figures[f"majority_{k}"] = {
+            name: majority(answers[name][:k], group[:k], np.ones(k)) for name, group in rewards.items()
         }
     return figures
 
@@ -369,7 +380,7 @@ def rerank_rows(
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
     values = _groups(samples, [row["values"][-1] for row in scored])
-    k = min(map(len, rewards.values()))
+    k = _least(samples)
     rerankers = {
         f"pass_{k}": lambda name: float(max(rewards[name])),
         f"majority_{k}": lambda name: majority(answers[name], rewards[name], np.ones(len(rewards[name]))),

@@ -65,7 +65,7 @@ def test_the_figures_of_a_method_by_hand():
         make_sample("p", 0.0, "4.0", kl=1.0, tokens=7),
     ]
     answers = {"p": ["4", "7", "4"], "q": ["1", None, "1"]}
-    made = evaluate.measure(samples, answers, ())
+    made = evaluate.measure(samples, answers, (), {2, 3, 4})
     assert made == {
         "reward": {"q": pytest.approx(2 / 3), "p": pytest.approx(1 / 3)},
         "kl": {"q": 3.0, "p": 3.0},
@@ -76,19 +76,20 @@ def test_the_figures_of_a_method_by_hand():
         "pass_1": {"q": pytest.approx(2 / 3), "p": pytest.approx(1 / 3)},
         "pass_2": {"q": pytest.approx(1), "p": pytest.approx(2 / 3)},
         "pass_3": {"q": pytest.approx(1), "p": pytest.approx(1)},
+        "majority_2": {"q": 1.0, "p": 0.5},
         "majority_3": {"q": 1.0, "p": 0.0},  # with "4.0" apart p would be a draw of three
     }
     assert list(made["kl"]) == ["q", "p"]
-    asked = evaluate.measure(samples, answers, (2.0, 8.0))  # as a config has them
+    asked = evaluate.measure(samples, answers, (2.0, 8.0), ())  # as a config has them
     assert [name for name in asked if name.startswith("pass")] == ["pass_2"]
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_by_default_k_doubles_up_to_all_samples(most, sizes):
     samples = [make_sample("p", 1.0) for _ in range(most)]
-    made = evaluate.measure(samples, {"p": ["4"] * most}, ())
+    made = evaluate.measure(samples, {"p": ["4"] * most}, (), {1, 2})
     assert [int(name[5:]) for name in made if name.startswith("pass_")] == sizes
-    assert [name for name in made if name.startswith("majority_")] == [f"majority_{most}"] * (most > 1)
+    assert [name for name in made if name.startswith("majority_")] == ["majority_2"] * (most > 1)
 
 
 # --- The whole evaluation -------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
         assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in MEASURED)
         assert row["pass_1"] == pytest.approx(row["reward"]) and 0 <= row["no_answer"] < 1
     assert by_name["pi_ref"]["pass_1"] <= by_name["pi_ref"]["pass_2"] <= by_name["pi_ref"]["pass_3"]
+    assert "majority_2" in by_name["pi_ref"] and "majority_2_minus_pi_ref" in by_name["cd"]
     for name in ("pass_3", "majority_3"):
         assert by_name[name]["reward"] == pytest.approx(by_name["pi_ref"][name])
     assert by_name["pass_3"]["reward"] >= max(by_name[name]["reward"] for name in by_name if name.endswith("of_3"))
@@ -357,7 +359,7 @@ def test_a_line_separator_in_a_text_is_no_end_of_line(tmp_path):
 
 def test_a_guide_less_evaluation_is_pi_refs(tmp_path, monkeypatch, evaluated):
     """Before the first fit: two rows, and no others. (Its samples are lent by the evaluated session.)"""
-    session = helpers.session(tmp_path, "collect.eta=0.5")
+    session = helpers.session(tmp_path, "collect.eta=0.5", "evaluate.guided_samples=2")
     for name in ("pi_ref", "pi_ref_greedy"):
         (session.workdir.samples / f"{name}.jsonl").write_bytes(
             (evaluated[0].workdir.samples / f"{name}.jsonl").read_bytes()

@@ -8,8 +8,8 @@ from qsharp_jax.session import Session
 
 IN_TEXT = 3  # examples in report.md and on the terminal
 KINDS = {  # of problems by whether pi_ref and what was learned are right, and how many of each a page shows
-    (False, True): ("only the second is right", 4),
-    (True, False): ("only the first is right", 2),
+    (False, True): ("only {learned} is right", 4),
+    (True, False): ("only pi_ref is right", 2),
     (True, True): ("both are right", 2),
     (False, False): ("both are wrong", 2),
 }

@@ -37,7 +37,8 @@ p, li { max-width: 60rem; }
 .t:hover::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 1; background: #1a1a1a;
                   color: #fff; padding: 0 .4em; border-radius: 3px; font-size: .8rem; white-space: nowrap; }
 .mark { font-style: normal; color: #666; font-size: .8em; }
-.legend { display: flex; align-items: center; gap: .6rem; font-size: .9rem; margin: .8rem 0; flex-wrap: wrap; }
+.legend { position: sticky; top: 0; z-index: 2; background: #fff; padding: .3rem 0; margin: .8rem 0; font-size: .9rem;
+          display: flex; align-items: center; gap: .6rem; flex-wrap: wrap; }
 .bar { width: 14rem; height: 1.1rem; border: 1px solid #999; border-radius: 3px; }
 """
 
@@ -72,7 +73,7 @@ def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> st
 
 def _introduction(found: Examples, name: str, shown: dict[tuple[bool, bool], list[Pair]]) -> str:
     counts = ", ".join(
-        f"{sum(pair.kind == kind for pair in found.pairs)} where {words} ({len(shown[kind])} shown)"
+        f"{sum(pair.kind == kind for pair in found.pairs)} where {_words(words, name)} ({len(shown[kind])} shown)"
         for kind, (words, _) in KINDS.items()
     )
     return (
@@ -81,6 +82,10 @@ def _introduction(found: Examples, name: str, shown: dict[tuple[bool, bool], lis
         " that the guide gives it: the reward that it expects if pi_ref goes on from there. Point at a token to read"
         " the value. KL is that of the response to pi_ref, in nats, before truncation.</p>"
     )
+
+
+def _words(words: str, name: str) -> str:
+    return html.escape(words.format(learned=name.partition(",")[0]))
 
 
 def _legend(scale: tuple[float, float]) -> str:
@@ -100,7 +105,7 @@ def _example(
     scale: tuple[float, float],
     text: Text,
 ) -> str:
-    words, answer = KINDS[pair.kind][0], html.escape(pair.before["answer"])
+    words, answer = _words(KINDS[pair.kind][0], name), html.escape(pair.before["answer"])
     prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
     if len(pair.before["prompt"]) > _LONG:
         prompt = f"<details><summary>The problem ({len(pair.before['prompt'])} characters)</summary>{prompt}</details>"

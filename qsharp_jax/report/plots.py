@@ -120,15 +120,21 @@ def smoothed(lots: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def calibration(axes, scored: list[dict]) -> None:
-    """Mean value against mean reward, in bins, at several places of `pi_ref`'s responses."""
+    """Mean value against mean reward, in bins, at several places of `pi_ref`'s responses; a dot's area is its share."""
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
     rewards = np.asarray([sample["reward"] for sample in scored])
     for place, colour in zip(PLACES, ("#c6dcef", "#92bfe0", "#5598cd", "#2a6fae", "#0f3661"), strict=True):
         predicted = at_place(scored, place)
         bins = score.calibration(predicted, rewards)
         label = f"{PLACES[place]} (ECE {score.calibration_error(predicted, rewards):.3f})"
-        axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", color=colour, label=label)
-    axes.set(xlabel="value given by the guide", ylabel="mean reward", title="Calibration on held-out problems")
+        at, observed = [b["predicted"] for b in bins], [b["observed"] for b in bins]
+        axes.plot(at, observed, linewidth=1, color=colour, label=label)
+        axes.scatter(at, observed, [5 + 250 * b["count"] / len(scored) for b in bins], color=colour)
+    axes.set(
+        xlabel="value given by the guide (a dot's area: share of the responses)",
+        ylabel="mean reward",
+        title="Calibration on held-out problems",
+    )
     axes.legend(fontsize=8, title="place in the response", title_fontsize=8)
 
 

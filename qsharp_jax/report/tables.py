@@ -88,7 +88,9 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     order.insert(order.index("qsharp"), order.pop(order.index("cd")))  # the paper's
     chosen = [row for row in rows if row["method"] == "pi_ref"] + [row for row in learned if eta_of(row) == eta]
     chosen.sort(key=lambda row: order.index(row["method"]))
-    size = max((int(name[9:]) for row in chosen for name in row if re.fullmatch(r"majority_\d+", name)), default=0)
+    # Majorities of as many samples for every method, so that they can be compared.
+    sizes = [{int(name[9:]) for name in row if re.fullmatch(r"majority_\d+", name)} for row in chosen]
+    size = max(set.intersection(*sizes), default=0)
     head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
     figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
     lines = [[NAMES[row["method"]], *(_interval(row, name) for name in figures)] for row in chosen]
