@@ -27,6 +27,11 @@ from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
 from qsharp_jax.tasks import Problem
 
+SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
+    "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
+    "seconds",
+)  # fmt: skip
+
 # --- Samples --------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +258,7 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
 def _read_judged(path: Path) -> list[dict]:
     rows = read_samples(path)
     for number, row in enumerate(rows, start=1):
-        for key in ("problem_id", "prompt", "answer", "response", "reward", "parsed", "eta"):
+        for key in SAMPLE:
             if not isinstance(row, dict) or key not in row:
                 raise UserError(f"{path}, line {number}, has no {key!r}; delete the file and evaluate again")
     return rows

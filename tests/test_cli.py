@@ -157,6 +157,8 @@ def test_samples_are_judged_again_without_a_model(copied, capsys):
     assert path.read_text().splitlines(keepends=True) == [first, *rest]
     for more in (["--config.seed=1"], ["--config", CONFIG], ["--config.mesh=single"]):
         assert "give --workdir alone" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *more)
+    several = ["--coordinator", "localhost:1", "--processes", "2", "--process", "0"]
+    assert "work of one process" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *several)
     shutil.rmtree(copied / "samples")
     assert "there are no samples of pi_ref" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge")
 

@@ -45,6 +45,8 @@ def main(given: Sequence[str] | None = None) -> int:
         options, rest = arguments.parser().parse_known_args(given)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
+        if getattr(options, "rejudge", False):
+            _check_rejudge(options, rest)
         with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
@@ -128,8 +130,6 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         texts.check_source(options)
     if options.workdir is None:
         return contextlib.nullcontext()
-    if rejudges := getattr(options, "rejudge", False):
-        _check_rejudge(options, rest)
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
@@ -146,6 +146,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir = _opened(options.workdir, config)
     else:
         workdir = _opened(options.workdir)
+    rejudges = getattr(options, "rejudge", False)
     try:
         if options.config is None:
             configs.override_mesh(workdir.config, rest)

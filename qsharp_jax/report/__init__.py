@@ -81,7 +81,7 @@ def write(session: Session) -> str:
     names = ["report.md", "results.json", *draw]
     if found:
         write_atomic(folder / "examples.html", page.make(session, found, scored))
-        parts.append("[More of them](examples.html), each token shaded by the guide's value.")
+        parts.append("[More of them](examples.html)" + (", each token shaded by the guide's value." if scored else "."))
         names.append("examples.html")
     write_atomic(session.workdir.report, "\n\n".join(parts) + "\n")
     files = ", ".join(str(folder / name) for name in names)

@@ -78,9 +78,8 @@ def _introduction(found: Examples, name: str, shown: dict[tuple[bool, bool], lis
     )
     return (
         f"<p>Held-out problems, answered by pi_ref alone and by {html.escape(name)}: the first sample of each method,"
-        f" {len(found.pairs)} problems in all, {counts}; of each kind the first that come. A token's shade is the value"
-        " that the guide gives it: the reward that it expects if pi_ref goes on from there. Point at a token to read"
-        " the value. KL is that of the response to pi_ref, in nats, before truncation.</p>"
+        f" {len(found.pairs)} problems in all, {counts}; of each kind the first that come. KL is that of the response"
+        " to pi_ref, in nats, before truncation.</p>"
     )
 
 
@@ -90,6 +89,8 @@ def _words(words: str, name: str) -> str:
 
 def _legend(scale: tuple[float, float]) -> str:
     return (
+        "<p>A token's shade is the value that the guide gives it: the reward that it expects if pi_ref goes on from"
+        " there. Point at a token to read the value.</p>\n"
         f'<div class="legend"><span>value {scale[0]:g}</span><span class="bar" style="background: linear-gradient('
         f'to right, {", ".join(map(_rgb, _ENDS))})"></span><span>{scale[1]:g}</span>'
         '<span><span class="t none">dotted</span>: no value, the token was none of the candidates</span></div>'
