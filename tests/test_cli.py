@@ -84,7 +84,7 @@ def stdout_lines(capfd, *arguments) -> list[dict]:
 
 def test_a_run_leaves_everything_it_promises(finished):
     names = {"config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "ref", "guide"}
-    names |= {"tensorboard"}
+    names |= {"tensorboard", "calibration.png", "lengths.png", "examples.html"}
     assert names <= {path.name for path in finished.iterdir()}
     methods = [(row["method"], row["eta"], row["round"]) for row in results(finished)]
     assert ("pi_ref", None, 0) in methods and ("cd", 0.1, 2) in methods
