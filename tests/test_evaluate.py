@@ -4,15 +4,17 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import evaluate, figures, rollouts, score
+from qsharp_jax import evaluate, figures, rollouts, score, tasks
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.judging import Judge
 from qsharp_jax.session import check_settings
 
 # --- Figures by hand ------------------------------------------------------------------------------------------------
@@ -82,6 +84,21 @@ def test_the_figures_of_a_method_by_hand():
     assert list(made["kl"]) == ["q", "p"]
     asked = evaluate.measure(samples, answers, (2.0, 8.0), ())  # as a config has them
     assert [name for name in asked if name.startswith("pass")] == ["pass_2"]
+
+
+def test_answers_that_are_the_same_mathematics_vote_together():
+    """Two ways to write a half outvote a third, which each of them would only draw with."""
+    session = SimpleNamespace(judge=Judge(tasks.get("math"), workers=1))
+    samples = [
+        make_sample("p", reward, parsed) | {"prompt": "", "answer": "1/2"}
+        for parsed, reward in (("0.5", 1.0), ("1/3", 0.0), (r"\frac12", 1.0), (r"\frac{1}{3}", 0.0), ("1/2", 1.0))
+    ]
+    try:
+        answers = evaluate._classes(session, samples)
+    finally:
+        session.judge.close()
+    assert answers == {"p": ["1/2", "1/3", "1/2", "1/3", "1/2"]}
+    assert evaluate.measure(samples, answers, (), {5})["majority_5"] == {"p": 1.0}
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])

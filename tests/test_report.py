@@ -317,7 +317,7 @@ def test_the_page_shows_each_token_with_its_value(tmp_path):
     assert shown == sum(([f"{v:.3f}" for v in values[3 * i]["values"]] + guided for i in order), [])
     text = "".join(found.texts)
     assert "1 where only Q# is right (1 shown)" in text and "4 where both are wrong (2 shown)" in text
-    assert "answer guided 3 at 0.1; 3 tokens; KL 0.10; value 0.25 at its first token, 0.88 at its last" in text
+    assert "answer guided 3 at 0.1; 3 tokens; KL 0.10; value 0.25 at first, 0.88 at last" in text
     shades = [a["class"].split()[1] for a in found.attributes if a.get("data-v") in guided]
     assert shades == ["v5", "none", "v18"] * 3  # of 21, 0 .. 20
     assert text.count("end") >= 6, "the stop token is one of the response's"

@@ -130,7 +130,7 @@ def _side(
     ]
     known = [value for value in values or () if value is not None]
     if known:
-        facts.append(f"value {known[0]:.2f} at its first token, {known[-1]:.2f} at its last")
+        facts.append(f"value {known[0]:.2f} at first, {known[-1]:.2f} at last")
     return (
         f'<div class="side"><h3>{html.escape(name)} <span class="{"right" if right else "wrong"}">'
         f"{'right' if right else 'wrong'}</span></h3>"
