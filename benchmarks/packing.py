@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from qsharp_jax import evaluate, rollouts
+from qsharp_jax import figures, rollouts
 from qsharp_jax.session import Session
 from qsharp_jax.workdir import Workdir
 
@@ -55,7 +55,7 @@ def main() -> None:
     for slots, (generation, _) in results.items():
         texts = [session.text.decode(generation.response(row)) for row in range(len(problems))]
         rewards = [judgement.reward for judgement in session.judge(problems, texts)]
-        low, high = evaluate.bootstrap(np.asarray(rewards))
+        low, high = figures.bootstrap(np.asarray(rewards))
         name = f"{CANDIDATES} (not packed)" if slots is None else f"{slots:g}"
         print(
             f"| {name} | {np.mean(rewards):.3f} ({low:.3f} .. {high:.3f}) | {generation.kl.sum(1).mean():.3f} |"

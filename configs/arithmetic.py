@@ -123,7 +123,9 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.problems = 500
-    c.evaluate.samples = 8  # of pi_ref for each problem: majority of 8, best of 8
+    c.evaluate.samples = 8  # of pi_ref for each problem: pass@k, majority of 8, best of 8
+    c.evaluate.guided_samples = 1  # of what is learned, for each problem and eta; the paper has 8 for every method
+    c.evaluate.pass_at = ()  # k of pass@k, none above samples; (): 1, 2, 4, ... up to the samples that there are
     c.evaluate.etas = (0.5, 0.2, 0.1, 0.05)
     c.evaluate.batch_size = 250
     return c

@@ -62,7 +62,7 @@ def row(task: str, ref: str, guide: str) -> ConfigDict:
     c.fit.optimizer.schedule = "constant"
     c.fit.optimizer.warmup_steps = 0
 
-    c.evaluate.samples = 8
+    c.evaluate.samples = c.evaluate.guided_samples = 8
     c.evaluate.etas = (0.1,)
     c.evaluate.batch_size = 64
     if task == "quality":  # prompts of some 7,000 tokens

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from qsharp_jax import algorithms, dataset, evaluate, experiment, files, hashes, report, session, train
+from qsharp_jax import algorithms, dataset, evaluate, experiment, figures, files, hashes, report, session, train
 from qsharp_jax import config as configs
 from qsharp_jax.algorithms import dpo, pretrain, qsharp
 from qsharp_jax.errors import UserError
@@ -252,11 +252,11 @@ def summary(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for method, found in by_method.items():
         rewards = np.concatenate([row["rewards"] for row in found])
-        low, high = evaluate.bootstrap(rewards)
+        low, high = figures.bootstrap(rewards)
         line = {"method": method, "reward": float(rewards.mean()), "reward_low": low, "reward_high": high}
         line["by_seed"] = {row["seed"]: float(np.mean(row["rewards"])) for row in found}
-        figures = found[0].keys() - {"seed", "method", "rewards"}
-        lines.append(line | {name: float(np.mean([row[name] for row in found])) for name in sorted(figures)})
+        names = found[0].keys() - {"seed", "method", "rewards"}
+        lines.append(line | {name: float(np.mean([row[name] for row in found])) for name in sorted(names)})
     return lines
 
 

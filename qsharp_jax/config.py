@@ -319,6 +319,11 @@ RULES: dict[str, Rule] = {
     "vas.td_lambda": _UNIT,
     "evaluate.problems": _whole(1),
     "evaluate.samples": _whole(1),
+    "evaluate.guided_samples": _whole(1),
+    "evaluate.pass_at": (
+        lambda v: _is_list(v, lambda x: _is_number(x) and x >= 1 and x % 1 == 0) and len(v) == len({*v}),
+        "a list of different whole numbers, at least 1",
+    ),
     "evaluate.etas": _ETAS,
     "evaluate.batch_size": _whole(1),
     "value.type": _one_of("v", "q"),

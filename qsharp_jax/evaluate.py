@@ -1,16 +1,16 @@
 """How good a policy is on held-out problems: reward, KL to `pi_ref`, and what reranking makes of `pi_ref`'s samples.
 
 Every method's samples are kept in the workdir as JSON lines, and every figure is computed from them: an evaluation
-that was stopped goes on with the method it was at. Several processes share the problems. Intervals are 95%, by
-bootstrap over problems.
+that was stopped goes on with the method it was at, and samples are judged again without a model. Several processes
+share the problems. Intervals are 95%, by bootstrap over problems.
 It knows nothing about training.
 """
 
 import itertools
 import json
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ import numpy as np
 from qsharp_jax import processes, rollouts, score
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
-from qsharp_jax.figures import bootstrap, by_problem, majority
+from qsharp_jax.figures import majority, pass_at, with_interval
 from qsharp_jax.files import read_text, write_atomic
-from qsharp_jax.generate import Guide
+from qsharp_jax.generate import Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.session import Session
+from qsharp_jax.tasks import Problem
+
+SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
+    "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
+    "seconds",
+)  # fmt: skip
 
 # --- Samples --------------------------------------------------------------------------------------------------------
 
@@ -75,7 +81,7 @@ def sample_method(
             batch_size=session.config.evaluate.batch_size,
             name=f"evaluate {method}" + (f", round {number}" if number else ""),
             eta=np.asarray([eta for _, eta, _ in plan], np.float32),
-            record=("kl",),
+            record=("kl", "values") if gives_values(guide) else ("kl",),
             **(session.generation_settings() | changes),
         )
     seconds = time.monotonic() - began
@@ -99,6 +105,8 @@ def sample_method(
                 "seconds": seconds / asked,
             }
         )
+        if gives_values(guide):
+            rows[-1]["values"] = _rounded(generation.values[row, : generation.lengths[row]])
     return _keep(session, path, rows)
 
 
@@ -117,7 +125,7 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
     seconds = (time.monotonic() - began) / asked
     rows = [
         {key: sample[key] for key in ("problem_id", "parsed", "reward")}
-        | {"values": np.round(values, 4).tolist(), "seconds": sample["seconds"] + seconds}
+        | {"values": _rounded(values), "seconds": sample["seconds"] + seconds}
         for sample, values in zip(samples, scores, strict=True)
     ]
     return _keep(session, path, rows)
@@ -131,8 +139,13 @@ def _keep(session: Session, path: Path, rows: list[dict]) -> list[dict]:
     return rows
 
 
-def _finite(eta: float) -> float | None:
-    return eta if np.isfinite(eta) else None  # JSON knows no infinity
+def _finite(number: float) -> float | None:
+    return number if np.isfinite(number) else None  # JSON knows no infinity
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """None where no value is known."""
+    return [_finite(value) for value in np.round(values.astype(float), 4).tolist()]
 
 
 def samples_path(session: Session, method: str, number: int) -> Path:
@@ -160,6 +173,8 @@ def read_samples(path: Path) -> list[dict]:
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
+Made = dict[tuple[str, int], list[dict]]  # samples by method and round
+
 
 def evaluate(
     session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool, mode: str | None = "qsharp"
@@ -175,87 +190,238 @@ def evaluate(
       mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
     """
     config, last = session.config.evaluate, max(guides, default=0)
-    samples = sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples)
-    greedy = sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0)
-    rows = policy_rows("pi_ref", 0, samples) + policy_rows("pi_ref_greedy", 0, greedy)
+    made: Made = {
+        ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples),
+        ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0),
+    }
     method, changes = session.algorithm, {} if session.trains_policy else {"mode": mode}
     for number, guide in guides.items():
         every = full and number == last and not session.trains_policy
         etas = list(config.etas) if every else [session.eta]
-        made = sample_method(session, method, ref, guide, number=number, etas=etas, **changes)
-        rows += policy_rows(method, number, made)
+        made[method, number] = sample_method(
+            session, method, ref, guide, number=number, etas=etas, samples=config.guided_samples, **changes
+        )
     if full and guides and method == "qsharp":
-        cd = sample_method(session, "cd", ref, guides[last], number=last, etas=list(config.etas), mode="cd")
-        rows += policy_rows("cd", last, cd)
+        made["cd", last] = sample_method(
+            session, "cd", ref, guides[last], number=last, etas=list(config.etas), samples=config.guided_samples,
+            mode="cd",
+        )  # fmt: skip
+    scored = None
     if full and guides and not session.trains_policy:
-        rows += rerank_rows(last, samples, score_samples(session, guides[last], samples, number=last))
-    if session.workdir.writes:
-        write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
+        scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
+    return _write_results(session, made, last, scored)
+
+
+def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
+    """Judges the samples that are there again, by the answers beside them, and writes their files and `results.json`.
+
+    No model, no data set and no device is needed.
+
+    Returns:
+      the rows of `results.json`, and by file: samples, verdicts that changed, answers that are read otherwise.
+
+    Raises:
+      UserError: if there are no samples, or naming a damaged line.
+    """
+    rounds = range(1, session.config.rounds + 1)
+    places = [("pi_ref", 0), ("pi_ref_greedy", 0), *itertools.product((session.algorithm, "cd"), rounds)]
+    made = {place: path for place in places if (path := samples_path(session, *place)).exists()}
+    if ("pi_ref", 0) not in made:
+        raise UserError(
+            f"there are no samples of pi_ref in {session.workdir.samples}; run `qsharp evaluate --workdir"
+            f" {session.workdir.path}` first"
+        )
+    last = max(number for _, number in made)
+    scored_path = samples_path(session, "pi_ref_values", last)
+    paths, made = made, {place: _read_judged(path) for place, path in made.items()}
+    scored = read_samples(scored_path) if scored_path.exists() else None
+    if scored is not None and len(scored) != len(made["pi_ref", 0]):
+        raise UserError(f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again")
+    changed = {}
+    for place, samples in made.items():
+        problems = [Problem(sample["problem_id"], sample["prompt"], sample["answer"]) for sample in samples]
+        judgements = session.judge(problems, [sample["response"] for sample in samples])
+        verdicts = sum(s["reward"] != j.reward for s, j in zip(samples, judgements, strict=True))
+        parsed = sum(s["parsed"] != j.parsed for s, j in zip(samples, judgements, strict=True))
+        changed[paths[place].name] = len(samples), verdicts, parsed
+        for sample, judgement in zip(samples, judgements, strict=True):
+            sample |= vars(judgement)
+    for place, samples in made.items():
+        write_samples(paths[place], samples)
+    if scored is not None:
+        for row, sample in zip(scored, made["pi_ref", 0], strict=True):
+            row |= {key: sample[key] for key in ("parsed", "reward")}
+        write_samples(scored_path, scored)
+    return _write_results(session, made, last, scored), changed
+
+
+def _read_judged(path: Path) -> list[dict]:
+    rows = read_samples(path)
+    for number, row in enumerate(rows, start=1):
+        for key in SAMPLE:
+            if not isinstance(row, dict) or key not in row:
+                raise UserError(f"{path}, line {number}, has no {key!r}; delete the file and evaluate again")
     return rows
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------
 
+Figures = dict[str, dict[str, float]]  # by name and problem
 
-def policy_rows(method: str, number: int, samples: list[dict]) -> list[dict]:
-    """One row for each eta among the samples."""
+
+def _write_results(session: Session, made: Made, last: int, scored: list[dict] | None) -> list[dict]:
+    """Makes all rows of the samples of a run.
+
+    Args:
+      last: the round of the guide that `scored` is by.
+    """
+    parts = {
+        (method, number, eta): part
+        for (method, number), samples in made.items()
+        for eta, part in _by_eta(samples).items()
+    }
+    config = session.config.evaluate
+    sizes = {config.samples, config.guided_samples}
+    figures = {place: measure(part, _classes(session, part), config.pass_at, sizes) for place, part in parts.items()}
+    rows = [
+        _row(method, number, figures[method, number, eta], eta=eta)
+        | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
+        | _compared(figures, method, number, eta)
+        for (method, number, eta), part in parts.items()
+    ]
+    if scored is not None:
+        samples = made["pi_ref", 0]
+        rows += rerank_rows(last, samples, _classes(session, samples), scored)
+    if session.workdir.writes:
+        write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _by_eta(samples: Sequence[dict]) -> dict[float | None, list[dict]]:
     by_eta = defaultdict(list)
     for sample in samples:
         by_eta[sample["eta"]].append(sample)
-    return [
-        _row(
-            method,
-            number,
-            by_problem(part, "reward"),
-            eta=eta,
-            kl=_mean(part, "kl"),
-            kl_truncated=_mean(part, "kl_truncated"),
-            response_tokens=float(np.mean([len(sample["tokens"]) for sample in part])),
-            finished=_mean(part, "finished"),
-            samples=len(part),
-            seconds=sum(sample["seconds"] for sample in part),
-        )
-        for eta, part in by_eta.items()
-    ]
+    return by_eta
 
 
-def rerank_rows(number: int, samples: list[dict], scored: list[dict]) -> list[dict]:
-    """pass@k, majority, best of k and weighted majority, with k the samples that each problem has."""
+def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
+    """Each problem's part of `items`, of which there is one a sample, in the order in which problems come."""
     groups = defaultdict(list)
-    for sample in scored:
-        groups[sample["problem_id"]].append(sample)
-    k = len(next(iter(groups.values())))
-    tokens = float(np.mean([len(sample["tokens"]) for sample in samples])) * k
-    rewards = [np.asarray([sample["reward"] for sample in group]) for group in groups.values()]
+    for sample, item in zip(samples, items, strict=True):
+        groups[sample["problem_id"]].append(item)
+    return groups
+
+
+def _classes(session: Session, samples: Sequence[dict]) -> dict[str, list[str | None]]:
+    """The answers to each problem, with one spelling for all that are the same; see `Judge.classes`."""
+    groups = _groups(samples, samples)
+    problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
     answers = [[sample["parsed"] for sample in group] for group in groups.values()]
-    values = [np.asarray([sample["values"][-1] for sample in group]) for group in groups.values()]
-    rerankers = {
-        f"pass_{k}": [float(r.max()) for r in rewards],
-        f"majority_{k}": [majority(a, r, np.ones(k)) for a, r in zip(answers, rewards, strict=True)],
-        f"best_of_{k}": [float(r[v.argmax()]) for v, r in zip(values, rewards, strict=True)],
-        f"weighted_majority_{k}": [majority(a, r, v) for a, r, v in zip(answers, rewards, values, strict=True)],
+    return dict(zip(groups, session.judge.classes(problems, answers), strict=True))
+
+
+def _least(samples: Sequence[dict]) -> int:
+    """How many samples each problem has."""
+    return min(Counter(sample["problem_id"] for sample in samples).values())
+
+
+def measure(
+    samples: Sequence[dict],
+    answers: Mapping[str, Sequence[str | None]],
+    asked: Sequence[float],
+    majorities: Collection[int],
+) -> Figures:
+    """The figures of one method's samples, problem by problem.
+
+    Args:
+      answers: of each problem's samples, one spelling for all that are the same.
+      asked: k of pass@k, of which those are taken that there are samples for; empty for 1, 2, 4, ... and all.
+      majorities: k of maj1@k, the numbers of samples that methods to be compared have.
+
+    Returns:
+      reward: mean over the problem's samples, for rewards 0 and 1 pass@1.
+      kl, kl_truncated, response_tokens: means; of a response's exact KL to pi_ref, in nats, before and after
+        truncation, and of its length.
+      finished, no_answer: shares of the responses that ended by a stop token, and in which no answer was found.
+      pass_K: pass@K, for the K asked for.
+      majority_K: reward of the answer that most of the first K samples have, for the K above 1 that there are.
+    """
+    rewards = _groups(samples, [sample["reward"] for sample in samples])
+    most = _least(samples)
+    means = {
+        "reward": [sample["reward"] for sample in samples],
+        "kl": [sample["kl"] for sample in samples],
+        "kl_truncated": [sample["kl_truncated"] for sample in samples],
+        "response_tokens": [len(sample["tokens"]) for sample in samples],
+        "finished": [sample["finished"] for sample in samples],
+        "no_answer": [sample["parsed"] is None for sample in samples],
     }
-    seconds = sum(sample["seconds"] for sample in scored)
+    figures: Figures = {
+        name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
+        for name, items in means.items()
+    }
+    for k in _sizes(asked, most):
+        figures[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
+    for k in sorted(k for k in majorities if 1 < k <= most):
+        figures[f"majority_{k}"] = {
+            name: majority(answers[name][:k], group[:k], np.ones(k)) for name, group in rewards.items()
+        }
+    return figures
+
+
+def _sizes(asked: Sequence[float], most: int) -> list[int]:
+    """The k of pass@k, where there are `most` samples."""
+    return sorted({int(k) for k in asked if k <= most} or {most, *(2**i for i in range(most.bit_length()))})
+
+
+def rerank_rows(
+    number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]], scored: list[dict]
+) -> list[dict]:
+    """pass@k, majority, best of k and weighted majority, with k the samples that each problem has.
+
+    Args:
+      answers: of each problem's samples, one spelling for all that are the same.
+      scored: for each sample the guide's "values", of which the last counts, and the "seconds" of both.
+    """
+    rewards = _groups(samples, [sample["reward"] for sample in samples])
+    values = _groups(samples, [row["values"][-1] for row in scored])
+    k = _least(samples)
+    rerankers = {
+        f"pass_{k}": lambda name: float(max(rewards[name])),
+        f"majority_{k}": lambda name: majority(answers[name], rewards[name], np.ones(len(rewards[name]))),
+        f"best_of_{k}": lambda name: float(rewards[name][np.argmax(values[name])]),
+        f"weighted_majority_{k}": lambda name: majority(answers[name], rewards[name], values[name]),
+    }
+    tokens = float(np.mean([len(sample["tokens"]) for sample in samples])) * k
+    seconds = sum(row["seconds"] for row in scored)
     return [
-        _row(method, number, rewards, samples=len(scored), response_tokens=tokens, seconds=seconds)
-        for method, rewards in rerankers.items()
+        _row(method, number, {"reward": {name: of_problem(name) for name in rewards}})
+        | {"samples": len(samples), "response_tokens": tokens, "seconds": seconds}
+        for method, of_problem in rerankers.items()
     ]
 
 
-def _row(method: str, number: int, per_problem: Sequence[float], **figures: Any) -> dict:
-    low, high = bootstrap(np.asarray(per_problem))
-    return {
-        "method": method,
-        "eta": None,
-        "round": number,
-        "n": len(per_problem),
-        "reward": float(np.mean(per_problem)),
-        "reward_low": low,
-        "reward_high": high,
-        "kl": None,
-        "kl_truncated": None,
-    } | figures
+def _row(method: str, number: int, figures: Figures, *, eta: float | None = None) -> dict:
+    """The means over problems, each with its interval."""
+    row = {"method": method, "eta": eta, "round": number, "n": len(figures["reward"])}
+    row |= {"kl": None, "kl_truncated": None}
+    for name, per_problem in figures.items():
+        row |= with_interval(name, list(per_problem.values()))
+    return row
 
 
-def _mean(samples: list[dict], key: str) -> float:
-    return float(np.mean([sample[key] for sample in samples]))
+def _compared(figures: Mapping[tuple, Figures], method: str, number: int, eta: float | None) -> dict[str, float]:
+    """Paired differences of what was learned to pi_ref, and of Q# to CD by the same guide at the same eta.
+
+    Of FIGURE they are FIGURE_minus_pi_ref and FIGURE_minus_cd, with intervals over the problems' differences.
+    """
+    made, found = figures[method, number, eta], {}
+    others = {} if method.startswith("pi_ref") else {"pi_ref": ("pi_ref", 0, None)}
+    others |= {"cd": ("cd", number, eta)} if method == "qsharp" else {}
+    for name, place in others.items():
+        theirs = figures.get(place, {})
+        for figure in made:
+            if figure in theirs and (figure in ("reward", "kl") or figure.startswith(("pass_", "majority_"))):
+                each = [made[figure][problem] - theirs[figure][problem] for problem in made[figure]]
+                found |= with_interval(f"{figure}_minus_{name}", each)
+    return found

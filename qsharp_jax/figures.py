@@ -3,6 +3,8 @@
 Shapes: n problems. It knows nothing about where samples come from.
 """
 
+import functools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,7 +13,21 @@ import numpy as np
 RESAMPLES = 2000  # of the bootstrap
 
 
-def majority(answers: Sequence[str | None], rewards: np.ndarray, weights: np.ndarray) -> float:
+def pass_at(k: int, rewards: Sequence[float]) -> float:
+    """Expected best reward of k of a problem's samples, drawn without replacement.
+
+    With rewards 0 and 1 that is 1 - C(n - c, k) / C(n, k) for n samples with c right ones: the unbiased estimator of
+    pass@k (Chen et al. 2021, arXiv 2107.03374).
+
+    Args:
+      k: from 1 to the number of samples.
+    """
+    subsets = math.comb(len(rewards), k)
+    # Of the subsets, C(i, k - 1) have as their best the one that i others precede in ascending order.
+    return float(sum(math.comb(i, k - 1) / subsets * reward for i, reward in enumerate(np.sort(rewards))))
+
+
+def majority(answers: Sequence[str | None], rewards: Sequence[float], weights: Sequence[float]) -> float:
     """Expected reward of the answer with most weight; ties are drawn by lot, and None is no vote."""
     votes: dict[str, float] = defaultdict(float)
     for answer, weight in zip(answers, weights, strict=True):
@@ -26,11 +42,36 @@ def majority(answers: Sequence[str | None], rewards: np.ndarray, weights: np.nda
 
 
 def bootstrap(per_problem: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95% percentile interval of the mean over problems (Efron 1979), with a fixed seed."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(per_problem), size=(resamples, len(per_problem)))
-    low, high = np.percentile(per_problem[picks].mean(axis=1), [2.5, 97.5])
+    """95% percentile interval of the mean over problems (Efron 1979), with a fixed seed.
+
+    Of differences between two methods on the same problems it is the paired interval.
+    """
+    means = np.asarray(per_problem)[_picks(len(per_problem), resamples)].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_pooled(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The same of the mean over samples, where problems have different numbers of them.
+
+    Args:
+      sums, counts: [n] of each problem's samples, of which it has one at least.
+    """
+    picks = _picks(len(sums), resamples)
+    low, high = np.percentile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+@functools.lru_cache(2)  # an evaluation has dozens of figures of the same problems
+def _picks(n: int, resamples: int) -> np.ndarray:
+    """[resamples, n] of problems, each drawn from all."""
+    return np.random.default_rng(0).integers(n, size=(resamples, n))
+
+
+def with_interval(name: str, per_problem: Sequence[float]) -> dict[str, float]:
+    """The mean over problems by its name, and its interval as NAME_low and NAME_high."""
+    low, high = bootstrap(np.asarray(per_problem))
+    return {name: float(np.mean(per_problem)), f"{name}_low": low, f"{name}_high": high}
 
 
 def by_problem(samples: Sequence[dict], key: str) -> list[float]:

@@ -77,6 +77,11 @@ def check_settings(config: ConfigDict) -> None:
             "config.collect.drop_no_variation is True and config.collect.samples 1; the rewards of a problem vary only"
             " among two or more samples"
         )
+    if (most := max(config.evaluate.pass_at, default=0)) > config.evaluate.samples:
+        raise UserError(
+            f"config.evaluate.pass_at has {most:g} and config.evaluate.samples is {config.evaluate.samples}; pass@k"
+            " needs at least k samples of a problem, so give more samples, or leave that k out"
+        )
     width = "pack_length" if config.fit.pack_length else "length_bucket"
     if config.fit.attention == "splash" and config.fit[width] % 128:
         raise UserError(

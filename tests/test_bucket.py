@@ -91,7 +91,7 @@ def test_a_whole_job_in_a_bucket(bucket, capsys, tmp_path):
     names = {name.partition("/")[0] for name in under(bucket, "")}
     assert names == {
         "config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "calibration.png",
-        "ref", "guide", "rollouts", "samples", "tensorboard", "programs", "lock", "profile",
+        "lengths.png", "examples.html", "ref", "guide", "rollouts", "samples", "tensorboard", "programs", "lock", "profile",
     }  # fmt: skip
     assert not bucket.moves, "a file is renamed when it is whole, an object is whole"
     assert not any("tmp" in name for name in bucket.objects)

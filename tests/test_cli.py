@@ -84,7 +84,7 @@ def stdout_lines(capfd, *arguments) -> list[dict]:
 
 def test_a_run_leaves_everything_it_promises(finished):
     names = {"config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "ref", "guide"}
-    names |= {"tensorboard"}
+    names |= {"tensorboard", "calibration.png", "lengths.png", "examples.html"}
     assert names <= {path.name for path in finished.iterdir()}
     methods = [(row["method"], row["eta"], row["round"]) for row in results(finished)]
     assert ("pi_ref", None, 0) in methods and ("cd", 0.1, 2) in methods
@@ -137,6 +137,30 @@ def test_each_command_works_alone_on_the_workdir(copied, capsys):
     assert records(copied) == before
     rows = results(copied)  # `evaluate` measures the last round's guide at every eta, as the end of a run does
     assert [row["reward"] for row in rows] == [row["reward"] for row in expected]
+
+
+def test_samples_are_judged_again_without_a_model(copied, capsys):
+    """A verdict that was changed is said to be, and mended; with neither reference nor guide on the disk."""
+    expected = json.loads((copied / "results.json").read_text())
+    for folder in ("ref", "guide", "rollouts"):
+        shutil.rmtree(copied / folder)
+    path = copied / "samples" / "cd_round_2.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    broken = json.loads(first)
+    broken["reward"] = 1.0 - broken["reward"]
+    path.write_text(json.dumps(broken) + "\n" + "".join(rest))
+    assert cli.main(["evaluate", "--workdir", str(copied), "--rejudge"]) == 0
+    said = capsys.readouterr().out
+    assert "cd_round_2.jsonl: of 16 verdicts 1 changed, and 0 answers are read otherwise" in said
+    assert "pi_ref.jsonl: of 16 verdicts 0 changed" in said and "| CD " in said
+    assert json.loads((copied / "results.json").read_text()) == expected
+    assert path.read_text().splitlines(keepends=True) == [first, *rest]
+    for more in (["--config.seed=1"], ["--config", CONFIG], ["--config.mesh=single"]):
+        assert "give --workdir alone" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *more)
+    several = ["--coordinator", "localhost:1", "--processes", "2", "--process", "0"]
+    assert "work of one process" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *several)
+    shutil.rmtree(copied / "samples")
+    assert "there are no samples of pi_ref" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge")
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -248,6 +248,8 @@ RANGES = {  # key: (allowed, forbidden)
     "compare.seeds": ([(0, 1)], [(), (0, 0), (-1,), (0.5,), 0]),
     "evaluate.problems": ([1], [0]),
     "evaluate.samples": ([1], [0]),
+    "evaluate.guided_samples": ([1, 8], [0, 1.5]),
+    "evaluate.pass_at": ([(), (1, 8), (1.0, 4.0)], [(0,), (1.5,), (2, 2), 4, ("a",)]),
     "evaluate.etas": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),
     "evaluate.batch_size": ([1], [0]),
     "value.type": (["v", "q"], ["V", ""]),

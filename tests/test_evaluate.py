@@ -1,56 +1,23 @@
-"""Majority, reranking and intervals against enumeration; then the whole evaluation, judged again from its own files."""
+"""The figures of samples by hand; then the whole evaluation, computed again and judged again from its own files."""
 
 import json
 import math
+import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from qsharp_jax import evaluate, rollouts, score
+from qsharp_jax import evaluate, figures, rollouts, score, tasks
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.judging import Judge
+from qsharp_jax.session import check_settings
 
 # --- Figures by hand ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answers", "rewards", "weights", "expected"),
-    [
-        (["4", "4", "7"], [0, 0, 1], None, 0),
-        (["7", "4", "7"], [1, 0, 1], None, 1),
-        (["4", "7"], [0, 1], None, 1 / 2),  # by lot
-        (["4", "7", "9", "9", "4", "7"], [0, 1, 0, 0, 0, 1], None, 1 / 3),
-        ([None, None, "7"], [0, 0, 1], None, 1),  # None is no vote
-        ([None, None], [0, 0], None, 0),
-        (["4", "4", "7"], [0, 0, 1], [0.2, 0.3, 0.6], 1),
-        (["4", "4", "7"], [0, 0, 1], [0.1, 0.2, 0.3], 1 / 2),  # 0.1 + 0.2 is a tie with 0.3, not with floats
-        ([None, "4", "7"], [0, 0, 1], [9.0, 0.2, 0.1], 0),
-        (["4", "7"], [0, 1], [-2.0, -1.0], 1),  # values of a scalar guide may be negative
-        (["4", "7"], [0, 1], [0.0, 0.0], 1 / 2),
-    ],
-)
-def test_majority(answers, rewards, weights, expected):
-    weights = np.ones(len(answers)) if weights is None else np.asarray(weights)
-    assert evaluate.majority(answers, np.asarray(rewards, float), weights) == pytest.approx(expected)
-
-
-@hypothesis_settings(deadline=None)
-@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7), st.integers(1, 9))
-def test_majority_does_not_depend_on_order_or_unit(answers, unit):
-    """And equals a count of votes; a tie is the mean over the lots."""
-    reward_of = {"a": 1.0, "b": 0.0, "c": 0.5, None: 0.0}
-    votes = Counter(answer for answer in answers if answer is not None)
-    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-    expected = np.mean([reward_of[answer] for answer in winners]) if winners else 0.0
-    for order in (answers, answers[::-1], sorted(answers, key=str)):
-        rewards = np.asarray([reward_of[answer] for answer in order])
-        assert evaluate.majority(order, rewards, np.full(len(order), unit / 7)) == pytest.approx(expected)
 
 
 def test_reranking_by_hand():
@@ -64,12 +31,12 @@ def test_reranking_by_hand():
         ("p", "7", 1.0, [0.1, 0.2, 0.8], 3),
         ("q", "3", 0.0, [0.2], 1),
     ]
-    scored = [
-        {"problem_id": problem, "parsed": parsed, "reward": reward, "values": values, "seconds": 0.5}
-        for problem, parsed, reward, values, _ in table
+    samples = [
+        {"problem_id": problem, "reward": reward, "tokens": [0] * tokens} for problem, _, reward, _, tokens in table
     ]
-    samples = [{"tokens": [0] * tokens} for *_, tokens in table]
-    rows = {row["method"]: row for row in evaluate.rerank_rows(2, samples, scored)}
+    scored = [{"values": values, "seconds": 0.5} for *_, values, _ in table]
+    answers = {name: [parsed for problem, parsed, *_ in table if problem == name] for name in "pq"}
+    rows = {row["method"]: row for row in evaluate.rerank_rows(2, samples, answers, scored)}
     assert {method: row["reward"] for method, row in rows.items()} == {
         "pass_3": 1.0,  # both have a right sample
         "majority_3": pytest.approx((0 + 1 / 3) / 2),  # p: "4"; q: a lot of three
@@ -82,69 +49,64 @@ def test_reranking_by_hand():
         assert row["eta"] is row["kl"] is row["kl_truncated"] is None
 
 
-def make_sample(problem, eta, reward, kl=0.0, tokens=3):
+def make_sample(problem, reward, parsed="4", kl=0.0, tokens=3, finished=True):
     return dict(
-        problem_id=problem, eta=eta, reward=reward, kl=kl, kl_truncated=2 * kl, tokens=[0] * tokens, finished=True,
-        seconds=2.0,
+        problem_id=problem, reward=reward, parsed=parsed, kl=kl, kl_truncated=2 * kl, tokens=[0] * tokens,
+        finished=finished,
     )  # fmt: skip
 
 
-def test_policy_rows_are_one_an_eta():
-    """The mean over problems of each problem's mean, and over samples of the rest."""
+def test_the_figures_of_a_method_by_hand():
+    """Problem by problem, in their order, whatever order their samples have."""
     samples = [
-        make_sample("p", 0.5, 1.0, kl=1.0),
-        make_sample("p", 0.1, 0.0, kl=3.0, tokens=5),
-        make_sample("p", 0.5, 0.0, kl=2.0),
-        make_sample("p", 0.1, 1.0, kl=5.0),
-        make_sample("q", 0.5, 1.0, kl=6.0),
-        make_sample("q", 0.1, 1.0, kl=1.0),
-        make_sample("q", None, 0.0),
+        make_sample("q", 1.0, "1", kl=1.0),
+        make_sample("p", 0.0, "4", kl=3.0, tokens=5),
+        make_sample("q", 0.0, None, kl=2.0, finished=False),
+        make_sample("p", 1.0, "7", kl=5.0),
+        make_sample("q", 1.0, "01", kl=6.0),
+        make_sample("p", 0.0, "4.0", kl=1.0, tokens=7),
     ]
-    rows = evaluate.policy_rows("qsharp", 2, samples)
-    assert [row["eta"] for row in rows] == [0.5, 0.1, None]
-    half, tenth, free = rows
-    assert half["reward"] == 0.75 and tenth["reward"] == 0.75 and free["reward"] == 0
-    assert (half["kl"], half["kl_truncated"], tenth["kl"]) == (3, 6, 3)
-    assert (half["n"], half["samples"], free["n"]) == (2, 3, 1)
-    assert half["response_tokens"] == 3 and tenth["response_tokens"] == pytest.approx(11 / 3)
-    assert half["seconds"] == 6 and all(row["method"] == "qsharp" and row["round"] == 2 for row in rows)
-    assert free["reward_low"] == free["reward_high"] == 0
+    answers = {"p": ["4", "7", "4"], "q": ["1", None, "1"]}
+    made = evaluate.measure(samples, answers, (), {2, 3, 4})
+    assert made == {
+        "reward": {"q": pytest.approx(2 / 3), "p": pytest.approx(1 / 3)},
+        "kl": {"q": 3.0, "p": 3.0},
+        "kl_truncated": {"q": 6.0, "p": 6.0},
+        "response_tokens": {"q": 3.0, "p": 5.0},
+        "finished": {"q": pytest.approx(2 / 3), "p": 1.0},
+        "no_answer": {"q": pytest.approx(1 / 3), "p": 0.0},
+        "pass_1": {"q": pytest.approx(2 / 3), "p": pytest.approx(1 / 3)},
+        "pass_2": {"q": pytest.approx(1), "p": pytest.approx(2 / 3)},
+        "pass_3": {"q": pytest.approx(1), "p": pytest.approx(1)},
+        "majority_2": {"q": 1.0, "p": 0.5},
+        "majority_3": {"q": 1.0, "p": 0.0},  # with "4.0" apart p would be a draw of three
+    }
+    assert list(made["kl"]) == ["q", "p"]
+    asked = evaluate.measure(samples, answers, (2.0, 8.0), ())  # as a config has them
+    assert [name for name in asked if name.startswith("pass")] == ["pass_2"]
 
 
-# --- Intervals ------------------------------------------------------------------------------------------------------
+def test_answers_that_are_the_same_mathematics_vote_together():
+    """Two ways to write a half outvote a third, which each of them would only draw with."""
+    session = SimpleNamespace(judge=Judge(tasks.get("math"), workers=1))
+    samples = [
+        make_sample("p", reward, parsed) | {"prompt": "", "answer": "1/2"}
+        for parsed, reward in (("0.5", 1.0), ("1/3", 0.0), (r"\frac12", 1.0), (r"\frac{1}{3}", 0.0), ("1/2", 1.0))
+    ]
+    try:
+        answers = evaluate._classes(session, samples)
+    finally:
+        session.judge.close()
+    assert answers == {"p": ["1/2", "1/3", "1/2", "1/3", "1/2"]}
+    assert evaluate.measure(samples, answers, (), {5})["majority_5"] == {"p": 1.0}
 
 
-def test_the_interval_is_the_bootstraps():
-    """A sum of resampled 0s and 1s is binomial: the interval's ends are its 2.5% and 97.5% quantiles."""
-    for n, right in ((20, 5), (50, 45), (40, 20)):
-        p = right / n
-        cumulative = np.cumsum([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
-        low, high = (np.searchsorted(cumulative, quantile) / n for quantile in (0.025, 0.975))
-        found = evaluate.bootstrap(np.repeat([1.0, 0.0], [right, n - right]), resamples=20_000)
-        np.testing.assert_allclose(found, (low, high), atol=1.01 / n)
-    rewards = np.random.default_rng(0).random(400)
-    error = 1.96 * rewards.std() / math.sqrt(400)
-    expected = (rewards.mean() - error, rewards.mean() + error)
-    np.testing.assert_allclose(evaluate.bootstrap(rewards), expected, atol=0.1 * error)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """300 evaluations of 60 problems: 95% of their intervals hold the true mean, less what is lost to discreteness."""
-    rng = np.random.default_rng(1)
-    intervals = [evaluate.bootstrap((rng.random(60) < 0.4).astype(float), resamples=400) for _ in range(300)]
-    covered = np.mean([low <= 0.4 <= high for low, high in intervals])
-    assert 0.90 <= covered <= 0.985
-
-
-@hypothesis_settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([1 / 8, 0.1, 1 / 3]))
-def test_the_interval_holds_the_mean_and_is_the_same_every_time(counts, unit):
-    """Plots draw its two arms, which must not be negative."""
-    rewards = np.asarray(counts) * unit
-    low, high = evaluate.bootstrap(rewards, resamples=300)
-    assert low <= float(np.mean(rewards)) <= high
-    assert rewards.min() - 1e-12 <= low and high <= rewards.max() + 1e-12
-    assert evaluate.bootstrap(rewards, resamples=300) == (low, high)
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_by_default_k_doubles_up_to_all_samples(most, sizes):
+    samples = [make_sample("p", 1.0) for _ in range(most)]
+    made = evaluate.measure(samples, {"p": ["4"] * most}, (), {1, 2})
+    assert [int(name[5:]) for name in made if name.startswith("pass_")] == sizes
+    assert [name for name in made if name.startswith("majority_")] == ["majority_2"] * (most > 1)
 
 
 # --- The whole evaluation -------------------------------------------------------------------------------------------
@@ -155,7 +117,7 @@ ETAS = (0.5, 0.1)
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """A session, its models, and its rows: two random guides, of which the first is measured at collection's eta only."""
-    session = helpers.session(tmp_path_factory.mktemp("evaluated"), "collect.eta=0.5")
+    session = helpers.session(tmp_path_factory.mktemp("evaluated"), "collect.eta=0.5", "evaluate.guided_samples=2")
     ref = helpers.reference()
     guides = {number: helpers.random_guide(ref.config, seed=number, scale=3.0) for number in (1, 2)}
     return session, ref, guides, evaluate.evaluate(session, ref, guides, full=True)
@@ -169,6 +131,7 @@ KEYS = {
     "method", "eta", "round", "n", "reward", "reward_low", "reward_high", "kl", "kl_truncated", "response_tokens",
     "samples", "seconds",
 }  # fmt: skip
+MEASURED = ("reward", "kl", "kl_truncated", "response_tokens", "finished", "no_answer")
 
 
 def test_an_evaluation_has_a_row_for_everything(evaluated):
@@ -189,6 +152,13 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
     assert by_name["pi_ref"]["kl"] == by_name["pi_ref_greedy"]["kl"] == by_name["pi_ref"]["kl_truncated"] == 0
     assert by_name["pi_ref_greedy"]["kl_truncated"] > 0  # greedy is far from pi_ref, and no guide made it so
     assert all(row["kl"] > 0 for row in rows if row["method"] in ("qsharp", "cd"))
+    for row in rows[:7]:
+        assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in MEASURED)
+        assert row["pass_1"] == pytest.approx(row["reward"]) and 0 <= row["no_answer"] < 1
+    assert by_name["pi_ref"]["pass_1"] <= by_name["pi_ref"]["pass_2"] <= by_name["pi_ref"]["pass_3"]
+    assert "majority_2" in by_name["pi_ref"] and "majority_2_minus_pi_ref" in by_name["cd"]
+    for name in ("pass_3", "majority_3"):
+        assert by_name[name]["reward"] == pytest.approx(by_name["pi_ref"][name])
     assert by_name["pass_3"]["reward"] >= max(by_name[name]["reward"] for name in by_name if name.endswith("of_3"))
 
 
@@ -204,7 +174,7 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
             continue
         samples = samples_of(session, files[row["method"]].format(row["round"]))
         part = [sample for sample in samples if sample["eta"] == row["eta"]]
-        count = 3 if row["method"] == "pi_ref" else 1
+        count = {"pi_ref": 3, "pi_ref_greedy": 1}.get(row["method"], 2)
         assert [sample["problem_id"] for sample in part] == [name for name in problems for _ in range(count)]
         for sample in part:
             problem = problems[sample["problem_id"]]
@@ -215,8 +185,44 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
         assert row["reward"] == pytest.approx(rewards.mean())
         assert row["kl"] == pytest.approx(np.mean([sample["kl"] for sample in part]))
         assert row["response_tokens"] == pytest.approx(np.mean([len(sample["tokens"]) for sample in part]))
+        assert row["no_answer"] == pytest.approx(np.mean([sample["parsed"] is None for sample in part]))
+        if count > 1:
+            assert row[f"pass_{count}"] == pytest.approx(rewards.max(axis=1).mean())
         some += rewards.sum()
     assert some > 2  # else nothing was tested
+
+
+def test_differences_are_paired(evaluated):
+    """Of each problem's means, computed from the samples; Q#'s to CD's at the same eta, and nothing to itself."""
+    session, _, _, rows = evaluated
+
+    def means(name, eta, key):
+        part = [sample for sample in samples_of(session, name) if sample["eta"] == eta]
+        return np.asarray(figures.by_problem(part, key))
+
+    for row in rows:
+        own = f"{row['method']}_round_{row['round']}"
+        assert ("reward_minus_pi_ref" in row) == (row["method"] in ("qsharp", "cd"))
+        assert ("reward_minus_cd" in row) == ((row["method"], row["round"]) == ("qsharp", 2))
+        for other, key in (("pi_ref", "reward"), ("cd", "reward"), ("cd", "kl")):
+            if (name := f"{key}_minus_{other}") in row:
+                theirs = means("pi_ref", None, key) if other == "pi_ref" else means("cd_round_2", row["eta"], key)
+                each = means(own, row["eta"], key) - theirs
+                assert row[name] == pytest.approx(each.mean())
+                assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(figures.bootstrap(each))
+
+
+def test_guided_samples_have_a_value_for_each_token(evaluated):
+    """The guide's, as it gives them by teacher forcing; pi_ref's samples have none of their own."""
+    session, _, guides, _ = evaluated
+    samples = samples_of(session, "qsharp_round_2")
+    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    for sample, values in zip(samples, score.score(guides[2], examples, rows=8, bucket=24), strict=True):
+        assert len(sample["values"]) == len(sample["tokens"])
+        known = [place for place, value in enumerate(sample["values"]) if value is not None]
+        assert known, "4 candidates of 12 tokens are most of what is drawn"
+        np.testing.assert_allclose([sample["values"][place] for place in known], values[known], atol=2e-4)
+    assert not any("values" in sample for sample in samples_of(session, "pi_ref"))
 
 
 def test_the_guide_judges_pi_refs_samples(evaluated):
@@ -294,6 +300,63 @@ def test_samples_at_other_etas_are_made_anew(evaluated, monkeypatch):
         evaluate.sample_method(session, "extra", ref, guides[2], number=2, etas=etas, samples=2)
 
 
+# --- Judged again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(evaluated, tmp_path):
+    """The evaluated session's samples and settings alone: no models, and no device is asked."""
+    session = helpers.session(tmp_path, "collect.eta=0.5", "evaluate.guided_samples=2")
+    shutil.copytree(evaluated[0].workdir.samples, session.workdir.samples, dirs_exist_ok=True)
+    (session.workdir.samples / "extra_round_2.jsonl").unlink(missing_ok=True)
+    return session
+
+
+def test_a_broken_verdict_is_mended(evaluated, copied, monkeypatch):
+    """Rewards and answers that were changed are as before, in every file and in the results."""
+    before = {path.name: path.read_text() for path in copied.workdir.samples.iterdir()}
+    for name, count in (("cd_round_2", 2), ("pi_ref", 1), ("pi_ref_values_round_2", 1)):
+        rows = samples_of(copied, name)
+        for row in rows[:count]:
+            row["reward"], row["parsed"] = 1.0 - row["reward"], "7"
+        evaluate.write_samples(copied.workdir.samples / f"{name}.jsonl", rows)
+    forbid_sampling(monkeypatch)
+    rows, changed = evaluate.rejudge(copied)
+    assert rows == evaluated[3] == json.loads(copied.workdir.results.read_text())
+    assert {name: found[:2] for name, found in changed.items()} == {
+        "pi_ref.jsonl": (30, 1), "pi_ref_greedy.jsonl": (10, 0), "qsharp_round_1.jsonl": (20, 0),
+        "qsharp_round_2.jsonl": (40, 0), "cd_round_2.jsonl": (40, 2),
+    }  # fmt: skip
+    assert changed["pi_ref.jsonl"][2] == 1
+    assert {path.name: path.read_text() for path in copied.workdir.samples.iterdir()} == before
+
+
+def test_what_cannot_be_judged_again_is_said_and_nothing_is_written(copied):
+    path = copied.workdir.samples / "qsharp_round_2.jsonl"
+    rows = samples_of(copied, "qsharp_round_2")
+    rows[3]["reward"] = 5.0
+    del rows[7]["response"]
+    evaluate.write_samples(path, rows)
+    content = path.read_text()
+    with pytest.raises(UserError, match=f"{path}, line 8, has no 'response'"):
+        evaluate.rejudge(copied)
+    assert path.read_text() == content and not copied.workdir.results.exists()
+    values = copied.workdir.samples / "pi_ref_values_round_2.jsonl"
+    evaluate.write_samples(values, evaluate.read_samples(values)[1:])
+    path.unlink()
+    with pytest.raises(UserError, match=f"{values} is not of the samples in .*pi_ref.jsonl; delete it"):
+        evaluate.rejudge(copied)
+    (copied.workdir.samples / "pi_ref.jsonl").unlink()
+    with pytest.raises(UserError, match="there are no samples of pi_ref in .*run `qsharp evaluate"):
+        evaluate.rejudge(copied)
+
+
+def test_k_above_the_number_of_samples_is_refused(tmp_path):
+    session = helpers.session(tmp_path, "evaluate.pass_at=1,4", "evaluate.samples=3")
+    with pytest.raises(UserError, match="pass_at has 4 and config.evaluate.samples is 3; pass@k needs at least k"):
+        check_settings(session.config)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "samples.jsonl"
     evaluate.write_samples(path, [{"a": 1}, {"a": "é\n"}, {"a": [1.5, None]}])
@@ -313,7 +376,7 @@ def test_a_line_separator_in_a_text_is_no_end_of_line(tmp_path):
 
 def test_a_guide_less_evaluation_is_pi_refs(tmp_path, monkeypatch, evaluated):
     """Before the first fit: two rows, and no others. (Its samples are lent by the evaluated session.)"""
-    session = helpers.session(tmp_path, "collect.eta=0.5")
+    session = helpers.session(tmp_path, "collect.eta=0.5", "evaluate.guided_samples=2")
     for name in ("pi_ref", "pi_ref_greedy"):
         (session.workdir.samples / f"{name}.jsonl").write_bytes(
             (evaluated[0].workdir.samples / f"{name}.jsonl").read_bytes()

@@ -45,6 +45,8 @@ def main(given: Sequence[str] | None = None) -> int:
         options, rest = arguments.parser().parse_known_args(given)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
+        if getattr(options, "rejudge", False):
+            _check_rejudge(options, rest)
         with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 _keep_programs(workdir.path / "programs")
@@ -144,11 +146,13 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir = _opened(options.workdir, config)
     else:
         workdir = _opened(options.workdir)
+    rejudges = getattr(options, "rejudge", False)
     try:
         if options.config is None:
             configs.override_mesh(workdir.config, rest)
-            _check_stored(workdir)
-        hashes.check_folders(workdir)
+            _check_stored(workdir, session.check_settings if rejudges else session.check)
+        if not rejudges:  # it reads no model, and the folders may be on another machine
+            hashes.check_folders(workdir)
     except BaseException:
         workdir.close()
         raise
@@ -176,11 +180,17 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
     return workdir if processes.is_first() else Workdir.attach(path, config)
 
 
-def _check_stored(workdir: Workdir) -> None:
-    """The settings may be of an older version, or edited."""
-    from qsharp_jax import session
+def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:
+    """That it is asked for on a run that is there, and of one process."""
+    if options.config is not None or rest:
+        raise UserError("--rejudge judges the samples of a run as they are; give --workdir alone")
+    if options.coordinator is not None:
+        raise UserError("--rejudge is the work of one process; leave --coordinator out")
 
+
+def _check_stored(workdir: Workdir, check: Callable[[ConfigDict], None]) -> None:
+    """The settings may be of an older version, or edited."""
     try:
-        session.check(workdir.config)
+        check(workdir.config)
     except UserError as error:
         raise UserError(f"{workdir.path / 'config.json'}: {error}") from None

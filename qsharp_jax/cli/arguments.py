@@ -145,8 +145,12 @@ def parser() -> argparse.ArgumentParser:
         " QSHARP_DATA names, else the hub",
     )  # fmt: skip
 
-    add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
-    add_on_run(runs.report, "write report.md and the plots from what was measured")
+    sub = add_on_run(runs.evaluate, "measure the reference, Q# and CD on held-out problems; writes results.json")
+    sub.add_argument(
+        "--rejudge", action="store_true",
+        help="judge the samples that are there again, without a model, and write their files and results.json anew",
+    )  # fmt: skip
+    add_on_run(runs.report, "write report.md, the plots and examples.html from what was measured")
 
     sub = add(runs.plan, "memory and time on a mesh of devices, without a device", PLAN_HELP)
     _add_config(sub, required=True)

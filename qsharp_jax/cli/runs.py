@@ -62,6 +62,12 @@ def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.session import Session
 
     session = Session(workdir)
+    if options.rejudge:
+        rows, changed = evaluate.rejudge(session)
+        print(report.table(rows) + "\n")
+        for name, (samples, verdicts, parsed) in changed.items():
+            print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read otherwise")
+        return
     hashes.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()

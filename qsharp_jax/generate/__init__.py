@@ -17,7 +17,17 @@ from qsharp_jax.generate.api import (
 )
 from qsharp_jax.generate.continuous import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Record, Settings, State, first_state
+from qsharp_jax.generate.state import (
+    RECORDED,
+    Controls,
+    Generation,
+    Guide,
+    Record,
+    Settings,
+    State,
+    first_state,
+    gives_values,
+)
 from qsharp_jax.generate.step import decode_one_token
 
 __all__ = [
@@ -39,6 +49,7 @@ __all__ = [
     "first_state",
     "for_decoding",
     "generate",
+    "gives_values",
     "guide_names",
     "prefill",
     "row_seeds",

@@ -62,8 +62,8 @@ class Judge:
     def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
         """The parsed answers of each problem's samples, with one spelling for all that are the same.
 
-        Right answers are spelled as the problem's; of the others, the first that was given is its class's spelling, and
-        an answer belongs to the first class whose spelling it equals. None stays None.
+        Right answers are spelled as the problem's. Of the others, those that are the same as each other, be it by way
+        of a third, are one class, spelled as the first that was given. None stays None.
         """
         if not self._task.SYMBOLIC:
             return [list(group) for group in answers]
@@ -77,11 +77,11 @@ class Judge:
         pairs = [{pair: self._same(*pair) for pair in itertools.combinations(group, 2)} for group in wrong]
         spelled = []
         for problem, group, others, same in zip(problems, groups, wrong, pairs, strict=True):
-            spelling = dict.fromkeys(group, problem.answer)
-            heads = []
-            for answer in others:
-                spelling[answer] = next((head for head in heads if same[head, answer].result()), answer)
-                heads += [answer] * (spelling[answer] == answer)
+            spelling = dict.fromkeys(group, problem.answer) | {answer: answer for answer in others}
+            for (first, second), verdict in same.items():
+                if verdict.result():
+                    kept, lost = sorted((spelling[first], spelling[second]), key=others.index)
+                    spelling |= {answer: kept for answer in others if spelling[answer] == lost}
             spelled.append(spelling)
         return [[spelling.get(answer) for answer in group] for spelling, group in zip(spelled, answers, strict=True)]
 

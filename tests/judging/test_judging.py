@@ -106,6 +106,31 @@ def test_classes(judge):
     ]
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from("abcdef"), max_size=8),
+    st.sets(st.sampled_from(list(itertools.combinations("abcdef", 2)))),
+)
+def test_classes_are_closed_under_sameness(answers, pairs):
+    """What is the same by way of others is one class, against a walk over the graph; right answers are not drawn in."""
+    judge, first = Judge(tasks.get("math")), {answer: place for place, answer in reversed([*enumerate(answers)])}
+    same = {tuple(sorted(pair, key=lambda answer: first.get(answer, 99))) for pair in pairs}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            judge, "_same", lambda a, b: types.SimpleNamespace(result=lambda: a == b or (a, b) in same)
+        )  # as `math_verify`, it is asked in one direction
+        (spelled,) = judge.classes([Problem("p", "", "a")], [answers])
+    right = {"a"} | {answer for answer in first if ("a", answer) in same}
+    expected = {}
+    for answer in first:
+        reached, found = {answer}, set()
+        while found != reached:
+            found = set(reached)
+            reached |= {b for pair in pairs for a, b in (pair, pair[::-1]) if a in found} & first.keys() - right
+        expected[answer] = "a" if answer in right else min(reached, key=first.get)
+    assert spelled == [expected[answer] for answer in answers]
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from([None, "1/3", "2/6", "0.25", r"\frac14", "1/4", "3", "4", "04"]), max_size=10))
 def test_classes_are_those_of_the_values(answers):

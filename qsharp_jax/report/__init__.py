@@ -1,0 +1,88 @@
+"""The report of a run: tables, plots and examples, all from the workdir's files.
+
+It knows nothing about models: whoever has the workdir can make the report again.
+"""
+
+import json
+
+from qsharp_jax import evaluate
+from qsharp_jax.errors import UserError
+from qsharp_jax.files import read_text, write_atomic
+from qsharp_jax.report import examples, page, plots, tables
+from qsharp_jax.report.names import COLOURS, NAMES
+from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
+from qsharp_jax.report.tables import markdown, rollouts_table, table
+from qsharp_jax.session import Session
+
+__all__ = [
+    "COLOURS",
+    "NAMES",
+    "learning_curve",
+    "markdown",
+    "read_results",
+    "rollouts_table",
+    "save_plot",
+    "smoothed",
+    "table",
+    "write",
+]
+
+
+def read_results(session: Session) -> list[dict]:
+    """The rows of `results.json`.
+
+    Raises:
+      UserError: if there are none, or if the file is damaged.
+    """
+    path = session.workdir.results
+    if not path.exists():
+        raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+
+
+def write(session: Session) -> str:
+    """Writes `report.md`, the plots and `examples.html`, and returns the text that ends a run on the terminal."""
+    rows, metrics = read_results(session), session.workdir.read_metrics()
+    folder, number = session.workdir.path, max(row["round"] for row in rows)
+    draw = {
+        "frontier.png": lambda axes: plots.frontier(axes, rows),
+        "rounds.png": lambda axes: plots.rounds(axes, rows),
+    }
+    scored_path = evaluate.samples_path(session, "pi_ref_values", number)
+    scored = evaluate.read_samples(scored_path) if scored_path.exists() else None
+    if scored:
+        draw["calibration.png"] = lambda axes: plots.calibration(axes, scored)
+    found = examples.find(session, number)
+    if found:
+        draw["lengths.png"] = lambda axes: plots.lengths(axes, found.samples)
+    if lots := learning_curve(metrics):
+        draw["learning.png"] = lambda axes: plots.learning(axes, lots)
+    for name, of_axes in draw.items():
+        save_plot(folder / name, of_axes)
+    collected, paper, shown = rollouts_table(metrics), tables.paper_table(rows, session.eta), table(rows)
+    passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
+    differences, pairs = tables.differences_table(rows), examples.text(session, found)
+    parts = [
+        f"# {session.config.task.name}: {folder.name}",
+        *((paper, tables.HOW_PAPER, "## All results") if paper else ()),
+        shown,
+        tables.HOW,
+        *(("## Paired differences", differences, tables.HOW_DIFFERENCES) if differences else ()),
+        *(("## pass@k and maj1@k, with 95% intervals", passes) if passes else ()),
+        *(("## KL, length and ends, with 95% intervals", intervals) if intervals else ()),
+        *(("## Rollouts", collected, tables.HOW_ROLLOUTS) if collected else ()),
+        *(f"![{name}]({name})" for name in draw),
+        "## Examples, unguided and guided",
+        f"```text\n{pairs}\n```",
+    ]
+    names = ["report.md", "results.json", *draw]
+    if found:
+        write_atomic(folder / "examples.html", page.make(session, found, scored))
+        parts.append("[More of them](examples.html)" + (", each token shaded by the guide's value." if scored else "."))
+        names.append("examples.html")
+    write_atomic(session.workdir.report, "\n\n".join(parts) + "\n")
+    files = ", ".join(str(folder / name) for name in names)
+    return "\n\n".join(part for part in (collected, paper, shown, pairs, f"Files: {files}") if part)

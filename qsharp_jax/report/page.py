@@ -1,0 +1,180 @@
+"""A page of responses, unguided and guided side by side, each token shaded by the value that the guide gives it.
+
+One HTML file that needs no other: the style is in it, and there is no script. It knows nothing about how the samples
+were made.
+"""
+
+import html
+from collections.abc import Sequence
+
+from qsharp_jax.report.examples import KINDS, Examples, Pair
+from qsharp_jax.report.names import NAMES
+from qsharp_jax.session import Session
+from qsharp_jax.text import Text
+
+SHADES = 21  # from the least value to the greatest
+_ENDS = ((244, 165, 110), (247, 247, 242), (125, 190, 225))  # orange, nearly white, blue: for all kinds of eyes
+_LONG = 1500  # characters; a longer problem is folded up
+
+STYLE = """
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: #fff; color: #1a1a1a; line-height: 1.5;
+       font-family: system-ui, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .4rem; }
+p, li { max-width: 60rem; }
+.problem { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f0; padding: .6rem .8rem;
+           border-radius: 6px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem;
+        margin-top: .8rem; }
+.side { border: 1px solid #ccc; border-radius: 6px; padding: .6rem .8rem; min-width: 0; }
+.side h3 { font-size: 1rem; margin: 0 0 .2rem; }
+.right { color: #14633a; font-weight: 600; } .wrong { color: #a02418; font-weight: 600; }
+.facts { font-size: .85rem; color: #444; margin-bottom: .5rem; overflow-wrap: anywhere; }
+.response { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9;
+            font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .92rem; }
+.t { position: relative; padding: .12em 0; box-shadow: inset -1px 0 0 rgba(255, 255, 255, .9); }
+.none { border-bottom: 1px dotted #888; }
+.t:hover { outline: 1px solid #1a1a1a; }
+.t:hover::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 1; background: #1a1a1a;
+                  color: #fff; padding: 0 .4em; border-radius: 3px; font-size: .8rem; white-space: nowrap; }
+.mark { font-style: normal; color: #666; font-size: .8em; }
+.legend { position: sticky; top: 0; z-index: 2; background: #fff; padding: .3rem 0; margin: .8rem 0; font-size: .9rem;
+          display: flex; align-items: center; gap: .6rem; flex-wrap: wrap; }
+.bar { width: 14rem; height: 1.1rem; border: 1px solid #999; border-radius: 3px; }
+"""
+
+
+def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> str:
+    """The page's HTML.
+
+    Args:
+      scored: the guide's "values" of pi_ref's samples; None where there is no guide, and then nothing is shaded.
+    """
+    shown = {kind: [pair for pair in found.pairs if pair.kind == kind][:most] for kind, (_, most) in KINDS.items()}
+    pairs = [pair for some in shown.values() for pair in some]
+    sides = [(pair, scored[pair.place]["values"] if scored else None, pair.after.get("values")) for pair in pairs]
+    values = [value for _, *both in sides for side in both for value in side or () if value is not None]
+    scale = min([0.0, *values]), max([1.0, *values])
+    name = f"{NAMES[found.method]}, eta {found.eta:g}"
+    title = f"{session.config.task.name}: pi_ref and {name}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        _introduction(found, name, shown),
+        _legend(scale) if values else "<p>There is no guide here whose values could be shown.</p>",
+        *(_example(number, *side, name, scale, session.text) for number, side in enumerate(sides, start=1)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{_shades()}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _introduction(found: Examples, name: str, shown: dict[tuple[bool, bool], list[Pair]]) -> str:
+    counts = ", ".join(
+        f"{sum(pair.kind == kind for pair in found.pairs)} where {_words(words, name)} ({len(shown[kind])} shown)"
+        for kind, (words, _) in KINDS.items()
+    )
+    return (
+        f"<p>Held-out problems, answered by pi_ref alone and by {html.escape(name)}: the first sample of each method,"
+        f" {len(found.pairs)} problems in all, {counts}; of each kind the first that come. KL is that of the response"
+        " to pi_ref, in nats, before truncation.</p>"
+    )
+
+
+def _words(words: str, name: str) -> str:
+    return html.escape(words.format(learned=name.partition(",")[0]))
+
+
+def _legend(scale: tuple[float, float]) -> str:
+    return (
+        "<p>A token's shade is the value that the guide gives it: the reward that it expects if pi_ref goes on from"
+        " there. Point at a token to read the value.</p>\n"
+        f'<div class="legend"><span>value {scale[0]:g}</span><span class="bar" style="background: linear-gradient('
+        f'to right, {", ".join(map(_rgb, _ENDS))})"></span><span>{scale[1]:g}</span>'
+        '<span><span class="t none">dotted</span>: no value, the token was none of the candidates</span></div>'
+    )
+
+
+def _example(
+    number: int,
+    pair: Pair,
+    before: Sequence[float | None] | None,
+    after: Sequence[float | None] | None,
+    name: str,
+    scale: tuple[float, float],
+    text: Text,
+) -> str:
+    words, answer = _words(KINDS[pair.kind][0], name), html.escape(pair.before["answer"])
+    prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
+    if len(pair.before["prompt"]) > _LONG:
+        prompt = f"<details><summary>The problem ({len(pair.before['prompt'])} characters)</summary>{prompt}</details>"
+    return (
+        f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n{prompt}\n"
+        f'<div class="pair">\n{_side("pi_ref", pair.before, before, scale, text)}\n'
+        f"{_side(name, pair.after, after, scale, text)}\n</div>"
+    )
+
+
+def _side(
+    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], text: Text
+) -> str:
+    right = sample["reward"] > 0
+    answer = "no answer" if sample["parsed"] is None else f"answer {sample['parsed']}"
+    facts = [
+        f"reward {sample['reward']:g}",
+        answer,
+        f"{len(sample['tokens'])} tokens" + ("" if sample["finished"] else ", cut off"),
+        f"KL {sample['kl']:.2f}",
+    ]
+    known = [value for value in values or () if value is not None]
+    if known:
+        facts.append(f"value {known[0]:.2f} at first, {known[-1]:.2f} at last")
+    return (
+        f'<div class="side"><h3>{html.escape(name)} <span class="{"right" if right else "wrong"}">'
+        f"{'right' if right else 'wrong'}</span></h3>"
+        f'<div class="facts">{html.escape("; ".join(facts))}</div>'
+        f'<div class="response">{_tokens(sample["tokens"], values, scale, text)}</div></div>'
+    )
+
+
+def _tokens(
+    tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], text: Text
+) -> str:
+    """The response, a span a token; what a token holds back is shown with the one that completes it."""
+    *pieces, rest = text.pieces([token] for token in tokens)
+    pieces[-1] += rest
+    spans = []
+    for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
+        shown = html.escape(piece).replace("\n", '<i class="mark">\u21b5</i>\n')
+        if token in text.stop_ids:
+            shown += '<i class="mark">end</i>'
+        if values is None:
+            spans.append(shown)
+            continue
+        value = values[place]
+        kind = "none" if value is None else f"v{_shade(value, scale)}"
+        words = "no value" if value is None else f"{value:.3f}"
+        spans.append(f'<span class="t {kind}" data-v="{words}">{shown}</span>')
+    return "".join(spans)
+
+
+def _shade(value: float, scale: tuple[float, float]) -> int:
+    low, high = scale
+    return round((value - low) / (high - low) * (SHADES - 1))
+
+
+def _shades() -> str:
+    return "".join(f".v{number} {{ background: {_colour(number / (SHADES - 1))}; }}\n" for number in range(SHADES))
+
+
+def _colour(share: float) -> str:
+    """Of a place between the least value, 0, and the greatest, 1."""
+    low, middle, high = _ENDS
+    ends, part = ((low, middle), share * 2) if share < 0.5 else ((middle, high), share * 2 - 1)
+    return _rgb(tuple(round(a + (b - a) * part) for a, b in zip(*ends, strict=True)))
+
+
+def _rgb(colour: Sequence[int]) -> str:
+    return f"rgb({', '.join(map(str, colour))})"

@@ -1,0 +1,182 @@
+"""The plots of a report. Each draws on one pair of axes, from rows of `results.json`, samples or metrics."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # a report needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+from qsharp_jax import figures, score  # noqa: E402
+from qsharp_jax.files import writing  # noqa: E402
+from qsharp_jax.report.names import COLOURS, GUIDED, NAMES, POLICIES, eta_of, learned  # noqa: E402
+
+PLACES = {0.0: "first token", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "last token"}  # of a response
+BINS = 6  # of response lengths, with as many samples in each as ties allow
+
+
+def save_plot(path, draw) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    with writing(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _errors(rows: list[dict], name: str = "reward") -> list[list[float]] | None:
+    """The two arms of a figure's intervals; None where it has none."""
+    if any(row.get(f"{name}_low") is None for row in rows):
+        return None
+    return [[row[name] - row[f"{name}_low"] for row in rows], [row[f"{name}_high"] - row[name] for row in rows]]
+
+
+def frontier(axes, rows: list[dict]) -> None:
+    """pass@1 against KL over eta, with intervals of both, beside pi_ref and what its samples make."""
+    number = max(row["round"] for row in rows)
+    for method in GUIDED:
+        line = [row for row in rows if row["method"] == method and row["round"] == number]
+        line.sort(key=lambda row: -eta_of(row))
+        if not line:
+            continue
+        kl, reward = [row["kl"] for row in line], [row["reward"] for row in line]
+        axes.errorbar(
+            kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=NAMES[method],
+            color=COLOURS[method],
+        )  # fmt: skip
+        # Q#'s points gather where its tilt saturates, so only the line's ends are named.
+        for row, offset in zip((line[0], line[-1]), ((-34, 4), (4, -13)), strict=True):
+            place = (row["kl"], row["reward"])
+            axes.annotate(f"η={eta_of(row):g}", place, offset, textcoords="offset points", fontsize=8)
+    for row in rows:
+        if row["method"] in POLICIES and row["round"] == number:
+            at, colour = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
+            errors = _errors([row]), _errors([row], "kl")
+            axes.errorbar(*at, *errors, marker="o", capsize=3, label=NAMES[row["method"]], color=colour)
+    start = [row for row in rows if row["method"] == "pi_ref"]
+    if start:
+        reward, colour = [start[0]["reward"]], COLOURS["pi_ref"]
+        axes.errorbar([0], reward, _errors(start), marker="s", capsize=3, label="pi_ref", color=colour)
+    for row in rows:
+        if row["method"].startswith(("best_of", "majority")):
+            style = "--" if row["method"].startswith("best_of") else ":"
+            label = row["method"].replace("_", " ")
+            axes.axhline(row["reward"], linestyle=style, color="#999999", linewidth=1, label=label)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=-0.02, right=2 * max([1, *(row["kl"] for row in rows if row["kl"])]))
+    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="pass@1 (mean reward)")
+    axes.set_title("pass@1 against KL")
+    axes.legend(fontsize=8)
+
+
+def rounds(axes, rows: list[dict]) -> None:
+    """Reward of the guide at the strongest guidance that every round was evaluated at, or of the trained policy."""
+    by_round = defaultdict(dict)
+    method = learned(rows)
+    for row in rows:
+        if row["method"] == method:
+            by_round[row["round"]][eta_of(row)] = row
+    shared = set.intersection(*(set(etas) for etas in by_round.values())) if by_round else set()
+    line = [row for row in rows if row["method"] == "pi_ref"]
+    label = NAMES[method]
+    if shared:
+        label = f"{label}, η={min(shared):g}"
+        line += [by_round[number][min(shared)] for number in sorted(by_round)]
+    axes.errorbar(
+        [row["round"] for row in line], [row["reward"] for row in line], _errors(line), marker="o", capsize=3,
+        color=COLOURS[method], label=label,
+    )  # fmt: skip
+    axes.set_xticks([row["round"] for row in line], [str(row["round"]) if row["round"] else "pi_ref" for row in line])
+    axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(0, 1))
+    axes.legend(fontsize=8)
+
+
+def learning_curve(metrics: list[dict]) -> list[dict]:
+    """The lots of rollouts of a policy's training, each once, with the rollouts up to its end as "rollouts_so_far"."""
+    last = {(line["phase"], line["step"]): line for line in metrics if "log_prob_gap" in line}
+    so_far = itertools.accumulate(line["rollouts"] for line in last.values())
+    return [line | {"rollouts_so_far": count} for line, count in zip(last.values(), so_far, strict=True)]
+
+
+def learning(axes, lots: list[dict]) -> None:
+    """Of the rollouts that a policy learned from."""
+    for name, colour in (("reward", "#1f5fa8"), ("objective", "#c8641e"), ("kl", "#555555")):
+        label = name if name != "kl" else "KL (nats a response)"
+        axes.plot(*smoothed(lots, name), label=label, color=colour)
+    axes.set(xlabel="rollouts", title="Training")
+    axes.legend(fontsize=8)
+
+
+def smoothed(lots: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Rollouts so far, and the mean of a figure over the last twentieth of all lots up to there."""
+    width = max(len(lots) // 20, 1)
+    means = [float(np.mean([line[name] for line in lots[max(i - width + 1, 0) : i + 1]])) for i in range(len(lots))]
+    return [line["rollouts_so_far"] for line in lots], means
+
+
+def calibration(axes, scored: list[dict]) -> None:
+    """Mean value against mean reward, in bins, at several places of `pi_ref`'s responses; a dot's area is its share."""
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+    rewards = np.asarray([sample["reward"] for sample in scored])
+    for place, colour in zip(PLACES, ("#c6dcef", "#92bfe0", "#5598cd", "#2a6fae", "#0f3661"), strict=True):
+        predicted = at_place(scored, place)
+        bins = score.calibration(predicted, rewards)
+        label = f"{PLACES[place]} (ECE {score.calibration_error(predicted, rewards):.3f})"
+        at, observed = [b["predicted"] for b in bins], [b["observed"] for b in bins]
+        axes.plot(at, observed, linewidth=1, color=colour, label=label)
+        axes.scatter(at, observed, [5 + 250 * b["count"] / len(scored) for b in bins], color=colour)
+    axes.set(
+        xlabel="value given by the guide (a dot's area: share of the responses)",
+        ylabel="mean reward",
+        title="Calibration on held-out problems",
+    )
+    axes.legend(fontsize=8, title="place in the response", title_fontsize=8)
+
+
+def at_place(scored: Sequence[dict], place: float) -> np.ndarray:
+    """[n] values at a place of each response, from 0, its first token, to 1, its last."""
+    return np.asarray([sample["values"][round(place * (len(sample["values"]) - 1))] for sample in scored])
+
+
+def lengths(axes, samples: dict[str, list[dict]]) -> None:
+    """Mean reward of the responses by their length, for each method's samples."""
+    for name, of_method in samples.items():
+        bins = reward_by_length(of_method)
+        at, reward = [b["response_tokens"] for b in bins], [b["reward"] for b in bins]
+        colour = COLOURS[name]
+        axes.errorbar(at, reward, _errors(bins), marker="o", capsize=3, color=colour, label=NAMES[name])
+    axes.set(xlabel="tokens of a response (mean of each bin)", ylabel="mean reward", ylim=(0, None))
+    axes.set_title("Reward against response length")
+    axes.legend(fontsize=8)
+
+
+def reward_by_length(samples: Sequence[dict]) -> list[dict[str, float]]:
+    """Bins of the samples by length, from short to long: mean tokens, mean reward with its interval, and the count.
+
+    The interval is a bootstrap over the problems that have samples in the bin.
+    """
+    tokens = np.asarray([len(sample["tokens"]) for sample in samples])
+    edges = np.unique(np.quantile(tokens, np.linspace(0, 1, BINS + 1)[1:-1], method="inverted_cdf"))
+    place, bins = np.searchsorted(edges, tokens), []
+    for number in np.unique(place):
+        mine = [sample for sample, of_sample in zip(samples, place, strict=True) if of_sample == number]
+        by_problem = defaultdict(list)
+        for sample in mine:
+            by_problem[sample["problem_id"]].append(sample["reward"])
+        sums, counts = (np.asarray([of(rewards) for rewards in by_problem.values()]) for of in (sum, len))
+        low, high = figures.bootstrap_pooled(sums, counts)
+        bins.append(
+            {
+                "response_tokens": float(tokens[place == number].mean()),
+                "reward": float(sums.sum() / counts.sum()),
+                "reward_low": low,
+                "reward_high": high,
+                "count": len(mine),
+            }
+        )
+    return bins

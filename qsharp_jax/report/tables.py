@@ -1,0 +1,183 @@
+"""The tables of a report, in Markdown whose columns line up as plain text too, from the rows of `results.json`.
+
+A figure with its 95% interval is written 0.790 (0.754 .. 0.826).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from qsharp_jax.report.names import GUIDED, NAMES, eta_of
+
+COLUMNS = (
+    "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",
+    "finished", "no answer", "tokens/s",
+)  # fmt: skip
+
+HOW = (
+    "Reward is the mean verified reward over problems (a problem with several samples counts with their mean); its 95%"
+    " interval is a bootstrap over problems. KL is the sum over a response's tokens of the exact KL(pi || pi_ref) at"
+    " each, in nats, before top-k, top-p and greedy truncation; the next column is the same after it. Tokens are those"
+    " of a response (of all k of them in the lines with _k), finished is the share of responses that ended by a stop"
+    " token, no answer that of responses in which none was found (their reward is 0), tokens/s count response tokens"
+    " over the method's wall time, compilation included. pass_k is the share of problems that one of the k samples of"
+    " pi_ref solves, majority_k the reward of the answer that most of them give, best_of_k that of the sample with the"
+    " greatest value by the guide, weighted_majority_k that of the answer with the greatest sum of values."
+)
+
+
+def table(rows: Sequence[dict]) -> str:
+    """All rows, each figure without its interval but for the reward."""
+    lines = [list(COLUMNS)]
+    for row in rows:
+        answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
+        lines.append(
+            [
+                *_who(row),
+                str(row["n"]),
+                str(row["samples"]),
+                f"{row['reward']:.3f}",
+                f"{row['reward_low']:.3f} .. {row['reward_high']:.3f}",
+                *(_number(row, name) for name in ("kl", "kl_truncated")),
+                f"{row['response_tokens']:.1f}",
+                *(_number(row, name) for name in ("finished", "no_answer")),
+                f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
+            ]
+        )
+    return markdown(lines)
+
+
+def _who(row: dict) -> list[str]:
+    """Method, eta and round."""
+    eta = f"{eta_of(row):g}" if row["eta"] is not None or row["method"] in GUIDED else ""
+    return [NAMES.get(row["method"], row["method"]), eta, str(row["round"]) if row["round"] else ""]
+
+
+def _number(row: dict, name: str) -> str:
+    return "" if row.get(name) is None else f"{row[name]:.3f}"
+
+
+def _interval(row: dict, name: str, sign: str = "") -> str:
+    """A figure with its interval; empty where the row has none."""
+    if row.get(f"{name}_low") is None:
+        return ""
+    value, low, high = (f"{row[key]:{sign}.3f}" for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value} ({low} .. {high})"
+
+
+HOW_PAPER = (
+    "pass@1 is the mean reward, maj1@k the reward of the answer that most of a problem's k samples give (answers that"
+    " are the same mathematics count as one, ties as what a lot would give), KL the nats of a response before"
+    " truncation; in brackets 95% intervals, by bootstrap over problems."
+)
+
+
+def paper_table(rows: Sequence[dict], eta: float) -> str:
+    """pi_ref, CD, Q# and whatever else was learned, in the paper's layout, at one eta; empty if nothing was learned.
+
+    Args:
+      eta: that is wanted; where the last round was not measured at it, the smallest that it was measured at.
+    """
+    last = max(row["round"] for row in rows)
+    learned = [row for row in rows if row["round"] == last > 0 and row["kl"] is not None]
+    if not learned:
+        return ""
+    etas = {eta_of(row) for row in learned}
+    eta = eta if eta in etas else min(etas)
+    order = list(NAMES)
+    order.insert(order.index("qsharp"), order.pop(order.index("cd")))  # the paper's
+    chosen = [row for row in rows if row["method"] == "pi_ref"] + [row for row in learned if eta_of(row) == eta]
+    chosen.sort(key=lambda row: order.index(row["method"]))
+    # Majorities of as many samples for every method, so that they can be compared.
+    sizes = [{int(name[9:]) for name in row if re.fullmatch(r"majority_\d+", name)} for row in chosen]
+    size = max(set.intersection(*sizes), default=0)
+    head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
+    figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
+    lines = [[NAMES[row["method"]], *(_interval(row, name) for name in figures)] for row in chosen]
+    for row in lines[: chosen[0]["method"] == "pi_ref"]:
+        row[-1] = "0"
+    return f"At eta {eta:g}:\n\n{markdown([head, *lines])}"
+
+
+def passes_table(rows: Sequence[dict]) -> str:
+    """pass@k and maj1@k by k, with intervals; empty where no method has several samples of a problem."""
+    names = {name for row in rows for name in row if re.fullmatch(r"(pass|majority)_\d+", name)} - {"pass_1"}
+    if not names:
+        return ""
+    columns = ["pass_1", *sorted(names, key=lambda name: (name[0] != "p", int(name.partition("_")[2])))]
+    head = [name.replace("pass_", "pass@").replace("majority_", "maj1@") for name in columns]
+    measured = [row for row in rows if any(name in row for name in columns)]
+    lines = [[*_who(row), *(_interval(row, name) for name in columns)] for row in measured]
+    return markdown([["method", "eta", "round", *head], *lines])
+
+
+def intervals_table(rows: Sequence[dict]) -> str:
+    """The other figures of the responses with their intervals; empty where there are none."""
+    columns = {
+        "kl": "KL", "kl_truncated": "KL truncated", "response_tokens": "tokens", "finished": "finished",
+        "no_answer": "no answer",
+    }  # fmt: skip
+    measured = [row for row in rows if "kl_low" in row]
+    lines = [[*_who(row), *(_interval(row, name) for name in columns)] for row in measured]
+    return markdown([["method", "eta", "round", *columns.values()], *lines]) if measured else ""
+
+
+HOW_DIFFERENCES = (
+    "The mean over problems of the difference between two methods on the same problem; in brackets its 95% interval, by"
+    " bootstrap over these differences."
+)
+
+
+def differences_table(rows: Sequence[dict]) -> str:
+    """Paired differences to pi_ref and of Q# to CD, with intervals; empty where there are none."""
+    lines, sizes = [], set()
+    for row in rows:
+        sizes |= {name for name in row if re.fullmatch(r"majority_\d+_minus_(pi_ref|cd)", name)}
+    size = max((int(name.split("_")[1]) for name in sizes), default=0)
+    figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
+    head = ["difference", "eta", "round", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
+    for other in ("pi_ref", "cd"):
+        for row in rows:
+            if f"reward_minus_{other}" in row:
+                name, eta, number = _who(row)
+                cells = [_interval(row, f"{figure}_minus_{other}", "+") for figure in figures]
+                lines.append([f"{name} - {NAMES[other]}", eta, number, *cells])
+    return markdown([head, *lines]) if lines else ""
+
+
+ROLLOUTS = ("round", "rollouts", "reward", "tokens", "finished", "labelled", "varied", "useful rows", "seconds")
+HOW_ROLLOUTS = (
+    "Of each round's rollouts: mean reward, mean tokens of a response, share that ended by a stop token, share of the"
+    " tokens that carry a label, share of the problems whose rollouts do not all have one reward (with"
+    " `collect.drop_no_variation` the others are left out). Useful rows: of the rows that decoding computed, over all"
+    " steps, those that belonged to a response. Seconds are wall time, compilation included."
+)
+
+
+def rollouts_table(metrics: list[dict]) -> str:
+    """Of the rollouts of each round, from the lines of metrics.jsonl; empty if there are none.
+
+    A collection that was begun several times has as many lines: the last tells of all its rollouts, while rows and
+    seconds are those of all that came to their end.
+    """
+    by_round = defaultdict(list)
+    for line in metrics:
+        if found := re.fullmatch(r"round (\d+): collect", line.get("phase", "")):
+            by_round[int(found[1])].append(line)
+    lines = [list(ROLLOUTS)]
+    for number, found in sorted(by_round.items()):
+        last, row_steps = found[-1], sum(line.get("row_steps", 0) for line in found)
+        shares = [f"{last[name]:.3f}" if name in last else "" for name in ("finished", "labelled", "varied")]
+        useful = f"{sum(line.get('tokens', 0) for line in found) / row_steps:.3f}" if row_steps else ""
+        seconds = f"{sum(line['seconds'] for line in found):.0f}"
+        whole = [str(number), str(last["rollouts"]), f"{last['reward']:.3f}", f"{last['response_tokens']:.1f}"]
+        lines.append([*whole, *shares, useful, seconds])
+    return markdown(lines) if by_round else ""
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table, its head first, whose columns line up as plain text too."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    text.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in text)
