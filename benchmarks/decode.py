@@ -77,8 +77,10 @@ class Work:
         return np.random.default_rng(0).integers(self.vocabulary, size=(self.batch, self.prompt)).astype(np.int32)
 
 
-def ours(ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | None = None) -> tuple[float, float]:
-    """Milliseconds of the prefill, and of one decode step."""
+def ours(
+    ref: LanguageModel, guide: ValueModel | None, work: Work, steps: int, slots: int | None = None
+) -> tuple[float, float]:
+    """Milliseconds of the prefill, and of one decode step, the mean of the first `steps` of the work."""
     began = time.perf_counter()
     run = generate.Run(
         ref, guide, work.prompts().tolist(), eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots,
@@ -86,8 +88,11 @@ def ours(ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | 
     )  # fmt: skip
     jax.block_until_ready(run.state)
     filled = time.perf_counter()
-    jax.block_until_ready(generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings))
-    return (filled - began) * 1e3, (time.perf_counter() - filled) / work.steps * 1e3
+    until = jnp.int32(steps)
+    jax.block_until_ready(
+        generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings, until=until)
+    )
+    return (filled - began) * 1e3, (time.perf_counter() - filled) / steps * 1e3
 
 
 def bound(
@@ -155,12 +160,12 @@ class Torch:
             )
         self.generate = functools.partial(logits_processor.generate, candidates=CANDIDATES, eta=ETA)
 
-    def milliseconds(self, guided: bool, work: Work) -> tuple[float, float]:
-        """Of a run of one new token, and of one step more."""
+    def milliseconds(self, guided: bool, work: Work, steps: int) -> tuple[float, float]:
+        """Of a run of one new token, and of one step more, the mean of `steps` - 1."""
         guide = self.guide if guided else None
         _, first = self.generate(self.ref, guide, work.prompts(), 1)
-        _, all_ = self.generate(self.ref, guide, work.prompts(), work.steps)
-        return first * 1e3, (all_ - first) / (work.steps - 1) * 1e3
+        _, all_ = self.generate(self.ref, guide, work.prompts(), steps)
+        return first * 1e3, (all_ - first) / (steps - 1) * 1e3
 
 
 def main() -> None:
@@ -178,36 +183,36 @@ def main() -> None:
     }
     print(f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
     variants = {
-        "ours, unguided": lambda work: ours(ref, None, work),
-        "ours, guided": lambda work: ours(ref, guide, work),
-        "ours, packed": lambda work: ours(ref, guide, work, SLOTS),
+        "ours, unguided": lambda work, steps: ours(ref, None, work, steps),
+        "ours, guided": lambda work, steps: ours(ref, guide, work, steps),
+        "ours, packed": lambda work, steps: ours(ref, guide, work, steps, SLOTS),
     }
     if not options.without_torch:
         torch = Torch(ref, guide)
         variants |= {
-            "transformers, unguided": lambda work: torch.milliseconds(False, work),
-            "transformers, guided": lambda work: torch.milliseconds(True, work),
+            "transformers, unguided": lambda work, steps: torch.milliseconds(False, work, steps),
+            "transformers, guided": lambda work, steps: torch.milliseconds(True, work, steps),
         }
     times = {(batch, name): [] for batch in works for name in variants}
     machine = []
-    for _ in range(options.rounds + 1):  # the first round compiles
+    for round_ in range(options.rounds + 1):
         for batch, name in times:
-            began = time.perf_counter()
-            measured = variants[name](works[batch])
-            times[batch, name].append((*measured, time.perf_counter() - began))
+            steps = works[batch].steps if round_ else generate.BLOCK  # the first round compiles
+            times[batch, name].append(variants[name](works[batch], steps))
         machine.append((read_bandwidth(), matmul_speed(ref.config.compute_dtype)))
     machine = np.max(machine, axis=0)
     print(f"reading 1 GiB: {machine[0] / 1e9:.1f} GB/s; a product of matrices: {machine[1] / 1e9:.0f} GFLOP/s\n")
     heads = ("batch", f"{'program':22s}", "prefill ms", "ms a step", "bound ms", "bound / measured", "this / ours")
     heads += ("compiled in s",)
     print(f"| {' | '.join(heads)} |\n| {' | '.join('-' * len(head) for head in heads)} |")
-    for (batch, name), ((*_, first), *measured) in times.items():
-        prefill, step, seconds = np.median(measured, axis=0)
+    for (batch, name), (first, *measured) in times.items():
+        prefill, step = np.median(measured, axis=0)
         guided = not name.endswith("unguided")
         least = bound(ref, guide if guided else None, works[batch], SLOTS if "packed" in name else None, machine)
         mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[1:, 1]
         ratio = np.median(np.asarray(measured)[:, 1] / mine)
-        compiled = f"{first - seconds:.1f}" if name.startswith("ours") else ""
+        compiling = first[0] - prefill + generate.BLOCK * (first[1] - step)
+        compiled = f"{compiling / 1e3:.1f}" if name.startswith("ours") else ""
         print(
             f"| {batch:5d} | {name:22s} | {prefill:10.1f} | {step:9.2f} | {least:8.2f} | {least / step:16.2f} |"
             f" {ratio:10.2f}x | {compiled:>13s} |"

@@ -20,7 +20,7 @@ from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
 from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token
-from qsharp_jax.models import kv_cache, value
+from qsharp_jax.models import decoder, kv_cache, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -40,13 +40,16 @@ class Waiting:
     previous: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("ref", "guide", "rows", "size", "steps", "settings"))
-def empty_state(ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings) -> State:
+@functools.partial(jax.jit, static_argnames=("ref", "guide", "rows", "size", "steps", "settings", "positions_last"))
+def empty_state(
+    ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings, *, positions_last: bool
+) -> State:
     """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens a row.
 
     `guide` is the shape of its trunk, a tuple of them for several, or None.
     """
-    rings = [jax.tree.map(lambda config: kv_cache.empty_ring(config, rows, size), shapes) for shapes in (ref, guide)]
+    empty = functools.partial(kv_cache.empty_ring, rows=rows, size=size, positions_last=positions_last)
+    rings = [jax.tree.map(empty, shapes) for shapes in (ref, guide)]
     nothing = np.zeros((rows, 1), np.int32)
     return sharding.constrain_rows(first_state(*rings, nothing, nothing[:, 0], steps, settings))
 
@@ -151,7 +154,10 @@ class ContinuousBatch:
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
         api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
-        self._state = empty_state(ref.config, trunk, rows, size, max_new_tokens, self._settings)
+        self._state = empty_state(
+            ref.config, trunk, rows, size, max_new_tokens, self._settings,
+            positions_last=decoder.is_transposed(self._ref.params),
+        )  # fmt: skip
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._budget = np.zeros(rows, np.int32)
         starts = ((place, ()) for place in range(len(prompts) * samples)) if starts is None else starts

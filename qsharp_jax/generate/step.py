@@ -146,9 +146,10 @@ def advance(
         def attend(query, key, value, buffers=tuple(buffers)):
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
-            after = kv_cache.write_pair(buffers, pair, cache.slot)
+            after = kv_cache.write_pair(buffers, pair, cache.slot, cache.axes)
             read = _ordered(lambda before, after: before, lambda before, after: after, buffers, after)
-            return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, cache.ring)), (pair, after)
+            form = cache.ring, cache.positions_last
+            return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, *form)), (pair, after)
 
         x, (pair, after) = block.apply({"params": layer}, x, turn, attend)
         x = sharding.constrain(x, *stream)
@@ -158,7 +159,8 @@ def advance(
     def write_last(x, cache, new, written):
         x, new, cache = jax.lax.optimization_barrier((x, new, cache))
         buffers = zip(cache.keys, cache.values, strict=True)
-        return x, [kv_cache.write_pair(pair, added, cache.slot) for pair, added in zip(buffers, new, strict=True)]
+        layers = zip(buffers, new, strict=True)
+        return x, [kv_cache.write_pair(pair, added, cache.slot, cache.axes) for pair, added in layers]
 
     x, written = _ordered(write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
     keys, values_ = map(list, zip(*written, strict=True))

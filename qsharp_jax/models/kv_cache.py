@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from qsharp_jax import sharding
 from qsharp_jax.models.config import DecoderConfig
 
+VALUE_AXIS = -2  # of the positions in a buffer of values
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -25,6 +27,7 @@ class KVCache:
     start: [B] int32, position of each row's first token.
     index: int32 scalar, the next position to be written.
     ring: positions wrap around at S; a row must not be longer.
+    positions_last: the buffers of keys are [B, G, E, S], the faster form on CPUs, see `attend`.
     """
 
     keys: list[jax.Array]
@@ -32,44 +35,63 @@ class KVCache:
     start: jax.Array
     index: jax.Array
     ring: bool = flax.struct.field(pytree_node=False, default=False)
+    positions_last: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def slot(self) -> jax.Array:
         """Where in the buffers position `index` lies."""
-        return self.index % self.keys[0].shape[-2] if self.ring else self.index
+        return self.index % self.values[0].shape[VALUE_AXIS] if self.ring else self.index
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The axis of the positions in the buffers of keys, and in those of values."""
+        return -1 if self.positions_last else VALUE_AXIS, VALUE_AXIS
 
 
-def from_prefill(kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int) -> KVCache:
+def from_prefill(
+    kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int, *, positions_last: bool = False
+) -> KVCache:
     """A cache of `size` positions from the prompts' keys and values, a ([B, T, G, E], [B, T, G, E]) pair a layer."""
-
-    def buffer(prompt: jax.Array) -> jax.Array:
-        return jnp.pad(prompt.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - prompt.shape[1]), (0, 0)))
-
     keys, values = zip(*kept, strict=True)
     length = keys[0].shape[1]
-    return KVCache(
-        keys=[buffer(key) for key in keys],
-        values=[buffer(value) for value in values],
-        start=start,
-        index=jnp.asarray(length, jnp.int32),
+    cache = KVCache(
+        keys=[], values=[], start=start, index=jnp.asarray(length, jnp.int32), positions_last=positions_last
+    )
+
+    def buffer(prompt: jax.Array, axis: int) -> jax.Array:
+        return _pad(jnp.moveaxis(prompt, 1, axis), 0, size - length, axis)
+
+    key_axis, value_axis = cache.axes
+    return cache.replace(
+        keys=[buffer(key, key_axis) for key in keys], values=[buffer(value, value_axis) for value in values]
     )
 
 
-def abstract(config: DecoderConfig, rows: int, size: int) -> KVCache:
+def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
+    """Zeros along one axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, after)
+    return jnp.pad(x, widths)
+
+
+def abstract(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
     """The cache of a decoder with `size` positions as `jax.ShapeDtypeStruct`s, to count its bytes before it is made."""
-    buffer = jax.ShapeDtypeStruct((rows, config.kv_heads, size, config.head_dim), config.compute_dtype)
+    shape = (rows, config.kv_heads, size, config.head_dim)
+    value = jax.ShapeDtypeStruct(shape, config.compute_dtype)
+    key = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), config.compute_dtype) if positions_last else value
     return KVCache(
-        keys=[buffer] * config.layers,
-        values=[buffer] * config.layers,
+        keys=[key] * config.layers,
+        values=[value] * config.layers,
         start=jax.ShapeDtypeStruct((rows,), jnp.int32),
         index=jax.ShapeDtypeStruct((), jnp.int32),
+        positions_last=positions_last,
     )
 
 
-def empty_ring(config: DecoderConfig, rows: int, size: int) -> KVCache:
+def empty_ring(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
     """A ring in which no row has a sequence yet."""
-    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract(config, rows, size))
-    return cache.replace(ring=True)
+    shapes = abstract(config, rows, size, positions_last=positions_last)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes).replace(ring=True)
 
 
 def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
@@ -78,11 +100,11 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
     A row is written as a whole, for what it held is of no use: what it holds besides the prompt is never seen.
 
     Args:
-      cache: the ring [B, G, S, E].
-      prompts: a cache of U prompts [U, G, W, E], each of which ends at its last position and is not longer than S.
+      cache: the ring, of S positions.
+      prompts: a cache of U prompts and W positions, each of which ends at its last one and is not longer than S.
       source: [B], the prompt that the row gets; -1: the row goes on.
     """
-    size, width = cache.keys[0].shape[-2], prompts.keys[0].shape[-2]
+    size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
     chex.assert_shape(source, cache.start.shape)
 
     def write_rows(buffers, prompts, source, index):
@@ -91,12 +113,16 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
         def write_row(count, buffers):
             row = rows[count]
 
-            def write(buffer, prompts):
-                new = jax.lax.dynamic_slice_in_dim(prompts, source[row], 1)[:, :, -min(size, width) :]
-                new = jnp.pad(new, ((0, 0), (0, 0), (size - new.shape[2], 0), (0, 0)))
-                return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.roll(new, index % size, axis=2), row, 0)
+            def write(buffer, prompts, axis):
+                new = jax.lax.dynamic_slice_in_dim(prompts, source[row], 1)
+                new = jax.lax.slice_in_dim(new, max(width - size, 0), width, axis=axis)
+                new = jnp.roll(_pad(new, max(size - width, 0), 0, axis), index % size, axis)
+                return jax.lax.dynamic_update_slice_in_dim(buffer, new, row, 0)
 
-            return jax.tree.map(write, buffers, prompts)
+            return tuple(
+                [write(*pair, axis) for pair in zip(old, new, strict=True)]
+                for old, new, axis in zip(buffers, prompts, cache.axes, strict=True)
+            )
 
         return jax.lax.fori_loop(0, jnp.sum(source >= 0), write_row, buffers)
 
@@ -129,16 +155,19 @@ def with_rows(cache: KVCache) -> KVCache:
 
 
 def write_pair(
-    buffers: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: jax.Array
+    buffers: tuple[jax.Array, jax.Array],
+    new: tuple[jax.Array, jax.Array],
+    index: jax.Array,
+    axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
 ) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values with [B, 1, G, E] of each at position `index` of every row; buffers as in `write`."""
-    return tuple(write(buffer, pair, index) for buffer, pair in zip(buffers, new, strict=True))
+    """A layer's keys and values with [B, 1, G, E] of each at position `index` of every row; axes as `KVCache.axes`."""
+    return tuple(write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
 
 
-def write(buffer: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """`buffer` [B, G, S, E] (or [G, S, E] of one row) with `new` [B, 1, G, E] at position `index` of every row."""
-    new = new.swapaxes(1, 2).astype(buffer.dtype).reshape(*buffer.shape[:-2], 1, buffer.shape[-1])
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, -2)
+def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:
+    """`buffer` (of one row also without its dimension) with `new` [B, 1, G, E] at position `index` of every row."""
+    new = jnp.moveaxis(new, 1, axis).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(new.shape[-buffer.ndim :]), index, axis)
 
 
 def attend(
@@ -150,19 +179,25 @@ def attend(
     start: jax.Array,
     index: jax.Array,
     ring: bool = False,
+    positions_last: bool = False,
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
     Token 0 is the pending one; the buffers may hold its key and value already or not. Tokens 1.. are
     candidates for the position after it: each sees the cache, the pending token and itself, not the other candidates.
 
+    With `positions_last` both products with a buffer go along its last dimension and sum over another, as XLA's library
+    for CPUs has them fastest; and those of one query are written as sums, for it divides sums, and products of
+    matrices, among the cores, not products with a vector.
+
     Args:
       query: [B, Q, H, E].
       key, value: [B, Q, G, E] of the step's tokens.
-      keys, values: [B, G, S, E] buffers (or [G, S, E] of one row), of which the positions before `index` are read.
+      keys, values: [B, G, S, E] buffers (or [G, S, E] of one row), of which the positions before `index` are read;
+        keys [B, G, E, S] with `positions_last`.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
-      ring: whether the buffers are, see `KVCache`.
+      ring, positions_last: whether the buffers are, see `KVCache`.
 
     Returns:
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
@@ -171,9 +206,10 @@ def attend(
     dtype = query.dtype
     if keys.ndim == 3:
         keys, values = keys[None], values[None]
-    groups, size = keys.shape[1], keys.shape[2]
+    groups, size = values.shape[1], values.shape[2]
     chex.assert_shape([key, value], (batch, tokens, groups, width))
-    chex.assert_shape([keys, values], (batch, groups, size, width))
+    chex.assert_shape(keys, (batch, groups, *((width, size) if positions_last else (size, width))))
+    chex.assert_shape(values, (batch, groups, size, width))
     chex.assert_shape(start, (batch,))
 
     # The query heads that share a kv head, and the tokens, are the rows N = H/G * Q of one product with the cache.
@@ -187,8 +223,14 @@ def attend(
         """[B, Q, G, E] -> [B, G, N, E]."""
         return rows(jnp.broadcast_to(x[:, :, :, None], (batch, tokens, groups, shared, width)))
 
+    def with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
+        """The product of [B, G, N, C] and [B, G, C, ...], float32 [B, G, N, ...]; subscripts are of `jnp.einsum`."""
+        if positions_last and x.shape[2] == 1:
+            return (x.swapaxes(2, 3).astype(jnp.float32) * buffer).sum(2, keepdims=True)
+        return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
+
     query = rows((query * width**-0.5).reshape(batch, tokens, groups, shared, width))
-    scores = jnp.einsum("bgne,bgse->bgns", query, keys, preferred_element_type=jnp.float32)
+    scores = with_buffer("bgne,bges->bgns" if positions_last else "bgne,bgse->bgns", query, keys)
     positions = jnp.arange(size)
     if ring:
         positions = index - 1 - (index - 1 - positions) % size  # the last before `index` that lies in the slot
@@ -202,7 +244,7 @@ def attend(
     largest = jnp.maximum(jnp.maximum(scores.max(-1), pending), own)
     scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
     total = scores.sum(-1) + pending + own
-    attention = jnp.einsum("bgns,bgse->bgne", scores.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    attention = with_buffer("bgns,bgse->bgne", scores.astype(values.dtype), values)
     attention += pending[..., None] * value[:, 0, :, None] + own[..., None] * repeat(value)
     attention = (attention / total[..., None]).astype(dtype)
     attention = attention.reshape(batch, groups, shared, tokens, width).transpose(0, 3, 1, 2, 4)

@@ -10,7 +10,7 @@ from qsharp_jax.models import kv_cache
 B, S, Q, H, G, E = 3, 9, 4, 6, 2, 5
 START, INDEX = np.array([0, 2, 6]), 6  # the last row's only token is the pending one
 
-attend = jax.jit(kv_cache.attend)
+attend = jax.jit(kv_cache.attend, static_argnames="positions_last")
 
 
 def step(seed=0, queries=Q):
@@ -120,3 +120,29 @@ def test_prompts_are_laid_down_from_position_0_and_the_next_write_follows_them()
             assert buffer.shape == (B, G, S, E)
             np.testing.assert_array_equal(buffer[:, :, :length], prompt.swapaxes(1, 2))
             np.testing.assert_array_equal(buffer[:, :, length:], 0)
+
+
+@pytest.mark.parametrize("queries, heads", [(1, G), (Q, H)])
+def test_keys_with_positions_last_are_attended_to_alike(queries, heads):
+    query, key, value, keys, values = step(queries=queries)
+    arrays = query[:, :, :heads], key, value
+    got = attend(*arrays, keys.swapaxes(2, 3), values, START, INDEX, positions_last=True)
+    np.testing.assert_allclose(got, attend(*arrays, keys, values, START, INDEX), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [4, S + 3])
+def test_keys_with_positions_last_are_prefilled_refilled_and_written_alike(width):
+    rng = np.random.default_rng(0)
+    old, prompts, new = (
+        tuple(np.float32(rng.normal(size=(B, length, G, E))) for _ in "kv") for length in (7, width, 1)
+    )
+    found = []
+    for last in (False, True):
+        made = kv_cache.from_prefill([old], jnp.asarray(START), S, positions_last=last)
+        made = made.replace(ring=True, index=jnp.int32(S + 2))
+        waiting = kv_cache.from_prefill([prompts], jnp.array([width - 3] * B), width, positions_last=last)
+        cache = kv_cache.refill(made, waiting, jnp.array([-1, 2, 0]))
+        keys, values = kv_cache.write_pair((cache.keys[0], cache.values[0]), new, cache.slot, cache.axes)
+        found.append((keys.swapaxes(2, 3) if last else keys, values, cache.start))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    np.testing.assert_array_equal(found[0][0][1:, :, :2], prompts[0][[2, 0], -2:].swapaxes(1, 2))
