@@ -156,7 +156,7 @@ class ContinuousBatch:
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
             ref.config, trunk, rows, size, max_new_tokens, self._settings,
-            positions_last=decoder.is_transposed(self._ref.params),
+            positions_last=decoder.positions_last(self._ref.params, rows),
         )  # fmt: skip
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._budget = np.zeros(rows, np.int32)

@@ -41,7 +41,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
     if not isinstance(kept, list):
         kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
     kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
-    cache = kv_cache.from_prefill(kept, start, size, positions_last=decoder.is_transposed(params))
+    cache = kv_cache.from_prefill(kept, start, size, positions_last=decoder.positions_last(params, len(start)))
     return sharding.constrain_rows(cache)
 
 

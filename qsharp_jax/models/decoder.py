@@ -225,6 +225,14 @@ def transposed_here() -> bool:
     return memory.default_device().platform == "cpu"
 
 
+def positions_last(params: Params, rows: int) -> bool:
+    """Whether the caches of so many rows keep the keys' positions last, see `kv_cache.attend`.
+
+    Where the weights are in the form for CPUs; with one row, whose dimension XLA leaves out, it is far slower.
+    """
+    return is_transposed(params) and rows > 1
+
+
 def is_transposed(params: Params) -> bool:
     """Whether the weights are [out, in], see `unstack`."""
     return isinstance(params.get("layers"), list) and "weight" in params["layers"][0]["output"]
