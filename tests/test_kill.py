@@ -111,12 +111,13 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_that_never_was(tmp_path, 
     FORKS.set_forkserver_preload(PRELOADED)
     shutil.copy(ARITHMETIC.parent / "meshes.py", tmp_path)  # configs look meshes up beside themselves
     straight, again = tmp_path / "straight", tmp_path / "again"
-    for workdir in (straight, again):  # the first compiles
+    seconds = float("inf")
+    for workdir in (straight, again):  # the first compiles; the other may have had to wait for the machine
         began = time.monotonic()
         process = start(new_workdir(workdir, straight))
         process.join()
         assert process.exitcode == 0
-    seconds = time.monotonic() - began
+        seconds = min(seconds, time.monotonic() - began)
     assert_same_run(again, straight)
 
     moments, kills, whole, workdir = random.Random(0), 0, 0, new_workdir(tmp_path / "0", straight)
