@@ -74,9 +74,9 @@ def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
     names, rest = _split_mesh(overrides)
     if names and names[-1] != "single":
         raise UserError(f"--config.mesh={names[-1]} is looked up beside the config file; give --config too, or single")
-    if names:
+    if names and "mesh" in config:
         with config.unlocked():
-            config.pop("mesh", None)
+            del config["mesh"]
     override(config, rest)
 
 

@@ -400,6 +400,18 @@ def test_a_config_without_a_mesh_needs_no_presets_and_takes_none(path):
         configs.load(path, ["--config.mesh=v5p_8"])
 
 
+def test_a_stored_config_is_freed_of_its_mesh(with_mesh):
+    """As `--config.mesh=single` asks of a workdir that a slice has made; another name needs the config file."""
+    config = configs.load(with_mesh, ["--config.mesh=v5p_8"])
+    configs.override_mesh(config, ["--config.mesh.fit.fsdp=2"])
+    assert config.mesh.fit.fsdp == 2
+    with pytest.raises(UserError, match="--config.mesh=v5p_4 is looked up beside the config file"):
+        configs.override_mesh(config, ["--config.mesh=v5p_4"])
+    for _ in range(2):  # also where there is none
+        configs.override_mesh(config, ["--config.mesh=single"])
+        assert "mesh" not in config and config.is_locked
+
+
 def test_differences_may_leave_out_a_section():
     a, b = (ConfigDict({"seed": seed, "mesh": {"name": name}}) for seed, name in ((0, "v5e_8"), (1, "single")))
     assert configs.differences(a, b, but="mesh") == ["seed: 0 -> 1"]
