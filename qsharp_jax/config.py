@@ -364,7 +364,7 @@ RULES: dict[str, Rule] = {
     "mesh.devices_per_host": _whole(1),
     **{f"mesh.fit.{axis}": _whole(1) for axis in ("data", "fsdp", "tensor")},
     **{f"mesh.decode.{axis}": _whole(1) for axis in ("data", "attention_data", "tensor")},
-    "mesh.hbm_bytes": _whole(0),
+    **{f"mesh.{name}": _whole(0) for name in ("hbm_bytes", "vmem_bytes")},
     **{f"mesh.{name}": _NOT_NEGATIVE for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")},
 }
 

@@ -266,6 +266,7 @@ RANGES = {  # key: (allowed, forbidden)
     **{f"mesh.fit.{axis}": ([1, 64], [0, True]) for axis in ("data", "fsdp", "tensor")},
     **{f"mesh.decode.{axis}": ([1, 64], [0, 0.5]) for axis in ("data", "attention_data", "tensor")},
     "mesh.hbm_bytes": ([0, 16 * 2**30], [-1, 0.5]),
+    "mesh.vmem_bytes": ([0, 128 * 2**20], [-1, 0.5]),
     **{
         f"mesh.{name}": ([0, 1e12], [-1, math.inf])
         for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")
