@@ -1,7 +1,8 @@
 """The guide's fit, and decoding, on every TPU preset: what `qsharp plan` forecasts against what the TPU compiler says.
 
     pip install ".[tpu]"
-    python benchmarks/tpu_fit.py [--only NAME ...] [--use fit decode] [--large] [--layers N] [--forecast]
+    python benchmarks/tpu_fit.py [--only NAME ...] [--use fit decode] [--large] [--layers N] [--attention HOW]
+                               [--forecast]
 
 One row a preset, on a machine without a TPU: memory a chip, collectives of a step by kind, and the share of the peak
 that the roofline leaves. The fit: two rows of 1,024 tokens a chip that has rows of its own, AdamW, remat "dots";
@@ -34,9 +35,10 @@ HEADER = (
 GIB = 2**30
 
 
-def job(name: str, models: tuple[str, str], rows: int) -> plan.Job:
+def job(name: str, models: tuple[str, str], rows: int, attention: str) -> plan.Job:
     changes = [
         f"mesh={name}", "dtype=bfloat16", "fit.optimizer.name=adamw", "fit.length_bucket=64", f"fit.batch_size={rows}",
+        f"fit.attention={attention}",
         "generate.max_new_tokens=512", "generate.prompt_bucket=512", "generate.top_k_candidates=20",
         "collect.batch_size=16",
     ]  # fmt: skip
@@ -44,10 +46,10 @@ def job(name: str, models: tuple[str, str], rows: int) -> plan.Job:
     return plan.make(config, ref_size=models[0], guide_size=models[1])
 
 
-def row(use: str, name: str, models: tuple[str, str], forecast_only: bool) -> list[str]:
+def row(use: str, name: str, models: tuple[str, str], attention: str, forecast_only: bool) -> list[str]:
     section = PRESETS[name]
     rows = 2 * section["fit"]["data"] * section["fit"]["fsdp"]
-    made = job(name, models, rows)
+    made = job(name, models, rows, attention)
     found = getattr(plan, use)(made, section)
     began = time.monotonic()
     chip, brought = None, found.collectives
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--use", nargs="+", choices=("fit", "decode"), default=["fit", "decode"])
     parser.add_argument("--large", action="store_true", help="70B with a 3B guide in place of 8B with 1B")
     parser.add_argument("--layers", type=int, help="of each model; by default all")
+    parser.add_argument("--attention", choices=("xla", "blocks", "splash"), default="xla", help="of the fit")
     parser.add_argument("--forecast", action="store_true", help="compile nothing")
     options = parser.parse_args()
     models = LARGE if options.large else SMALL
@@ -96,7 +99,8 @@ def main() -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
     for use in options.use:
         for name in options.only if use == "fit" else _hosts(options.only):
-            print("| " + " | ".join(row(use, name, models, options.forecast)) + " |", flush=True)
+            cells = row(use, name, models, options.attention, options.forecast)
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

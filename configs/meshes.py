@@ -19,6 +19,7 @@ SINGLE = dict(
     # Of one device, for `qsharp plan`; 0: not known.
     flops=0.0,  # a second, dense bfloat16
     hbm_bytes=0,
+    vmem_bytes=0,  # beside it, where the compiler keeps a layer's temporaries
     hbm_bandwidth=0.0,  # bytes a second
     ici_bandwidth=0.0,  # bytes a second that come in from the other devices of the slice, over all links
     dcn_bandwidth=0.0,  # the same from other slices
@@ -32,6 +33,8 @@ CHIPS = {
     "v5p": dict(flops=459e12, hbm_bytes=95 * 2**30, hbm_bandwidth=2.765e12, ici_bandwidth=600e9, dcn_bandwidth=6.25e9),
     "v6e": dict(flops=918e12, hbm_bytes=32 * 2**30, hbm_bandwidth=1.64e12, ici_bandwidth=448e9, dcn_bandwidth=12.5e9),
 }
+# The compiler puts a layer's temporaries there first; on v4 and v5p it was seen to leave them in HBM.
+CHIPS["v5e"]["vmem_bytes"] = CHIPS["v6e"]["vmem_bytes"] = 128 * 2**20
 # NVIDIA's for an H100 SXM: nvidia.com/en-us/data-center/h100 (989 TFLOP/s without sparsity, NVLink 900 GB/s both ways).
 H100 = dict(flops=989e12, hbm_bytes=80 * 10**9, hbm_bandwidth=3.35e12, ici_bandwidth=450e9)
 
@@ -44,9 +47,10 @@ def tpu(name: str, generation: str, chips: int, slices: int = 1) -> dict:
     """`chips` are of one slice."""
     flat = generation in ("v5e", "v6e")
     here = 8 if flat and chips == 8 else 4  # of a host: the one of 8 chips is a slice by itself
-    # Each chip has rows of its own up to 32 chips, and weights and optimiser are divided over all; beyond, a batch of
-    # 32 to 64 rows would run out.
-    tensor = {64: 2, 128: 4, 256: 4}.get(chips, 1)
+    # Weights and optimiser are divided over all chips, rows over `fsdp`: from 64 chips on a batch of 32 to 64 rows would
+    # run out. And where `fsdp` would be the whole of a square or of a box, the TPU compiler has no way to scatter
+    # gradients: it sums them whole on every chip, for twice the bytes (benchmarks/RESULTS.md).
+    tensor = ({16: 2, 64: 2, 128: 4, 256: 4} if flat else {8: 2, 16: 2, 32: 2, 64: 2}).get(chips, 1)
     return SINGLE | CHIPS[generation] | dict(
         name=name, platform="tpu", kind=f"TPU {generation}", slices=slices, hosts=chips // here, devices_per_host=here,
         topology=f"{generation}:{'x'.join(map(str, (FLAT if flat else DEEP)[chips]))}",

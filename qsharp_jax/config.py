@@ -74,9 +74,9 @@ def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
     names, rest = _split_mesh(overrides)
     if names and names[-1] != "single":
         raise UserError(f"--config.mesh={names[-1]} is looked up beside the config file; give --config too, or single")
-    if names:
+    if names and "mesh" in config:
         with config.unlocked():
-            config.pop("mesh", None)
+            del config["mesh"]
     override(config, rest)
 
 
@@ -369,7 +369,7 @@ RULES: dict[str, Rule] = {
     "mesh.devices_per_host": _whole(1),
     **{f"mesh.fit.{axis}": _whole(1) for axis in ("data", "fsdp", "tensor")},
     **{f"mesh.decode.{axis}": _whole(1) for axis in ("data", "attention_data", "tensor")},
-    "mesh.hbm_bytes": _whole(0),
+    **{f"mesh.{name}": _whole(0) for name in ("hbm_bytes", "vmem_bytes")},
     **{f"mesh.{name}": _NOT_NEGATIVE for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")},
 }
 

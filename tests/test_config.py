@@ -268,6 +268,7 @@ RANGES = {  # key: (allowed, forbidden)
     **{f"mesh.fit.{axis}": ([1, 64], [0, True]) for axis in ("data", "fsdp", "tensor")},
     **{f"mesh.decode.{axis}": ([1, 64], [0, 0.5]) for axis in ("data", "attention_data", "tensor")},
     "mesh.hbm_bytes": ([0, 16 * 2**30], [-1, 0.5]),
+    "mesh.vmem_bytes": ([0, 128 * 2**20], [-1, 0.5]),
     **{
         f"mesh.{name}": ([0, 1e12], [-1, math.inf])
         for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")
@@ -400,6 +401,18 @@ def test_a_config_without_a_mesh_needs_no_presets_and_takes_none(path):
     assert "mesh" not in configs.load(path, [])
     with pytest.raises(UserError, match="no setting --config.mesh"):
         configs.load(path, ["--config.mesh=v5p_8"])
+
+
+def test_a_stored_config_is_freed_of_its_mesh(with_mesh):
+    """As `--config.mesh=single` asks of a workdir that a slice has made; another name needs the config file."""
+    config = configs.load(with_mesh, ["--config.mesh=v5p_8"])
+    configs.override_mesh(config, ["--config.mesh.fit.fsdp=2"])
+    assert config.mesh.fit.fsdp == 2
+    with pytest.raises(UserError, match="--config.mesh=v5p_4 is looked up beside the config file"):
+        configs.override_mesh(config, ["--config.mesh=v5p_4"])
+    for _ in range(2):  # also where there is none
+        configs.override_mesh(config, ["--config.mesh=single"])
+        assert "mesh" not in config and config.is_locked
 
 
 def test_differences_may_leave_out_a_section():

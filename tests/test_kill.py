@@ -106,15 +106,18 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_that_never_was(tmp_path, 
     """At seeded moments, spread over the time that a run takes: one that ends before its kill is followed by another."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Else the folder's own path is a part of every program's key, and no workdir has another's programs.
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
     FORKS.set_forkserver_preload(PRELOADED)
     shutil.copy(ARITHMETIC.parent / "meshes.py", tmp_path)  # configs look meshes up beside themselves
     straight, again = tmp_path / "straight", tmp_path / "again"
-    for workdir in (straight, again):  # the first compiles
+    seconds = float("inf")
+    for workdir in (straight, again):  # the first compiles; the other may have had to wait for the machine
         began = time.monotonic()
         process = start(new_workdir(workdir, straight))
         process.join()
         assert process.exitcode == 0
-    seconds = time.monotonic() - began
+        seconds = min(seconds, time.monotonic() - began)
     assert_same_run(again, straight)
 
     moments, kills, whole, workdir = random.Random(0), 0, 0, new_workdir(tmp_path / "0", straight)

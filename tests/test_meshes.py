@@ -90,7 +90,7 @@ def test_one_device_has_no_mesh():
 
 def test_fitting_is_on_all_devices_and_decoding_on_one_host():
     fit = made("v6e_16", "fit")
-    assert dict(fit.shape) == dict(data=1, fsdp=16, tensor=1) and fit.axis_names == ("data", "fsdp", "tensor")
+    assert dict(fit.shape) == dict(data=1, fsdp=8, tensor=2) and fit.axis_names == ("data", "fsdp", "tensor")
     decode = made("v6e_16", "decode")
     assert dict(decode.shape) == dict(data=1, attention_data=1, tensor=4)
     assert {device.process_index for device in decode.devices.flat} == {jax.process_index()}

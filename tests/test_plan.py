@@ -169,6 +169,12 @@ def test_a_mesh_that_cannot_be_is_refused_with_one_that_can(changes, words):
         plan.check(job, job.config.mesh, PRESETS)
 
 
+def test_devices_that_are_there_name_their_preset():
+    job = job_of()
+    with pytest.raises(UserError, match=r"v5e_8, of tpu devices, and those that are there are cpu; .* is .*=single$"):
+        plan.check(job, job.config.mesh, PRESETS, jax.devices()[:1])
+
+
 def test_heads_that_cannot_be_divided():
     """28 heads on a host of 8 chips; on those of 4 they can."""
     job = job_of(ref_size="qwen2.5-7b", guide_size="qwen2.5-1.5b")
@@ -223,7 +229,7 @@ def test_a_plan_of_named_sizes(capfd):
     )  # fmt: skip
     assert code == 0
     assert "Reference: 70.6e9 weights (80 layers" in out and "Guide: 3.21e9 weights" in out
-    assert "on data 1 x fsdp 32 x tensor 1" in out and "on data 1 x attention_data 1 x tensor 4" in out
+    assert "on data 1 x fsdp 16 x tensor 2" in out and "on data 1 x attention_data 1 x tensor 4" in out
     assert out.count("of 95") == 2 and out.count("ms one after the other") == 2
 
 

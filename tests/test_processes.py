@@ -201,6 +201,7 @@ def test_tpu_metadata_tells_the_place(metadata, monkeypatch):
 
 SMALL = (
     "--config.task.degree=2", "--config.task.path_length=3", "--config.task.num_nodes=6", "--config.model.size=tiny",
+    "--config.model.token_shift=False", "--config.model.positions=rope",  # so that it can be exported
     "--config.pretrain.steps=30", "--config.pretrain.batch_size=16", "--config.pretrain.log_every=1",
     "--config.generate.max_new_tokens=7", "--config.generate.top_k_candidates=4", "--config.rounds=2",
     "--config.collect.prompts=24", "--config.collect.samples=2", "--config.collect.batch_size=16",

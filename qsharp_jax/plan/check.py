@@ -28,7 +28,9 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
     """
     if (reason := problem(job, section, devices)) is None:
         return
-    others = sorted((other for other in presets.values() if other["hbm_bytes"]), key=lambda other: _far(section, other))
+    # One of a size that is not known would suit every plan; devices that are there tell whether it is theirs.
+    known = (other for other in presets.values() if other["hbm_bytes"] or devices is not None)
+    others = sorted(known, key=lambda other: _far(section, other))
     works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
     hint = f"the nearest preset that works is --config.mesh={works}" if works else "no preset works as it stands"
     raise UserError(f"{reason}; {hint}")

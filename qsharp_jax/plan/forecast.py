@@ -84,7 +84,7 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
 
     weights, optimiser = chip_bytes(params), chip_bytes(moments)
-    memory = _fit_memory(part, weights, optimiser, chip_bytes(changed))
+    memory = _fit_memory(part, weights, optimiser, chip_bytes(changed), section["vmem_bytes"])
     kept = next(line.amount for line in memory if line.what == "activations")
     products = _product_weights(params)
     once = 2 * products / tensor * part.tokens
@@ -132,7 +132,7 @@ class _Part:
         return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // 4
 
 
-def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int) -> tuple[Line, ...]:
+def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: int) -> tuple[Line, ...]:
     trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
     kept = _kept(part.guide, config.remat, rows, length, part.tensor)
@@ -142,23 +142,28 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int) -> tup
     again = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
     scores = SCORES if config.attention == "xla" else 0  # others have a part of them at a time
     attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
+    gathered = 2 * part.layer * (part.fsdp > 1)
+    to_scatter = gathered * 4 // part.width
+    brief = max(attention, hidden) + again
     return (
         Line("weights", weights, "float32, divided as sharding.of_model says"),
         Line("optimiser", optimiser, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
         Line("gradients", gradient * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
         Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
-        Line("gathered weights", 2 * part.layer * (part.fsdp > 1), "of two layers, whole over fsdp"),
-        Line(
-            "gradients to scatter", 2 * part.layer * 4 // part.width * (part.fsdp > 1), "float32, of two layers, whole"
-        ),
+        Line("gathered weights", gathered, "of two layers, whole over fsdp"),
+        Line("gradients to scatter", to_scatter, "float32, of two layers, whole"),
         Line(
             "activations", kept,
             f"of {trunk.layers} layers, what remat {config.remat} keeps of {rows} rows x {length} tokens",
         ),
         Line(
-            "a layer's gradient", max(attention, hidden) + again,
+            "a layer's gradient", brief,
             f"the larger of its scores ({rows} rows x {part.heads} heads x {length}^2 x {scores} bytes) and its hidden"
             f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is computed again" * (again > 0),
+        ),
+        Line(
+            "in fast memory", -min(vmem, gathered + to_scatter + brief),
+            "of gathered weights, gradients to scatter and a layer's gradient, what has room in VMEM",
         ),
     )  # fmt: skip
 
