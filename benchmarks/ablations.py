@@ -4,15 +4,16 @@
 
 A variant is the main job's budget of 4,800 rollouts in one round, with the settings changed that `ABLATIONS` names and
 no others. Variants that come to the same settings are one run. What runs of a seed can share they do: pi_ref, its
-samples, the first rollouts (a variant with fewer has the first of them), and the guide where only decoding differs. A
-run is a workdir that all commands understand, DIR/seed_S/SETTINGS; one that is finished is not computed again. The
-tables and figures, of all that is finished in DIR, go to benchmarks/ablations.md beside this file.
+samples, the first round's rollouts (a variant with fewer has the first of them), and the guide where only decoding
+differs. A run is a workdir that all commands understand, DIR/seed_S/SETTINGS; one that is finished is not computed
+again. The tables and figures, of all that is finished in DIR, go to benchmarks/ablations.md beside this file.
 """
 
 import argparse
 import datetime
 import json
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import compare, dataset, evaluate, experiment, export, report
 from qsharp_jax import config as configs
-from qsharp_jax.algorithms import pretrain, qsharp
+from qsharp_jax.algorithms import pretrain
 from qsharp_jax.figures import bootstrap, by_problem
 from qsharp_jax.files import write_atomic
 from qsharp_jax.session import Session
@@ -33,8 +34,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 SHARED = "pi_ref"  # the workdir of a seed with what its variants share
 ETAS = "1,0.5,0.3,0.2,0.1,0.05,0.03,0.02"  # of the variant without changes
 FEW_ETAS = "0.1,0.02"  # of the others
-SHARED_PROMPTS = 4000  # 16,000 rollouts, the most that a variant is fitted to
-BASE = ("rounds=1", "collect.prompts=1200", "collect.shard_rows=100", "evaluate.samples=4")
+BASE = ("rounds=1", "collect.prompts=1200", "collect.shard_rows=100", "evaluate.samples=2")
 TRUNKS = {  # guides of another shape than pi_ref's start from models of their own, pre-trained on the same texts
     "smaller": dict(embed=48, layers=2, heads=2, kv_heads=2, mlp=64),
     "larger": dict(layers=5),
@@ -135,12 +135,9 @@ def _trunk(folder: Path, name: str) -> Path:
 
 def run(folder: Path, seed: int, variants: Sequence[Changes]) -> Iterable[Changes]:
     """Runs what is not there yet in the seed's folder; yields each variant when it is finished."""
-    shared = settings(folder, seed, (f"collect.prompts={SHARED_PROMPTS}", f"evaluate.etas={ETAS}"))
-    with Workdir.open(folder / SHARED, shared) as workdir:
+    with Workdir.open(folder / SHARED, settings(folder, seed)) as workdir:
         session = Session(workdir)
-        ref = pretrain.run(session)
-        qsharp.collect(session, 1, ref, None)
-        evaluate.evaluate(session, ref, {}, full=False)
+        evaluate.evaluate(session, pretrain.run(session), {}, full=False)
     for changes in variants:
         for name in TRUNKS:
             if f"guide={name}" in changes:
@@ -149,11 +146,12 @@ def run(folder: Path, seed: int, variants: Sequence[Changes]) -> Iterable[Change
             if not is_finished(workdir):
                 share(workdir, changes)
                 experiment.run(Session(workdir))
+                compare.copy_missing(workdir.rollouts(1), folder / SHARED / "rollouts" / "round_1", "shard-*.parquet")
         yield changes
 
 
 def share(workdir: Workdir, changes: Changes) -> None:
-    """Gives a variant's workdir what it has in common with others of its seed."""
+    """Gives a variant's workdir what is there already of what it has in common with others of its seed."""
     shared, default = workdir.path.parent / SHARED, workdir.path.parent / folder_name(())
     compare.copy_missing(shared / "samples", workdir.samples, "*.jsonl")
     collect = workdir.config.collect
@@ -308,13 +306,14 @@ def write(folder: Path, target: Path, seeds: Sequence[int]) -> None:
             parts.append(f"![{name}]({picture})")
     made = max((path.stat().st_mtime for path in folder.glob("seed_*/*/results.json")), default=0.0)
     references = [found[(), seed]["pi_ref", float("inf")].reward for held, seed in found if held == ()]
-    by_seed = ", ".join(f"{reward.mean():.3f}" for reward in references)
+    by_seed = ", ".join(interval([reward]) for reward in references)
     head = (
         f"`python benchmarks/ablations.py --workdir runs/ablations --seeds {','.join(map(str, seeds))}`, on one CPU core,"
         f" {datetime.date.fromtimestamp(made)}. pi_ref's reward by seed: {by_seed}."
     )
-    text = "\n\n".join(["# Ablations on the arithmetic task", head, HOW, *parts])
-    write_atomic(target / "ablations.md", text + "\n")
+    paragraphs = ["# Ablations on the arithmetic task", head, HOW, *parts]
+    lines = [part if part.startswith("| ") else textwrap.fill(part, 120) for part in paragraphs]
+    write_atomic(target / "ablations.md", "\n\n".join(lines) + "\n")
 
 
 def _series(axes: Any, xs: Sequence[float], values: Sequence[Sequence[np.ndarray]], **style: Any) -> None:
