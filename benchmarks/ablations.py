@@ -32,7 +32,7 @@ from qsharp_jax.workdir import Workdir
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 SHARED = "pi_ref"  # the workdir of a seed with what its variants share
-ETAS = "1,0.5,0.3,0.2,0.1,0.05,0.03,0.02"  # of the variant without changes
+ETAS = "1,0.5,0.2,0.1,0.05,0.02"  # of the variant without changes
 FEW_ETAS = "0.1,0.02"  # of the others
 BASE = ("rounds=1", "collect.prompts=1200", "collect.shard_rows=100", "evaluate.samples=2")
 TRUNKS = {  # guides of another shape than pi_ref's start from models of their own, pre-trained on the same texts
