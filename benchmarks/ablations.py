@@ -252,9 +252,9 @@ COLUMNS = (
 HOW = (
     "Reward is the mean verified reward of one response to each of 500 held-out problems and seed (n in all), with its"
     " 95% interval by bootstrap over problems; KL is the exact KL(pi || pi_ref) of a response in nats, before"
-    " truncation, averaged. Differences are paired by problem. \"At CD's KL\": Q# at the KL that CD has in that line, by"
-    " drawing one of the two neighbouring etas for each response (a mixture's KL is at most the mean of the two), or at"
-    " Q#'s largest KL where CD's is larger still. The next column compares the objective, each reward less eta times"
+    " truncation, averaged. Differences are paired by problem. At CD's KL means: Q# at the KL that CD has in that line,"
+    " by drawing one of the two neighbouring etas for each response (a mixture's KL is at most the mean of the two), or"
+    " at Q#'s largest KL where CD's is larger still. The next column compares the objective, each reward less eta times"
     " its KL. The last is Q#'s reward less that of the variant without changes at the same eta and seeds."
 )
 
@@ -291,7 +291,7 @@ def table(variants: dict[str, Changes], found: dict[tuple[Changes, int], Found])
     return report.markdown(lines)
 
 
-def write(folder: Path, target: Path, seeds: Sequence[int]) -> None:
+def write(folder: Path, target: Path) -> None:
     """`ablations.md` and the figures, of all finished runs."""
     found = read_all(folder)
     plots = {"frontier": _plot_frontier, "rollouts": _plot_rollouts, "candidates": _plot_candidates}
@@ -307,9 +307,11 @@ def write(folder: Path, target: Path, seeds: Sequence[int]) -> None:
     made = max((path.stat().st_mtime for path in folder.glob("seed_*/*/results.json")), default=0.0)
     references = [found[(), seed]["pi_ref", float("inf")].reward for held, seed in found if held == ()]
     by_seed = ", ".join(interval([reward]) for reward in references)
+    seeds = ",".join(map(str, sorted({seed for _, seed in found})))
     head = (
-        f"`python benchmarks/ablations.py --workdir runs/ablations --seeds {','.join(map(str, seeds))}`, on one CPU core,"
-        f" {datetime.date.fromtimestamp(made)}. pi_ref's reward by seed: {by_seed}."
+        f"`python benchmarks/ablations.py --workdir runs/ablations --seeds {seeds}`, on one CPU core, by"
+        f" {datetime.date.fromtimestamp(made)}; variants without a line were not run. pi_ref's reward by seed:"
+        f" {by_seed}."
     )
     paragraphs = ["# Ablations on the arithmetic task", head, HOW, *parts]
     lines = [part if part.startswith("| ") else textwrap.fill(part, 120) for part in paragraphs]
@@ -319,9 +321,8 @@ def write(folder: Path, target: Path, seeds: Sequence[int]) -> None:
 def _series(axes: Any, xs: Sequence[float], values: Sequence[Sequence[np.ndarray]], **style: Any) -> None:
     """A line with 95% intervals through the means of what each x has of all seeds."""
     pooled = [np.concatenate(value) for value in values]
-    means, bounds = [p.mean() for p in pooled], [bootstrap(p) for p in pooled]
-    errors = [[m - low for m, (low, _) in zip(means, bounds)], [high - m for m, (_, high) in zip(means, bounds)]]
-    axes.errorbar(xs, means, errors, marker="o", capsize=3, **style)
+    means, bounds = np.asarray([p.mean() for p in pooled]), np.asarray([bootstrap(p) for p in pooled])
+    axes.errorbar(xs, means, [means - bounds[:, 0], bounds[:, 1] - means], marker="o", capsize=3, **style)
 
 
 def _runs(found: dict[tuple[Changes, int], Found], changes: Changes) -> list[Found]:
@@ -383,7 +384,7 @@ def main() -> None:
     for seed in seeds:
         for changes in run(options.workdir / f"seed_{seed}", seed, variants):
             print(f"seed {seed}: {folder_name(changes)}", flush=True)
-            write(options.workdir, Path(__file__).parent, seeds)
+            write(options.workdir, Path(__file__).parent)
 
 
 if __name__ == "__main__":
