@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--samples", type=int, default=4, help="rollouts of each prompt")
     parser.add_argument("--steps", type=int, default=400, help="of the pre-training")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="that are timed; 0: shares alone")
     options = parser.parse_args()
     config = configs.load("configs/arithmetic.py", [f"--config.pretrain.steps={options.steps}"])
     with Workdir.open(options.workdir, config) as workdir:
@@ -58,11 +58,8 @@ def main() -> None:
                             seconds[name].append(time.perf_counter() - began)
                 assert found["static"][0] == found["refilled"][0], "the responses differ"
                 for name, (_, tokens, row_steps) in found.items():
-                    print(
-                        f"| {number} | {rows} | {name} | {tokens / row_steps:.3f} | {np.median(seconds[name]):.2f} |"
-                        f" {tokens} |",
-                        flush=True,
-                    )
+                    took = f"{np.median(seconds[name]):.2f}" if seconds[name] else ""
+                    print(f"| {number} | {rows} | {name} | {tokens / row_steps:.3f} | {took} | {tokens} |", flush=True)
 
 
 def refilled(ref, guide, prompts, draws, rows, config, settings):

@@ -139,13 +139,13 @@ def _run_one(its: Session, shared: Path) -> None:
     """One method's run, from what it shares on; one that is finished is left alone."""
     if _results(its.workdir.results, its.algorithm, its.config.rounds):
         return
-    _copy(shared / "samples", its.workdir.samples, "*.jsonl")
+    copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
     if its.algorithm not in configs.ON_POLICY:
-        _copy(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
+        copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
     experiment.run(its)
 
 
-def _copy(source: Path, target: Path, pattern: str) -> None:
+def copy_missing(source: Path, target: Path, pattern: str) -> None:
     """Files that are not there yet."""
     if not files.is_remote(target):
         target.mkdir(parents=True, exist_ok=True)
