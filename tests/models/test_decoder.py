@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_decoder
 import pytest
+from helpers import random_model
 
 from qsharp_jax.models import config as configs
 from qsharp_jax.models import decoder
@@ -271,3 +272,11 @@ def test_a_size_takes_changes_and_stays_hashable():
     config = configs.make("llama3-1b", layers=2, dtype="bfloat16")
     assert (config.layers, config.compute_dtype, config.embed) == (2, jnp.bfloat16, 2048)
     assert hash(config) == hash(configs.make("llama3-1b", layers=2, dtype="bfloat16"))
+
+
+def test_caches_of_several_rows_have_the_keys_positions_last_where_the_weights_are_for_a_cpu():
+    params = random_model(11).params
+    for transposed in (False, True):
+        for rows in (1, 2):
+            made = decoder.positions_last(decoder.unstack(params, transposed=transposed), rows)
+            assert made == (transposed and rows > 1)
