@@ -145,6 +145,8 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: 
     gathered = 2 * part.layer * (part.fsdp > 1)
     to_scatter = gathered * 4 // part.width
     brief = max(attention, hidden) + again
+    # A layer's gradient is two arrays at least, scores and their gradient; one that VMEM cannot hold keeps to HBM.
+    fast = min(vmem, gathered + to_scatter + brief) if brief <= 2 * vmem else 0
     return (
         Line("weights", weights, "float32, divided as sharding.of_model says"),
         Line("optimiser", optimiser, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
@@ -162,7 +164,7 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: 
             f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is computed again" * (again > 0),
         ),
         Line(
-            "in fast memory", -min(vmem, gathered + to_scatter + brief),
+            "in fast memory", -fast,
             "of gathered weights, gradients to scatter and a layer's gradient, what has room in VMEM",
         ),
     )  # fmt: skip
