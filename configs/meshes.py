@@ -33,7 +33,7 @@ CHIPS = {
     "v5p": dict(flops=459e12, hbm_bytes=95 * 2**30, hbm_bandwidth=2.765e12, ici_bandwidth=600e9, dcn_bandwidth=6.25e9),
     "v6e": dict(flops=918e12, hbm_bytes=32 * 2**30, hbm_bandwidth=1.64e12, ici_bandwidth=448e9, dcn_bandwidth=12.5e9),
 }
-# The compiler puts a layer's temporaries there first; on v4 and v5p it was seen to leave them in HBM.
+# The compiler puts a layer's temporaries there first; on v5p it was seen to leave them in HBM.
 CHIPS["v5e"]["vmem_bytes"] = CHIPS["v6e"]["vmem_bytes"] = 128 * 2**20
 # NVIDIA's for an H100 SXM: nvidia.com/en-us/data-center/h100 (989 TFLOP/s without sparsity, NVLink 900 GB/s both ways).
 H100 = dict(flops=989e12, hbm_bytes=80 * 10**9, hbm_bandwidth=3.35e12, ici_bandwidth=450e9)

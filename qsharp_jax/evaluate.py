@@ -225,15 +225,15 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     """
     rounds = range(1, session.config.rounds + 1)
     places = [("pi_ref", 0), ("pi_ref_greedy", 0), *itertools.product((session.algorithm, "cd"), rounds)]
-    made = {place: path for place in places if (path := samples_path(session, *place)).exists()}
-    if ("pi_ref", 0) not in made:
+    paths = {place: path for place in places if (path := samples_path(session, *place)).exists()}
+    if ("pi_ref", 0) not in paths:
         raise UserError(
             f"there are no samples of pi_ref in {session.workdir.samples}; run `qsharp evaluate --workdir"
             f" {session.workdir.path}` first"
         )
-    last = max(number for _, number in made)
+    last = max(number for _, number in paths)
     scored_path = samples_path(session, "pi_ref_values", last)
-    paths, made = made, {place: _read_judged(path) for place, path in made.items()}
+    made = {place: _read_judged(path) for place, path in paths.items()}
     scored = read_samples(scored_path) if scored_path.exists() else None
     if scored is not None and len(scored) != len(made["pi_ref", 0]):
         raise UserError(f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again")
