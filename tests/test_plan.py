@@ -116,6 +116,15 @@ def test_decoding_on_one_chip_of_eight():
     assert memory == pytest.approx(read / 819e9, rel=2e-3)
 
 
+@pytest.mark.parametrize(("mesh", "kv_heads", "copied"), [("v5e_8", 32, 1), ("v5e_8", 8, 0), ("cuda_8", 32, 0)])
+def test_a_reference_without_grouped_queries_has_its_cache_copied_on_tpus(monkeypatch, mesh, kv_heads, copied):
+    sizes = plan.job.model_configs.SIZES
+    monkeypatch.setitem(sizes, "ungrouped", sizes["llama3.1-8b"] | dict(kv_heads=kv_heads))
+    job = plan.make(config_of(f"mesh={mesh}"), ref_size="ungrouped", guide_size="llama3.2-1b")
+    found = plan.decode(job, job.config.mesh)
+    assert part(found, "copies of caches") == copied * part(found, "reference's cache")
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     job = job_of()
     for count, step in ((plan.fit, 8), (plan.decode, 1)):

@@ -17,6 +17,7 @@ import numpy as np
 from qsharp_jax import sharding, train
 from qsharp_jax.dataset import Batch
 from qsharp_jax.models import kv_cache, value
+from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned
@@ -203,7 +204,7 @@ def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int
     """As JAX itself says, asked about a model with a chip's share of the heads and of the hidden units."""
     trunk = guide.trunk
     heads, mlp = _divided(trunk.heads, tensor), _divided(trunk.mlp, tensor)
-    kv_heads = math.gcd(_divided(trunk.kv_heads, tensor), heads)
+    kv_heads = heads // _shared(trunk, tensor)
     share = dataclasses.replace(guide, trunk=dataclasses.replace(trunk, heads=heads, kv_heads=kv_heads, mlp=mlp))
     params = value.abstract(share)
     held = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
@@ -263,10 +264,15 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
         copies += narrow if narrow < layers else _turned_bytes(params)
         wider += layers - narrow
+    relaid = [name for name, (_, trunk) in trunks.items() if queries[name] * _shared(trunk, tensor) == 1]
     memory += [
         Line(
             "copies of weights", copies,
             "made before the loop: of all layers where these are wider than computing, else query kernels and head",
+        ),
+        Line(
+            "copies of caches", sum(caches[name] for name in relaid) if section["platform"] == "tpu" else 0,
+            "made before the loop on TPUs where a kv head has a single query, for reading in another order",
         ),
         Line("work", WORK * vocabulary, f"{WORK} x the rows' float32 logits"),
     ]  # fmt: skip
@@ -340,6 +346,12 @@ def _times(
 def _divided(count: int, tensor: int) -> int:
     """A chip's share of heads or hidden units: all of them where the mesh does not divide them."""
     return count if count % tensor else count // tensor
+
+
+def _shared(trunk: DecoderConfig, tensor: int) -> int:
+    """A chip's query heads for each of its kv heads."""
+    heads = _divided(trunk.heads, tensor)
+    return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
 def _product_weights(params: Params) -> int:
