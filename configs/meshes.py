@@ -2,8 +2,8 @@
 
 The numbers of a name are the vendor's: v4 and v5p count TensorCores, two a chip, v5e and v6e count chips; 2x256 is two
 slices of 256. What a size of an axis means stands in qsharp_jax/sharding.py. Every number can be changed by itself, as
---config.mesh.decode.tensor=8. `fit` uses all chips; `decode` those of one host, as each host decodes rows of its own.
-Sizes of `decode` that multiply to all chips are for `qsharp plan`: a run refuses to decode over several hosts.
+--config.mesh.decode.tensor=8. `fit` uses all chips; `decode` those of one host, as each host decodes rows of its own,
+or, for a model that one cannot hold, of as many hosts as its sizes multiply to, a number that divides a slice's.
 """
 
 SINGLE = dict(

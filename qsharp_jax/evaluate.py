@@ -65,7 +65,7 @@ def sample_method(
             return rows
     each = len(etas) * samples
     seeds = np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan))
-    mine = processes.share(range(len(problems)))
+    mine = processes.share(range(len(problems)), session.together)
     problems, part = problems[mine.start : mine.stop], slice(mine.start * each, mine.stop * each)
     began, asked = time.monotonic(), len(plan)
     plan = plan[part]
@@ -84,6 +84,8 @@ def sample_method(
             record=("kl", "values") if gives_values(guide) else ("kl",),
             **(session.generation_settings() | changes),
         )
+    if not processes.leads(session.together):
+        return _keep(session, path, [])
     seconds = time.monotonic() - began
     responses = [text.decode(generation.response(row)) for row in range(len(plan))]
     judgements = session.judge([problem for problem, _, _ in plan], responses)
@@ -116,7 +118,7 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
     if path.exists():
         return read_samples(path)
     began, asked = time.monotonic(), len(samples)
-    samples = processes.share(samples)
+    samples = processes.share(samples, session.together)
     examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
     with session.decoding():
         scores = score.score(
@@ -132,8 +134,8 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
 
 
 def _keep(session: Session, path: Path, rows: list[dict]) -> list[dict]:
-    """The rows of all processes, which the first writes."""
-    rows = processes.gather(rows)
+    """The rows of all processes, of those that decode together one's, which the first writes."""
+    rows = processes.gather(rows, session.together)
     if session.workdir.writes:
         write_samples(path, rows)
     return rows

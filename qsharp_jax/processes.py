@@ -236,17 +236,35 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def share(items: Sequence[Any]) -> Sequence[Any]:
-    """This process's part of a sequence: items next to each other, as many as any other's give or take one."""
-    bounds = np.linspace(0, len(items), jax.process_count() + 1).round().astype(int)
-    index = jax.process_index()
-    return items[bounds[index] : bounds[index + 1]]
+def leads(together: int) -> bool:
+    """Whether this process is the first of its group, and so keeps what all of the group have.
+
+    Args:
+      together: processes of a group, next to each other, which do the same on the devices of all of them.
+    """
+    return jax.process_index() % together == 0
 
 
-def gather(items: list[Any]) -> list[Any]:
-    """The lists of all processes, one after the other, in every process; their items are what JSON knows."""
+def share(items: Sequence[Any], together: int = 1) -> Sequence[Any]:
+    """This group's part of a sequence: items next to each other, as many as any other's give or take one.
+
+    Args:
+      together: as of `leads`.
+    """
+    bounds = np.linspace(0, len(items), jax.process_count() // together + 1).round().astype(int)
+    group = jax.process_index() // together
+    return items[bounds[group] : bounds[group + 1]]
+
+
+def gather(items: list[Any], together: int = 1) -> list[Any]:
+    """The lists of all groups, one after the other, in every process; their items are what JSON knows.
+
+    Args:
+      together: as of `leads`; the lists are those of the processes that lead.
+    """
     if jax.process_count() == 1:
         return items
+    items = items if leads(together) else []
     data = np.frombuffer(json.dumps(items).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray([len(data)])).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from qsharp_jax import dataset, processes
@@ -75,14 +74,15 @@ def collect(
     shard_rows: int,
     batch_size: int,
     seed: int,
+    together: int = 1,
     **settings: Any,
 ) -> dict[str, int]:
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
     A rollout depends on the seed, the round and its own place in it, so a collection that was stopped anywhere and
     started again ends with the same records as one that never stopped. A rollout is judged, and a shard is written when
-    the last of its rollouts has ended, while others are under way. Several processes take shards in turn, each decoding
-    for itself, and all return when the last has done.
+    the last of its rollouts has ended, while others are under way. Several processes share the shards, and all return
+    when the last has done.
 
     Args:
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
@@ -90,16 +90,19 @@ def collect(
       eta: of the roll-in.
       shard_rows: rollouts in a shard, rounded down to whole problems.
       batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, with half of them each.
+      together: processes that decode as one, on the mesh that is set; one of them writes.
       settings: of `generate`, for roll-in and roll-out alike.
 
     Returns:
       of all processes, the "row_steps" that were computed, and the "tokens" that came of them.
     """
     step = max(1, shard_rows // samples)
+    count = -(-len(problems) // step)
+    # What the first process sees is missing, for those that decode together have to do the same.
+    missing = processes.gather([[n for n in range(count) if not dataset.shard_path(folder, n).exists()]])[0]
     shards = {
-        shard: range(begin, min(begin + step, len(problems)))
-        for shard, begin in enumerate(range(0, len(problems), step))
-        if shard % jax.process_count() == jax.process_index() and not dataset.shard_path(folder, shard).exists()
+        shard: range(shard * step, min((shard + 1) * step, len(problems)))
+        for shard in processes.share(missing, together)
     }
     asked = [problem for shard in shards.values() for problem in shard]
     prompts = [text.encode_prompt(problems[problem].prompt) for problem in asked]
@@ -135,6 +138,8 @@ def collect(
     with ThreadPoolExecutor(1) as writer:  # decoding goes on while a shard's last judgements are waited for
         writing = None
         for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
+            if not processes.leads(together):
+                continue
             place, prompt = places[index], prompts[index // samples]
             shard = place // samples // step
             ended[shard][place] = rollout(place, prompt, switch, response, draws[index])
@@ -145,7 +150,7 @@ def collect(
         if writing:
             writing.result()
     processes.wait_for_all(f"rollouts of round {number}")
-    totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches])
+    totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
 
 

@@ -260,13 +260,12 @@ class Session:
 
     @functools.cached_property
     def decode_mesh(self) -> Mesh | None:
-        mesh = sharding.preset_mesh(self.config.get("mesh"), "decode")
-        if mesh is not None and mesh.is_multi_process:
-            raise UserError(
-                f"config.mesh.decode spans the hosts of {self.config.mesh.name}, and each host decodes by itself; give"
-                f" sizes that multiply to the {self.config.mesh.devices_per_host} devices of one"
-            )
-        return mesh
+        return sharding.preset_mesh(self.config.get("mesh"), "decode")
+
+    @property
+    def together(self) -> int:
+        """Processes that decode as one: groups of so many share the prompts."""
+        return 1 if self.decode_mesh is None else len({d.process_index for d in self.decode_mesh.devices.flat})
 
     @property
     def fit_config(self) -> ValueConfig:

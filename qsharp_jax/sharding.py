@@ -130,8 +130,9 @@ def rules_of(mesh: Any) -> Rules:
 def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
     """The mesh of a config's section `mesh`, as configs/meshes.py has them; None where that is one device.
 
-    A mesh for fitting is over all devices. One for decoding is over this host's, or over all if its sizes multiply to
-    them. Only `data` goes from one slice to another.
+    A mesh for fitting is over all devices. One for decoding is over those of as many hosts as its sizes multiply to,
+    this one and others next to it, where each such group of hosts has one of its own. Only `data` goes from one slice
+    to another.
 
     Args:
       section: the section; None is one device of any kind.
@@ -163,9 +164,12 @@ def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = N
     sizes = [section[use][axis] for axis in axes]
     total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
     if use == "decode" and total != count:
-        devices, slices = [device for device in devices if device.process_index == jax.process_index()], 1
+        hosts, here = section["hosts"], section["devices_per_host"]
+        if together := next((n for n in range(1, hosts + 1) if hosts % n == 0 and n * here == total), 0):
+            group = jax.process_index() // together
+            devices, slices = [device for device in devices if device.process_index // together == group], 1
     if total != len(devices) or sizes[0] % slices:
-        which = "one of these" if use == "decode" else "all"
+        which = "those of a number of hosts that divides all" if use == "decode" else "all"
         raise UserError(
             f"config.mesh.{use} is {words}, {total} devices, and {section['name']} has {section['devices_per_host']} on"
             f" a host and {count} in all; give sizes that multiply to {which}, and a data that"
@@ -257,7 +261,7 @@ def place(tree: Any, shardings: Any) -> Any:
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if getattr(leaf, "sharding", None) == sharding:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return leaf
         if sharding.is_fully_addressable and getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
@@ -274,11 +278,15 @@ def round_rows(rows: int) -> int:
     return max(rows // parts, 1) * parts
 
 
-def to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of an array, whichever processes its devices belong to; then every process has to ask for it."""
-    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return multihost_utils.process_allgather(leaf, tiled=True)
+def to_host(tree: Any) -> Any:
+    """The whole of arrays, whichever processes their devices belong to; then each of these has to ask for it."""
+
+    def gathered(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(gathered, tree))
 
 
 def abstract_rows(tree: Any) -> Any:

@@ -101,6 +101,19 @@ def test_a_model_that_is_too_large_for_a_host_is_decoded_on_all():
     assert mesh.size == 16 and mesh.shape["attention_data"] == 2
 
 
+@pytest.mark.parametrize(("process", "hosts"), [(0, {0, 1}), (1, {0, 1}), (2, {2, 3}), (3, {2, 3})])
+def test_hosts_that_decode_together_are_next_to_each_other(monkeypatch, process, hosts):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    mesh = made("v6e_16", "decode", decode=dict(data=1, attention_data=1, tensor=8))
+    assert {device.process_index for device in mesh.devices.flat} == hosts
+
+
+@pytest.mark.parametrize("tensor", [2, 6, 12])
+def test_decoding_on_a_part_of_a_host_or_on_hosts_that_do_not_divide_all_is_refused(tensor):
+    with pytest.raises(UserError, match="multiply to those of a number of hosts that divides all"):
+        made("v6e_16", "decode", decode=dict(data=1, attention_data=1, tensor=tensor))
+
+
 def test_the_order_of_the_axes_is_not_that_of_the_section():
     """A section comes back from JSON, or from an override, in whatever order."""
     assert made("v6e_8", "fit", fit=dict(tensor=2, fsdp=4, data=1)).axis_names == ("data", "fsdp", "tensor")

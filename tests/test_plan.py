@@ -199,6 +199,21 @@ def test_the_nearest_preset_works_and_is_of_the_same_kind_if_one_is():
         plan.check(large, large.config.mesh, PRESETS)
 
 
+def test_hosts_that_could_decode_together_are_named():
+    """70B in bfloat16 are 141 GB: more than a v6e host's four chips have, and a v5e's twice."""
+    for mesh, words in {
+        "v6e_16": "; 2 hosts that decode together have room, with --config.mesh.decode.tensor=8; the nearest preset",
+        "v5e_32": "; 4 hosts that decode .* with --config.mesh.decode.attention_data=2 --config.mesh.decode.tensor=8; ",
+    }.items():
+        large = job_of(f"mesh={mesh}", ref_size="llama3.1-70b", guide_size="llama3.2-3b")
+        with pytest.raises(UserError, match=words):
+            plan.check(large, large.config.mesh, PRESETS)
+    fits = job_of(
+        "mesh=v6e_16", "mesh.decode.tensor=8", "collect.batch_size=32", ref_size="llama3.1-70b", guide_size="llama3.2-3b"
+    )  # fmt: skip
+    plan.check(fits, fits.config.mesh, PRESETS)
+
+
 def test_devices_that_are_not_there():
     job = job_of()
     with pytest.raises(UserError, match="of tpu devices, and those that are there are cpu"):

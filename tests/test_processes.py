@@ -14,12 +14,18 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from devices import fake_devices
 
-from qsharp_jax import dataset, processes
+from qsharp_jax import config as configs
+from qsharp_jax import dataset, processes, rollouts, sharding
 from qsharp_jax.errors import UserError
+from qsharp_jax.models import config as model_configs
+from qsharp_jax.models import decoder, value
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.processes import Place, find_place
 
 ROOT = Path(processes.__file__).parents[1]
@@ -37,12 +43,34 @@ def main(port: int, index: int, act: str) -> None:
     with processes.joined(Place("localhost", port, 2, index), 200, explain):
         print(processes.gather([index, {"of": index}]), processes.share(range(5)), flush=True)
         what, _, who = act.partition(" ")
+        if act == "decode together":
+            print(json.dumps(decoded()), flush=True)
+            return
         if what == "kill" and index == int(who):
             os.kill(os.getpid(), 9)
         if what == "refuse" and index == int(who):
             raise UserError("the disk is full")
         if what != "end":
             time.sleep(200)
+
+
+def decoded() -> dict[str, list]:
+    """Responses of a random model under a random guide, on all devices of all processes."""
+    shape = model_configs.make("tiny", vocab_size=30, layers=1, embed=32, mlp=64)
+    guide_shape = ValueConfig(shape)
+    ref = LanguageModel(decoder.init(jax.random.key(0), shape), shape)
+    guide = ValueModel(value.init(jax.random.key(1), guide_shape), guide_shape)
+    here = dict(hosts=jax.process_count(), devices_per_host=jax.local_device_count())
+    decode = dict(data=jax.process_count(), attention_data=1, tensor=jax.local_device_count())
+    preset = configs.presets(ROOT / "configs" / "arithmetic.py")["cpu"] | here | dict(decode=decode)
+    mesh = sharding.preset_mesh(preset, "decode")
+    ref, guide = (sharding.move(model, mesh, sharding.DECODE) for model in (ref, guide))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        found = rollouts.sample(
+            ref, guide, [[3 + n, 7, *range(n)] for n in range(9)], samples=2, seeds=np.arange(18), batch_size=4, eta=0.05,
+            max_new_tokens=10, top_k_candidates=5, stop_ids=(1,),
+        )  # fmt: skip
+    return {name: getattr(found, name).tolist() for name in ("tokens", "lengths", "kl", "log_probs")}
 
 
 if __name__ == "__main__":
@@ -100,6 +128,17 @@ def test_a_process_that_refuses_to_go_on_ends_the_other_with_its_words():
     assert second[:1] == first[:1] == (2,)
     assert second[1].strip().endswith("qsharp: the disk is full")
     assert f"process 1 (pid {second[3]} on {socket.gethostname()}) has ended: the disk is full" in first[1]
+
+
+def test_two_processes_decode_as_one_where_one_cannot_hold_the_model():
+    """On a mesh of the devices of both, rows over the processes and heads within each: what a single device gives."""
+    expected = decoded()
+    for code, errors, output, _ in both("decode together"):
+        assert code == 0, errors
+        found = json.loads(output.splitlines()[-1])
+        assert found["tokens"] == expected["tokens"] and found["lengths"] == expected["lengths"]
+        for name in ("kl", "log_probs"):
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-4)
 
 
 def command(*words: str, index: int | None = None, port: int | None = None, **options) -> subprocess.Popen:
@@ -212,6 +251,7 @@ SMALL = (
 )  # fmt: skip
 ONE = ("--config.mesh.devices_per_host=4", "--config.mesh.decode.data=4")
 TWO = ("--config.mesh.hosts=2", "--config.mesh.devices_per_host=2", "--config.mesh.decode.data=2")
+TOGETHER = ("--config.mesh.decode.tensor=2",)  # with TWO: on the devices of both processes
 
 
 def files(workdir: Path) -> list[str]:
@@ -221,14 +261,22 @@ def files(workdir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
-    """The short job by one process with four devices, and by two with two each; then one machine takes the guide."""
+@pytest.mark.parametrize(
+    ("of_one", "of_two"),
+    [((), ()), (("--config.mesh.decode.data=2", *TOGETHER), TOGETHER)],
+    ids=["decoding apart", "decoding together"],
+)
+def test_two_processes_do_what_one_does(tmp_path, of_one, of_two):
+    """The short job by one process with four devices, and by two with two each; then one machine takes the guide.
+
+    The two decode each for itself, and then both together.
+    """
     run = ("run", "--config", "configs/star_graph.py", *SMALL)
-    one = command(*run, *ONE, "--workdir", str(tmp_path / "one"), devices=4)
+    one = command(*run, *ONE, *of_one, "--workdir", str(tmp_path / "one"), devices=4)
     output, errors = one.communicate()
     assert one.returncode == 0, errors
     port = free_port()
-    two = [command(*run, *TWO, "--workdir", str(tmp_path / "two"), index=i, port=port) for i in range(2)]
+    two = [command(*run, *TWO, *of_two, "--workdir", str(tmp_path / "two"), index=i, port=port) for i in range(2)]
     outputs = [process.communicate() for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
     assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []  # which XLA prints

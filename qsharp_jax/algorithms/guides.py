@@ -41,6 +41,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             eta=session.config.collect.eta,
             batch_size=session.config.collect.batch_size,
             shard_rows=session.config.collect.shard_rows,
+            together=session.together,
             **session.generation_settings(),
         )
     rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])

@@ -98,13 +98,13 @@ def stream(
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
     run = Run(ref, guide, prompts, **settings)
-    state, shown, going_on = run.state, np.zeros(len(run.controls.seed), int), True
+    state, shown, until, going_on = run.state, np.zeros(len(run.controls.seed), int), 0, True
     while going_on:
-        until = jnp.int32(state.step + BLOCK)
-        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, until=until)
-        tokens, lengths = np.asarray(state.record.token), np.asarray(state.length)
+        until += BLOCK
+        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, until=np.int32(until))
+        tokens, lengths = sharding.to_host((state.record.token, state.length))
         yield [row[begin:end].tolist() for row, begin, end in zip(tokens, shown, lengths, strict=True)]
-        shown, going_on = lengths, bool(state.active(run.controls).any())
+        shown, going_on = lengths, bool(sharding.to_host(state.active(run.controls)).any())
     return run.generation(state)
 
 
@@ -155,7 +155,7 @@ class Run:
 
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""
-        state = jax.device_get(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
+        state = sharding.to_host(state.replace(ref_cache=None, guide_cache=None))  # the caches stay where they are
         return to_generation(state, self.max_new_tokens, guided=gives_values(self.guide))
 
 

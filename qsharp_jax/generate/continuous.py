@@ -215,8 +215,8 @@ class ContinuousBatch:
             guide_cache=value.each(
                 lambda model: fill(value.trunk(model).params, value.trunk(model).config), self._guide
             ),
-            pending=jnp.asarray(padded[:, -1]),
-            previous=jnp.asarray([prompt[-2] if len(prompt) > 1 else -1 for prompt in filled], jnp.int32),
+            pending=sharding.place_rows(padded[:, -1]),
+            previous=sharding.place_rows(np.asarray([p[-2] if len(p) > 1 else -1 for p in filled], np.int32)),
         )
         return True
 
@@ -228,12 +228,12 @@ class ContinuousBatch:
     def _ended(self) -> tuple[np.ndarray, Generation] | None:
         """The responses of the rows that have ended, which are free from now on; waits for the devices."""
         state = self._state
-        length, stopped, steps = jax.device_get((state.length, state.stopped, state.step))
+        length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
         rows = np.flatnonzero((self._place >= 0) & (stopped | (length >= self._budget)))
         places = self._place[rows]
         self._place[rows] = -1
         self.row_steps = int(steps) * self._rows
         self.tokens += int(length[rows].sum())
         kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
-        kept = jax.tree.map(lambda leaf: leaf[rows], jax.device_get(kept))
+        kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
         return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))

@@ -1,7 +1,7 @@
-"""Meshes that cannot be are refused before anything is made, with the nearest preset that works."""
+"""Meshes that cannot be are refused before anything is made, with one that can: more hosts at a time, or a preset."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
       devices: that there are; by default nothing is asked about them.
 
     Raises:
-      UserError: with the numbers, and the preset nearest to this one that works.
+      UserError: with the numbers, the fewest hosts that could decode together if one is too small, and the preset
+        nearest to this one that works.
     """
     if (reason := problem(job, section, devices)) is None:
         return
@@ -33,7 +34,21 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
     others = sorted(known, key=lambda other: _far(section, other))
     works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
     hint = f"the nearest preset that works is --config.mesh={works}" if works else "no preset works as it stands"
+    for hosts, decode in _together(job, section):
+        if problem(job, {**section, "decode": decode}, devices) is None:
+            sizes = " ".join(f"--config.mesh.decode.{axis}={size}" for axis, size in decode.items() if size > 1)
+            hint = f"{hosts} hosts that decode together have room, with {sizes}; {hint}"
+            break
     raise UserError(f"{reason}; {hint}")
+
+
+def _together(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
+    """Sizes of `decode` on several hosts of a slice, the fewest first; no kv head of the reference is on two chips."""
+    for hosts in range(2, section["hosts"] + 1):
+        if section["hosts"] % hosts == 0:
+            chips = hosts * section["devices_per_host"]
+            tensor = math.gcd(chips, job.ref.config.kv_heads)
+            yield hosts, {"data": 1, "attention_data": chips // tensor, "tensor": tensor}
 
 
 def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None) -> str | None:

@@ -48,10 +48,12 @@ def frontier(axes, rows: list[dict]) -> None:
             kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=NAMES[method],
             color=COLOURS[method],
         )  # fmt: skip
-        # Q#'s points gather where its tilt saturates, so only the line's ends are named.
-        for row, offset in zip((line[0], line[-1]), ((-34, 4), (4, -13)), strict=True):
-            place = (row["kl"], row["reward"])
-            axes.annotate(f"η={eta_of(row):g}", place, offset, textcoords="offset points", fontsize=8)
+        # Q#'s points gather where its tilt saturates, so only the line's ends are named; and lines that begin alike are
+        # named on both sides.
+        first = (6, -12) if method == "qsharp" else (-36, 5)
+        for row, offset in zip((line[0], line[-1]), (first, (6, -12)), strict=True):
+            place, text = (row["kl"], row["reward"]), f"η={eta_of(row):g}"
+            axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=COLOURS[method])
     for row in rows:
         if row["method"] in POLICIES and row["round"] == number:
             at, colour = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
