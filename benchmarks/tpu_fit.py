@@ -2,12 +2,13 @@
 
     pip install ".[tpu]"
     python benchmarks/tpu_fit.py [--only NAME ...] [--use fit decode] [--large] [--layers N] [--attention HOW]
-                               [--forecast]
+                               [--decode DATA,ATTENTION_DATA,TENSOR] [--forecast]
 
 One row a preset, on a machine without a TPU: memory a chip, collectives of a step by kind, and the share of the peak
 that the roofline leaves. The fit: two rows of 1,024 tokens a chip that has rows of its own, AdamW, remat "dots";
 decoding: 16 rows of 1,024 positions on one host, 20 candidates; bfloat16. A 1B guide with an 8B reference; with
-`--large`, a 3B guide with a 70B one. `--layers N` keeps so many layers of each model, `--forecast` compiles nothing.
+`--large`, a 3B guide with a 70B one. `--layers N` keeps so many layers of each model, `--decode` may have several hosts
+decode together, `--forecast` compiles nothing.
 """
 
 import argparse
@@ -91,11 +92,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of each model; by default all")
     parser.add_argument("--attention", choices=("xla", "blocks", "splash"), default="xla", help="of the fit")
     parser.add_argument("--forecast", action="store_true", help="compile nothing")
+    parser.add_argument(
+        "--decode", metavar="SIZES", help="of the decode mesh's axes, as 1,2,8; by default the presets'"
+    )
     options = parser.parse_args()
     models = LARGE if options.large else SMALL
     if options.layers:
         for size in models:
             model_configs.SIZES[size] = model_configs.SIZES[size] | dict(layers=options.layers)
+    if options.decode:
+        sizes = dict(zip(("data", "attention_data", "tensor"), map(int, options.decode.split(",")), strict=True))
+        PRESETS.update({name: {**PRESETS[name], "decode": sizes} for name in options.only})
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
     for use in options.use:
         for name in options.only if use == "fit" else _hosts(options.only):
