@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import algorithms, dataset, evaluate, experiment, figures, files, hashes, report, session, train
 from qsharp_jax import config as configs
 from qsharp_jax.algorithms import dpo, pretrain, qsharp
-from qsharp_jax.errors import UserError
+from qsharp_jax.errors import UserError, nearest
 from qsharp_jax.files import write_atomic
 from qsharp_jax.report import NAMES, save_plot
 from qsharp_jax.session import Session
@@ -92,9 +92,10 @@ def check(config: ConfigDict) -> None:
     for key in ("methods", "seeds", "changes"):
         if "compare" not in config or key not in config.compare:
             raise UserError(f"the config lacks the setting compare.{key}; add it, as in configs/compare_arithmetic.py")
+    known = configs.VALUE_METHODS + configs.POLICY_METHODS
     for method in config.compare.changes:
-        if method not in config.compare.methods:
-            raise UserError(f"config.compare.changes has {method}, which is none of config.compare.methods")
+        if method not in known:
+            raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, known)}")
     for method in config.compare.methods:
         asked = settings(config, config.compare.seeds[0], method)
         session.check(asked)

@@ -112,7 +112,10 @@ def test_the_settings_of_a_method(tmp_path):
     ("change", "words"),
     [
         (lambda c: c.__delattr__("compare"), "lacks the setting compare.methods"),
-        (lambda c: c.compare.changes.update(ppo=("ppo.clip=0.1",)), "changes has ppo, which is none of"),
+        (
+            lambda c: c.compare.changes.update(reinforc=("ppo.clip=0.1",)),
+            "changes has reinforc, which is no method; did you mean 'reinforce'",
+        ),
         (lambda c: c.compare.changes.update(reinforce=("reinforce.clip=0.1",)), "no setting --config.reinforce.clip"),
         (lambda c: c.compare.changes.update(reinforce=("policy.batch_size=6",)), "a multiple of .*samples, 4"),
     ],
@@ -123,6 +126,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path
         change(made)
     with pytest.raises(UserError, match=words):
         compare.check(made)
+
+
+def test_settings_of_a_method_that_is_left_out_are_no_error(tmp_path):
+    made = comparison(tmp_path, methods=("qsharp", "cd"), ppo=("ppo.clip=0.1",))
+    compare.check(made)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("compare_*.py")))
