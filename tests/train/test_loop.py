@@ -17,7 +17,6 @@ import tabular
 from helpers import assert_trees_equal
 
 from qsharp_jax import dataset, train
-from qsharp_jax.algorithms import qsharp
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Batches, Example, Rollout
 from qsharp_jax.errors import Stopped, UserError
@@ -497,54 +496,3 @@ def test_the_fitted_guide_gives_the_rewards_law_under_pi_ref(tmp_path):
     fitted = fitted_probabilities(rollouts, tmp_path)
     errors = [abs(fitted[prefix] - exact[prefix]) for prefix in often]
     assert max(errors) < 0.1 and np.mean(errors) < 0.03
-
-
-# --- A run's fit ----------------------------------------------------------------------------------------------------
-
-
-def write_rollouts(session, number, prompts=30):
-    """Rollouts of fixed length whose reward is told by their first token."""
-    rng = np.random.default_rng(number)
-    made = []
-    for index in range(prompts):
-        response, name = [*rng.integers(3, 9, 4).tolist(), 2], f"p{number}-{index}"
-        made.append(Rollout(name, number, [1, 3, 4], response, number - 1, float(response[0] % 2), True, 0.5, 0, ""))
-    dataset.write_shard(session.workdir.rollouts(number), 0, made)
-
-
-def test_the_fit_of_a_run(tmp_path):
-    """pi_ref's arrays survive; the guide is fitted to all rounds but held-out prompts, is measured on those, and is
-    what is loaded later: without the auxiliary heads, which lie in the checkpoint for resuming alone."""
-    session = helpers.session(tmp_path, "fit.future_offsets=2", "fit.evaluate_every=5", "fit.patience=9")
-    ref = helpers.random_model(session.text.vocab_size)
-    before = jax.tree.map(np.array, ref.params)
-    for number in (1, 2):
-        write_rollouts(session, number)
-    data = qsharp.aggregate(session, 2)
-    guide = qsharp.fit(session, 2, ref, data, None)
-    assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
-    assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
-    assert_trees_equal(session.load_guide(2).params, guide.params)
-
-    *_, averages, last = session.workdir.read_metrics()
-    assert averages["phase"] == last["phase"] == "round 2: fit"
-    assert {"nll", "brier", "future_nll"} <= set(averages)
-    assert {"nll", "brier", "calibration_error", "ranking", "best_step"} <= set(last)
-    measured = {line["step"]: line["nll"] for line in session.workdir.read_metrics() if "ranking" in line}
-    assert set(measured) == {*range(5, last["step"], 5), last["step"]}
-    assert measured[last["best_step"]] == min(measured.values())
-    # 60 rollouts less those held out, in batches of 8, twice over.
-    assert 2 * math.ceil(40 / 8) <= last["step"] < 2 * math.ceil(60 / 8)
-
-
-@pytest.mark.parametrize("warm", [True, False])
-def test_a_warm_start_is_from_the_guide_of_the_round_before(tmp_path, warm):
-    """With next to no learning rate the fit ends where it began: at that guide, or at pi_ref with a head of zeros."""
-    session = helpers.session(tmp_path, f"fit.warm_start={warm}", "fit.optimizer.learning_rate=1e-12", "fit.epochs=1")
-    ref = helpers.random_model(session.text.vocab_size)
-    before = helpers.random_guide(ref.config, seed=3)
-    write_rollouts(session, 1)
-    write_rollouts(session, 2)
-    guide = qsharp.fit(session, 2, ref, qsharp.aggregate(session, 2), before)
-    start = before.params if warm else value.init(jax.random.key(0), guide.config, ref.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), guide.params, start)
