@@ -42,6 +42,7 @@ def main(port: int, index: int, act: str) -> None:
 
     with processes.joined(Place("localhost", port, 2, index), 200, explain):
         print(processes.gather([index, {"of": index}]), processes.share(range(5)), flush=True)
+        print(processes.gather([index], together=2), processes.share(range(5), together=2), flush=True)
         what, _, who = act.partition(" ")
         if act == "decode together":
             print(json.dumps(decoded()), flush=True)
@@ -109,7 +110,9 @@ def test_two_processes_meet_share_and_end():
     for index, (code, errors, output, _) in enumerate(both("end")):
         assert code == 0, errors
         shares = ["range(0, 2)", "range(2, 5)"]
-        assert output.splitlines()[-1] == f"[0, {{'of': 0}}, 1, {{'of': 1}}] {shares[index]}"
+        apart, together = output.splitlines()[-2:]
+        assert apart == f"[0, {{'of': 0}}, 1, {{'of': 1}}] {shares[index]}"
+        assert together == "[0] range(0, 5)"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
