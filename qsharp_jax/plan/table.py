@@ -59,7 +59,7 @@ def _head(job: Job, section: Any) -> Iterable[str]:
 
 
 def _forecast(found: Forecast, section: Any, made: int, most: int | None) -> Iterable[str]:
-    for line in found.memory:
+    for line in filter(lambda line: line.amount, found.memory):
         yield _row(line.what, f"{line.amount / GIB:.3f} GiB", line.how)
     limit = section["hbm_bytes"]
     state = f"of {limit / GIB:.0f}" + (", WHICH IS TOO MUCH" if found.bytes > limit else "") if limit else ""
