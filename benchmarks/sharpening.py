@@ -1,0 +1,98 @@
+"""Q# with its tilt raised to a power, against CD at the same KL, with the guides of finished runs.
+
+    python benchmarks/sharpening.py --workdir runs/ablations/seed_0/default [runs/ablations/seed_1/default ...]
+
+As eta falls Q# becomes pi_ref conditioned on success, and its KL ends there; CD goes on, towards the likeliest success
+alone. So does Q# where the logarithm of its tilt has a weight above 1 (`weights` of `generate`). Every held-out problem
+is answered twice in each setting; intervals are 95%, by bootstrap over problems and runs; KL is exact, in nats a
+response. The table and the figure sharpening.png, beside this file, are of all runs together.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablations import Found, Measured, at_kl, interval
+
+from qsharp_jax import evaluate, figures, report, rollouts
+from qsharp_jax.session import Session
+from qsharp_jax.workdir import Workdir
+
+SAMPLES = 2
+ETAS = (1.0, 0.5, 0.2, 0.02)  # of Q#, whose tilt hardly changes any more below the last
+WEIGHTS = (1.5, 2.0, 3.0, 5.0)  # at that last eta
+CD_ETAS = (1.0, 0.5, 0.2, 0.14, 0.1, 0.07, 0.05)
+
+
+def measure(session: Session) -> Found:
+    """By method and setting, in words; pi_ref's is an eta of inf."""
+    ref, guide = session.load_ref(), session.load_guide()
+    problems = [problem for problem in session.test_problems() for _ in range(SAMPLES)]
+    prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::SAMPLES]]
+    seeds = np.random.SeedSequence(session.seed("sharpening")).generate_state(len(problems))
+    size = session.config.evaluate.batch_size
+    settings = session.generation_settings() | {"record": ("kl",), "samples": SAMPLES}
+
+    def of(guide: Any, **changes: Any) -> Measured:
+        made = rollouts.sample(ref, guide, prompts, seeds=seeds, batch_size=size, **(settings | changes))
+        texts = [session.text.decode(made.response(row)) for row in range(len(problems))]
+        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
+        return Measured(*(np.reshape(x, (-1, SAMPLES)).mean(1) for x in (rewards, made.kl.sum(1))))
+
+    samples = evaluate.read_samples(evaluate.samples_path(session, "pi_ref", 0))
+    reward = np.asarray(figures.by_problem(samples, "reward"))
+    found = {("pi_ref", float("inf")): Measured(reward, np.zeros(len(reward)))}
+    found |= {("qsharp", f"eta {eta:g}"): of(guide, eta=eta) for eta in ETAS}
+    found |= {
+        ("qsharp", f"eta {ETAS[-1]:g}, power {weight:g}"): of((guide,), weights=[weight], eta=ETAS[-1])
+        for weight in WEIGHTS
+    }
+    return found | {("cd", f"eta {eta:g}"): of(guide, eta=eta, mode="cd") for eta in CD_ETAS}
+
+
+def table(runs: list[Found]) -> str:
+    lines = [["method", "setting", "reward", "KL", "Q#, powers too, less CD at CD's KL"]]
+    for key in runs[0]:
+        points = [run[key] for run in runs]
+        kl = np.mean([point.kl.mean() for point in points])
+        ahead = [at_kl(run, "qsharp", run[key].kl.mean()) - run[key].reward for run in runs] if key[0] == "cd" else []
+        setting = key[1] if points[0].kl.any() else ""
+        reward = interval([point.reward for point in points])
+        lines.append([report.NAMES[key[0]], setting, reward, f"{kl:.3f}", interval(ahead, "+") if ahead else ""])
+    return report.markdown(lines)
+
+
+def plot(axes: Any, runs: list[Found]) -> None:
+    for method in ("qsharp", "cd"):
+        points = []
+        for key in (key for key in runs[0] if key[0] == method):
+            reward = np.concatenate([run[key].reward for run in runs])
+            kl = np.concatenate([run[key].kl for run in runs]).mean()
+            points.append((kl, reward.mean(), *figures.bootstrap(reward), "power" in key[1]))
+        points.sort()
+        kl, mean, low, high, _ = map(np.asarray, zip(*points, strict=True))
+        colour = report.COLOURS[method]
+        axes.errorbar(
+            kl, mean, [mean - low, high - mean], color=colour, marker="o", capsize=3, label=report.NAMES[method]
+        )
+        sharpened = [point[:2] for point in points if point[-1]]
+        if sharpened:
+            axes.plot(*zip(*sharpened, strict=True), "s", color=colour, markersize=9, label="Q#, tilt to a power")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title="Beyond conditioning on success")
+    axes.legend(fontsize=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", nargs="+", required=True)
+    options = parser.parse_args()
+    runs = [measure(Session(Workdir.attach(path))) for path in options.workdir]
+    print(table(runs))
+    report.save_plot(Path(__file__).parent / "sharpening.png", lambda axes: plot(axes, runs))
+
+
+if __name__ == "__main__":
+    main()
