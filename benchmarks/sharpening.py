@@ -20,7 +20,7 @@ from qsharp_jax.session import Session
 from qsharp_jax.workdir import Workdir
 
 SAMPLES = 2
-ETAS = (1.0, 0.5, 0.2, 0.02)  # of Q#, whose tilt hardly changes any more below the last
+ETAS = (1.2, 1.0, 0.6, 0.5, 0.2, 0.14, 0.02)  # of Q#, whose tilt hardly changes any more below the last
 WEIGHTS = (1.5, 2.0, 3.0, 5.0)  # at that last eta
 CD_ETAS = (1.0, 0.5, 0.2, 0.14, 0.1, 0.07, 0.05)
 
