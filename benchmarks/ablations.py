@@ -344,13 +344,21 @@ def _plot_frontier(axes: Any, found: dict[tuple[Changes, int], Found]) -> None:
 
 
 def _plot_variants(axes: Any, found: dict, ablation: str, xs: dict[str, float], methods: Sequence[str]) -> None:
-    """Reward at two etas against what the ablation changes, of which a variant's value is in `xs`."""
+    """Reward at two etas against what the ablation changes, of which a variant's value is in `xs`.
+
+    Of the seeds that all of the variants have that are there: other ones would look like what is changed.
+    """
+    changes = {x: ABLATIONS[ablation][label] for label, x in xs.items()}
+    seeds = {x: {seed for held, seed in found if held == change} for x, change in changes.items()}
+    common = sorted(set.intersection(*filter(None, seeds.values())))
     for method in methods:
         for eta, style in zip(map(float, FEW_ETAS.split(",")), ("-", "--"), strict=True):
-            points = {x: _runs(found, ABLATIONS[ablation][label]) for label, x in xs.items()}
-            points = {x: [run_[method, eta].reward for run_ in runs] for x, runs in points.items() if runs}
+            points = {
+                x: [found[changes[x], seed][method, eta].reward for seed in common] for x in xs.values() if seeds[x]
+            }
             label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLOURS[method]
             _series(axes, [*points], [*points.values()], label=label, color=colour, linestyle=style)
+    axes.text(0.99, 0.01, f"seeds: {', '.join(map(str, common))}", transform=axes.transAxes, ha="right", fontsize=8)
     axes.set_xscale("log")
     axes.set_xticks(list(xs.values()), list(xs))
     axes.minorticks_off()
