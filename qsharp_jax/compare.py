@@ -334,14 +334,21 @@ def _plot_costs(axes: Any, lines: Sequence[dict]) -> None:
 
 
 def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int], list[dict]]) -> None:
-    """The objective of the rollouts that policies learned from; what the others came to at the end, as lines across."""
+    """The objective of the rollouts that policies learned from; what the others came to at the end, as lines across.
+
+    One that came to far less than is seen of the others is named with its number alone, for its line would flatten all.
+    """
+    drawn = {key: report.smoothed(lots, "objective") for key, lots in curves.items() if lots}
+    start = next((line["objective"] for line in lines if line["method"] == "pi_ref"), 0.0)
+    lowest = min([start, *(min(means) for _, means in drawn.values())]) - 1
     for line in lines:
-        method, first = line["method"], True
-        if method not in configs.ON_POLICY:
-            axes.axhline(line["objective"], linestyle="--", linewidth=1, color=COLOURS[method], label=NAMES[method])
-        for (of, _), lots in curves.items():
-            if of == method and lots:
-                at, means = report.smoothed(lots, "objective")
+        method, end, first = line["method"], line["objective"], True
+        if method not in configs.ON_POLICY and end < lowest:
+            axes.plot([], [], linestyle="--", linewidth=1, color=COLOURS[method], label=f"{NAMES[method]}: {end:.3g}")
+        elif method not in configs.ON_POLICY:
+            axes.axhline(end, linestyle="--", linewidth=1, color=COLOURS[method], label=NAMES[method])
+        for (of, _), (at, means) in drawn.items():
+            if of == method:
                 axes.plot(at, means, linewidth=1, color=COLOURS[method], label=NAMES[method] if first else None)
                 first = False
     axes.set(xlabel="rollouts", ylabel="reward - eta KL", title="Objective while training")
