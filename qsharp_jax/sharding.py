@@ -261,10 +261,12 @@ def place(tree: Any, shardings: Any) -> Any:
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        if getattr(leaf, "sharding", None) == sharding:
             return leaf
         if sharding.is_fully_addressable and getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
         whole = to_host(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
