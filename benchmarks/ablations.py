@@ -191,7 +191,7 @@ class Measured(NamedTuple):
     kl: np.ndarray
 
 
-Found = dict[tuple[str, float], Measured]  # by method and eta; pi_ref's eta is inf
+Found = dict[tuple[str, float | str], Measured]  # by method and eta, or a setting in words; pi_ref's eta is inf
 
 
 def read(workdir: Workdir) -> Found:
@@ -346,16 +346,17 @@ def _plot_frontier(axes: Any, found: dict[tuple[Changes, int], Found]) -> None:
 def _plot_variants(axes: Any, found: dict, ablation: str, xs: dict[str, float], methods: Sequence[str]) -> None:
     """Reward at two etas against what the ablation changes, of which a variant's value is in `xs`.
 
-    Of the seeds that all of the variants have that are there: other ones would look like what is changed.
+    Of the variants that the seed with most of them has, and the seeds that all of these have: others' would look like
+    what is changed.
     """
     changes = {x: ABLATIONS[ablation][label] for label, x in xs.items()}
     seeds = {x: {seed for held, seed in found if held == change} for x, change in changes.items()}
-    common = sorted(set.intersection(*filter(None, seeds.values())))
+    fullest = max(sorted(set.union(*seeds.values())), key=lambda seed: sum(seed in of for of in seeds.values()))
+    there = [x for x, of in seeds.items() if fullest in of]
+    common = sorted(set.intersection(*(seeds[x] for x in there)))
     for method in methods:
         for eta, style in zip(map(float, FEW_ETAS.split(",")), ("-", "--"), strict=True):
-            points = {
-                x: [found[changes[x], seed][method, eta].reward for seed in common] for x in xs.values() if seeds[x]
-            }
+            points = {x: [found[changes[x], seed][method, eta].reward for seed in common] for x in there}
             label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLOURS[method]
             _series(axes, [*points], [*points.values()], label=label, color=colour, linestyle=style)
     axes.text(0.99, 0.01, f"seeds: {', '.join(map(str, common))}", transform=axes.transAxes, ha="right", fontsize=8)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import bandit_task as bandit
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
@@ -199,3 +200,13 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
     with Workdir.open(folder / "reinforce") as its:
         assert its.ref == folder / "pi_ref" / "ref"
         assert not config.differences(its.config, compare.settings(settings, 0, "reinforce"))
+
+
+def test_a_method_that_fails_does_not_flatten_the_learning_curves():
+    ends = {"pi_ref": 0.3, "qsharp": 0.7, "ppo": 0.5, "dpo": -23.5}
+    lots = [dict(rollouts_so_far=64 * n, objective=0.3 + 0.01 * n) for n in range(20)]
+    figure, axes = plt.subplots()
+    compare._plot_learning(axes, [dict(method=m, objective=end) for m, end in ends.items()], {("ppo", 0): lots})
+    assert axes.get_ylim()[0] > -2
+    assert "DPO: -23.5" in [text.get_text() for text in axes.get_legend().get_texts()]
+    plt.close(figure)

@@ -1,5 +1,6 @@
 """The ablations' plan: which runs there are, and in what they differ; and how methods are compared at one KL."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -48,3 +49,19 @@ def test_rewards_at_a_kl_are_those_of_a_mixture_within_it():
     }
     for kl, expected in ((0.0, low), (0.1, (low + middle) / 2), (0.2, middle), (0.4, (middle + high) / 2), (3.0, high)):
         np.testing.assert_allclose(ablations.at_kl(found, "qsharp", kl), expected)
+
+
+def test_a_figure_is_of_seeds_that_all_its_variants_have():
+    """500 rollouts on seeds 0 and 1, 1,200 on 2 alone: a mean over other seeds would look like what is changed."""
+    made = {
+        (method, eta): ablations.Measured(np.zeros(4), np.zeros(4))
+        for method in ("qsharp", "cd")
+        for eta in (0.1, 0.02)
+    }
+    few, more = (ablations.ABLATIONS["rollouts"][label] for label in ("500", "1,200"))
+    found = {((), seed): made for seed in (0, 1, 2)} | {(few, 0): made, (few, 1): made, (more, 2): made}
+    figure, axes = plt.subplots()
+    ablations._plot_rollouts(axes, found)
+    assert [text.get_text() for text in axes.texts] == ["seeds: 0, 1"]
+    assert {x for line in axes.lines for x in line.get_xdata()} == {500.0, 4800.0}
+    plt.close(figure)
