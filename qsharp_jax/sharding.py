@@ -163,17 +163,19 @@ def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = N
     axes = MESH_AXES[use]
     sizes = [section[use][axis] for axis in axes]
     total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
-    if use == "decode" and total != count:
-        hosts, here = section["hosts"], section["devices_per_host"]
-        if together := next((n for n in range(1, hosts + 1) if hosts % n == 0 and n * here == total), 0):
-            group = jax.process_index() // together
-            devices, slices = [device for device in devices if device.process_index // together == group], 1
+    # A group of hosts decodes by itself, so groups of one size make up a slice.
+    hosts, here = section["hosts"], section["devices_per_host"]
+    groups = {n * here: n for n in range(1, hosts + 1) if hosts % n == 0} if use == "decode" else {}
+    if total in groups and total != count:
+        together = groups[total]
+        group = jax.process_index() // together
+        devices, slices = [device for device in devices if device.process_index // together == group], 1
     if total != len(devices) or sizes[0] % slices:
-        which = "those of a number of hosts that divides all" if use == "decode" else "all"
+        allowed = " or ".join(map(str, sorted({*groups, count})))
+        divided = f", and a data that {_counted(slices, 'slice')} divide" if slices > 1 else ""
         raise UserError(
-            f"config.mesh.{use} is {words}, {total} devices, and {section['name']} has {section['devices_per_host']} on"
-            f" a host and {count} in all; give sizes that multiply to {which}, and a data that"
-            f" {_counted(slices, 'slice')} divide"
+            f"config.mesh.{use} is {words}, {total} devices; on {section['name']} give sizes that multiply to"
+            f" {allowed}{divided}"
         )
     # Physical axes may be split: a tensor axis of 4 is then a part of a ring of 16.
     if slices == 1:

@@ -110,7 +110,7 @@ def test_hosts_that_decode_together_are_next_to_each_other(monkeypatch, process,
 
 @pytest.mark.parametrize("tensor", [2, 6, 12])
 def test_decoding_on_a_part_of_a_host_or_on_hosts_that_do_not_divide_all_is_refused(tensor):
-    with pytest.raises(UserError, match="multiply to those of a number of hosts that divides all"):
+    with pytest.raises(UserError, match="v6e_16 give sizes that multiply to 4 or 8 or 16$"):
         made("v6e_16", "decode", decode=dict(data=1, attention_data=1, tensor=tensor))
 
 
@@ -125,7 +125,10 @@ def test_the_order_of_the_axes_is_not_that_of_the_section():
         (dict(hosts=4), "config.mesh is v6e_16, 1 slice with 16 devices in all, and there are 1 slice with 8"),
         (dict(platform="gpu"), "config.mesh is v6e_16, of gpu devices, and those that are there are tpu"),
         (dict(slices=2, hosts=1), "2 slices with 8 devices in all, and there are 1 slice with 8"),
-        (dict(hosts=2, fit=dict(data=2, fsdp=8, tensor=1)), "data 2 x fsdp 8 x tensor 1, 16 devices, and v6e_16 has 4"),
+        (
+            dict(hosts=2, fit=dict(data=2, fsdp=8, tensor=1)),
+            "fsdp 8 x tensor 1, 16 devices; on v6e_16 give sizes that multiply to 8",
+        ),
     ],
 )
 def test_devices_that_are_not_the_preset_s_are_refused(changes, words):

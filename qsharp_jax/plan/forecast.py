@@ -226,7 +226,7 @@ def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int
 
 
 def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
-    """One step of guided decoding on the devices of a decode mesh: one host's, unless the sizes multiply to all.
+    """One step of guided decoding on the devices of a decode mesh: those of as many hosts as its sizes multiply to.
 
     Args:
       section: of the mesh.
