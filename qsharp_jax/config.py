@@ -332,6 +332,7 @@ RULES: dict[str, Rule] = {
     "policy.prompts": _whole(1),
     "policy.batch_size": _whole(1),
     "policy.log_prob_limit": _POSITIVE,
+    "policy.detach_values": _TRUTH,
     "reinforce.baseline": _one_of("leave_one_out", "mean"),
     "reinforce.greedy": _TRUTH,
     "ppo.epochs": _whole(1),

@@ -230,6 +230,7 @@ RANGES = {  # key: (allowed, forbidden)
     "policy.prompts": ([1], [0]),
     "policy.batch_size": ([1], [0]),
     "policy.log_prob_limit": ([1e-4, math.inf], [0, None]),
+    "policy.detach_values": ([True, False], [1, None]),
     "reinforce.baseline": (["leave_one_out", "mean"], ["none", None]),
     "reinforce.greedy": ([True, False], [1]),
     "ppo.epochs": ([1], [0]),

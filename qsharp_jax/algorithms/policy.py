@@ -96,12 +96,14 @@ class Scorer:
       config: the policy's shape.
       temperature: the policy is that of the logits divided by it.
       vocab_size: ids from here on pad the embedding; they have probability 0.
+      detach_values: the gradient of V stops at the trunk, and the value head alone learns from it.
       remat, attend_by: see `decoder.forward`.
     """
 
     config: DecoderConfig
     temperature: float
     vocab_size: int
+    detach_values: bool
     remat: decoder.Remat = "dots"
     attend_by: Attention = "xla"
 
@@ -121,7 +123,8 @@ class Scorer:
         values = jnp.zeros(mask.shape)
         if VALUE_HEAD in params:
             head = params[VALUE_HEAD]
-            values = decoder.product(before, head["kernel"], jnp.float32)[..., 0] + head["bias"][0]
+            state = jax.lax.stop_gradient(before) if self.detach_values else before
+            values = decoder.product(state, head["kernel"], jnp.float32)[..., 0] + head["bias"][0]
         return tuple(jnp.pad(jnp.where(mask, x, 0), ((0, 0), (1, 0))) for x in (log_probs, values))
 
     def _log_probs(self, heads: Params, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -137,6 +140,7 @@ def scorer(session: Session) -> Scorer:
         config=dataclasses.replace(session.ref_config, dtype=fit.dtype or session.ref_config.dtype),
         temperature=session.config.generate.temperature,
         vocab_size=session.text.vocab_size,
+        detach_values=session.config.policy.detach_values,
         remat=fit.remat,
         attend_by=fit.attention,
     )

@@ -5,6 +5,7 @@ import re
 import tempfile
 
 import bandit_task as bandit
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def with_value_head(params):
 
 
 def scorer(**changes):
-    return policy.Scorer(**dict(config=MODEL.config, temperature=1.0, vocab_size=V) | changes)
+    return policy.Scorer(**dict(config=MODEL.config, temperature=1.0, vocab_size=V, detach_values=True) | changes)
 
 
 def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
@@ -50,6 +51,25 @@ def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
             want_values[row, place] = (hidden[place - 1] @ head["kernel"] + head["bias"])[0]
     np.testing.assert_allclose(log_probs, want_log_probs, atol=1e-5)
     np.testing.assert_allclose(values, want_values, atol=1e-5)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_the_values_error_moves_the_trunk_unless_they_are_detached(detached):
+    """Either way all of it is learned by the head, and log-probabilities move the trunk as they would without it."""
+    params, batch = with_value_head(MODEL.params), policy.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
+
+    def gradient(of, detach_values):
+        by = scorer(detach_values=detach_values)
+        grads = dict(jax.jit(jax.grad(lambda params: of(*by(params, batch)).sum()))(params))
+        return grads.pop(policy.VALUE_HEAD), grads
+
+    head, trunk = gradient(lambda _, values: (values - 1) ** 2, detached)
+    chex.assert_trees_all_close(head, gradient(lambda _, values: (values - 1) ** 2, False)[0], atol=1e-6)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(trunk))
+    assert largest == 0 if detached else largest > 0.1
+    of_log_probs = gradient(lambda log_probs, _: log_probs, detached)[1]
+    plain = jax.grad(lambda params: scorer()(params, batch)[0].sum())(MODEL.params)
+    chex.assert_trees_all_close(of_log_probs, dict(plain), atol=1e-5)
 
 
 NUMBERS = ("old_log_probs", "ref_log_probs", "advantages", "returns", "targets")
