@@ -14,8 +14,9 @@ The soft optimal policy is pi_ref exp((Q - V) / tau), so a policy and a state va
             minimise  mean_t (Q(s_t, y_t) - G_t)^2
 
 Undiscounted, and V is 0 past the end. At theta_old the gradient is -2 alpha A_t (tau grad log pi + grad V) with A the
-GAE of the KL-penalised reward: PPO's, without a clip. V is a linear head on the policy's own trunk; tau, the KL's
-weight, is config.klq.tau, or collect.eta.
+GAE of the KL-penalised reward: PPO's, without a clip. V is a linear head on the policy's own trunk, which learns from
+it too if policy.detach_values is false: then 1 / tau times as much as from log pi. tau, the KL's weight, is
+config.klq.tau, or collect.eta.
 """
 
 import functools
