@@ -13,7 +13,8 @@ class Bar(tqdm):
 
     def __init__(self, items: Iterable[Any], name: str | None, **options: Any):
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        options["disable"] = options.get("disable", False) or bool(os.environ.get("TQDM_DISABLE"))
+        unseen = options.get("total") == 0 or bool(os.environ.get("TQDM_DISABLE"))  # nothing to do is no progress
+        options["disable"] = options.get("disable", False) or unseen
         super().__init__(items, name, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)
 
     @staticmethod
