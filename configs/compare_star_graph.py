@@ -15,7 +15,7 @@ def compared(c: ConfigDict) -> ConfigDict:
     c.compare.methods = ("qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo")
     c.compare.seeds = (0, 1, 2)
     # Settings of single methods, as on the command line. These two take several steps on each lot of rollouts, and at
-    # the others' 1e-3 they leave pi_ref for objectives below 0 within the first 2,000.
+    # the others' 1e-3 they leave pi_ref in the first lots, KLQ for objectives far below 0.
     c.compare.changes = ConfigDict()
     c.compare.changes.ppo = c.compare.changes.klq = ("policy.optimizer.learning_rate=1e-4",)
     return c
