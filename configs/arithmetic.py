@@ -94,8 +94,8 @@ def get_config() -> ConfigDict:
     c.policy.batch_size = 64  # rollouts of a step, of dpo and rpo both of a pair; reinforce samples as many at a time
     c.policy.prompts = 64  # of ppo and klq, that the policy answers before it changes, each collect.samples times
     c.policy.log_prob_limit = 1e-4  # nats that sampler and trainer may differ by
-    # Of ppo and klq: the value head's error changes the head alone. False: the trunk too, which the policy shares, and
-    # which that error moves more than the reward does, in KLQ 1 / tau times as much.
+    # Of ppo and klq: the value head's error changes the head alone. False: the trunk too, which the policy shares; in
+    # KLQ 1 / tau times as much as the policy's own part of the gradient.
     c.policy.detach_values = True
     c.policy.optimizer = optimizer("adamw", 1e-3)
 

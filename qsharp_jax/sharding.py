@@ -163,8 +163,8 @@ def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = N
     axes = MESH_AXES[use]
     sizes = [section[use][axis] for axis in axes]
     total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
-    # A group of hosts decodes by itself, so groups of one size make up a slice.
     hosts, here = section["hosts"], section["devices_per_host"]
+    # By the devices of a group of hosts that decodes by itself, its hosts: groups of one size make up a slice.
     groups = {n * here: n for n in range(1, hosts + 1) if hosts % n == 0} if use == "decode" else {}
     if total in groups and total != count:
         together = groups[total]

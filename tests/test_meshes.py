@@ -127,7 +127,7 @@ def test_the_order_of_the_axes_is_not_that_of_the_section():
         (dict(slices=2, hosts=1), "2 slices with 8 devices in all, and there are 1 slice with 8"),
         (
             dict(hosts=2, fit=dict(data=2, fsdp=8, tensor=1)),
-            "fsdp 8 x tensor 1, 16 devices; on v6e_16 give sizes that multiply to 8",
+            "data 2 x fsdp 8 x tensor 1, 16 devices; on v6e_16 give sizes that multiply to 8",
         ),
     ],
 )
