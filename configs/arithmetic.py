@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     c.generate.top_p = 1.0
     c.generate.top_k = 0  # 0: no limit
     c.generate.top_k_candidates = 5  # tokens that the guide scores at each step
+    c.generate.others = "mass"  # log-weight of the tokens that it does not score: mass, prefix, or zero
     c.generate.max_new_tokens = 56
     c.generate.prompt_bucket = 48  # prompts are padded to multiples of it, in tokens
 

@@ -36,6 +36,7 @@ def row(task: str, ref: str, guide: str) -> ConfigDict:
     c.generate.temperature = 0.8
     c.generate.top_p = 0.9
     c.generate.top_k_candidates = 20
+    c.generate.others = "mass"  # log-weight of the tokens that it does not score: mass, prefix, or zero
     c.generate.max_new_tokens = 1024
     c.generate.prompt_bucket = 64
 

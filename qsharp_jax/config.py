@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qsharp_jax.errors import UserError, nearest
+from qsharp_jax.limits import LEAST_ETA, LEAST_TEMPERATURE, OTHERS
 
 # ---------------------------------------------------------------------------------------------------------------
 # From the file and the command line
@@ -241,7 +242,10 @@ def _is_list(value: Any, passes: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(passes(item) for item in value)
 
 
-LEAST_ETA = 1e-6  # below it float32 does not tell two tokens' values apart any more, once divided by eta
+_TEMPERATURE = (
+    lambda v: _is_number(v) and (v == 0 or LEAST_TEMPERATURE <= v < math.inf),
+    f"0, which is greedy, or a finite number, at least {LEAST_TEMPERATURE:g}",
+)
 _ETA = (lambda v: _is_number(v) and v >= LEAST_ETA, f"a number, at least {LEAST_ETA:g}")  # inf is meant: no guidance
 _OWN_ETA = (lambda v: v is None or _ETA[0](v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
 _ETAS = (
@@ -277,10 +281,11 @@ RULES: dict[str, Rule] = {
     "guide": (_is_text, "ref, scratch, or the folder of a model"),
     "dtype": (lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for a folder's own"),
     "prompt_format": _one_of("plain", "chat"),
-    "generate.temperature": _NOT_NEGATIVE,
+    "generate.temperature": _TEMPERATURE,
     "generate.top_p": _SHARE,
     "generate.top_k": _whole(0),
     "generate.top_k_candidates": _whole(1),
+    "generate.others": _one_of(*OTHERS),
     "generate.max_new_tokens": _whole(1),
     "generate.prompt_bucket": _whole(1),
     "collect.prompts": _whole(1),

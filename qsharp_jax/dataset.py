@@ -66,8 +66,9 @@ class Rollout:
 
     @property
     def first_label(self) -> int:
-        """First response position with a label: the last roll-in token, since `pi_ref` chose all that follows it."""
-        return max(self.switch - 1, 0)
+        """First position with a label, counted from the response's first token: the last token that `pi_ref` did not
+        choose. That is the last roll-in token, or -1, the prompt's last token, where `pi_ref` chose all."""
+        return self.switch - 1
 
 
 # --- Shards ---------------------------------------------------------------------------------------------------------
@@ -153,8 +154,8 @@ class Batch:
       segments: [B, T] int32, from 1 on in each row, 0 at padding.
       positions: [B, T] int32, counted from each segment's first token.
       response_mask: [B, T] bool, true at response tokens.
-      label_mask: [B, T] bool, true at response tokens that carry a label.
-      reward_to_go: [B, T] float32, the sum of rewards from each token on.
+      label_mask: [B, T] bool, true at the tokens that carry a label: of the response, and the prompt's last.
+      reward_to_go: [B, T] float32, the sum of rewards from each of these tokens on.
     """
 
     tokens: jax.Array
@@ -167,7 +168,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A sequence to learn from: `first_label` counts from the response's first token."""
+    """A sequence to learn from.
+
+    Attributes:
+      first_label: of the labelled tokens, counted from the response's first; -1 is the prompt's last token.
+    """
 
     prompt: Sequence[int]
     response: Sequence[int]
@@ -202,7 +207,7 @@ def make_packed_batch(groups: Sequence[Sequence[Example]], rows: int, width: int
             response_mask[row, begin:end] = True
             label_mask[row, begin + example.first_label : end] = True
             # The reward comes at the end, so every token of the response has the whole of it still to come.
-            reward_to_go[row, begin:end] = example.reward
+            reward_to_go[row, begin + min(example.first_label, 0) : end] = example.reward
     return Batch(tokens, segments, positions, response_mask, label_mask, reward_to_go)
 
 

@@ -51,7 +51,7 @@ def sample_method(
     They are read from the workdir if they are there, for the same etas.
 
     Args:
-      method: "pi_ref", "pi_ref_greedy", or an algorithm; names the file.
+      method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
       guide: a policy is sampled in the guide's place.
       number: of the round that fitted the guide; 0 for pi_ref.
       changes: to the config's settings of `generate`.
@@ -183,10 +183,10 @@ def evaluate(
 ) -> list[dict]:
     """All rows of `results.json`, which it writes, for the guides of some rounds.
 
-    pi_ref sampled and greedy, and the run's algorithm after each round at the eta of collection. With `full` the last
-    round's guide is also measured at every eta of the config, Q#'s as CD at the same, and as the judge of pi_ref's
-    samples. A method that trains the policy itself is measured after each round as it is; the row's eta is that of its
-    objective.
+    pi_ref sampled, greedy, and cut to as many tokens as the guide scores, and the run's algorithm after each round at
+    the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at every eta of the
+    config, Q#'s as CD at the same, and as the judge of pi_ref's samples. A method that trains the policy itself is
+    measured after each round as it is; the row's eta is that of its objective.
 
     Args:
       mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
@@ -195,6 +195,9 @@ def evaluate(
     made: Made = {
         ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples),
         ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0),
+        ("pi_ref_top_k", 0): sample_method(
+            session, "pi_ref_top_k", ref, None, number=0, samples=config.guided_samples, top_k=_candidates(session)
+        ),
     }
     method, changes = session.algorithm, {} if session.trains_policy else {"mode": mode}
     for number, guide in guides.items():
@@ -202,6 +205,11 @@ def evaluate(
         etas = list(config.etas) if every else [session.eta]
         made[method, number] = sample_method(
             session, method, ref, guide, number=number, etas=etas, samples=config.guided_samples, **changes
+        )
+    if full and guides:
+        greedy = f"{method}_greedy"
+        made[greedy, last] = sample_method(
+            session, greedy, ref, guides[last], number=last, etas=[session.eta], temperature=0.0, **changes
         )
     if full and guides and method == "qsharp":
         made["cd", last] = sample_method(
@@ -212,6 +220,12 @@ def evaluate(
     if full and guides and not session.trains_policy:
         scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
     return _write_results(session, made, last, scored)
+
+
+def _candidates(session: Session) -> int:
+    """How many of the likeliest tokens a guide scores, or fewer where top_k leaves fewer."""
+    settings = session.generation_settings()
+    return min(k for k in (settings["top_k"], settings["top_k_candidates"]) if k)
 
 
 def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
@@ -226,7 +240,9 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
       UserError: if there are no samples, or naming a damaged line.
     """
     rounds = range(1, session.config.rounds + 1)
-    places = [("pi_ref", 0), ("pi_ref_greedy", 0), *itertools.product((session.algorithm, "cd"), rounds)]
+    of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
+    learned = (session.algorithm, f"{session.algorithm}_greedy", "cd")
+    places = [*of_pi_ref, *itertools.product(learned, rounds)]
     paths = {place: path for place in places if (path := samples_path(session, *place)).exists()}
     if ("pi_ref", 0) not in paths:
         raise UserError(

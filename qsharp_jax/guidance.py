@@ -109,12 +109,57 @@ def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Ar
 
 
 def zero_log_weight(eta: jax.Array, mode: str) -> jax.Array:
-    """The log-weight of a sure reward-to-go of 0, [B]: what tokens get that are no candidates.
+    """The log-weight of a certain reward-to-go of 0, [B]: `others="zero"`, as in the paper's program.
 
     log E exp(0/eta) = 0 and 0/eta = 0; but log E z = -inf, so that in "expectation" mode only candidates are drawn.
+    Candidates with a positive value then gain on all other tokens, so even a constant guide acts as a top-K filter.
     """
     chex.assert_rank(eta, 1)
     return jnp.where((mode == "expectation") & jnp.isfinite(eta), -jnp.inf, jnp.zeros_like(eta))
+
+
+def mass_log_weight(
+    ref_logits: jax.Array, log_weights: jax.Array, temperature: jax.Array, scored: jax.Array | None = None
+) -> jax.Array:
+    """The log-weight of all other tokens under which the scored ones keep their mass under pi_ref: `others="mass"`.
+
+    It is the log of the pi_ref-weighted mean of exp(log_weights) over the scored tokens. At a temperature T other than
+    1 policy and reference are both taken at T: T log E exp(log_weights / T).
+
+    Args:
+      ref_logits: [B, K], the reference's logits of the candidates.
+      log_weights: [B, K], their log-weights in nats.
+      temperature: [B], as in `temper`.
+      scored: [B, K] bool, the candidates that count; by default all.
+
+    Returns:
+      [B] in nats; 0 where no candidate is scored. Equal log-weights are returned exactly.
+    """
+    chex.assert_rank([ref_logits, log_weights, temperature], [2, 2, 1])
+    chex.assert_equal_shape([ref_logits, log_weights])
+    scored = ref_logits > -jnp.inf if scored is None else scored
+    temperature = _divisor(temperature)
+    probs = jax.nn.softmax(temper(ref_logits, temperature), where=scored, axis=-1)
+    largest = jnp.max(log_weights, axis=-1, where=scored, initial=-jnp.inf)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    excess = jnp.where(scored, log_weights - largest[:, None], 0) / temperature[:, None]  # <= 0
+    # Near 1 the mean is taken as its difference to 1, which is exactly 0 where all log-weights are equal.
+    mean = jnp.sum(probs * jnp.exp(excess), axis=-1)
+    difference = jnp.sum(probs * jnp.expm1(excess), axis=-1)
+    log_mean = jnp.where(mean > 0.5, jnp.log1p(difference), jnp.log(mean))
+    return jnp.where(scored.any(axis=-1), largest + temperature * log_mean, 0)
+
+
+def relative(log_weights: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both less `others`, where it is finite: the policy is the same, and equal log-weights leave pi_ref bit for bit.
+
+    Args:
+      log_weights: [B, K].
+      others: [B].
+    """
+    chex.assert_rank([log_weights, others], [2, 1])
+    shift = jnp.where(jnp.isfinite(others), others, 0)
+    return log_weights - shift[:, None], others - shift
 
 
 def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
@@ -139,7 +184,7 @@ def tilt(
       ref_logits: [B, V].
       candidates: [B, K] int, distinct within a row.
       log_weights: [B, K].
-      others: a number or [B], the log-weight of reward 0, see `zero_log_weight`.
+      others: a number or [B], the log-weight of the tokens that are not scored.
 
     Returns:
       The tilted policy's logits, [B, V].
@@ -155,14 +200,22 @@ def tilt(
 
 
 def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Divides by the temperature: [B, V], [B] -> [B, V].
+    """Divides by the temperature, from the largest logit on, which becomes 0: [B, V], [B] -> [B, V].
 
     Temperature 0 is greedy decoding, defined as temperature 1 followed by truncation to the argmax (see `truncate`):
-    the policy before truncation, and its KL, then stay finite.
+    the policy before truncation, and its KL, then stay finite. With the largest logit at 0 the likely tokens keep
+    their digits at small temperatures.
+
+    Args:
+      temperature: 0, or at least `limits.LEAST_TEMPERATURE`.
     """
     chex.assert_rank([logits, temperature], [2, 1])
     chex.assert_type([logits, temperature], float)
-    return logits / jnp.where(temperature == 0, 1, temperature)[:, None]
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / _divisor(temperature)[:, None]
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    return jnp.where(temperature == 0, 1, temperature)
 
 
 def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -183,7 +236,7 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p:
     chex.assert_rank([logits, temperature, top_k, top_p], [2, 1, 1, 1])
     chex.assert_type([logits, temperature, top_k, top_p], [jnp.float32, float, int, float])
     top_k = jnp.where(temperature == 0, 1, top_k)
-    count = jnp.where(top_k == 0, jnp.inf, top_k)
+    count = jnp.where(top_k == 0, jnp.float32(jnp.inf), top_k)
     logits = jnp.where(_fewest(logits, jnp.ones_like(logits), count), logits, -jnp.inf)
     mass = jnp.where(top_p >= 1, jnp.inf, top_p)
     return jnp.where(_fewest(logits, jax.nn.softmax(logits), mass), logits, -jnp.inf)
@@ -204,7 +257,7 @@ def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
     rows, size = logits.shape
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, -size % GROUP))).reshape(rows, -1, GROUP)
-    uniform = jax.vmap(functools.partial(jax.random.uniform, shape=(2,)))(keys)
+    uniform = jax.vmap(functools.partial(jax.random.uniform, shape=(2,), dtype=jnp.float32))(keys)
     group = _draw(weights.sum(-1), uniform[:, 0])
     within = jnp.take_along_axis(weights, group[:, None, None], axis=1)[:, 0]
     return (group * GROUP + _draw(within, uniform[:, 1])).astype(jnp.int32)
@@ -225,7 +278,7 @@ def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
-    """KL(pi || pi_ref), exact over the vocabulary: [B, V], [B, V] -> [B] in nats.
+    """KL(pi || pi_ref), exact over the vocabulary: [B, V], [B, V] -> [B] in nats, >= 0.
 
     A token that pi excludes (-inf) adds 0; one that only pi_ref excludes makes the KL +inf.
     """
@@ -237,7 +290,7 @@ def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     log_pi = jax.nn.log_softmax(logits)
     # Masked before the subtraction and not after it: -inf - -inf is nan, and so would be its gradient.
     log_ratio = jnp.where(both, log_pi, 0) - jnp.where(both, jax.nn.log_softmax(ref_logits), 0)
-    finite = jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1)
+    finite = jnp.maximum(jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1), 0)  # rounding may leave less than 0
     return jnp.where(jnp.any(in_policy & ~in_ref, axis=-1), jnp.inf, finite)
 
 

@@ -211,7 +211,7 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """
     problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, dataset.with_variation(rollouts)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
-    labelled = lengths - np.asarray([rollout.first_label for rollout in rollouts])
+    labelled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
     return {
         "rollouts": len(rollouts),
         "reward": float(np.mean([rollout.reward for rollout in rollouts])),

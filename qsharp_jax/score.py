@@ -27,7 +27,8 @@ def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: 
       rows: sequences in a batch.
       bucket: widths are multiples of it, in tokens.
     """
-    return _responses(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
+    numbers = _sequences(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
+    return [found[len(example.prompt) :] for found, example in zip(numbers, examples, strict=True)]
 
 
 def log_probs(
@@ -40,20 +41,22 @@ def log_probs(
       rows, bucket: as in `score`.
       vocab_size: ids from here on pad the embedding; they have probability 0.
     """
-    return _responses(functools.partial(_log_probs, ref, vocab_size=vocab_size), examples, rows=rows, bucket=bucket)
+    of_batch = functools.partial(_log_probs, ref, vocab_size=vocab_size)
+    numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
+    return [found[len(example.prompt) :] for found, example in zip(numbers, examples, strict=True)]
 
 
-def _responses(
+def _sequences(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
-    """What `of_batch` gives the tokens of a batch, [B, T] or [B, T, ...], at every example's response."""
+    """What `of_batch` gives the tokens of a batch, [B, T] or [B, T, ...], one array per example, prompt included."""
     rows = sharding.round_rows(rows)
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]
         numbers = sharding.to_host(of_batch(sharding.place_rows(make_batch(part, rows, width))))
         for row, index in enumerate(indices):
-            found[index] = numbers[row, len(part[row].prompt) : len(part[row])]
+            found[index] = numbers[row, : len(part[row])]
     return found
 
 
@@ -153,11 +156,11 @@ def quality(
       ranking: within prompts.
     """
     of_batch = functools.partial(_means_and_nll, guide, projection=projection, clip=clip)
-    scores = _responses(of_batch, examples, rows=rows, bucket=bucket)
-    both = np.concatenate([s[example.first_label :] for s, example in zip(scores, examples, strict=True)])
+    numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
+    both = np.concatenate([n[len(e.prompt) + e.first_label :] for n, e in zip(numbers, examples, strict=True)])
     labelled, nll = both[:, 0], both[:, 1]
     rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])
-    last = np.asarray([s[-1, 0] for s in scores])
+    last = np.asarray([n[-1, 0] for n in numbers])
     return {
         "nll": float(np.mean(nll, dtype=np.float64)),
         "brier": float(np.mean((labelled - rewards) ** 2)),

@@ -319,7 +319,7 @@ class Session:
         return zlib.crc32(f"{self.config.seed}/{name}".encode())
 
     def key(self, name: str) -> jax.Array:
-        return jax.random.key(self.seed(name))
+        return jax.random.key(self.seed(name), impl="threefry2x32")  # whatever the process's default
 
     def train_problems(self, number: int) -> list[Problem]:
         """The problems of a round: new ones in each, or of a fixed data set the same in all, as in the paper."""

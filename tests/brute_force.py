@@ -62,7 +62,7 @@ def models(case):
     ref_config, guide_config, _ = ALL[case]
     ref = LanguageModel(numpy_decoder.random_params(0, decoder.init, ref_config), ref_config)
     guide = ValueModel(numpy_decoder.random_params(1, value.init, guide_config), guide_config)
-    guide.params["head"]["kernel"] *= 2  # values all over the range
+    guide.params["head"]["kernel"] *= 6  # values all over the range
     return ref, guide
 
 
@@ -106,7 +106,27 @@ def truncate(log_pi, temperature, top_k, top_p):
     return log_softmax(kept)
 
 
-def policies(case, tokens, *, eta=np.inf, temperature=1.0, top_p=1.0, top_k=0, guided=True, k=K, threshold=0.0):
+def log_weights(mode, eta, atoms, probs):
+    """What laws [..., n] add to a logit, [...]."""
+    if np.isinf(eta):
+        return np.zeros(np.shape(probs)[:-1])
+    mean = (probs * atoms).sum(-1)
+    return {
+        "qsharp": lambda: scipy.special.logsumexp(atoms / eta, b=probs, axis=-1),
+        "cd": lambda: mean / eta,
+        "expectation": lambda: np.log(mean),
+    }[mode]()
+
+
+def keeps_mass(ref_logits, weights, divisor):
+    """The number that, added to all other logits, leaves these tokens with their probability under pi_ref."""
+    log_sum = scipy.special.logsumexp
+    return divisor * (log_sum((ref_logits + weights) / divisor) - log_sum(ref_logits / divisor))
+
+
+def policies(
+    case, tokens, *, eta=np.inf, temperature=1.0, top_p=1.0, top_k=0, guided=True, k=K, threshold=0.0, others="mass"
+):
     """After `tokens`: log-probabilities [V] of the policy, of it truncated, and of pi_ref, and the mean values [V]
     (nan where the guide scored no candidate: those beyond the first k, or less probable than the threshold)."""
     (ref_config, guide_config, mode), (ref, guide) = ALL[case], exact_params(case)
@@ -114,19 +134,25 @@ def policies(case, tokens, *, eta=np.inf, temperature=1.0, top_p=1.0, top_k=0, g
     logits, means = ref_logits.copy(), np.full(ref_logits.shape, np.nan)
     candidates = np.argsort(-ref_logits, kind="stable")[: k if guided else 0]
     candidates = candidates[np.exp(log_softmax(ref_logits)[candidates]) >= threshold]
-    if len(candidates):
-        outputs = numpy_decoder.value_outputs(guide, guide_config, tokens, candidates)
-        atoms, probs = numpy_decoder.law(guide_config, outputs)
-        means[candidates] = (probs * atoms).sum(-1)
-        if np.isfinite(eta):
-            # Tokens that are no candidates count as of a sure reward of 0.
-            weights = np.full(logits.shape, -np.inf if mode == "expectation" else 0.0)
-            if mode == "qsharp":
-                weights[candidates] = scipy.special.logsumexp(atoms / eta, b=probs, axis=-1)
-            else:
-                weights[candidates] = means[candidates] / eta if mode == "cd" else np.log(means[candidates])
-            logits += weights
     divisor = temperature or 1.0  # greedy is temperature 1, cut to the most probable token
+    if len(candidates):
+        atoms, probs = numpy_decoder.law(
+            guide_config, numpy_decoder.value_outputs(guide, guide_config, tokens, candidates)
+        )
+        means[candidates] = (probs * atoms).sum(-1)
+        scored = log_weights(mode, eta, atoms, probs)
+        if others == "mass":
+            rest = keeps_mass(ref_logits[candidates], scored, divisor)
+        elif others == "zero":
+            rest = -np.inf if mode == "expectation" and np.isfinite(eta) else 0.0
+        elif guide_config.type == "v":
+            rest = log_weights(mode, eta, *law_of_last(case, tokens))[0]
+        else:  # one hidden state scores every token
+            every = np.arange(len(logits))
+            outputs = numpy_decoder.value_outputs(guide, guide_config, tokens, every)
+            rest = log_weights(mode, eta, *numpy_decoder.law(guide_config, outputs))
+        logits = ref_logits + rest
+        logits[candidates] = ref_logits[candidates] + scored
     policy, ref_policy = log_softmax(logits / divisor), log_softmax(ref_logits / divisor)
     return policy, truncate(policy, temperature, top_k, top_p), ref_policy, means
 
@@ -137,11 +163,16 @@ def draw(seed, step, log_probs):
     return guidance.sample(log_probs[None], key[None])[0]
 
 
-def value_of(case, tokens):
-    """The guide's mean at the last of the tokens."""
+def law_of_last(case, tokens):
+    """The guide's law at the last of the tokens: atoms, and probabilities [1, n]."""
     _, guide_config, _ = ALL[case]
     outputs = numpy_decoder.value_outputs(exact_params(case)[1], guide_config, tokens[:-1], tokens[-1:])
-    atoms, probs = numpy_decoder.law(guide_config, outputs)
+    return numpy_decoder.law(guide_config, outputs)
+
+
+def value_of(case, tokens):
+    """The guide's mean at the last of the tokens."""
+    atoms, probs = law_of_last(case, tokens)
     return (probs * atoms).sum(-1)[0]
 
 

@@ -191,6 +191,7 @@ RANGES = {  # key: (allowed, forbidden)
     "generate.top_p": ([0.1, 1], [0, 1.1]),
     "generate.top_k": ([0, 20], [-1]),
     "generate.top_k_candidates": ([1], [0]),
+    "generate.others": (["mass", "prefix", "zero"], ["none", 0]),
     "generate.max_new_tokens": ([1], [0]),
     "generate.prompt_bucket": ([1], [0]),
     "collect.prompts": ([1], [0]),

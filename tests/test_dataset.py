@@ -178,7 +178,7 @@ def test_a_round_without_rollouts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("switch", "labelled"),
     [
-        (0, [0, 1, 2, 3, 4]),  # round 1: pi_ref chose everything
+        (0, [-1, 0, 1, 2, 3, 4]),  # round 1: pi_ref chose everything, so the prompt's last token has its law too
         (1, [0, 1, 2, 3, 4]),  # one guided token: Z(prompt, it) is what pi_ref made of it
         (3, [2, 3, 4]),  # tokens 0 and 1 were followed by a guided token, not by pi_ref
         (4, [3, 4]),
@@ -188,7 +188,9 @@ def test_labels_begin_at_the_last_roll_in_token(switch, labelled):
     """DESIGN, section 2: "only tokens at positions >= the last roll-in token carry labels"."""
     rollout = make_rollout(4, switch=switch)
     batch = dataset.make_batch([dataset.from_rollout(rollout)], rows=1, width=8)
-    assert np.flatnonzero(batch.label_mask[0]).tolist() == [len(rollout.prompt_tokens) + at for at in labelled]
+    places = [len(rollout.prompt_tokens) + at for at in labelled]
+    assert np.flatnonzero(batch.label_mask[0]).tolist() == places
+    assert (batch.reward_to_go[0, places] == np.float32(rollout.reward)).all()
 
 
 def test_a_batch_by_hand():

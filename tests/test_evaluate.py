@@ -140,8 +140,10 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
     assert [(row["method"], row["round"], row["eta"]) for row in rows] == [
         ("pi_ref", 0, None),
         ("pi_ref_greedy", 0, None),
+        ("pi_ref_top_k", 0, None),
         ("qsharp", 1, 0.5),
         *(("qsharp", 2, eta) for eta in ETAS),
+        ("qsharp_greedy", 2, 0.5),
         *(("cd", 2, eta) for eta in ETAS),
         *((f"{name}_3", 2, None) for name in ("pass", "majority", "best_of", "weighted_majority")),
     ]
@@ -152,7 +154,9 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
     assert by_name["pi_ref"]["kl"] == by_name["pi_ref_greedy"]["kl"] == by_name["pi_ref"]["kl_truncated"] == 0
     assert by_name["pi_ref_greedy"]["kl_truncated"] > 0  # greedy is far from pi_ref, and no guide made it so
     assert all(row["kl"] > 0 for row in rows if row["method"] in ("qsharp", "cd"))
-    for row in rows[:7]:
+    assert by_name["pi_ref_top_k"]["kl"] == 0 < by_name["pi_ref_top_k"]["kl_truncated"]
+    assert by_name["qsharp_greedy"]["kl_truncated"] > by_name["qsharp_greedy"]["kl"] > 0
+    for row in rows[:9]:
         assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in MEASURED)
         assert row["pass_1"] == pytest.approx(row["reward"]) and 0 <= row["no_answer"] < 1
     assert by_name["pi_ref"]["pass_1"] <= by_name["pi_ref"]["pass_2"] <= by_name["pi_ref"]["pass_3"]
@@ -167,14 +171,15 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
     session, _, _, rows = evaluated
     problems = {problem.problem_id: problem for problem in session.test_problems()}
     assert len(problems) == 10
-    files = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref_greedy", "qsharp": "qsharp_round_{}", "cd": "cd_round_{}"}
+    files = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref_greedy", "pi_ref_top_k": "pi_ref_top_k"}
+    files |= {name: f"{name}_round_{{}}" for name in ("qsharp", "qsharp_greedy", "cd")}
     some = 0
     for row in rows:
         if row["method"] not in files:
             continue
         samples = samples_of(session, files[row["method"]].format(row["round"]))
         part = [sample for sample in samples if sample["eta"] == row["eta"]]
-        count = {"pi_ref": 3, "pi_ref_greedy": 1}.get(row["method"], 2)
+        count = {"pi_ref": 3, "pi_ref_greedy": 1, "qsharp_greedy": 1}.get(row["method"], 2)
         assert [sample["problem_id"] for sample in part] == [name for name in problems for _ in range(count)]
         for sample in part:
             problem = problems[sample["problem_id"]]
@@ -324,8 +329,8 @@ def test_a_broken_verdict_is_mended(evaluated, copied, monkeypatch):
     rows, changed = evaluate.rejudge(copied)
     assert rows == evaluated[3] == json.loads(copied.workdir.results.read_text())
     assert {name: found[:2] for name, found in changed.items()} == {
-        "pi_ref.jsonl": (30, 1), "pi_ref_greedy.jsonl": (10, 0), "qsharp_round_1.jsonl": (20, 0),
-        "qsharp_round_2.jsonl": (40, 0), "cd_round_2.jsonl": (40, 2),
+        "pi_ref.jsonl": (30, 1), "pi_ref_greedy.jsonl": (10, 0), "pi_ref_top_k.jsonl": (20, 0), "qsharp_round_1.jsonl": (20, 0),
+        "qsharp_round_2.jsonl": (40, 0), "qsharp_greedy_round_2.jsonl": (10, 0), "cd_round_2.jsonl": (40, 2),
     }  # fmt: skip
     assert changed["pi_ref.jsonl"][2] == 1
     assert {path.name: path.read_text() for path in copied.workdir.samples.iterdir()} == before
@@ -377,11 +382,11 @@ def test_a_line_separator_in_a_text_is_no_end_of_line(tmp_path):
 def test_a_guide_less_evaluation_is_pi_refs(tmp_path, monkeypatch, evaluated):
     """Before the first fit: two rows, and no others. (Its samples are lent by the evaluated session.)"""
     session = helpers.session(tmp_path, "collect.eta=0.5", "evaluate.guided_samples=2")
-    for name in ("pi_ref", "pi_ref_greedy"):
+    for name in ("pi_ref", "pi_ref_greedy", "pi_ref_top_k"):
         (session.workdir.samples / f"{name}.jsonl").write_bytes(
             (evaluated[0].workdir.samples / f"{name}.jsonl").read_bytes()
         )
     forbid_sampling(monkeypatch)
     rows = evaluate.evaluate(session, evaluated[1], {}, full=True)
-    assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy"]
+    assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "pi_ref_top_k"]
     assert rows == evaluated[3][:2]

@@ -107,6 +107,87 @@ def test_in_expectation_mode_only_candidates_are_left():
     np.testing.assert_array_equal(tilted, [[-np.inf, -2, -np.inf], [0, 0, 0]])
 
 
+# --- tokens that are not scored -----------------------------------------------------------------------------------
+
+mass = jax.jit(guidance.mass_log_weight)
+
+
+@examples
+@given(seeds, st.sampled_from([0.01, 1.0, 1000.0]), st.sampled_from([0.0, 0.3, 1.0, 2.0]))
+def test_the_scored_tokens_keep_their_mass_under_pi_ref(seed, scale, temperature):
+    """At every temperature, however large the weights: by softmax in float64, with some candidates left out."""
+    rng = np.random.default_rng(seed)
+    ref, weights = random_logits(rng), np.float32(rng.normal(size=(B, K)) * scale)
+    candidates, scored = np.asarray(guidance.top_candidates(jnp.asarray(ref), K)), rng.random((B, K)) < 0.8
+    others = np.asarray(mass(np.take_along_axis(ref, candidates, 1), weights, jnp.full(B, temperature), scored))
+    weights = np.where(scored, weights, others[:, None])
+    tilted = np.float64(ref) + np.float64(others)[:, None]
+    np.put_along_axis(tilted, candidates, np.take_along_axis(np.float64(ref), candidates, 1) + weights, axis=1)
+    for row in range(B):
+        kept = candidates[row, scored[row]]
+        before, after = (softmax(logits[row] / (temperature or 1))[kept].sum() for logits in (np.float64(ref), tilted))
+        np.testing.assert_allclose(after, before, rtol=2e-4 * max(scale, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, -7.7, 1e6, 1e-30])
+def test_equal_weights_have_that_mass_weight_exactly(constant):
+    ref, weights = random_logits(np.random.default_rng(3), (B, K)), jnp.full((B, K), constant)
+    for temperature in (0.0, 0.7, 1.0):
+        np.testing.assert_array_equal(mass(ref, weights, jnp.full(B, temperature)), weights[:, 0])
+
+
+def test_mass_of_one_sure_candidate_and_of_none():
+    """A candidate of weight 1e-12 that has all the tilt, weights of -inf beside others, and no scored candidate."""
+    ref = np.float32(np.log([[1, 1e-12], [1, 1], [1, 1]]))
+    weights = np.float32([[-100, 20], [-np.inf, 2], [5, 3]])
+    scored = np.array([[True, True], [True, True], [False, False]])
+    want = [np.log(1e-12) + 20, np.log(0.5) + 2, 0]
+    np.testing.assert_allclose(mass(ref, weights, np.ones(3, np.float32), scored), want, rtol=1e-6)
+
+
+def test_relative_weights_leave_the_policy_and_an_infinite_one_as_it_is():
+    weights, others = np.float32([[1, 3], [-2, 4], [0, 5]]), np.float32([2, -2, -np.inf])
+    got_weights, got_others = guidance.relative(weights, others)
+    np.testing.assert_array_equal(got_weights, [[-1, 1], [0, 6], [0, 5]])
+    np.testing.assert_array_equal(got_others, [0, 0, -np.inf])
+
+
+def prefix_weights(tree, eta):
+    """log E exp(z / eta) of the exact law after each inner node's own prefix: [nodes]."""
+    laws = jnp.float32(np.log(np.maximum(tabular.total_laws(tree)[tree.inner], 1e-38)))
+    law = values.Categorical(laws, jnp.float32(tabular.totals(tree)[0]))
+    return law.log_mgf(eta)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_with_an_exact_guide_both_lose_no_more_than_the_unscored_tokens_allow(seed, k):
+    """On random trees. With every token a candidate all definitions are pi*; with fewer, the policy's KL from pi* at a
+    node is at most that of not knowing the unscored tokens' weights: the spread of their true log-weights."""
+    tree = tabular.random_tree(np.random.default_rng(seed), 5, 3, final_rewards=(0.0, 0.5, 1.0), step_rewards=(0.0,))
+    exact, ref, eta = exact_values(tree), ref_logits(tree), 0.3
+    _, _, optimal = tabular.soft_bellman(tree, eta)
+    optimal = optimal[tree.inner]
+    candidates = guidance.top_candidates(ref, k)
+    laws = exact.replace(logits=jax.vmap(lambda logits, row: logits[row])(exact.logits, candidates))
+    weights = guidance.log_weights(laws, jnp.full(len(ref), eta), "qsharp")
+    every = np.asarray(guidance.log_weights(exact, jnp.full(len(ref), eta), "qsharp"))
+    others = {
+        "mass": mass(jnp.take_along_axis(ref, candidates, 1), weights, jnp.ones(len(ref))),
+        "prefix": prefix_weights(tree, eta),
+    }
+    for name, rest in others.items():
+        logits = guidance.tilt(ref, candidates, *guidance.relative(weights, rest))
+        policy = softmax(logits)
+        lost = np.sum(optimal * (np.log(optimal) - np.log(policy)), axis=1)
+        unscored = np.ones_like(every, bool)
+        np.put_along_axis(unscored, np.asarray(candidates), False, axis=1)
+        error = np.where(unscored, np.abs(every - np.asarray(rest)[:, None]), 0).max(1)
+        assert (lost <= error + 1e-5).all(), name
+        if k == 5:
+            np.testing.assert_allclose(policy, optimal, atol=1e-5)
+
+
 # --- the optimal policy -------------------------------------------------------------------------------------------
 
 
@@ -181,10 +262,19 @@ def test_as_eta_falls_cd_goes_left_and_qsharp_goes_right():
 # --- temperature and truncation -----------------------------------------------------------------------------------
 
 
-def test_temperature_divides_and_zero_leaves_the_logits():
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0, 2.0, 1e-6])
+def test_temperature_divides_the_distance_to_the_largest_logit_and_zero_is_one(temperature):
     logits = random_logits(np.random.default_rng(0), excluded=0.2)
-    got = guidance.temper(jnp.asarray(logits), jnp.float32([1, 0.5, 0, 2]))
-    np.testing.assert_array_equal(got, logits / np.float32([1, 0.5, 1, 2])[:, None])
+    got = guidance.temper(jnp.asarray(logits), jnp.full(B, temperature))
+    want = (np.float64(logits) - logits.max(-1, keepdims=True)) / (temperature or 1)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_array_equal(np.max(got, axis=-1), 0)
+
+
+def test_at_temperature_one_log_probabilities_are_the_logits_bit_for_bit():
+    logits = random_logits(np.random.default_rng(0), excluded=0.2)
+    tempered = guidance.temper(jnp.asarray(logits), jnp.ones(B))
+    np.testing.assert_array_equal(jax.nn.log_softmax(tempered), jax.nn.log_softmax(jnp.asarray(logits)))
 
 
 def nucleus(logits, greedy, top_k, top_p):

@@ -95,7 +95,7 @@ def test_round_1_is_pi_ref_alone(run, collected):
     """No switch, no eta, a label at every token; and the tokens are those that pi_ref samples from the recorded seed."""
     ref, _, session = run
     records = read(collected, 1)
-    assert all(record.switch == 0 and math.isinf(record.eta) and record.first_label == 0 for record in records)
+    assert all(record.switch == 0 and math.isinf(record.eta) and record.first_label == -1 for record in records)
     assert len({record.seed for record in records}) == len(records)
     again = generate(
         ref, None, [record.prompt_tokens for record in records[:8]],

@@ -142,21 +142,21 @@ def test_ranking_knows_nothing_of_hard_and_easy_prompts():
 
 def test_quality_by_hand(monkeypatch):
     """Likelihood, Brier score and calibration over labelled tokens alone, ranking by the value at a response's end."""
-    values = {(5, 6, 2): [0.9, 0.4, 0.8], (7, 2): [0.3, 0.6], (8, 2): [0.2, 0.7]}
-    nlls = {(5, 6, 2): [9.0, 0.5, 0.25], (7, 2): [1.0, 2.0], (8, 2): [7.0, 0.75]}
+    values = {(5, 6, 2): [0.5, 0.9, 0.4, 0.8], (7, 2): [0.1, 0.3, 0.6], (8, 2): [0.5, 0.2, 0.7]}  # the prompt's first
+    nlls = {(5, 6, 2): [9.0, 9.0, 0.5, 0.25], (7, 2): [4.0, 1.0, 2.0], (8, 2): [8.0, 7.0, 0.75]}
 
-    def responses(of_batch, examples, **_):
+    def sequences(of_batch, examples, **_):
         return [np.stack([np.float32(values[e.response]), np.float32(nlls[e.response])], axis=-1) for e in examples]
 
-    monkeypatch.setattr(score, "_responses", responses)
+    monkeypatch.setattr(score, "_sequences", sequences)
     made = [
         Example([1], (5, 6, 2), reward=1.0, first_label=1),
-        Example([1], (7, 2), reward=0.0),
+        Example([1], (7, 2), reward=0.0, first_label=-1),
         Example([1], (8, 2), reward=1.0, first_label=1),
     ]
     found = score.quality(None, made, ["p", "p", "q"], rows=4, bucket=8)
-    assert found["nll"] == (0.5 + 0.25 + 1 + 2 + 0.75) / 5
-    labelled = [(0.4, 1), (0.8, 1), (0.3, 0), (0.6, 0), (0.7, 1)]
+    assert found["nll"] == (0.5 + 0.25 + 4 + 1 + 2 + 0.75) / 6
+    labelled = [(0.4, 1), (0.8, 1), (0.1, 0), (0.3, 0), (0.6, 0), (0.7, 1)]
     np.testing.assert_allclose(found["brier"], np.mean([(p - r) ** 2 for p, r in labelled]), rtol=1e-5)
     np.testing.assert_allclose(found["calibration_error"], np.mean([abs(p - r) for p, r in labelled]), rtol=1e-5)
     assert found["ranking"] == 1.0  # p: 0.8 over 0.6; q has no pair

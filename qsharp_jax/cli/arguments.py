@@ -6,8 +6,8 @@ from typing import NoReturn
 
 import qsharp_jax.cli.runs as runs
 import qsharp_jax.cli.texts as texts
-from qsharp_jax import config as configs
 from qsharp_jax.errors import UserError
+from qsharp_jax.limits import LEAST_ETA, OTHERS
 
 DESCRIPTION = """\
 Guides a frozen language model by a learned distribution of the reward-to-go (Q#, arXiv 2502.20548).
@@ -259,6 +259,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         help=f"how many of the likeliest tokens the guide scores at each step; {default('top_k_candidates')}",
     )  # fmt: skip
     sub.add_argument(
+        "--others", choices=OTHERS,
+        help="log-weight of the tokens that the guide does not score: mass, so that the scored ones keep their mass"
+        " under the reference; prefix, the guide's own of the text so far; or zero, that of reward 0, as in the paper's"
+        f" program; {default('others')}",
+    )  # fmt: skip
+    sub.add_argument(
         "--stop-ids", type=_ids, metavar="LIST",
         help="a response ends at the first of these token ids, as 2,107; by default those of generation_config.json,"
         " the tokenizer's eos and the end of a turn in its chat template",
@@ -294,6 +300,6 @@ def _numbers(text: str) -> list[float]:
 
 def _etas(text: str) -> list[float]:
     etas = _numbers(text)
-    if not all(eta >= configs.LEAST_ETA for eta in etas):
-        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be at least {configs.LEAST_ETA:g}")
+    if not all(eta >= LEAST_ETA for eta in etas):
+        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be at least {LEAST_ETA:g}")
     return etas

@@ -16,10 +16,10 @@ from qsharp_jax.errors import UserError
 from qsharp_jax.workdir import Workdir
 
 # Of `generate` on folders; a run has its own. The eta is that of the paper's experiments.
-DEFAULTS = dict(eta=0.1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, top_k_candidates=20)
+DEFAULTS = dict(eta=0.1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, top_k_candidates=20, others="mass")
 BATCH_ROWS = 16
 
-_CHANGES = ("temperature", "top_p", "top_k", "max_new_tokens", "top_k_candidates")
+_CHANGES = ("temperature", "top_p", "top_k", "max_new_tokens", "top_k_candidates", "others")
 
 
 def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import guidance, sharding
+from qsharp_jax import guidance, limits, sharding
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (
@@ -64,9 +64,9 @@ def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence
         for its log-probabilities and the KL. Its weights are data: they may change from call to call.
       prompts: B lists of token ids, each of at least one token.
       weights: of several guides, one number each, or [rows, guides] with such numbers for each row.
-      eta: weight of the KL to the reference, > 0, in units of reward; a number or one a row. Small is strong guidance.
-        By default inf.
-      temperature: >= 0; 0 takes the most probable token. A number or one a row, by default 1.
+      eta: weight of the KL to the reference, at least 1e-6, in units of reward; a number or one per row. Small is
+        strong guidance. By default inf.
+      temperature: 0 takes the most probable token; else at least 1e-6. A number or one per row, by default 1.
       top_k_candidates: how many of the likeliest tokens under the reference the guide scores at each step, by default
         20.
       top_p: in (0, 1], a number or one a row, by default 1.
@@ -77,6 +77,10 @@ def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence
       stop_ids: a response ends at the first of these.
       samples: responses to each prompt, by default 1; they share one prefill.
       mode: "qsharp" (the default), "cd" or "expectation", see `guidance.log_weights`.
+      others: log-weight of the tokens that are not scored: "mass" (the default), under which the scored ones keep
+        their mass under the reference; "prefix", that of the guide's own distribution at the pending token (a Q-type
+        scores all tokens); or "zero", that of reward 0, with which even a constant guide is a top-K filter. See
+        `limits.OTHERS`.
       vocab_size: ids from here on are rows that pad the reference's embedding, and never drawn; by default none are.
       candidate_slots: guide positions that a row has on average, for a V-type: all rows' candidates share so many times
         the rows, the most probable first. By default None: each has `top_k_candidates` of its own.
@@ -177,6 +181,7 @@ def checked(
     samples: int,
     rows: int,
     mode: str = "qsharp",
+    others: str = "mass",
     vocab_size: int | None = None,
     candidate_slots: float | None = None,
     candidate_threshold: float = 1e-3,
@@ -192,10 +197,19 @@ def checked(
             raise UserError(f"{name} is {count}; it must be at least 1")
     if mode not in guidance.MODES:
         raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
+    if others not in limits.OTHERS:
+        raise UserError(f"others is {others!r}; it must be one of {', '.join(limits.OTHERS)}")
     responses = len(prompts) * samples
+    least_eta, least_temperature = np.float32(limits.LEAST_ETA), np.float32(limits.LEAST_TEMPERATURE)
     controls = Controls(
-        eta=_per_row("eta", eta, responses, np.float32, lambda x: x > 0, "greater than 0"),
-        temperature=_per_row("temperature", temperature, responses, np.float32, lambda x: x >= 0, "0 or more"),
+        eta=_per_row(
+            "eta", eta, responses, np.float32, lambda x: x >= least_eta, f"at least {limits.LEAST_ETA:g}"
+        ),
+        temperature=_per_row(
+            "temperature", temperature, responses, np.float32,
+            lambda x: (x == 0) | (least_temperature <= x) & np.isfinite(x),
+            f"0, which is greedy, or a finite number of at least {limits.LEAST_TEMPERATURE:g}",
+        ),
         top_p=_per_row("top_p", top_p, responses, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
         top_k=_per_row("top_k", top_k, responses, np.int32, lambda x: x >= 0, "0 or more"),
         threshold=_per_row(
@@ -235,6 +249,7 @@ def checked(
         candidates=top_k_candidates,
         slots=0 if candidate_slots is None else min(math.ceil(candidate_slots * rows), rows * top_k_candidates),
         mode=mode,
+        others=others,
         truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
         record=tuple(name for name in RECORDED if name in record),
     )

@@ -72,7 +72,7 @@ def decode(
         )
         new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, BLOCK]
         record = jax.tree.map(
-            lambda kept, block: jax.lax.dynamic_update_slice(kept, block, (0, first)), state.record, new
+            lambda kept, block: jax.lax.dynamic_update_slice(kept, block, (jnp.int32(0), first)), state.record, new
         )
         return sharding.constrain_rows(state.replace(record=record))
 

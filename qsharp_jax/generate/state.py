@@ -33,6 +33,7 @@ class Settings:
       candidates: K, how many tokens a step the guide scores.
       slots: guide positions that the candidates of all rows share in a step; 0 gives every row its own K.
       mode: how the guide's distribution becomes a tilt, see `guidance.log_weights`.
+      others: log-weight of the tokens that the guide does not score, of `limits.OTHERS`.
       truncate: some row has top_p < 1, top_k > 0 or temperature 0.
       record: which of `RECORDED` are kept; what is not is not computed.
     """
@@ -41,6 +42,7 @@ class Settings:
     vocab_size: int
     candidates: int
     mode: str = "qsharp"
+    others: str = "mass"
     slots: int = 0
     truncate: bool = False
     record: tuple[str, ...] = RECORDED
@@ -126,7 +128,7 @@ def first_state(
         step=jnp.zeros((), jnp.int32),
         record=Record(
             token=jnp.zeros((rows, steps), jnp.int32),
-            **{name: jnp.zeros((rows, steps)) for kept in settings.record for name in names[kept]},
+            **{name: jnp.zeros((rows, steps), jnp.float32) for kept in settings.record for name in names[kept]},
         ),
     )
 

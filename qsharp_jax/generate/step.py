@@ -9,7 +9,7 @@ Shapes: B rows, V vocabulary, K candidates, M outputs of the guide, S shared slo
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,29 +35,18 @@ def decode_one_token(
     active = state.active(controls)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
-    guided = gives_values(guide)
+    scores = None
     if isinstance(guide, LanguageModel):
         logits, guide_cache = next_logits(guide, state.guide_cache, state, settings)
-    elif guided:
+    elif gives_values(guide):
         candidates = guidance.top_candidates(ref_logits, settings.candidates)  # [B, K]
         packing = None
         if settings.slots:
             packing = guidance.pack(ref_logits, candidates, settings.slots, controls.threshold, active)
             dropped = dropped + packing.dropped
-        weigh = functools.partial(guidance.log_weights, eta=controls.eta, mode=settings.mode)
-        others = guidance.zero_log_weight(controls.eta, settings.mode)
-        if controls.weights is None:
-            cache = state.guide_cache
-            scored, mean_of, pending_value, guide_cache = score_candidates(guide, cache, state, candidates, packing)
-            log_weights = weigh(scored)
-        else:
-            log_weights, mean_of, pending_value, guide_cache = score_by_several(
-                guide, state, candidates, packing, weigh, controls.weights
-            )
-            others = guidance.compose([others] * len(guide), controls.weights)
-        if packing is not None:
-            log_weights = jnp.where(packing.scored, log_weights, others[:, None])
-        logits = guidance.tilt(ref_logits, candidates, log_weights, others)
+        scores = score(guide, state, controls, settings, candidates, packing)
+        logits = tilted(ref_logits, candidates, packing, scores, controls, settings)
+        guide_cache = scores.cache
 
     policy = guidance.temper(logits, controls.temperature)
     ref_policy = guidance.temper(ref_logits, controls.temperature)
@@ -65,8 +54,7 @@ def decode_one_token(
     if settings.truncate:
         truncate = sharding.by_row(guidance.truncate)
         truncated = truncate(policy, controls.temperature, controls.top_k, controls.top_p)
-    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(controls.seed, state.length)
-    token = guidance.sample(truncated, keys)
+    token = guidance.sample(truncated, row_keys(controls.seed, state.length))
 
     new = Record(token=token)
     none = jnp.zeros_like(controls.temperature)
@@ -76,7 +64,10 @@ def decode_one_token(
         kl = none if guide is None else guidance.kl(policy, ref_policy)
         new = new.replace(kl=kl, kl_truncated=guidance.kl(truncated, ref_policy) if settings.truncate else kl)
     if "values" in settings.record:
-        new = new.replace(value=mean_of(token) if guided else none, pending_value=pending_value if guided else none)
+        new = new.replace(
+            value=none if scores is None else scores.mean_of(token),
+            pending_value=none if scores is None else scores.pending_value,
+        )
 
     stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
     # Rows that have ended go on computing on a harmless token; nothing of it is kept.
@@ -92,6 +83,37 @@ def decode_one_token(
         step=state.step + 1,
     )
     return state, new
+
+
+def row_keys(seeds: jax.Array, steps: jax.Array) -> jax.Array:
+    """Typed keys [B], one per row and step, of one generator whatever the process's default: [B] uint32, [B] int32."""
+    key = functools.partial(jax.random.key, impl="threefry2x32")
+    return jax.vmap(lambda seed, step: jax.random.fold_in(key(seed), step))(seeds, steps)
+
+
+def tilted(
+    ref_logits: jax.Array,
+    candidates: jax.Array,
+    packing: Packing | None,
+    scores: "Scores",
+    controls: Controls,
+    settings: Settings,
+) -> jax.Array:
+    """The tilted policy's logits [B, V]; tokens that are not scored get the log-weight that `settings.others` names."""
+    if scores.of_all is not None:
+        padding = ref_logits.shape[1] - scores.of_all.shape[1]  # rows that pad the embedding, whose logits are -inf
+        of_all = jnp.pad(scores.of_all, ((0, 0), (0, padding)))
+        others = guidance.mass_log_weight(ref_logits, of_all, controls.temperature)
+        return ref_logits + guidance.relative(of_all, others)[0]
+    log_weights, scored = scores.log_weights, None if packing is None else packing.scored
+    if settings.others == "mass":
+        ref_of_candidates = jnp.take_along_axis(ref_logits, candidates, axis=1)
+        others = guidance.mass_log_weight(ref_of_candidates, log_weights, controls.temperature, scored)
+    else:
+        others = scores.others
+    if scored is not None:
+        log_weights = jnp.where(scored, log_weights, others[:, None])
+    return guidance.tilt(ref_logits, candidates, *guidance.relative(log_weights, others))
 
 
 def next_logits(model: LanguageModel, cache: KVCache, state: State, settings: Settings) -> tuple[jax.Array, KVCache]:
@@ -177,41 +199,70 @@ def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *o
     return jax.lax.platform_dependent(*operands, tpu=write_last, default=write_first)
 
 
-def score_by_several(
-    guides: Sequence[ValueModel],
+class Scores(NamedTuple):
+    """What one guide says of the next tokens, or several by their weights.
+
+    Attributes:
+      log_weights: [B, K] of the candidates, of no meaning at those without a slot.
+      others: [B], the log-weight of all other tokens, for `others` "prefix" (of the pending token) and "zero".
+      of_all: [B, vocab_size], log-weights of the whole vocabulary where a Q-type scores it all; else None.
+      mean_of: gives the means [B] at one token per row, nan where it was not scored.
+      pending_value: [B], the pending token's own mean; nan from a Q-type, which gave it a step before.
+      cache: of the guide, or a tuple of them.
+    """
+
+    log_weights: jax.Array
+    others: jax.Array
+    of_all: jax.Array | None
+    mean_of: Callable[[jax.Array], jax.Array]
+    pending_value: jax.Array
+    cache: Any
+
+
+def score(
+    guide: ValueModel | tuple[ValueModel, ...],
     state: State,
+    controls: Controls,
+    settings: Settings,
     candidates: jax.Array,
     packing: Packing | None,
-    weigh: Callable[[values.Distribution], jax.Array],
-    weights: jax.Array,
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array, tuple[KVCache, ...]]:
-    """As `score_candidates`, composed: log-weights [B, K] in the place of distributions, sums by weights [B, G]."""
-    scored = [
-        score_candidates(guide, cache, state, candidates, packing)
-        for guide, cache in zip(guides, state.guide_cache, strict=True)
+) -> Scores:
+    """One pass of every guide; of several, log-weights and means are added, each times its guide's weight."""
+    if isinstance(guide, ValueModel):
+        return score_by_one(guide, state.guide_cache, state, controls, settings, candidates, packing)
+    parts = [
+        score_by_one(member, cache, state, controls, settings, candidates, packing)
+        for member, cache in zip(guide, state.guide_cache, strict=True)
     ]
-    distributions, means_of, pending_values, caches = zip(*scored, strict=True)
 
-    def mean_of(token: jax.Array) -> jax.Array:
-        return guidance.compose([mean(token) for mean in means_of], weights)
+    def composed(leaves: Sequence[jax.Array]) -> jax.Array:
+        return guidance.compose(leaves, controls.weights)
 
-    log_weights = guidance.compose([weigh(distribution) for distribution in distributions], weights)
-    return log_weights, mean_of, guidance.compose(pending_values, weights), caches
+    return Scores(
+        log_weights=composed([part.log_weights for part in parts]),
+        others=composed([part.others for part in parts]),
+        of_all=None if parts[0].of_all is None else composed([part.of_all for part in parts]),
+        mean_of=lambda token: composed([part.mean_of(token) for part in parts]),
+        pending_value=composed([part.pending_value for part in parts]),
+        cache=tuple(part.cache for part in parts),
+    )
 
 
-def score_candidates(
-    guide: ValueModel, cache: KVCache, state: State, candidates: jax.Array, packing: Packing | None
-) -> tuple[values.Distribution, Callable[[jax.Array], jax.Array], jax.Array, KVCache]:
-    """One pass of a guide, whose cache it is.
-
-    Returns:
-      the distributions [B, K] at the candidates (of no meaning at those without a slot); a function that gives the
-      means [B] at one token a row (nan where it was not scored); the pending token's own mean [B] (nan from a Q-type,
-      which gave it a step before); the cache.
-    """
+def score_by_one(
+    guide: ValueModel,
+    cache: KVCache,
+    state: State,
+    controls: Controls,
+    settings: Settings,
+    candidates: jax.Array,
+    packing: Packing | None,
+) -> Scores:
+    """One pass of a guide, whose cache it is."""
     params, config = guide.params, guide.config
     distribution = functools.partial(values.from_outputs, config.distribution, atoms=config.atoms)
+    weigh = functools.partial(guidance.log_weights, eta=controls.eta, mode=settings.mode)
     see = functools.partial(advance, params["trunk"], config.trunk, cache, state.pending, state.previous)
+    others = guidance.zero_log_weight(controls.eta, settings.mode)
     if config.type == "q":
         hidden, cache = see()
         scored = distribution(value.outputs_at(params, config, hidden, candidates))
@@ -219,16 +270,24 @@ def score_candidates(
         def mean_of(token: jax.Array) -> jax.Array:
             return distribution(value.outputs_at(params, config, hidden, token[:, None])).mean()[:, 0]
 
-        return scored, mean_of, jnp.full(state.pending.shape, jnp.nan), cache
+        of_all = None
+        if settings.others == "prefix":  # one hidden state scores every token
+            outputs = value.outputs_of_all(params, config, hidden[:, 0])[:, : settings.vocab_size]
+            of_all = sharding.whole_rows(weigh(distribution(outputs)))
+        unknown = jnp.full(state.pending.shape, jnp.nan, jnp.float32)
+        return Scores(weigh(scored), others, of_all, mean_of, unknown, cache)
 
     hidden, cache = see(candidates, packing)
     outputs = value.outputs(params, config, hidden)  # [B, 1 + K, M]
-    scored = distribution(outputs[:, 1:])
+    means = distribution(outputs).mean()
+    log_weights = weigh(distribution(outputs))  # of both in one array, so that equal outputs round alike
+    if settings.others == "prefix":
+        others = log_weights[:, 0]
 
     def mean_of(token: jax.Array) -> jax.Array:
         match = candidates == token[:, None]
         if packing is not None:
             match &= packing.scored
-        return jnp.where(match.any(1), jnp.where(match, scored.mean(), 0).sum(1), jnp.nan)
+        return jnp.where(match.any(1), jnp.where(match, means[:, 1:], 0).sum(1), jnp.nan)
 
-    return scored, mean_of, distribution(outputs[:, 0]).mean(), cache
+    return Scores(log_weights[:, 1:], others, None, mean_of, means[:, 0], cache)

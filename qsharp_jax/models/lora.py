@@ -26,7 +26,7 @@ def add(key: jax.Array, params: Params, rank: int, alpha: float) -> Params:
     kernels = [path for path in flat if "layers" in path and path[-1] == "kernel"]
     for number, path in enumerate(kernels):
         layers, width, features = flat[path].shape
-        draw = jax.random.normal(jax.random.fold_in(key, number), (layers, width, rank))
+        draw = jax.random.normal(jax.random.fold_in(key, number), (layers, width, rank), jnp.float32)
         flat[*path[:-1], "lora_a"] = draw * width**-0.5
         flat[*path[:-1], "lora_b"] = jnp.zeros((layers, rank, features))
         flat[*path[:-1], "lora_scale"] = jnp.full((layers,), alpha / rank)

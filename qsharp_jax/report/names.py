@@ -3,7 +3,14 @@
 import math
 
 POLICIES = {"reinforce": "REINFORCE", "ppo": "PPO", "dpo": "DPO", "rpo": "RPO", "klq": "KLQ"}
-NAMES = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref, greedy", "qsharp": "Q#", "cd": "CD", "vas": "VAS"} | POLICIES
+LEARNED = {"qsharp": "Q#", "cd": "CD", "vas": "VAS"} | POLICIES
+NAMES = {
+    "pi_ref": "pi_ref",
+    "pi_ref_greedy": "pi_ref, greedy",
+    "pi_ref_top_k": "pi_ref, top-K",
+    **LEARNED,
+    **{f"{method}_greedy": f"{name}, greedy" for method, name in LEARNED.items()},
+}
 GUIDED = ("qsharp", "cd", "vas")
 COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "vas": "#b58a00", "pi_ref": "#555555"} | dict.fromkeys(
     POLICIES, "#2c7a4b"

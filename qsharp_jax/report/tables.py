@@ -20,9 +20,11 @@ HOW = (
     " each, in nats, before top-k, top-p and greedy truncation; the next column is the same after it. Tokens are those"
     " of a response (of all k of them in the lines with _k), finished is the share of responses that ended by a stop"
     " token, no answer that of responses in which none was found (their reward is 0), tokens/s count response tokens"
-    " over the method's wall time, compilation included. pass_k is the share of problems that one of the k samples of"
-    " pi_ref solves, majority_k the reward of the answer that most of them give, best_of_k that of the sample with the"
-    " greatest value by the guide, weighted_majority_k that of the answer with the greatest sum of values."
+    " over the method's wall time, compilation included. pi_ref, top-K is pi_ref cut to its K likeliest tokens, as many"
+    " as the guide scores (generate.top_k_candidates): what guidance owes to this cut alone would show there too."
+    " pass_k is the share of problems that one of the k samples of pi_ref solves, majority_k the reward of the answer"
+    " that most of them give, best_of_k that of the sample with the greatest value by the guide, weighted_majority_k"
+    " that of the answer with the greatest sum of values."
 )
 
 
@@ -86,16 +88,18 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     eta = eta if eta in etas else min(etas)
     order = list(NAMES)
     order.insert(order.index("qsharp"), order.pop(order.index("cd")))  # the paper's
-    chosen = [row for row in rows if row["method"] == "pi_ref"] + [row for row in learned if eta_of(row) == eta]
+    chosen = [row for row in rows if row["method"] in ("pi_ref", "pi_ref_top_k")]
+    chosen += [row for row in learned if eta_of(row) == eta]
     chosen.sort(key=lambda row: order.index(row["method"]))
     # Majorities of as many samples for every method, so that they can be compared.
     sizes = [{int(name[9:]) for name in row if re.fullmatch(r"majority_\d+", name)} for row in chosen]
-    size = max(set.intersection(*sizes), default=0)
+    size = max(set.intersection(*filter(None, sizes)) if any(sizes) else (), default=0)  # greedy has one sample alone
     head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
     figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
     lines = [[NAMES[row["method"]], *(_interval(row, name) for name in figures)] for row in chosen]
-    for row in lines[: chosen[0]["method"] == "pi_ref"]:
-        row[-1] = "0"
+    for row, line in zip(chosen, lines, strict=True):
+        if row["method"] == "pi_ref":
+            line[-1] = "0"
     return f"At eta {eta:g}:\n\n{markdown([head, *lines])}"
 
 

@@ -182,4 +182,4 @@ def _has_future(batch: Batch, offset: int) -> jax.Array:
 
 def init_future(key: jax.Array, offsets: int, config: DecoderConfig) -> jax.Array:
     """Heads of the future-token loss, [F, D, V]."""
-    return jax.random.normal(key, (offsets, config.embed, config.vocab_size)) * config.embed**-0.5
+    return jax.random.normal(key, (offsets, config.embed, config.vocab_size), jnp.float32) * config.embed**-0.5

@@ -3,7 +3,6 @@
 import numpy as np
 import numpy_decoder
 import pytest
-import scipy.special
 from brute_force import (
     ATOMS,
     COMMON,
@@ -18,7 +17,9 @@ from brute_force import (
     N,
     draw,
     exact_kl,
+    keeps_mass,
     log_softmax,
+    log_weights,
 )
 
 from qsharp_jax import generate as module
@@ -33,7 +34,7 @@ REF = LanguageModel(numpy_decoder.random_params(0, decoder.init, DEEP), DEEP)
 
 def make_guide(seed, config):
     guide = ValueModel(numpy_decoder.random_params(seed, value.init, config), config)
-    guide.params["head"]["kernel"] *= 2
+    guide.params["head"]["kernel"] *= 6
     return guide
 
 
@@ -58,14 +59,15 @@ def policies(type, mode, tokens, weights, eta):
     candidates = np.argsort(-ref_logits, kind="stable")[:K]
     logits, means = ref_logits.copy(), np.full(ref_logits.shape, np.nan)
     means[candidates] = 0
+    scored = np.zeros(K)
     for guide, weight in zip(GUIDES[type], weights):
         outputs = numpy_decoder.value_outputs(numpy_decoder.to_float64(guide.params), guide.config, tokens, candidates)
         atoms, probs = numpy_decoder.law(guide.config, outputs)
         mean = (probs * atoms).sum(-1)
         means[candidates] += weight * mean
-        if np.isfinite(eta):
-            log_weights = scipy.special.logsumexp(atoms / eta, b=probs, axis=-1) if mode == "qsharp" else mean / eta
-            logits[candidates] += weight * log_weights
+        scored += weight * log_weights(mode, eta, atoms, probs)
+    logits += keeps_mass(ref_logits[candidates], scored, 1.0)
+    logits[candidates] = ref_logits[candidates] + scored
     return log_softmax(logits), log_softmax(ref_logits), means
 
 

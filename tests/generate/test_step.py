@@ -37,7 +37,7 @@ from qsharp_jax.models import value
 def test_every_row_of_a_mixed_batch_is_the_loop_without_a_cache(case):
     got = run(case, rng=SEEDS, **MIXED)
     assert_is_brute_force(got, case, PROMPTS, SEEDS, MIXED)
-    assert got.kl.max() > 0.3, "the guide steers in this test"
+    assert got.kl.max() > 0.2, "the guide steers in this test"
 
 
 def test_one_row_is_the_loop_without_a_cache_too_and_its_cache_is_not_copied():

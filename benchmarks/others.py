@@ -1,0 +1,107 @@
+"""The log-weight of tokens that the guide does not score, three definitions, with the guides of finished runs.
+
+    python benchmarks/others.py --workdir runs/seed0 [runs/seed1 ...] [--etas 0.5,0.1] [--samples 2] [--constant]
+
+For every definition of `generate.others`, Q# and CD at each eta on the held-out problems of each run, beside pi_ref,
+pi_ref cut to the K tokens that the guide scores, and Q# greedily. With `--constant` the guide's head is replaced by one
+that gives every token the same value: what is left is what the definition does by itself. Each run keeps what was
+measured in DIR/others.json, and a repeated command goes on from there. KL is exact, in nats per response, before
+truncation. The reward's interval is 95%: of several runs Student's t over their means, of one a bootstrap over
+problems.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from qsharp_jax import figures, report, rollouts
+from qsharp_jax.files import write_atomic
+from qsharp_jax.limits import OTHERS
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.session import Session
+from qsharp_jax.workdir import Workdir
+
+Measured = dict[str, list[float]]  # by figure, one number per problem
+
+
+def without_information(guide: ValueModel) -> ValueModel:
+    """The guide with a zero head: 1/2 everywhere, of a Bernoulli."""
+    head = {name: jnp.zeros_like(leaf) for name, leaf in guide.params["head"].items()}
+    return guide.replace(params=guide.params | {"head": head})
+
+
+def measure(session: Session, etas: list[float], samples: int, constant: bool) -> dict[str, Measured]:
+    """By method, eta and definition, as a row of the table names them."""
+    ref, guide = session.load_ref(), session.load_guide()
+    guide = without_information(guide) if constant else guide
+    problems = [problem for problem in session.test_problems() for _ in range(samples)]
+    prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::samples]]
+    seeds = np.random.SeedSequence(session.seed("others")).generate_state(len(problems))
+    size, path = session.config.evaluate.batch_size, session.workdir.path / "others.json"
+    settings = session.generation_settings() | {"record": ("kl",), "samples": samples}
+    known = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(name: str, guide: Any, **changes: Any) -> None:
+        name = f"constant {name}" if constant and guide is not None else name
+        if name in known:
+            return
+        drawn = rollouts.sample(ref, guide, prompts, seeds=seeds, batch_size=size, name=name, **(settings | changes))
+        texts = [session.text.decode(drawn.response(row)) for row in range(len(problems))]
+        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
+        columns = {"reward": rewards, "kl": drawn.kl.sum(1), "kl_truncated": drawn.kl_truncated.sum(1)}
+        known[name] = {key: np.reshape(x, (-1, samples)).mean(1).tolist() for key, x in columns.items()}
+        write_atomic(path, json.dumps(known))
+
+    add("pi_ref||", None)
+    add("pi_ref, top-K||", None, top_k=settings["top_k_candidates"])
+    for eta in etas:
+        for others in OTHERS:
+            add(f"Q#|{eta:g}|{others}", guide, eta=eta, others=others)
+            if not constant:
+                add(f"CD|{eta:g}|{others}", guide, eta=eta, others=others, mode="cd")
+    if not constant:
+        for others in OTHERS:
+            add(f"Q#, greedy|{etas[-1]:g}|{others}", guide, eta=etas[-1], others=others, temperature=0.0)
+    return known
+
+
+def interval(means: list[float], per_problem: list[float]) -> str:
+    """Of several runs' means, or of one run's problems."""
+    if len(means) == 1:
+        return "{:.3f} .. {:.3f}".format(*figures.bootstrap(np.asarray(per_problem)))
+    half = scipy.stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
+    return f"{np.mean(means) - half:.3f} .. {np.mean(means) + half:.3f}"
+
+
+def table(runs: list[dict[str, Measured]]) -> str:
+    head = ["method", "eta", "others", "reward", f"95% ({len(runs)} runs)", "by run", "KL", "KL truncated"]
+    lines = [head]
+    for name in sorted(set.intersection(*map(set, runs)), key=list(runs[0]).index):
+        means = [float(np.mean(run[name]["reward"])) for run in runs]
+        kls = (f"{np.mean([np.mean(run[name][key]) for run in runs]):.3f}" for key in ("kl", "kl_truncated"))
+        reward = [f"{np.mean(means):.3f}", interval(means, runs[0][name]["reward"])]
+        lines.append([*name.split("|"), *reward, " ".join(f"{mean:.3f}" for mean in means), *kls])
+    return report.markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", nargs="+", type=Path, required=True)
+    parser.add_argument("--etas", default="0.5,0.2,0.1,0.05", help="in the order in which they are measured")
+    parser.add_argument("--samples", type=int, default=2, help="per problem and setting")
+    parser.add_argument("--constant", action="store_true", help="with a guide that gives every token the same value")
+    options = parser.parse_args()
+    etas = [float(eta) for eta in options.etas.split(",")]
+    sessions = [Session(Workdir.attach(path)) for path in options.workdir]
+    if any(session.config.task.name == "sentiment" for session in sessions):
+        import sentiment  # noqa: F401  (adds its task)
+    print(table([measure(session, etas, options.samples, options.constant) for session in sessions]))
+
+
+if __name__ == "__main__":
+    main()
