@@ -4,7 +4,8 @@ The rows are the files in gsm8k/, math/, aime/ and quality/. With the models' fo
 
     qsharp run --config configs/math/llama31_8b.py --config.ref=DIR --config.guide=DIR --workdir DIR
 
-on one accelerator, or with --config.mesh=NAME; the data come from the hub, or from --config.task.data=DIR.
+on one accelerator, or with --config.mesh=NAME; the data come from the hub, or from --config.task.data=DIR. The paper's
+program gives tokens that are not scored the log-weight of reward 0: --config.generate.others=zero.
 """
 
 from arithmetic import get_config as main_job

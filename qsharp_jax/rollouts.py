@@ -79,8 +79,9 @@ def collect(
 ) -> dict[str, int]:
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
-    A rollout depends on the seed, the round and its own place in it, so a collection that was stopped anywhere and
-    started again ends with the same records as one that never stopped. A rollout is judged, and a shard is written when
+    A rollout depends on the seed, the round and its own place in it, so in float32 a collection that was stopped
+    anywhere and started again ends with the same records as one that never stopped; in bfloat16 what it still has to
+    collect may differ, as `ContinuousBatch` says. A rollout is judged, and a shard is written when
     the last of its rollouts has ended, while others are under way. Several processes share the shards, and all return
     when the last has done.
 

@@ -51,7 +51,8 @@ def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence
     """Samples responses to prompts from the guided policy.
 
     As in the paper's program and in Hugging Face's order, the tilt comes first, then temperature, then top-k and top-p.
-    A row's result depends on its own prompt, settings and seed only (but for shared slots that do not suffice). Every
+    A row's result depends on its own prompt, settings and seed only, up to rounding (and but for shared slots that do
+    not suffice); in bfloat16 rounding may change a token, see `ContinuousBatch`. Every
     program is compiled once per number of rows, padded prompt length, `max_new_tokens` and `Settings`; eta,
     temperature, top-p, top-k, budget and seeds are data. Rows are the prompts' samples, a prompt's next to each other:
     what may be given one a row has len(prompts) * samples entries.

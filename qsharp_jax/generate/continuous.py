@@ -113,8 +113,10 @@ class ContinuousBatch:
     """Responses to any number of prompts, as they end: iterate over it, once.
 
     It gives pairs of places [n], of responses among all of them (prompt 0's samples, then prompt 1's, ...), and of the
-    `Generation` of these. A response is the one that `generate` gives: it depends on its own prompt, settings and seed,
-    not on the row, the time or the neighbours that it had.
+    `Generation` of these. In float32 a response is the one that `generate` gives: it depends on its own prompt,
+    settings and seed, not on the row, the time or the neighbors that it had, unless a draw falls within rounding (about
+    1e-6) of the border between two tokens. In bfloat16 the place in the ring changes the order of attention's sums, and
+    with it how hidden states round: some responses become other samples of the same policy.
 
     Attributes:
       row_steps: rows times steps that were computed so far.

@@ -61,13 +61,13 @@ class Projection(nn.Module):
         if self.has_variable("params", "weight"):
             y = _from_left(self.get_variable("params", "weight").astype(x.dtype), x, x.dtype)
         else:
-            init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
+            init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", dtype=jnp.float32)
             y = product(x, self.param("kernel", init, (x.shape[-1], self.features)), x.dtype)
             y = checkpoint_name(y, "product")
         if self.has_variable("params", "lora_a"):
             y = y + lora.part(x, {name: self.get_variable("params", name) for name in lora.LEAVES})
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y
 
 
@@ -175,8 +175,8 @@ def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
 def init(key: jax.Array, config: DecoderConfig) -> Params:
     """Fresh float32 parameters; every leaf below "layers" has the layers as its first axis."""
     embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
-    normal = nn.initializers.normal(config.embed**-0.5)
-    block, x = Block(config), jnp.zeros((1, 1, config.embed))
+    normal = nn.initializers.normal(config.embed**-0.5, jnp.float32)
+    block, x = Block(config), jnp.zeros((1, 1, config.embed), jnp.float32)
     turn = rotation(jnp.zeros((1, 1), jnp.int32), config)
 
     def init_block(key: jax.Array) -> Params:
@@ -190,7 +190,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
     if config.positions == "learned":
         params["positions"] = normal(position_key, (config.max_positions, config.embed))
     if config.token_shift:
-        params["token_shift"] = jnp.full((config.embed,), 0.5)
+        params["token_shift"] = jnp.full((config.embed,), 0.5, jnp.float32)
     if not config.tied:
         params["head"] = normal(head_key, (config.embed, config.vocab_size))
     return params

@@ -28,8 +28,8 @@ def add(key: jax.Array, params: Params, rank: int, alpha: float) -> Params:
         layers, width, features = flat[path].shape
         draw = jax.random.normal(jax.random.fold_in(key, number), (layers, width, rank), jnp.float32)
         flat[*path[:-1], "lora_a"] = draw * width**-0.5
-        flat[*path[:-1], "lora_b"] = jnp.zeros((layers, rank, features))
-        flat[*path[:-1], "lora_scale"] = jnp.full((layers,), alpha / rank)
+        flat[*path[:-1], "lora_b"] = jnp.zeros((layers, rank, features), jnp.float32)
+        flat[*path[:-1], "lora_scale"] = jnp.full((layers,), alpha / rank, jnp.float32)
     return unflatten_dict(flat)
 
 

@@ -81,9 +81,9 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
     """
     width = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
     trunk = decoder.init(key, config.trunk) if trunk is None else trunk
-    head = {"kernel": jnp.zeros((config.trunk.embed, width))}
+    head = {"kernel": jnp.zeros((config.trunk.embed, width), jnp.float32)}
     if config.type == "v":
-        head["bias"] = jnp.zeros((width,))
+        head["bias"] = jnp.zeros((width,), jnp.float32)
     return {"trunk": {name: leaf for name, leaf in trunk.items() if name != "head"}, "head": head}  # no next tokens
 
 

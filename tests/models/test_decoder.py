@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_decoder
 import pytest
-from helpers import random_model
+from helpers import assert_trees_equal, random_model
 
 from qsharp_jax.models import config as configs
-from qsharp_jax.models import decoder
+from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.value import ValueConfig
 
 LLAMA = DecoderConfig(
     vocab_size=23, embed=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=20, max_positions=32, rope_theta=100.0
@@ -280,3 +281,18 @@ def test_caches_of_several_rows_have_the_keys_positions_last_where_the_weights_a
         for rows in (1, 2):
             made = decoder.positions_last(decoder.unstack(params, transposed=transposed), rows)
             assert made == (transposed and rows > 1)
+
+
+@pytest.mark.parametrize("option", [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")])
+def test_initial_weights_do_not_depend_on_the_process_s_defaults(option):
+    config = configs.make("tiny", vocab_size=20, qkv_bias=True, positions="learned", token_shift=True)
+    key = jax.random.key(3, impl="threefry2x32")
+    want = value.init(key, ValueConfig(config), decoder.init(key, config))
+    name, changed = option
+    before = getattr(jax.config, name)
+    jax.config.update(name, changed)
+    try:
+        got = value.init(key, ValueConfig(config), decoder.init(key, config))
+    finally:
+        jax.config.update(name, before)
+    assert_trees_equal(got, want)
