@@ -110,10 +110,10 @@ def test_scanned_layers_equal_unrolled_ones_keys_and_values_included():
     unrolled, kept = forward(unstacked, config, TOKENS, SEGMENTS, POSITIONS, keep_kv=True)
     np.testing.assert_allclose(unrolled, scanned, atol=1e-5)
     assert len(kept) == config.layers
-    for layer, (key, value) in enumerate(kept):
-        assert key.shape == value.shape == (*TOKENS.shape, config.kv_heads, config.head_dim)
+    for layer, (key, stored) in enumerate(kept):
+        assert key.shape == stored.shape == (*TOKENS.shape, config.kv_heads, config.head_dim)
         np.testing.assert_allclose(key, keys[layer], atol=1e-5)
-        np.testing.assert_allclose(value, values[layer], atol=1e-5)
+        np.testing.assert_allclose(stored, values[layer], atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
