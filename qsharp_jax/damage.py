@@ -15,7 +15,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # UNAVAILABLE, RESOURCE_EXHAUSTED, PERMISSION_DENIED, ..., are of the disk, the network or the machine. INVALID_ARGUMENT
 # is not written before its message.
 _DAMAGE = re.compile(
-    r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND): |FAILED_PRECONDITION: (?!.*HTTP response)|.*Error decoding", re.DOTALL
+    r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND): |FAILED_PRECONDITION: (?!.*http_response_code)|.*Error decoding", re.DOTALL
 )
 
 

@@ -287,9 +287,9 @@ def wrapped(error):
 
 PASSING = {
     "503": HttpError({"code": 503, "message": "Service Unavailable"}),
-    "503 of TensorStore": ValueError('UNAVAILABLE: Error reading "gs://b/9/params/d/ab": HTTP response code: 503'),
-    "400": ValueError('Error reading "gs://b/9/params/d/ab": HTTP response code: 400 with body: invalid grant'),
-    "412": ValueError('FAILED_PRECONDITION: Error reading "gs://b/9/params/d/ab": HTTP response code: 412'),
+    "503 of TensorStore": ValueError("UNAVAILABLE: Error reading gs://b/9/params/d/ab: [http_response_code='503']"),
+    "400": ValueError("Error reading gs://b/9/params/d/ab: invalid grant [http_response_code='400']"),
+    "412": ValueError("FAILED_PRECONDITION: Error reading gs://b/9/params/d/ab: [http_response_code='412']"),
     "no space": OSError(errno.ENOSPC, "No space left on device"),
     "no space, of TensorStore": ValueError(
         "RESOURCE_EXHAUSTED: Error reading local file: No space left on device [os_error_code='28']"
