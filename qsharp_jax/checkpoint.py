@@ -254,7 +254,7 @@ class Checkpoints:
             problem, error = _problem(error), None
             _forget_reads()
             raise DamagedError(f"the checkpoint {path} {problem}")
-        raise error or OSError(errno.EIO, "another process could not read it", str(path))
+        raise error or RuntimeError(f"{path} could not be read by another process")
 
     def _set_aside(self, unread: dict[int, str], step: int) -> None:
         """Renames what could not be read, saying so, and forgets best parameters from after the step."""

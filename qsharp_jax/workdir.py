@@ -178,8 +178,9 @@ def _read_config(path: Path) -> tuple[ConfigDict, str | None]:
 
 
 def _read_json(path: Path) -> dict:
+    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
     try:
-        plain = json.loads(files.read_text(path))
+        plain = json.loads(content)
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
         return plain
