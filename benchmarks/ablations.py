@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import compare, dataset, evaluate, experiment, export, report
 from qsharp_jax import config as configs
 from qsharp_jax.algorithms import pretrain
-from qsharp_jax.figures import bootstrap, by_problem
+from qsharp_jax.figures import by_problem, over_seeds, seeds_in_words
 from qsharp_jax.files import write_atomic
 from qsharp_jax.session import Session
 from qsharp_jax.workdir import Workdir
@@ -237,9 +237,9 @@ def at_kl(found: Found, method: str, kl: float) -> np.ndarray:
 
 
 def interval(values: Sequence[np.ndarray], sign: str = "") -> str:
-    """The mean of all seeds' problems, with its 95% interval by bootstrap over them."""
-    pooled = np.concatenate(values)
-    return "{:{sign}.3f} ({:{sign}.3f} .. {:{sign}.3f})".format(pooled.mean(), *bootstrap(pooled), sign=sign)
+    """The mean over seeds of each seed's problems, with its 95% interval."""
+    mean = np.mean([part.mean() for part in values])
+    return "{:{sign}.3f} ({:{sign}.3f} .. {:{sign}.3f})".format(mean, *over_seeds(values), sign=sign)
 
 
 # --- Tables and plots -----------------------------------------------------------------------------------------------
@@ -250,12 +250,13 @@ COLUMNS = (
 )  # fmt: skip
 
 HOW = (
-    "Reward is the mean verified reward of one response to each of 500 held-out problems and seed (n in all), with its"
-    " 95% interval by bootstrap over problems; KL is the exact KL(pi || pi_ref) of a response in nats, before"
-    " truncation, averaged. Differences are paired by problem. At CD's KL means: Q# at the KL that CD has in that line,"
-    " by drawing one of the two neighbouring etas for each response (a mixture's KL is at most the mean of the two), or"
-    " at Q#'s largest KL where CD's is larger still. The next column compares the objective, each reward less eta times"
-    " its KL. The last is Q#'s reward less that of the variant without changes at the same eta and seeds."
+    "Reward is the mean verified reward of one response to each of 500 held-out problems and seed (n in all), with"
+    " its 95% interval: of several seeds Student's t over their means, of one a bootstrap over problems, which"
+    " leaves out how runs differ; KL is the exact KL(pi || pi_ref) of a response in nats, before truncation,"
+    " averaged. Differences are paired by problem. At CD's KL means: Q# at the KL that CD has in that line, by"
+    " drawing one of the two neighbouring etas for each response (a mixture's KL is at most the mean of the two), or"
+    " at Q#'s largest KL where CD's is larger still. The next column compares the objective, each reward less eta"
+    " times its KL. The last is Q#'s reward less that of the variant without changes at the same eta and seeds."
 )
 
 
@@ -320,8 +321,8 @@ def write(folder: Path, target: Path) -> None:
 
 def _series(axes: Any, xs: Sequence[float], values: Sequence[Sequence[np.ndarray]], **style: Any) -> None:
     """A line with 95% intervals through the means of what each x has of all seeds."""
-    pooled = [np.concatenate(value) for value in values]
-    means, bounds = np.asarray([p.mean() for p in pooled]), np.asarray([bootstrap(p) for p in pooled])
+    means = np.asarray([np.mean([part.mean() for part in value]) for value in values])
+    bounds = np.asarray([over_seeds(value) for value in values])
     axes.errorbar(xs, means, [means - bounds[:, 0], bounds[:, 1] - means], marker="o", capsize=3, **style)
 
 
@@ -339,7 +340,8 @@ def _plot_frontier(axes: Any, found: dict[tuple[Changes, int], Found]) -> None:
     _series(axes, [0], [[run_["pi_ref", float("inf")].reward for run_ in runs]], label="pi_ref", color="#555555")
     axes.set_xscale("symlog", linthresh=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="eta from 1 to 0.02")
+    title = f"eta from 1 to 0.02, 95% intervals ({seeds_in_words(len(runs))})"
+    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title=title)
     axes.legend(fontsize=8)
 
 
@@ -359,7 +361,8 @@ def _plot_variants(axes: Any, found: dict, ablation: str, xs: dict[str, float], 
             points = {x: [found[changes[x], seed][method, eta].reward for seed in common] for x in there}
             label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLOURS[method]
             _series(axes, [*points], [*points.values()], label=label, color=colour, linestyle=style)
-    axes.text(0.99, 0.01, f"seeds: {', '.join(map(str, common))}", transform=axes.transAxes, ha="right", fontsize=8)
+    words = f"seeds: {', '.join(map(str, common))}" + (" (problems alone)" if len(common) == 1 else "")
+    axes.text(0.99, 0.01, words, transform=axes.transAxes, ha="right", fontsize=8)
     axes.set_xscale("log")
     axes.set_xticks(list(xs.values()), list(xs))
     axes.minorticks_off()

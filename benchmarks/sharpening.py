@@ -4,8 +4,9 @@
 
 As eta falls Q# becomes pi_ref conditioned on success, and its KL ends there; CD goes on, towards the likeliest success
 alone. So does Q# where the logarithm of its tilt has a weight above 1 (`weights` of `generate`). Every held-out problem
-is answered twice in each setting; intervals are 95%, by bootstrap over problems and runs; KL is exact, in nats a
-response. The table and the figure sharpening.png, beside this file, are of all runs together.
+is answered twice in each setting; intervals are 95%, by Student's t over the runs' means, of one run by bootstrap over
+its problems; KL is exact, in nats a response. The table and the figure sharpening.png, beside this file, are of all
+runs together.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def measure(session: Session) -> Found:
 
 
 def table(runs: list[Found]) -> str:
-    lines = [["method", "setting", "reward", "KL", "Q#, powers too, less CD at CD's KL"]]
+    words = figures.seeds_in_words(len(runs))
+    lines = [["method", "setting", f"reward ({words})", "KL", f"Q#, powers too, less CD at CD's KL ({words})"]]
     for key in runs[0]:
         points = [run[key] for run in runs]
         kl = np.mean([point.kl.mean() for point in points])
@@ -67,9 +69,9 @@ def plot(axes: Any, runs: list[Found]) -> None:
     for method in ("qsharp", "cd"):
         points = []
         for key in (key for key in runs[0] if key[0] == method):
-            reward = np.concatenate([run[key].reward for run in runs])
-            kl = np.concatenate([run[key].kl for run in runs]).mean()
-            points.append((kl, reward.mean(), *figures.bootstrap(reward), "power" in key[1]))
+            rewards = [run[key].reward for run in runs]
+            kl, mean = (np.mean([part.mean() for part in parts]) for parts in ([run[key].kl for run in runs], rewards))
+            points.append((kl, mean, *figures.over_seeds(rewards), "power" in key[1]))
         points.sort()
         kl, mean, low, high, _ = map(np.asarray, zip(*points, strict=True))
         colour = report.COLOURS[method]
@@ -81,7 +83,8 @@ def plot(axes: Any, runs: list[Found]) -> None:
             axes.plot(*zip(*sharpened, strict=True), "s", color=colour, markersize=9, label="Q#, tilt to a power")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title="Beyond conditioning on success")
+    title = f"Beyond conditioning on success, 95% intervals ({figures.seeds_in_words(len(runs))})"
+    axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title=title)
     axes.legend(fontsize=8)
 
 

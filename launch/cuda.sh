@@ -107,6 +107,7 @@ read_environment() {
 set_up_here() {
     # shellcheck source=launch/setup.sh
     source "$repo/launch/setup.sh"
+    JAX_PLATFORMS=$platforms set_malloc
     call bash "$repo/launch/setup.sh" ${extra[@]+"${extra[@]}"}
 }
 

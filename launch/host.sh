@@ -40,6 +40,7 @@ start() {
     rm -f "$place/EXIT"
     echo "$id" >"$place/ID"
     echo "== $(date -u +%Y-%m-%dT%H:%M:%SZ) qsharp run $*" >>"$place/LOG"
+    set_malloc
     # shellcheck disable=SC2016 # the inner shell's variables
     nohup setsid bash -c 'code=0; "$@" || code=$?; echo "$code" >EXIT.new; mv EXIT.new EXIT' \
         bash "$QSHARP_VENV/bin/qsharp" run "$@" </dev/null >>"$place/LOG" 2>&1 &

@@ -9,11 +9,6 @@ QSHARP_VENV=${QSHARP_VENV:-$repo/.venv}
 [[ $QSHARP_VENV == /* ]] || QSHARP_VENV=$PWD/$QSHARP_VENV
 export QSHARP_VENV
 
-# glibc gives the memory of every large array back to the system when it is freed, and asks for it again at the next
-# step. Thresholds above any array that a CPU run makes (in bytes) keep it; in one arena, since those of all threads but
-# the first hold no more than 64 MiB, and what is larger goes to the system and back whatever the thresholds.
-export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864 MALLOC_ARENA_MAX=1
-
 fail() {
     echo "$(basename "$0"): $*" >&2
     exit 2
@@ -26,6 +21,22 @@ accelerator() {
     elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]] && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then
         echo tpu # a Google PCI device behind an accelerator driver
     fi
+}
+
+# For a program on the CPU: glibc gives the memory of every large array back to the system when it is freed, and asks
+# for it again at the next step. Thresholds above any array that a CPU run makes (in bytes) keep it; in one arena, since
+# those of all threads but the first hold no more than 64 MiB, and what is larger goes to the system and back whatever
+# the thresholds. A program on a GPU or TPU has its arrays there; its threads keep glibc's arenas, and the host its
+# memory. What the user has set stays.
+set_malloc() {
+    case ${JAX_PLATFORMS:-$(accelerator)} in
+        "" | cpu*) ;;
+        *) return 0 ;;
+    esac
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-8589934592}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-8589934592}
+    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
+    export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX-1}
 }
 
 find_python() {
@@ -75,6 +86,7 @@ set_up() {
     extras=$(IFS=, && echo "$*")
     # The tests' libtpu compiles for TPUs, but would look for one at every start.
     [[ -n $accelerator ]] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+    set_malloc
     mkdir -p "$(dirname "$QSHARP_VENV")"
     (
         if command -v flock >/dev/null && ! flock --nonblock 9; then

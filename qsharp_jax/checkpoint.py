@@ -13,6 +13,8 @@ import logging
 import os
 import shutil
 import sys
+import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,14 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qsharp_jax import files, processes
-from qsharp_jax.errors import UserError
+from qsharp_jax.damage import DamagedError, is_damage, root_cause
+from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.workdir import os_error_number
 
 KEEP = 2  # the last, and the one before in case the last is damaged later
-
-
-class DamagedError(UserError):
-    """A checkpoint cannot be read, or is of another model."""
+PAUSES = (0, 1, 4, 15)  # seconds between reads that fail; the first error may be of a moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,31 +225,36 @@ class Checkpoints:
         return self._read(self._manager, step)["progress"]
 
     def _read(self, manager: ocp.CheckpointManager, step: int, **trees: Any) -> dict[str, Any]:
-        """The items of one checkpoint, shaped and placed like the trees, and "progress"."""
-        path, problem = files.make_path(manager.directory) / str(step), None
-        try:
-            with _silence():
-                progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-                found = {"progress": _checked(progress)}
-                differences = [line for name, tree in trees.items() for line in _differences(path / name, tree)]
-                if differences:
-                    problem = f"is of another model ({differences[0]})"
-                elif trees:
-                    items = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
-                    found |= dict(manager.restore(step, args=ocp.args.Composite(**items)))
-                    sums = found["progress"]["sums"]
-                    if any(int(_sum_of_bits(found[name])) != sums[name] for name in trees if sums):
-                        problem = "is damaged (its numbers are not those that were written)"
-        # Orbax and TensorStore report damage by exceptions of many types, a bare Exception among them.
-        except Exception as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            problem = f"is damaged ({what})"
-        if problem:
-            with _silence():
-                gc.collect()  # of what was still being read
-        if not processes.everywhere(problem is None):
-            raise DamagedError(f"the checkpoint {path} {problem or 'cannot be read by another process'}")
-        return found
+        """The items of one checkpoint, shaped and placed like the trees, and "progress".
+
+        Two reads that find damage make it damaged. After any other error it is read again, some seconds later each
+        time, and the last error is raised as it is.
+        """
+        path = files.make_path(manager.directory) / str(step)
+        for attempt, pause in enumerate((*PAUSES, None)):
+            error = None
+            try:
+                with _silence():
+                    items = _read_items(manager, path, trees)
+            except Stopped:
+                raise
+            except Exception as caught:  # of many types; `is_damage` knows those that condemn the checkpoint
+                error = caught
+            if processes.everywhere(error is None):
+                return items
+            damaged = processes.everywhere(error is None or is_damage(error))
+            if pause is None or (damaged and attempt > 0):
+                break
+            if error is not None and not damaged:
+                print(f"{path} could not be read ({_words(error)}); trying again in {pause} s", file=sys.stderr)
+            error = None
+            _forget_reads()
+            time.sleep(pause)
+        if damaged:
+            problem, error = _problem(error), None
+            _forget_reads()
+            raise DamagedError(f"the checkpoint {path} {problem}")
+        raise error or RuntimeError(f"{path} could not be read by another process")
 
     def _set_aside(self, unread: dict[int, str], step: int) -> None:
         """Renames what could not be read, saying so, and forgets best parameters from after the step."""
@@ -292,6 +297,49 @@ def _silence() -> Iterator[None]:
             log.setLevel(level)
 
 
+def _read_items(manager: ocp.CheckpointManager, path: Path, trees: dict[str, Any]) -> dict[str, Any]:
+    """One read of a checkpoint.
+
+    Raises:
+      DamagedError: with what is wrong with it, if its shapes or sums are not those that they should be.
+    """
+    step = int(path.name)
+    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    items = {"progress": _checked(progress)}
+    differences = [line for name, tree in trees.items() for line in _differences(path / name, tree)]
+    if differences:
+        raise DamagedError(f"is of another model ({differences[0]})")
+    if trees:
+        restores = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
+        items |= dict(manager.restore(step, args=ocp.args.Composite(**restores)))
+        sums = items["progress"]["sums"]
+        if any(int(_sum_of_bits(items[name])) != sums[name] for name in trees if sums):
+            raise DamagedError("is damaged (its numbers are not those that were written)")
+    return items
+
+
+def _forget_reads() -> None:
+    """Frees what was still being read when a read failed; what never began to be read complains."""
+    with _silence(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        gc.collect()
+
+
+def _problem(error: Exception | None) -> str:
+    """What is wrong with a damaged checkpoint.
+
+    Args:
+      error: of this process; None if only others met one.
+    """
+    if error is None:
+        return "cannot be read by another process"
+    return str(error) if isinstance(error, DamagedError) else f"is damaged ({_words(error)})"
+
+
+def _words(error: Exception) -> str:
+    error = root_cause(error)
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _abstract(tree: Any) -> Any:
     """Shape, dtype and place of every leaf."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -323,11 +371,11 @@ def _crc32(progress: dict) -> int:
 
 
 def _checked(progress: dict) -> dict:
-    """Raises ValueError for what was not written so."""
+    """Raises DamagedError for what was not written so."""
     if progress.keys() == {"final"}:  # of the first version, which had no sums
         return progress | {"best": None, "sums": {}}
     if progress.pop("crc32", None) != _crc32(progress):
-        raise ValueError("its progress is not what was written")
+        raise DamagedError("is damaged (its progress is not what was written)")
     return progress
 
 

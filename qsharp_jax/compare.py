@@ -236,12 +236,13 @@ COLUMNS = (
 )  # fmt: skip
 
 HOW = (
-    "Reward is the mean verified reward over held-out problems and seeds, its 95% interval a bootstrap over the"
-    " problems of all seeds. KL is the exact KL(pi || pi_ref) summed over a response's tokens, in nats, before"
-    " truncation; objective is reward - eta KL at the eta of the config. Seconds are wall time of collecting and"
-    " training, compilation included, without pre-training and evaluation; rollouts, gradient FLOPs (model FLOPs of"
-    " forward and backward passes, without sampling) and seconds are means over seeds. The budget of gradient FLOPs is"
-    " what Q#'s fits take in config.fit.epochs passes. Tokens/s are those of training steps alone."
+    "Reward is the mean verified reward over held-out problems and seeds, its 95% interval Student's t over the"
+    " seeds' means (of a single seed, a bootstrap over its problems, which leaves out how runs differ). KL is the"
+    " exact KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation; objective is reward - eta"
+    " KL at the eta of the config. Seconds are wall time of collecting and training, compilation included, without"
+    " pre-training and evaluation; rollouts, gradient FLOPs (model FLOPs of forward and backward passes, without"
+    " sampling) and seconds are means over seeds. The budget of gradient FLOPs is what Q#'s fits take in"
+    " config.fit.epochs passes. Tokens/s are those of training steps alone."
 )
 
 
@@ -252,10 +253,10 @@ def summary(rows: Sequence[dict]) -> list[dict]:
         by_method.setdefault(row["method"], []).append(row)
     lines = []
     for method, found in by_method.items():
-        rewards = np.concatenate([row["rewards"] for row in found])
-        low, high = figures.bootstrap(rewards)
-        line = {"method": method, "reward": float(rewards.mean()), "reward_low": low, "reward_high": high}
-        line["by_seed"] = {row["seed"]: float(np.mean(row["rewards"])) for row in found}
+        by_seed = {row["seed"]: float(np.mean(row["rewards"])) for row in found}
+        low, high = figures.over_seeds([np.asarray(row["rewards"]) for row in found])
+        line = {"method": method, "reward": float(np.mean([*by_seed.values()])), "reward_low": low, "reward_high": high}
+        line["by_seed"] = by_seed
         names = found[0].keys() - {"seed", "method", "rewards"}
         lines.append(line | {name: float(np.mean([row[name] for row in found])) for name in sorted(names)})
     return lines
@@ -269,7 +270,7 @@ def table(lines: Sequence[dict], rollouts: int) -> str:
         cell = [
             NAMES[line["method"]],
             f"{line['reward']:.3f}",
-            f"{line['reward_low']:.3f} .. {line['reward_high']:.3f}",
+            f"{line['reward_low']:.3f} .. {line['reward_high']:.3f} ({figures.seeds_in_words(len(line['by_seed']))})",
             " ".join(f"{reward:.3f}" for reward in line["by_seed"].values()),
             f"{line['kl']:.3f}",
             f"{line['objective']:.3f}",
@@ -317,9 +318,8 @@ def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:
     for line in lines:
         error = [[line["reward"] - line["reward_low"]], [line["reward_high"] - line["reward"]]]
         colour = COLOURS[line["method"]]
-        axes.errorbar(
-            [line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=colour, label=NAMES[line["method"]]
-        )
+        label = f"{NAMES[line['method']]} ({figures.seeds_in_words(len(line['by_seed']))})"
+        axes.errorbar([line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=colour, label=label)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="Reward against KL")
     axes.legend(fontsize=8)

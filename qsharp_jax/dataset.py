@@ -92,16 +92,17 @@ def read_shard(path: Path) -> list[Rollout]:
 
     Raises:
       UserError: if it is damaged or is no shard of rollouts.
+      OSError: if it cannot be read, which says nothing about what is in it.
     """
+    content = path.read_bytes()  # first: of what is read below, a failure is of the content
     try:
-        file = io.BytesIO(path.read_bytes()) if files.is_remote(path) else path
-        table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
+        table = pyarrow.parquet.read_table(io.BytesIO(content), page_checksum_verification=True)
         if not table.schema.equals(FEATURES.arrow_schema):
             raise pyarrow.ArrowInvalid("its columns are not a rollout's")
+    except MemoryError:  # one of Arrow's exceptions is such a one too
+        raise
     # The checksums are the pages'; in the schema, a flipped bit may also leave a name that is no UTF-8: a ValueError.
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
         raise UserError(
             f"the shard {path} is damaged ({str(error).splitlines()[0]}); delete it and collect again, or go on without"
             " it with --skip-damaged"

@@ -1,4 +1,4 @@
-"""Figures of judged samples: pass@k, majorities, and 95% intervals by bootstrap over problems.
+"""Figures of judged samples: pass@k, majorities, and 95% intervals over problems, or over seeds.
 
 Shapes: n problems. It knows nothing about where samples come from.
 """
@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.special
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -60,6 +61,29 @@ def bootstrap_pooled(sums: np.ndarray, counts: np.ndarray, resamples: int = RESA
     picks = _picks(len(sums), resamples)
     low, high = np.percentile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
+    """95% interval of the mean over seeds, by Student's t over the seeds' means.
+
+    Runs differ by more than their problems do: an interval over the problems of all seeds, pooled, holds the true mean
+    in 7 of 10 cases where three runs have a standard deviation of 0.03. Of a single seed it is the interval over
+    problems, which knows nothing of another seed's run. If the seeds share their problems, it is for these problems.
+    It may go beyond the least and the largest reward.
+
+    Args:
+      per_seed: of each seed, the rewards by problem, or the differences between two methods on the same problems.
+    """
+    if len(per_seed) == 1:
+        return bootstrap(per_seed[0])
+    means = np.asarray([np.mean(rewards) for rewards in per_seed])
+    width = scipy.special.stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(means))
+    return float(means.mean() - width), float(means.mean() + width)
+
+
+def seeds_in_words(count: int) -> str:
+    """What an interval of `over_seeds` is over."""
+    return "1 seed, problems alone" if count == 1 else f"{count} seeds"
 
 
 @functools.lru_cache(2)  # an evaluation has dozens of figures of the same problems

@@ -72,6 +72,17 @@ def store(path: Path) -> Any:
     return fsspec.core.url_to_fs(str(path))[0]
 
 
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """An OSError inside that names no file, as that of a write to an open one, gets this name."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(path)
+        raise
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Whole files
 # ---------------------------------------------------------------------------------------------------------------
@@ -88,6 +99,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         content = io.BytesIO()
         yield content
         store(path).pipe_file(str(path), content.getvalue())
+        return
+    if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout, which a file is not to replace
+        with named(path), open(path, "wb") as file:
+            yield file
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -161,7 +176,7 @@ class Growing:
             self._held += data
             store(self._path).pipe_file(str(self._path), self._held)
             return
-        with _named(self._path):
+        with named(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "ab") as file:
                 file.write(data)
@@ -169,18 +184,9 @@ class Growing:
     def append_line(self, line: str) -> None:
         """Adds a line to lines; half a line that a kill left at the end of a file is cut off first."""
         if not is_remote(self._path) and self._path.exists():
-            with _named(self._path), open(self._path, "a+b") as file:
+            with named(self._path), open(self._path, "a+b") as file:
                 _cut_half_line(file)
         self.append(line.encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        e.filename = str(path)
-        raise
 
 
 def whole_lines(data: bytes) -> bytes:

@@ -119,6 +119,6 @@ def stored_dtype(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stored = config.get("dtype", config.get("torch_dtype"))
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
         return "float32"
     return "bfloat16" if stored == "bfloat16" else "float32"

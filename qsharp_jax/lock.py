@@ -46,7 +46,8 @@ class _FileLock:
     def __init__(self, path: Path):
         self._file = open(path / "lock", "a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with files.named(path / "lock"):  # not every file system has locks
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip()

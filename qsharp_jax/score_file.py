@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qsharp_jax import files
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
 from qsharp_jax.progress import Bar
@@ -162,7 +163,7 @@ def write(
       means: of the guide, likewise.
       rows: of a batch.
     """
-    with open(path, "a", encoding="utf-8") as file:
+    with files.named(path), open(path, "a", encoding="utf-8") as file:
         for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
             part = examples[begin : begin + rows * CHUNK]
             found_log_probs = log_probs and _by_width(log_probs, part)

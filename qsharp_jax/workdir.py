@@ -9,7 +9,9 @@ import errno
 import functools
 import json
 import math
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +178,9 @@ def _read_config(path: Path) -> tuple[ConfigDict, str | None]:
 
 
 def _read_json(path: Path) -> dict:
+    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
     try:
-        plain = json.loads(files.read_text(path))
+        plain = json.loads(content)
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
         return plain
@@ -199,8 +202,8 @@ def _finite(value: Any) -> Any:
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "your disk quota is used up; free space and run the same command again",
-    errno.EROFS: "the file system is read-only; give another --workdir",
-    errno.EACCES: "permission is denied; give another --workdir, or change its permissions",
+    errno.EROFS: "the file system is read-only; give another {option}",
+    errno.EACCES: "permission is denied; give another {option}, or change its permissions",
 }
 
 
@@ -216,7 +219,34 @@ def os_error_number(e: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def explain_os_error(e: Exception) -> str | None:
-    """The sentence for a full disk, a quota, a read-only or forbidden file, naming it if known; None for others."""
-    words, name = _OS_ERRORS.get(os_error_number(e)), getattr(e, "filename", None)
-    return f"{name}: {words}" if words and name else words
+def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str | None:
+    """The sentence for an error of the operating system that the user can mend; None for others.
+
+    That is a full disk, a quota, a read-only or forbidden file wherever it is, named if it is known, and any error on
+    a path that the user gave.
+
+    Args:
+      paths: what the user gave: options, and paths.
+    """
+    number, name, option = os_error_number(e), getattr(e, "filename", None), None
+    if isinstance(name, str):
+        option, name = _option(name, paths)
+    words = _OS_ERRORS.get(number)
+    if words is None and option is not None and number is not None:
+        words = f"{os.strerror(number).lower()}; give another {{option}}"
+    if words is None:
+        return None
+    words = words.format(option=option or "--workdir")
+    return f"{name}: {words}" if name else words
+
+
+def _option(name: str, paths: Sequence[tuple[str, str]]) -> tuple[str | None, str]:
+    """The option whose path a file is at, or below, or on the way to; and the file, or in the last case the path."""
+    file = Path(os.path.abspath(name))
+    for option, path in paths:
+        place = Path(os.path.abspath(path))
+        if file.is_relative_to(place):
+            return option, name
+        if place.is_relative_to(file):
+            return option, path
+    return None, name

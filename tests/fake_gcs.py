@@ -18,6 +18,7 @@ class Bucket:
     objects: contents by name, without the bucket's.
     writes: how often each was written.
     moves: names of objects that were moved to another name.
+    refusals: a part of objects' names, and the HTTP status that reading these is refused with.
     """
 
     def __init__(self):
@@ -25,6 +26,7 @@ class Bucket:
         self.generations: dict[str, int] = {}
         self.writes: dict[str, int] = {}
         self.moves: list[str] = []
+        self.refusals: dict[str, int] = {}
         self.uploads: dict[str, tuple[str, dict, bytearray]] = {}
         self.lock = threading.RLock()
         self._generation = 1000
@@ -125,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, bucket: str, name: str, query: dict[str, str]) -> None:
         with self.store.lock:
             data, generation = self.store.objects.get(name), self.store.generations.get(name, 0)
+        for part, status in self.store.refusals.items():
+            if part in name:
+                return self._refuse(status, "refused")
         if bucket != self.bucket or data is None:
             return self._refuse(404, f"No such object: {bucket}/{name}")
         if query.get("ifGenerationNotMatch") == str(generation):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import CONFIG, SMALL, refused
 
-from qsharp_jax import cli, dataset, files, lock, train
+from qsharp_jax import checkpoint, cli, dataset, files, lock, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.errors import UserError
 from qsharp_jax.workdir import Workdir
@@ -58,6 +58,7 @@ def bucket(server):
     server.generations.clear()
     server.writes.clear()
     server.moves.clear()
+    server.refusals.clear()
     return server
 
 
@@ -180,6 +181,25 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
     assert int(Checkpoints(folder).restore(make_state(0)).step) == 5
     assert f"{folder / '10'} is damaged" in capsys.readouterr().err
     assert {name.partition("/")[0] for name in under(bucket, "ref/")} == {"5", "10.damaged"} and bucket.moves
+
+
+@pytest.mark.parametrize(
+    ("part", "status"), [("10/params/_METADATA", 403), ("10/params/d/", 400), ("10/params/d/", 403)]
+)
+def test_a_checkpoint_that_a_bucket_refuses_to_read_is_not_damaged(bucket, monkeypatch, part, status):
+    """As where a login has run out: the error is raised, nothing is moved, and later the checkpoint is there again."""
+    monkeypatch.setattr(checkpoint, "PAUSES", (0,))
+    folder = files.make_path(URL) / "ref"
+    checkpoints = Checkpoints(folder)
+    for step in (5, 10):
+        checkpoints.save(make_state(step))
+    checkpoints.wait()
+    bucket.refusals[part] = status
+    with pytest.raises(Exception) as caught:
+        Checkpoints(folder).restore(make_state(0))
+    assert not isinstance(caught.value, UserError)
+    bucket.refusals.clear()
+    assert not bucket.moves and int(Checkpoints(folder).restore(make_state(0)).step) == 10
 
 
 def test_programs_are_kept_in_a_bucket(bucket):

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from gcsfs.retry import HttpError
 from helpers import (
     assert_trees_equal,
     quick_compilation,  # noqa: F401
 )
 
+from qsharp_jax import checkpoint
 from qsharp_jax.checkpoint import Best, Checkpoints, DamagedError
 from qsharp_jax.errors import UserError
 from qsharp_jax.train import TrainState
@@ -186,6 +189,22 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def flip(path, place, bit=1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max(files_of(folder), key=lambda path: path.stat().st_size)
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
 DAMAGES = {
     "parameters emptied": lambda step: [path.write_bytes(b"") for path in files_of(step / "params")],
     "parameters truncated": lambda step: [
@@ -201,6 +220,18 @@ DAMAGES = {
     "metadata garbled": lambda step: (step / "params" / "_METADATA").write_text("{"),
     "parameters deleted": lambda step: shutil.rmtree(step / "params"),
     "moments deleted": lambda step: shutil.rmtree(step / "training"),
+    "parameters a file": lambda step: [shutil.rmtree(step / "params"), (step / "params").write_text("")],
+    "array data a file": lambda step: [shutil.rmtree(step / "params" / "d"), (step / "params" / "d").write_text("")],
+    "a key of the metadata garbled": lambda step: replace(step / "params" / "_METADATA", "key_type", "kez_type"),
+    "a type of the metadata garbled": lambda step: replace(step / "params" / "_METADATA", "jax.Array", "jax.Brray"),
+    "array metadata garbled": lambda step: replace(
+        step / "params" / "array_metadatas" / "process_0", "write_shape", "write_shaqe"
+    ),
+    "shardings truncated": lambda step: (step / "params" / "_sharding").write_text("{"),
+    "a bit of the numbers": lambda step: flip(largest(step / "params"), 5000),
+    "a bit of the compression": lambda step: flip(largest(step / "params"), 0),
+    "a bit of the manifest": lambda step: flip(step / "params" / "manifest.ocdbt", -1),
+    "a bit of the index": lambda step: flip(largest(step / "params" / "d"), 14),
 }
 
 
@@ -242,6 +273,111 @@ def test_a_checkpoint_without_the_best_that_it_refers_to_is_damaged(tmp_path):
     checkpoints.wait()
     shutil.rmtree(tmp_path / "best" / "7")
     assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(5))
+
+
+# --- Errors that pass -----------------------------------------------------------------------------------------------
+
+
+def wrapped(error):
+    """As Orbax wraps what TensorStore raises for one array."""
+    outer = Exception("Encountered error while reading array index: (slice(0, 2, 1),)")
+    outer.__cause__ = error
+    return outer
+
+
+PASSING = {
+    "503": HttpError({"code": 503, "message": "Service Unavailable"}),
+    "503 of TensorStore": ValueError("UNAVAILABLE: Error reading gs://b/9/params/d/ab: [http_response_code='503']"),
+    "400": ValueError("Error reading gs://b/9/params/d/ab: invalid grant [http_response_code='400']"),
+    "412": ValueError("FAILED_PRECONDITION: Error reading gs://b/9/params/d/ab: [http_response_code='412']"),
+    "no space": OSError(errno.ENOSPC, "No space left on device"),
+    "no space, of TensorStore": ValueError(
+        "RESOURCE_EXHAUSTED: Error reading local file: No space left on device [os_error_code='28']"
+    ),
+    "busy": ValueError("FAILED_PRECONDITION: Error reading local file: Device busy [os_error_code='16']"),
+    "a disk that fails": OSError(errno.EIO, "Input/output error", "/9/params"),
+    "a stale handle": OSError(errno.ESTALE, "Stale file handle", "/9/params"),
+    "not permitted": PermissionError(errno.EACCES, "Permission denied", "/9/params"),
+    "memory of the host": MemoryError(),
+    "memory of a device": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    "timeout": TimeoutError(),
+    "timeout of one array": wrapped(ValueError("DEADLINE_EXCEEDED: Error reading local file")),
+    "connection": ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    "unknown": RuntimeError("what nobody has seen"),
+    "a mistake in a program": KeyError("tree_metadata"),
+}
+
+
+def fail_reads(monkeypatch, error, times=1000):
+    """The next reads through Orbax raise the error; gives the list of those that did."""
+    restore, failed = ocp.CheckpointManager.restore, []
+
+    def failing(self, *args, **options):
+        if len(failed) < times:
+            failed.append(error)
+            raise error
+        return restore(self, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "PAUSES", (0,))
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
+    return failed
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """A folder with steps 5 and 9, for tests that change nothing there."""
+    return save(tmp_path_factory.mktemp("healthy"), 5, 9)
+
+
+@pytest.mark.parametrize("what", PASSING)
+def test_an_error_that_passes_condemns_nothing(healthy, monkeypatch, capfd, what):
+    checkpoints, failed = Checkpoints(healthy), fail_reads(monkeypatch, PASSING[what], times=1)
+    assert_trees_equal(checkpoints.restore(make_state(0)), make_state(9))
+    assert len(failed) == 1 and {path.name for path in healthy.iterdir()} == {"5", "9"}
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{healthy / '9'} could not be read (") and line.endswith("; trying again in 0 s")
+
+
+@pytest.mark.parametrize("what", PASSING)
+def test_an_error_that_stays_is_raised_as_it_is(healthy, monkeypatch, what):
+    """No other step is used in its place, and nothing is renamed."""
+    checkpoints, failed = Checkpoints(healthy), fail_reads(monkeypatch, PASSING[what])
+    with pytest.raises(type(PASSING[what])) as caught:
+        checkpoints.restore(make_state(0))
+    assert caught.value is PASSING[what] and len(failed) == 2
+    assert {path.name for path in healthy.iterdir()} == {"5", "9"}
+
+
+def test_all_that_read_raise_it(healthy, monkeypatch):
+    """After as many pauses as there are."""
+    fail_reads(monkeypatch, PASSING["503"])
+    pauses = []
+    monkeypatch.setattr(checkpoint, "PAUSES", (0, 1, 4))
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+    checkpoints, params = Checkpoints(healthy), make_state(0).params
+    for read in (checkpoints.finished, checkpoints.best, lambda: checkpoints.restore_params(params)):
+        pauses.clear()
+        with pytest.raises(HttpError):
+            read()
+        assert pauses == [0, 1, 4]
+
+
+def test_damage_that_a_second_read_does_not_meet_is_none(healthy, monkeypatch, capfd):
+    """As of bits that the network flipped, or a listing that was behind."""
+    for error in (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), FileNotFoundError(errno.ENOENT, "")):
+        with monkeypatch.context() as patch:
+            failed = fail_reads(patch, error, times=1)
+            assert_trees_equal(Checkpoints(healthy).restore(make_state(0)), make_state(9))
+            assert len(failed) == 1
+    assert {path.name for path in healthy.iterdir()} == {"5", "9"} and capfd.readouterr().err == ""
+
+
+def test_damage_met_after_an_error_that_passed_is_damage(tmp_path, monkeypatch):
+    save(tmp_path, 5, 9)
+    flip(largest(tmp_path / "9" / "params"), 5000)
+    fail_reads(monkeypatch, PASSING["503"], times=1)
+    assert_trees_equal(Checkpoints(tmp_path).restore(make_state(0)), make_state(5))
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "9.damaged"}
 
 
 @pytest.mark.slow

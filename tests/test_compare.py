@@ -202,6 +202,20 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
         assert not config.differences(its.config, compare.settings(settings, 0, "reinforce"))
 
 
+def test_a_summary_s_interval_is_over_seeds_and_says_how_many():
+    """Of one seed over its problems."""
+    common = dict(kl=1.0, objective=0.1)
+    rewards = {0: [0.0, 0.1], 1: [0.3, 0.326], 2: [0.303, 0.303]}
+    rows = [dict(seed=seed, method="dpo", rewards=of, **common) for seed, of in rewards.items()]
+    rows.append(dict(seed=0, method="cd", rewards=[0.0, 1.0, 1.0, 1.0], **common))
+    dpo, cd = compare.summary(rows)
+    assert dpo["reward"] == pytest.approx(0.222) and dpo["by_seed"] == pytest.approx({0: 0.05, 1: 0.313, 2: 0.303})
+    assert dpo["reward_low"] < 0.05 and dpo["reward_high"] > 0.313
+    assert (cd["reward_low"], cd["reward_high"]) == (0.25, 1.0)
+    first, second = compare.table([dpo, cd], 100).splitlines()[2:]
+    assert "-0.148 .. 0.592 (3 seeds)" in first and "0.250 .. 1.000 (1 seed, problems alone)" in second
+
+
 def test_a_method_that_fails_does_not_flatten_the_learning_curves():
     ends = {"pi_ref": 0.3, "qsharp": 0.7, "ppo": 0.5, "dpo": -23.5}
     lots = [dict(rollouts_so_far=64 * n, objective=0.3 + 0.01 * n) for n in range(20)]

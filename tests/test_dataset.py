@@ -1,8 +1,10 @@
 """Shards on disk, whole or absent, and batches that follow from the seed and the step."""
 
 import dataclasses
+import errno
 import itertools
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -135,6 +137,32 @@ def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, how):
         dataset.read_rounds(tmp_path, [1])
     assert str(path) in str(caught.value)
     assert "collect again" in str(caught.value) and "--skip-damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ((Path, "read_bytes"), OSError(errno.EIO, "Input/output error")),
+        ((Path, "read_bytes"), OSError(errno.ESTALE, "Stale file handle")),
+        ((Path, "read_bytes"), OSError("503, Service Unavailable")),  # of a bucket
+        ((Path, "read_bytes"), TimeoutError()),
+        ((Path, "read_bytes"), PermissionError(errno.EACCES, "Permission denied")),
+        ((pyarrow.parquet, "read_table"), pyarrow.ArrowMemoryError("malloc of size 8 failed")),
+        ((pyarrow.parquet, "read_table"), MemoryError()),
+    ],
+    ids=repr,
+)
+def test_a_shard_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, where, error):
+    """Nor left out: the error is raised as it is."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    shard_bytes(tmp_path / "round_1")
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(type(error)) as caught:
+        dataset.read_rounds(tmp_path, [1], skip_damaged=True)
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,6 +158,54 @@ def test_the_pooled_interval_draws_problems_with_all_their_samples():
     assert (low, high) == (0.0, 1.0)
     draws = np.random.default_rng(0).integers(2, size=(figures.RESAMPLES, 2)).sum(axis=1)
     assert {0, 1, 2} == set(draws)  # of one problem twice, or both: 0, 9/10, 1
+
+
+def simulate(rng, seeds, problems, shift=0.0, spread=0.03):
+    """Of each seed, rewards of problems of its own under two policies that differ by `shift` in their mean.
+
+    Each problem is solved with a probability of its own, and a run's mean is off by a normal deviate of `spread`.
+    """
+    runs = []
+    for _ in range(seeds):
+        chance = rng.beta(3, 3, problems) * 0.7  # the mean is 0.35
+        off = spread * rng.standard_normal(2)
+        runs.append([rng.random(problems) < np.clip(chance + by, 0, 1) for by in (off[0], off[1] + shift)])
+    return np.asarray(runs, float)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("problems", [300, 500])
+def test_the_interval_over_seeds_covers_the_truth_as_often_as_it_says(seeds, problems):
+    """2,500 comparisons each: 95% hold the true mean reward, and the true difference of policies on the same problems."""
+    rng = np.random.default_rng((seeds, problems))
+    reward, difference = [], []
+    for _ in range(2500):
+        one, other = simulate(rng, seeds, problems, shift=0.1).swapaxes(0, 1)
+        low, high = figures.over_seeds(one)
+        reward.append(low <= 0.35 <= high)
+        low, high = figures.over_seeds(other - one)
+        difference.append(low <= 0.1 <= high)
+    assert 0.935 <= np.mean(reward) <= 0.965
+    assert 0.935 <= np.mean(difference) <= 0.965
+
+
+def test_an_interval_over_the_pooled_problems_is_too_narrow():
+    """What `over_seeds` is for: with three seeds it holds the true mean in about 70% of cases."""
+    rng = np.random.default_rng(0)
+    intervals = [figures.bootstrap(simulate(rng, 3, 400)[:, 0].ravel(), resamples=200) for _ in range(300)]
+    assert np.mean([low <= 0.35 <= high for low, high in intervals]) < 0.8
+
+
+def test_the_interval_over_seeds_is_students():
+    """Against scipy's, of the means: with three seeds 4.303 standard errors. Of one seed it is over problems."""
+    rewards = [np.asarray([0.0, 0.1]), np.asarray([0.6, 0.02, 0.0, 0.632]), np.asarray([0.303])]
+    means = [0.05, 0.313, 0.303]
+    found = figures.over_seeds(rewards)
+    np.testing.assert_allclose(found, scipy.stats.t(2, np.mean(means), scipy.stats.sem(means)).interval(0.95))
+    assert found[1] - found[0] > 0.7, "not the 0.203 .. 0.241 of the pooled problems"
+    one = np.random.default_rng(4).integers(0, 2, 30).astype(float)
+    assert figures.over_seeds([one]) == figures.bootstrap(one)
+    assert figures.seeds_in_words(3) == "3 seeds" and figures.seeds_in_words(1) == "1 seed, problems alone"
 
 
 def test_figures_by_name():

@@ -222,6 +222,21 @@ def test_a_killed_writer_loses_nothing_that_it_wrote(tmp_path):
 # Writing, and what goes wrong
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("Bad Request: invalid")], ids=repr
+)
+def test_settings_that_cannot_be_read_are_not_called_damaged(workdir, monkeypatch, error):
+    """As by a disk that fails, or a bucket, whose client has such a ValueError."""
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(type(error)) as caught:
+        Workdir.attach(workdir.path)
+    assert caught.value is error
+
+
 def test_write_atomic_replaces_the_whole_file(tmp_path):
     path = tmp_path / "results.json"
     for text in ("a" * 10_000, "é\n", ""):

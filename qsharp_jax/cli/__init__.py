@@ -41,14 +41,17 @@ def console() -> int:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; by default the process's own arguments."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
+    paths: list[tuple[str, str]] = []
     try:
         options, rest = arguments.parser().parse_known_args(given)
+        paths += arguments.paths(options, rest)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
         if getattr(options, "rejudge", False):
             _check_rejudge(options, rest)
-        with _joined(options) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
+        with _joined(options, paths) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
             if workdir is not None:
+                paths += _paths_of(workdir.config)
                 _keep_programs(workdir.path / "programs")
             options.command(workdir, options)
         sys.stdout.flush()
@@ -57,26 +60,42 @@ def main(given: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        if (found := _explain(error)) is None:
+        if (found := _explain(error, paths)) is None:
             raise
         code, sentence = found
         print(f"qsharp: {sentence}", file=sys.stderr)
         return code
 
 
-def _explain(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the sentence for an error; None for what only a traceback explains."""
+def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error; None for what only a traceback explains.
+
+    Args:
+      paths: what the user gave: options, and paths.
+    """
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, Stopped):
         return 0, STOPPED
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the same command goes on where it stopped"
-    sentence = explain_os_error(error)
+    sentence = explain_os_error(error, paths)
     return sentence and (2, sentence)
 
 
-def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
+    """The paths in a run's settings, as `arguments.paths` has those of the command."""
+    named = [
+        ("--config.ref", config.get("ref")),
+        ("--config.guide", config.get("guide")),
+        ("--config.task.data", config.task.get("data")),
+    ]
+    return [(option, word) for option, word in named if word and os.sep in word]
+
+
+def _joined(
+    options: argparse.Namespace, paths: Sequence[tuple[str, str]]
+) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
     """The other processes of the run, where there are some, have come; it gives the way to end them all at once.
 
     All but the first print nothing but errors.
@@ -87,7 +106,7 @@ def _joined(options: argparse.Namespace) -> contextlib.AbstractContextManager[Ca
     from qsharp_jax import processes
 
     def explain(error: BaseException) -> tuple[int, str]:
-        if (found := _explain(error)) is None:
+        if (found := _explain(error, paths)) is None:
             traceback.print_exception(error)
             found = 1, f"{type(error).__name__}, see the traceback above"
         return found

@@ -1,7 +1,8 @@
 """The commands' arguments: what may be given, with what by default, and what `--help` says about it."""
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import qsharp_jax.cli.runs as runs
@@ -67,6 +68,11 @@ A mesh that cannot be is refused with the nearest that can. Its memory, bandwidt
 configs/meshes.py; of `single` and `cpu` nothing is known, so give them as --config.mesh.hbm_bytes=16000000000.
 
 {CONFIG_HELP}"""
+
+
+_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be several
+
+_PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,6 +178,17 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", metavar="DIR", required=True, help="the folder; made if it is new, must be empty if not")
     return main
+
+
+def paths(options: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """The files and folders that the user named: options, and paths; `rest` is what changes the config."""
+    named = [(f"--{name}", getattr(options, name, None)) for name in _PATHS]
+    guides = getattr(options, "guide", None)
+    named += [("--guide", guide) for guide in ([guides] if isinstance(guides, str) else guides or [])]
+    changes = [word.split("=", 1) for word in rest if "=" in word]
+    named += [(name, path) for name, path in changes if name in _PATHS_IN_CONFIG]
+    named.append(("QSHARP_DATA", os.environ.get("QSHARP_DATA")))
+    return [(name, path) for name, path in named if path]
 
 
 def _add_config(sub: argparse.ArgumentParser, *, required: bool = False) -> None:

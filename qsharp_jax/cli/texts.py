@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax import config as configs
+from qsharp_jax import files
 from qsharp_jax.errors import UserError
 from qsharp_jax.workdir import Workdir
 
@@ -63,7 +64,8 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         eta=np.asarray([eta for _, eta in plan], np.float32),
         **settings,
     )
-    with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
+    output = open(options.output, "w", encoding="utf-8") if options.output else _standard_output()
+    with files.named(options.output or "standard output"), output as file:
         for row, (prompt, eta) in enumerate(plan):
             length = generation.lengths[row]
 

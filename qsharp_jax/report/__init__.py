@@ -7,7 +7,7 @@ import json
 
 from qsharp_jax import evaluate
 from qsharp_jax.errors import UserError
-from qsharp_jax.files import read_text, write_atomic
+from qsharp_jax.files import write_atomic
 from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.report.names import COLOURS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
@@ -37,8 +37,9 @@ def read_results(session: Session) -> list[dict]:
     path = session.workdir.results
     if not path.exists():
         raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
+    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
     try:
-        return json.loads(read_text(path))
+        return json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
 

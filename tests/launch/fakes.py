@@ -34,7 +34,7 @@ esac
 
 # The installed program: ends at once with the exit code that the world gives it, runs on, or waits for a file `finish`.
 QSHARP = """#!/bin/bash
-echo "$FAKE_HOST|$JAX_PLATFORMS|$XLA_FLAGS|$CUDA_VISIBLE_DEVICES|$PWD|$*" >>"$FAKE/started"
+echo "$FAKE_HOST|$JAX_PLATFORMS|$XLA_FLAGS|$CUDA_VISIBLE_DEVICES|$(env | grep ^MALLOC_ | sort | xargs)|$PWD|$*" >>"$FAKE/started"
 echo "this is host $FAKE_HOST"
 case $FAKE_PROGRAM in
     forever) sleep 60 ;;
@@ -108,7 +108,7 @@ class World:
         return [kind for kind, before in zip(kinds, [None, *kinds]) if kind != before]
 
     def started(self) -> list[dict[str, str]]:
-        fields = ("host", "platforms", "flags", "gpus", "cwd", "words")
+        fields = ("host", "platforms", "flags", "gpus", "malloc", "cwd", "words")
         return [dict(zip(fields, line.split("|"))) for line in self.lines("started")]
 
     def lines(self, name: str) -> list[str]:

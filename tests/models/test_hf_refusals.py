@@ -1,5 +1,6 @@
 """Folders that are refused, each by one sentence that says why: configs, guides taken for references, weights."""
 
+import errno
 import json
 import re
 
@@ -168,6 +169,18 @@ def test_a_damaged_file_is_named(damage, copy):
     damaged = {"cut": content[:-10], "header": content[:100], "empty": b"", "html": b"<html>not found</html>"}
     path.write_bytes(damaged[damage])
     assert re.search(r"model\.safetensors is damaged or truncated \(.+\); download it again", load_refusal(folder))
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(copy, monkeypatch):
+    """By an error of the disk, or of the network it lies behind: it is raised as it is."""
+    error = OSError(errno.EIO, "Input/output error")
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(hf.files, "safe_open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        hf.load_ref(copy(), dtype="float32")
 
 
 def test_a_missing_tensor_is_named(copy):

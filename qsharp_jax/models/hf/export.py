@@ -229,7 +229,7 @@ def check_folder(folder: str | Path) -> None:
         return
     try:
         ours = configs.KEY in json.loads((folder / configs.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):
         ours = False
     if not ours:
         raise UserError(f"{folder} is not empty and not an earlier export; give a new folder to export into")

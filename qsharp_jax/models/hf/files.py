@@ -58,7 +58,7 @@ class Tensors(contextlib.AbstractContextManager):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise UserError(f"{path} is damaged or truncated ({error}); download it again") from None
         self._places |= {name: (file, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
 
