@@ -5,13 +5,13 @@ that was stopped goes on behind what is there; when the last line has come, they
 It knows nothing of models.
 """
 
-import dataclasses
 import json
 import math
 import os
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,31 +20,30 @@ from qsharp_jax.errors import UserError
 from qsharp_jax.generate import Generation
 
 BEGINNING = b'{"prompt": '  # of every line
-NEITHER = "give another --output, or delete it"
+OTHER_FILE = "give another --output, or delete it"
+Span = tuple[int, int]  # where a line begins in its file, and where it ends
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is known of a response before it is generated; no two of a command have all the same.
+class Request(NamedTuple):
+    """What is known of a response before it is generated.
 
     Attributes:
-      eta: None for infinity.
+      eta: None for infinity, which JSON does not know.
       seed: of this response.
-      settings: all else that it depends on, as JSON has it.
     """
 
     prompt: str
     eta: float | None
     seed: int
-    settings: Mapping[str, Any]
-
-    @property
-    def key(self) -> tuple[str, float | None, int]:
-        return self.prompt, self.eta, self.seed
 
 
-def encode(request: Request, response: str, part: Generation, row: int) -> bytes:
-    """The line of a response, which is a row of `part`: strict JSON, null for what is not finite."""
+def encode(request: Request, response: str, part: Generation, row: int, settings: Mapping[str, Any]) -> str:
+    """The line of a response.
+
+    Args:
+      part, row: where its tokens and their numbers are; null for those that are not finite.
+      settings: what all responses of the command have in common, as JSON has it.
+    """
 
     def numbers(array: np.ndarray) -> list[float | None]:
         return [round(float(x), 6) if math.isfinite(x) else None for x in array[row, : part.lengths[row]]]
@@ -60,85 +59,95 @@ def encode(request: Request, response: str, part: Generation, row: int) -> bytes
         "ref_log_probs": numbers(part.ref_log_probs),
         "kl": numbers(part.kl),
         "values": numbers(part.values),
-        "settings": request.settings,
+        "settings": settings,
     }
-    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def in_order(lines: Iterable[tuple[int, bytes]], places: Sequence[int]) -> Iterator[bytes]:
-    """Each line as soon as it and those before it are there.
-
-    Args:
-      lines: each with its place, in any order.
-      places: in the order that is wanted.
-    """
-    waiting, wanted = {}, iter(places)
-    place = next(wanted, None)
+def in_order(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """Each line as soon as it and those of all places before it have come."""
+    waiting, place = {}, 0
     for other, line in lines:
         waiting[other] = line
         while place in waiting:
             yield waiting.pop(place)
-            place = next(wanted, None)
+            place += 1
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def is_kept(path: Path) -> bool:
-    """Whether what is written there stays, unlike in /dev/null or a pipe."""
-    return not path.exists() or path.is_file()
-
-
-def resume(path: Path, requests: Sequence[Request]) -> dict[int, tuple[int, int]]:
-    """The places, among the requests, of the responses that the file holds; for each, where its line begins and ends.
+def resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]) -> dict[int, Span]:
+    """Where the file holds responses to the requests, by their places.
 
     Half a line that a kill left at the end is cut off.
 
     Raises:
-      UserError: naming the first line that is not a response to one of the requests with the same settings. The file
-        is left as it is.
+      UserError: naming the first line that is not a response to one of the requests by the same settings. The file
+        stays as it is.
     """
-    if not path.exists():
-        return {}
-    places = {request.key: place for place, request in enumerate(requests)}
-    spans: dict[int, tuple[int, int]] = {}
-    begin = 0
+    places = defaultdict(deque)  # one as a rule: the same prompt may be there several times, and get the same seed
+    for place, request in enumerate(requests):
+        places[request].append(place)
+    spans: dict[int, Span] = {}
+    end = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 if line[: len(BEGINNING)] != BEGINNING[: len(line)]:
-                    raise UserError(f"{path} ends with a line that is not a response of qsharp generate; {NEITHER}")
-                os.truncate(path, begin)
+                    raise UserError(f"{path} ends with a line that is not of `qsharp generate`; {OTHER_FILE}")
+                os.truncate(path, end)
                 break
-            place = _place(path, number, line, requests, places)
-            if place in spans:
-                raise UserError(f"{path}, line {number}, is a response that is there already; {NEITHER}")
-            spans[place] = begin, begin + len(line)
-            begin += len(line)
+            if not (waiting := places.get(_read(path, number, line, settings))):
+                raise UserError(
+                    f"{path}, line {number}, is not a response that this command lacks: its prompt, eta or seed is"
+                    f" another, or it is there twice; {OTHER_FILE}"
+                )
+            spans[waiting.popleft()] = end, end + len(line)
+            end += len(line)
     return spans
 
 
-def _place(
-    path: Path, number: int, line: bytes, requests: Sequence[Request], places: Mapping[tuple, int]
-) -> int:
+def _read(path: Path, number: int, line: bytes, settings: Mapping[str, Any]) -> Request:
+    """The request that a line answers.
+
+    Raises:
+      UserError: if it is no response, or one by other settings, of which the first is named.
+    """
     try:
         kept = json.loads(line)
-        key, settings = (kept["prompt"], kept["eta"], kept["seed"]), kept["settings"]
-        place = places.get(key)
-        theirs = settings | {}
+        request, theirs = Request(kept["prompt"], kept["eta"], kept["seed"]), dict(kept["settings"])
+        hash(request)  # of lists there is none
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}, line {number}, is not a response of this version's qsharp generate; {NEITHER}") from None
-    ours = requests[0 if place is None else place].settings
-    for name in ours | theirs:
-        # Of another request the prompt is another too.
-        if theirs.get(name) != ours.get(name) and not (place is None and name == PROMPT_SUM):
+        raise UserError(f"{path}, line {number}, is not of `qsharp generate` as it is now; {OTHER_FILE}") from None
+    for name in [*settings, *theirs]:
+        if theirs.get(name) != settings.get(name):
             raise UserError(
                 f"{path}, line {number}, was generated with {name} {json.dumps(theirs.get(name))}, and this command has"
-                f" {json.dumps(ours.get(name))}; give another --output, or the same settings as before"
+                f" {json.dumps(settings.get(name))}; give another --output, or the settings of before"
             )
-    if place is None:
-        raise UserError(
-            f"{path}, line {number}, is a response to a prompt, eta and seed that this command does not have; give"
-            " another --output, or the same arguments as before"
-        )
-    return place
+    return request
+
+
+def append(path: Path, lines: Iterable[tuple[int, str]], spans: dict[int, Span]) -> None:
+    """Appends each line to the file when it comes, and to `spans` where it is."""
+    end = max((end for _, end in spans.values()), default=0)
+    with open(path, "ab") as file:
+        for place, line in lines:
+            data = line.encode()
+            file.write(data)
+            file.flush()
+            spans[place] = end, end + len(data)
+            end += len(data)
+
+
+def sort(path: Path, spans: Mapping[int, Span]) -> None:
+    """Puts a file's lines into the order of their places, all of them or none."""
+    in_place = [spans[place] for place in sorted(spans)]
+    if in_place == sorted(in_place):
+        return
+    path = path.resolve()  # what a link refers to, not the link, is replaced
+    with open(path, "rb") as source, files.writing(path) as target:
+        for begin, end in in_place:
+            source.seek(begin)
+            target.write(source.read(end - begin))

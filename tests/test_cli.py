@@ -31,7 +31,9 @@ SMALL = [
     )
 ]  # fmt: skip
 PROMPT = "0,1|1,2|0,3|3,4/0,2="
-FIELDS = ["prompt", "response", "tokens", "finished", "eta", "seed", "log_probs", "ref_log_probs", "kl", "values"]
+FIELDS = [
+    "prompt", "response", "tokens", "finished", "eta", "seed", "log_probs", "ref_log_probs", "kl", "values", "settings",
+]  # fmt: skip
 
 
 def run(workdir, *changes: str) -> int:

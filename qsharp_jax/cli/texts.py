@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,49 +40,75 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     if options.output:
         _check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
-    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
-    each = len(etas) * options.samples
-    together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
-    names = list(models.configs) if guided else ["reference"]
-    _check_memory(models, names, rows // each * each if together else rows, max(map(len, encoded)), settings)
-    ref, guide = models.load_ref(), models.load_guide() if guided else None
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
+    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
+    names = list(models.configs) if guided else ["reference"]
+
+    from qsharp_jax import generate_file
+
+    requests = [
+        generate_file.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
+        for (row, eta), seed in zip(plan, seeds, strict=True)
+    ]
+    described = _described(models, workdir, options, names, settings)
+    keeps = options.output is not None and Path(options.output).is_file()  # not so a pipe or /dev/null
+    done = generate_file.resume(Path(options.output), requests, described) if keeps else {}
+    if len(done) == len(plan):
+        generate_file.sort(Path(options.output), done)
+        print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
+        return
+    _check_memory(models, names, rows, max(map(len, encoded)), settings)
+    ref, guide = models.load_ref(), models.load_guide() if guided else None
     if options.stream:
         _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, **settings)
         return
 
-    from qsharp_jax import rollouts
+    from qsharp_jax.generate import ContinuousBatch
+    from qsharp_jax.progress import Bar
 
-    generation = rollouts.sample(
-        ref,
-        guide,
-        encoded if together else [encoded[prompt] for prompt, _ in plan],
-        samples=each if together else 1,
-        seeds=seeds,
-        batch_size=rows,
-        eta=np.asarray([eta for _, eta in plan], np.float32),
-        **settings,
-    )
+    def lines() -> Iterator[tuple[int, str]]:
+        """What is missing, with its place."""
+        each = len(plan) // len(prompts)
+        order = [place for place in range(len(plan)) if place not in done]
+        if keeps:  # prompts of like length are prefilled together
+            order.sort(key=lambda place: len(encoded[place // each]))
+        batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
+            ref, guide, encoded, samples=each, rows=rows, rng=seeds, starts=((place, ()) for place in order),
+            eta=np.asarray([eta for _, eta in plan], np.float32), **settings,
+        )  # fmt: skip
+        hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
+        with Bar(None, "generate", total=len(plan), initial=len(done), disable=hidden) as bar:
+            for places, part in batch:
+                for row, place in enumerate(places.tolist()):
+                    text = models.text.decode(part.response(row))
+                    yield place, generate_file.encode(requests[place], text, part, row, described)
+                bar.update(len(places))
+
+    if keeps:
+        generate_file.append(Path(options.output), lines(), done)
+        generate_file.sort(Path(options.output), done)
+        return
     with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
-        for row, (prompt, eta) in enumerate(plan):
-            length = generation.lengths[row]
+        for line in generate_file.in_order(lines()):
+            file.write(line)
+            file.flush()
 
-            def numbers(array, row=row, length=length):
-                return [round(float(x), 6) if math.isfinite(x) else None for x in array[row, :length]]
 
-            line = {
-                "prompt": prompts[prompt],
-                "response": models.text.decode(generation.response(row)),
-                "tokens": generation.response(row),
-                "finished": bool(generation.finished[row]),
-                "eta": eta if math.isfinite(eta) else None,
-                "seed": int(seeds[row]),
-                "log_probs": numbers(generation.log_probs),
-                "ref_log_probs": numbers(generation.ref_log_probs),
-                "kl": numbers(generation.kl),
-                "values": numbers(generation.values),
-            }
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+def _described(
+    models, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], settings: dict
+) -> dict[str, Any]:
+    """What each line says of how it was generated: all that the responses depend on but prompt and eta, as JSON has it.
+
+    Args:
+      names: of the models that run.
+    """
+    if workdir is None:
+        source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
+    else:
+        source = {"workdir": str(workdir.path), "round": models.fitted_rounds() if "guide" in names else 0}
+    dtype = {name: models.configs[name].dtype for name in names}
+    others = {name: item for name, item in settings.items() if name not in ("vocab_size", "prompt_bucket")}
+    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | others))
 
 
 def _stream(text, ref, guide, encoded: list[list[int]], **settings: Any) -> None:
