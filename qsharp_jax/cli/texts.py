@@ -343,7 +343,8 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     for number, line in numbered:
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+            prompt.encode()  # half a surrogate pair is in no text
+        except (ValueError, KeyError, TypeError, AttributeError):
             prompt = None
         if not isinstance(prompt, str):
             raise UserError(f'{name}, line {number}: expected a JSON object with a text as its "prompt"')
