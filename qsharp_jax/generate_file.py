@@ -5,11 +5,12 @@ that was stopped goes on behind what is there; when the last line has come, they
 It knows nothing of models.
 """
 
+import fcntl
 import json
 import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,43 @@ def in_order(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]) -> dict[int, Span]:
+def write(
+    path: Path,
+    requests: Sequence[Request],
+    settings: Mapping[str, Any],
+    lines: Callable[[Sequence[int]], Iterable[tuple[int, str]]],
+) -> int:
+    """Appends what is missing of the responses, each when it comes, and at the end puts all lines in order.
+
+    Args:
+      settings: as of `encode`.
+      lines: of the places of missing responses, their lines with their places, in any order.
+
+    Returns:
+      How many responses were there already.
+
+    Raises:
+      UserError: if another process writes there, or the file holds something else, see `_resume`.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            raise UserError(f"another process writes to {path}; wait for it to end, or give another --output") from None
+        spans = _resume(path, requests, settings)
+        kept, end = len(spans), max((end for _, end in spans.values()), default=0)
+        missing = [place for place in range(len(requests)) if place not in spans]
+        for place, line in lines(missing) if missing else ():
+            data = line.encode()
+            file.write(data)
+            file.flush()
+            spans[place] = end, end + len(data)
+            end += len(data)
+        _sort(path, spans)
+    return kept
+
+
+def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]) -> dict[int, Span]:
     """Where the file holds responses to the requests, by their places.
 
     Half a line that a kill left at the end is cut off.
@@ -129,19 +166,7 @@ def _read(path: Path, number: int, line: bytes, settings: Mapping[str, Any]) -> 
     return request
 
 
-def append(path: Path, lines: Iterable[tuple[int, str]], spans: dict[int, Span]) -> None:
-    """Appends each line to the file when it comes, and to `spans` where it is."""
-    end = max((end for _, end in spans.values()), default=0)
-    with open(path, "ab") as file:
-        for place, line in lines:
-            data = line.encode()
-            file.write(data)
-            file.flush()
-            spans[place] = end, end + len(data)
-            end += len(data)
-
-
-def sort(path: Path, spans: Mapping[int, Span]) -> None:
+def _sort(path: Path, spans: Mapping[int, Span]) -> None:
     """Puts a file's lines into the order of their places, all of them or none."""
     in_place = [spans[place] for place in sorted(spans)]
     if in_place == sorted(in_place):

@@ -98,6 +98,7 @@ def sample_method(
 
 
 def _judged(session: Session, problem: Problem, eta: float, part: Generation, row: int, now: float) -> Ended:
+    """The sample that a row of `part` is; its judgement begins at once."""
     response = session.text.decode(part.response(row))
     judgement = session.judge.submit(problem, response)
     numbers = {
@@ -112,10 +113,10 @@ def _judged(session: Session, problem: Problem, eta: float, part: Generation, ro
         numbers["values"] = _rounded(part.values[row, : part.lengths[row]])
 
     def result() -> tuple[dict, float]:
-        asked = {"problem_id": problem.problem_id, "prompt": problem.prompt, "answer": problem.answer}
         verdict = judgement()
-        judged = {"response": response, "parsed": verdict.parsed, "reward": verdict.reward}
-        return asked | judged | numbers, now
+        texts = {"prompt": problem.prompt, "answer": problem.answer, "response": response}
+        judged = {"parsed": verdict.parsed, "reward": verdict.reward}
+        return {"problem_id": problem.problem_id} | texts | judged | numbers, now
 
     return result
 
@@ -216,7 +217,7 @@ def _in_shards(
 
     def write(index: int, computed: list[tuple[dict, float]]) -> None:
         nonlocal last
-        now = max(time for _, time in computed)
+        now = max(moment for _, moment in computed)
         each = (now - last) / len(computed) / groups
         last = now
         if not is_remote(path):

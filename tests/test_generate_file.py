@@ -1,5 +1,6 @@
 """Files of responses: every line once and in the end in order, whatever the stops, and nothing foreign is touched."""
 
+import contextlib
 import json
 import math
 
@@ -37,13 +38,18 @@ ORDER = [3, 0, 1, 2, 11, 4, 10, 5, 9, 6, 8, 7]  # in which the responses end
 
 def generate(path, *, until: int | None = None) -> list[int]:
     """What the command does, with responses that need no model: the places that it makes, before it is stopped."""
-    path.touch()
-    done = generate_file.resume(path, REQUESTS, SETTINGS)
-    missing = [place for place in ORDER if place not in done]
-    generate_file.append(path, ((place, make_line(place)) for place in missing[:until]), done)
-    if until is None:
-        generate_file.sort(path, done)
-    return missing[:until]
+    generated = []
+
+    def lines(missing):
+        for place in sorted(missing, key=ORDER.index):
+            if len(generated) == until:
+                raise KeyboardInterrupt
+            generated.append(place)
+            yield place, make_line(place)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        generate_file.write(path, REQUESTS, SETTINGS, lines)
+    return generated
 
 
 def test_a_line_is_strict_json_without_what_lies_past_the_end():
@@ -80,8 +86,7 @@ def test_a_file_grows_as_responses_end_and_is_in_order_at_the_end(tmp_path):
 @pytest.mark.parametrize("kept", [0, 1, 9, 11, 40, 700, 2000, -2, -1])
 def test_a_file_cut_anywhere_ends_as_one_that_never_was(tmp_path, kept):
     path = tmp_path / "out.jsonl"
-    generate(path, until=len(ORDER))
-    cut = path.read_bytes()[:kept]
+    cut = "".join(map(make_line, ORDER)).encode()[:kept]
     path.write_bytes(cut)
     assert generate(path) == ORDER[cut.count(b"\n") :]
     assert path.read_bytes() == WHOLE
@@ -91,17 +96,26 @@ def test_each_line_is_in_the_file_when_the_next_response_is_waited_for(tmp_path)
     """A kill loses no response that has ended."""
     path, sizes = tmp_path / "out.jsonl", []
 
-    def ending():
-        for place in (1, 0):
+    def lines(missing):
+        for place in missing:
             sizes.append(path.stat().st_size)
             yield place, make_line(place)
-        raise KeyboardInterrupt
 
-    path.touch()
-    with pytest.raises(KeyboardInterrupt):
-        generate_file.append(path, ending(), {})
-    assert sizes == [0, len(make_line(1).encode())]
-    assert path.read_bytes() == (make_line(1) + make_line(0)).encode()
+    assert generate_file.write(path, REQUESTS, SETTINGS, lines) == 0
+    assert sizes == [len("".join(map(make_line, range(place))).encode()) for place in range(len(REQUESTS))]
+    assert generate_file.write(path, REQUESTS, SETTINGS, pytest.fail) == len(REQUESTS)
+
+
+def test_a_file_to_which_another_process_writes_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+
+    def lines(missing):
+        with pytest.raises(UserError, match=f"another process writes to {path}; wait for it to end"):
+            generate_file.write(path, REQUESTS, SETTINGS, pytest.fail)
+        yield from ((place, make_line(place)) for place in missing)
+
+    generate_file.write(path, REQUESTS, SETTINGS, lines)
+    assert path.read_bytes() == WHOLE
 
 
 def test_requests_that_are_alike_are_all_answered(tmp_path):
@@ -109,9 +123,13 @@ def test_requests_that_are_alike_are_all_answered(tmp_path):
     path = tmp_path / "out.jsonl"
     requests = [REQUESTS[0], REQUESTS[1], REQUESTS[0]]
     path.write_text(make_line(0), encoding="utf-8")
-    assert list(generate_file.resume(path, requests, SETTINGS)) == [0]
+    answered = []
+    assert generate_file.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 1
+    assert answered == [1, 2]
     path.write_text(make_line(0) * 2, encoding="utf-8")
-    assert list(generate_file.resume(path, requests, SETTINGS)) == [0, 2]
+    answered.clear()
+    assert generate_file.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 2
+    assert answered == [1]
 
 
 def test_sorting_replaces_what_a_link_refers_to(tmp_path):
@@ -150,6 +168,6 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content, w
     path = tmp_path / "out.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as refusal:
-        generate_file.resume(path, REQUESTS, SETTINGS)
+        generate_file.write(path, REQUESTS, SETTINGS, pytest.fail)
     assert words in str(refusal.value) and str(path) in str(refusal.value)
     assert path.read_text(encoding="utf-8") == content

@@ -51,45 +51,44 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         for (row, eta), seed in zip(plan, seeds, strict=True)
     ]
     described = _described(models, workdir, options, names, settings)
-    keeps = options.output is not None and Path(options.output).is_file()  # not so a pipe or /dev/null
-    done = generate_file.resume(Path(options.output), requests, described) if keeps else {}
-    if len(done) == len(plan):
-        generate_file.sort(Path(options.output), done)
-        print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
-        return
-    _check_memory(models, names, rows, max(map(len, encoded)), settings)
-    ref, guide = models.load_ref(), models.load_guide() if guided else None
+
+    def load() -> tuple:
+        _check_memory(models, names, rows, max(map(len, encoded)), settings)
+        return models.load_ref(), models.load_guide() if guided else None
+
     if options.stream:
-        _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, **settings)
+        _stream(models.text, *load(), encoded, eta=etas[0], rng=seeds, **settings)
         return
 
-    from qsharp_jax.generate import ContinuousBatch
-    from qsharp_jax.progress import Bar
+    def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """The lines of some responses, as they end, and the places of these."""
+        from qsharp_jax.generate import ContinuousBatch
+        from qsharp_jax.progress import Bar
 
-    def lines() -> Iterator[tuple[int, str]]:
-        """What is missing, with its place."""
-        each = len(plan) // len(prompts)
-        order = [place for place in range(len(plan)) if place not in done]
-        if keeps:  # prompts of like length are prefilled together
-            order.sort(key=lambda place: len(encoded[place // each]))
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
-            ref, guide, encoded, samples=each, rows=rows, rng=seeds, starts=((place, ()) for place in order),
-            eta=np.asarray([eta for _, eta in plan], np.float32), **settings,
+            *load(), encoded, samples=len(plan) // len(prompts), rows=rows, rng=seeds,
+            starts=((place, ()) for place in places), eta=np.asarray([eta for _, eta in plan], np.float32), **settings,
         )  # fmt: skip
         hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
-        with Bar(None, "generate", total=len(plan), initial=len(done), disable=hidden) as bar:
-            for places, part in batch:
-                for row, place in enumerate(places.tolist()):
+        with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
+            for ended, part in batch:
+                for row, place in enumerate(ended.tolist()):
                     text = models.text.decode(part.response(row))
                     yield place, generate_file.encode(requests[place], text, part, row, described)
-                bar.update(len(places))
+                bar.update(len(ended))
 
-    if keeps:
-        generate_file.append(Path(options.output), lines(), done)
-        generate_file.sort(Path(options.output), done)
+    if options.output and Path(options.output).is_file():
+        each = len(plan) // len(prompts)
+
+        def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # those are prefilled together
+            return lines(sorted(places, key=lambda place: len(encoded[place // each])))
+
+        if generate_file.write(Path(options.output), requests, described, by_length) == len(plan):
+            print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
         return
+    # Standard output, a pipe or /dev/null: what is there is not kept.
     with open(options.output, "w", encoding="utf-8") if options.output else _standard_output() as file:
-        for line in generate_file.in_order(lines()):
+        for line in generate_file.in_order(lines(range(len(plan)))):
             file.write(line)
             file.flush()
 
