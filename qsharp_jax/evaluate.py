@@ -1,14 +1,13 @@
 """How good a policy is on held-out problems: reward, KL to `pi_ref`, and what reranking makes of `pi_ref`'s samples.
 
-Every method's samples are kept in the workdir as JSON lines, and every figure is computed from them: an evaluation
-that was stopped goes on with the method it was at, and samples are judged again without a model. Several processes
-share the problems. Intervals are 95%, by bootstrap over problems.
+Every method's samples are kept in the workdir as JSON lines (see `samples.py`), and every figure is computed from them:
+an evaluation that was stopped goes on where it was, and samples are judged again without a model. Intervals are 95%, by
+bootstrap over problems.
 It knows nothing about training.
 """
 
 import itertools
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,162 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax import processes, rollouts, score
-from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
 from qsharp_jax.figures import majority, pass_at, with_interval
-from qsharp_jax.files import read_text, write_atomic
-from qsharp_jax.generate import Guide, gives_values
+from qsharp_jax.files import write_atomic
+from qsharp_jax.generate import Guide
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.value import ValueModel
+from qsharp_jax.samples import SAMPLE, read_samples, sample_method, samples_path, score_samples, write_samples
 from qsharp_jax.session import Session
 from qsharp_jax.tasks import Problem
-
-SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
-    "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
-    "seconds",
-)  # fmt: skip
-
-# --- Samples --------------------------------------------------------------------------------------------------------
-
-
-def sample_method(
-    session: Session,
-    method: str,
-    ref: LanguageModel,
-    guide: Guide | None,
-    *,
-    number: int,
-    etas: Sequence[float] = (float("inf"),),
-    samples: int = 1,
-    **changes: Any,
-) -> list[dict]:
-    """Responses to every test problem, `samples` for each of `etas`, all of them in the same batches.
-
-    They are read from the workdir if they are there, for the same etas.
-
-    Args:
-      method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
-      guide: a policy is sampled in the guide's place.
-      number: of the round that fitted the guide; 0 for pi_ref.
-      changes: to the config's settings of `generate`.
-    """
-    path = samples_path(session, method, number)
-    text, problems = session.text, session.test_problems()
-    plan = list(itertools.product(problems, etas, range(samples)))
-    if path.exists():
-        rows = read_samples(path)
-        if [row["eta"] for row in rows] == [_finite(eta) for _, eta, _ in plan]:
-            return rows
-    each = len(etas) * samples
-    seeds = np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan))
-    mine = processes.share(range(len(problems)), session.together)
-    problems, part = problems[mine.start : mine.stop], slice(mine.start * each, mine.stop * each)
-    began, asked = time.monotonic(), len(plan)
-    plan = plan[part]
-    if not problems:  # there are more processes than problems
-        return _keep(session, path, [])
-    with session.decoding():
-        generation = rollouts.sample(
-            ref,
-            guide,
-            [text.encode_prompt(problem.prompt) for problem in problems],
-            samples=each,
-            seeds=seeds[part],
-            batch_size=session.config.evaluate.batch_size,
-            name=f"evaluate {method}" + (f", round {number}" if number else ""),
-            eta=np.asarray([eta for _, eta, _ in plan], np.float32),
-            record=("kl", "values") if gives_values(guide) else ("kl",),
-            **(session.generation_settings() | changes),
-        )
-    if not processes.leads(session.together):
-        return _keep(session, path, [])
-    seconds = time.monotonic() - began
-    responses = [text.decode(generation.response(row)) for row in range(len(plan))]
-    judgements = session.judge([problem for problem, _, _ in plan], responses)
-    rows = []
-    for row, (problem, eta, _) in enumerate(plan):
-        rows.append(
-            {
-                "problem_id": problem.problem_id,
-                "prompt": problem.prompt,
-                "answer": problem.answer,
-                "response": responses[row],
-                "parsed": judgements[row].parsed,
-                "reward": judgements[row].reward,
-                "finished": bool(generation.finished[row]),
-                "eta": _finite(eta),
-                "tokens": generation.response(row),
-                "kl": float(generation.kl[row].sum()),
-                "kl_truncated": float(generation.kl_truncated[row].sum()),
-                "seconds": seconds / asked,
-            }
-        )
-        if gives_values(guide):
-            rows[-1]["values"] = _rounded(generation.values[row, : generation.lengths[row]])
-    return _keep(session, path, rows)
-
-
-def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
-    """`pi_ref`'s samples with the guide's value at every response token, kept like samples are."""
-    path = samples_path(session, "pi_ref_values", number)
-    if path.exists():
-        return read_samples(path)
-    began, asked = time.monotonic(), len(samples)
-    samples = processes.share(samples, session.together)
-    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
-    with session.decoding():
-        scores = score.score(
-            guide, examples, rows=session.config.evaluate.batch_size, bucket=session.config.fit.length_bucket
-        )
-    seconds = (time.monotonic() - began) / asked
-    rows = [
-        {key: sample[key] for key in ("problem_id", "parsed", "reward")}
-        | {"values": _rounded(values), "seconds": sample["seconds"] + seconds}
-        for sample, values in zip(samples, scores, strict=True)
-    ]
-    return _keep(session, path, rows)
-
-
-def _keep(session: Session, path: Path, rows: list[dict]) -> list[dict]:
-    """The rows of all processes, of those that decode together one's, which the first writes."""
-    rows = processes.gather(rows, session.together)
-    if session.workdir.writes:
-        write_samples(path, rows)
-    return rows
-
-
-def _finite(number: float) -> float | None:
-    return number if np.isfinite(number) else None  # JSON knows no infinity
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """None where no value is known."""
-    return [_finite(value) for value in np.round(values.astype(float), 4).tolist()]
-
-
-def samples_path(session: Session, method: str, number: int) -> Path:
-    return session.workdir.samples / (f"{method}_round_{number}.jsonl" if number else f"{method}.jsonl")
-
-
-def write_samples(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_samples(path: Path) -> list[dict]:
-    """The rows of a samples file.
-
-    Raises:
-      UserError: naming the damaged line.
-    """
-    rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {number}, is damaged; delete the file and evaluate again") from None
-    return rows
-
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 

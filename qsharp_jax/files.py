@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,16 @@ def rename_folder(path: Path, target: Path) -> None:
         store(path).mv(str(path), str(target), recursive=True)
     else:
         path.rename(target)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder and everything in it, if it is there."""
+    if not path.exists():
+        return
+    if is_remote(path):
+        store(path).rm(str(path), recursive=True)
+    else:
+        shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

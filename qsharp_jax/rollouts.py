@@ -5,8 +5,9 @@ than shards of rollouts.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,32 +132,53 @@ def collect(
         )
 
     batches: list[ContinuousBatch] = []
-    ended = defaultdict(dict)  # by shard and place, while they are judged
     made = responses(
         ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
         **settings | {"record": ()},
     )  # fmt: skip
-    with ThreadPoolExecutor(1) as writer:  # decoding goes on while a shard's last judgements are waited for
-        writing = None
+
+    def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
         for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
-            if not processes.leads(together):
-                continue
-            place, prompt = places[index], prompts[index // samples]
-            shard = place // samples // step
-            ended[shard][place] = rollout(place, prompt, switch, response, draws[index])
-            if len(ended[shard]) == len(shards[shard]) * samples:
-                if writing:
-                    writing.result()
-                writing = writer.submit(_write, folder, shard, ended.pop(shard))
-        if writing:
-            writing.result()
+            if processes.leads(together):
+                place, prompt = places[index], prompts[index // samples]
+                yield place, rollout(place, prompt, switch, response, draws[index])
+
+    in_shards = {shard: range(some.start * samples, some.stop * samples) for shard, some in shards.items()}
+    write_shards(ended(), in_shards, functools.partial(dataset.write_shard, folder))
     processes.wait_for_all(f"rollouts of round {number}")
     totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
 
 
-def _write(folder: Path, shard: int, judged: dict[int, Callable[[], Rollout]]) -> None:
-    dataset.write_shard(folder, shard, [judged[place]() for place in sorted(judged)])
+def write_shards(
+    ended: Iterable[tuple[int, Callable[[], Any]]],
+    shards: Mapping[int, Sequence[int]],
+    write: Callable[[int, list[Any]], None],
+) -> None:
+    """Writes every shard when the last of its items has come, while others are under way.
+
+    Args:
+      ended: each item's place, and a function that waits for the item, such as for a response's judgement.
+      shards: the places of each shard's items, in the order in which they are written.
+      write: of a shard's number and its items.
+    """
+    shard_of = {place: shard for shard, places in shards.items() for place in places}
+    waiting = defaultdict(dict)  # by shard and place
+
+    def write_one(shard: int, items: Mapping[int, Callable[[], Any]]) -> None:
+        write(shard, [items[place]() for place in shards[shard]])
+
+    with ThreadPoolExecutor(1) as writer:  # decoding goes on while a shard's last judgements are waited for
+        writing = None
+        for place, item in ended:
+            shard = shard_of[place]
+            waiting[shard][place] = item
+            if len(waiting[shard]) == len(shards[shard]):
+                if writing:
+                    writing.result()
+                writing = writer.submit(write_one, shard, waiting.pop(shard))
+        if writing:
+            writing.result()
 
 
 def responses(

@@ -31,7 +31,9 @@ SMALL = [
     )
 ]  # fmt: skip
 PROMPT = "0,1|1,2|0,3|3,4/0,2="
-FIELDS = ["prompt", "response", "tokens", "finished", "eta", "seed", "log_probs", "ref_log_probs", "kl", "values"]
+FIELDS = [
+    "prompt", "response", "tokens", "finished", "eta", "seed", "log_probs", "ref_log_probs", "kl", "values", "settings",
+]  # fmt: skip
 
 
 def run(workdir, *changes: str) -> int:
@@ -311,6 +313,7 @@ def test_a_workdir_in_use_is_refused_until_its_process_is_dead(finished, capsys)
 def test_prompts_that_cannot_be_are_refused(finished, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "0,1"}\n{"text": 1}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "0,1"}\n\n{"prompt": "\\ud83d"}\n')
     generate = ("generate", "--workdir", finished)
     for arguments, words in [
         (["0,1|eggs/0,1="], "'eggs'"),
@@ -318,6 +321,7 @@ def test_prompts_that_cannot_be_are_refused(finished, tmp_path, capsys):
         (["--input", tmp_path / "empty.txt"], "holds no prompts"),
         (["--input", tmp_path / "none.txt"], "there is no file"),
         (["--input", tmp_path / "broken.jsonl"], "line 2"),
+        (["--input", tmp_path / "half.jsonl"], "line 3: expected a JSON object with a text"),
         (["0,1", "--input", tmp_path / "empty.txt"], "not both"),
         (["0,1", "--samples", "0"], "--samples"),
         (["0,1", "--temperature", "-1"], "temperature"),

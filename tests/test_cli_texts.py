@@ -4,8 +4,13 @@ The reference's and the guide's embeddings are padded to different sizes, and th
 every draw if it took part.
 """
 
+import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import bpe
@@ -17,9 +22,9 @@ import pytest
 import scipy.special
 from helpers import quick_compilation  # noqa: F401
 from ml_collections import ConfigDict
-from test_cli import FIELDS, refused, stdout_lines
+from test_cli import FIELDS, ROOT, refused, stdout_lines
 
-from qsharp_jax import cli
+from qsharp_jax import cli, generate_file
 from qsharp_jax.cli import texts
 from qsharp_jax.models import decoder, hf, memory, value
 from qsharp_jax.models.config import make
@@ -142,6 +147,135 @@ def test_several_guides_are_composed_by_their_weights(models, tmp_path, capfd):
         (line,) = stdout_lines(capfd, *one, "--guide", guide, "--weights", weights, *arguments)
         assert (line["tokens"] == alone["tokens"] and np.allclose(line["kl"], alone["kl"], atol=1e-5)) == same
     assert sum(alone["kl"]) > 1e-2
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def assert_same_lines(actual: list[dict], expected: list[dict]) -> None:
+    """All that is not a rounded number exactly."""
+    numbers = ("log_probs", "ref_log_probs", "kl", "values")
+    for line, other in zip(actual, expected, strict=True):
+        assert {key: line[key] for key in line if key not in numbers} == {
+            key: other[key] for key in other if key not in numbers
+        }
+        for name in numbers:
+            mine, theirs = (np.asarray(each[name], float) for each in (line, other))
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.fixture
+def resumable(models, tmp_path, monkeypatch):
+    """A command of 20 responses in batches of 4 rows, with its prompts in a file."""
+    monkeypatch.setattr(texts, "BATCH_ROWS", 4)
+    prompts = [PROMPT, "Sam", "How many eggs does Sam have?", "Mia has 3", "日本"]
+    source = tmp_path / "prompts.txt"
+    source.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    pair = ("--ref", models[0], "--guide", models[1])
+    return "generate", *pair, "--input", source, "--samples", 2, "--eta", "0.5,0.1", "--seed", 3, *FEW
+
+
+def stop_after(monkeypatch, count: int, error: BaseException) -> None:
+    """The next generation is interrupted when it has so many responses."""
+    encode, calls = generate_file.encode, []
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) > count:
+            raise error
+        return encode(*arguments)
+
+    monkeypatch.setattr(generate_file, "encode", interrupting)
+
+
+def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, tmp_path, capfd, monkeypatch):
+    """Nothing complete is lost, half a line is made anew, and what is there is not generated again."""
+    expected = stdout_lines(capfd, *resumable)
+    output = tmp_path / "out.jsonl"
+    command = [str(argument) for argument in (*resumable, "--output", output)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, KeyboardInterrupt())
+        assert cli.main(command) == 130 and "goes on where it stopped" in capfd.readouterr().err
+    assert len(read_lines(output)) == 7
+    output.write_bytes(output.read_bytes()[:-100])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, OSError(errno.ENOSPC, "full"))
+        assert cli.main(command) == 2 and "disk is full" in capfd.readouterr().err
+    some = read_lines(output)
+    assert len(some) == 6 + 3 and some != expected[:9]  # in the order in which they ended
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11, AssertionError("generated again"))
+        assert cli.main(command) == 0
+    assert_same_lines(read_lines(output), expected)
+    assert [line for line in read_lines(output) if line in some]
+    monkeypatch.setattr(texts, "_check_memory", lambda *_: pytest.fail("it would read weights"))
+    assert cli.main(command) == 0 and "all 20 responses are there" in capfd.readouterr().err
+
+
+def test_prompts_may_be_added_to_a_finished_generation(resumable, tmp_path, capfd):
+    output, source = tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    command = [str(argument) for argument in (*resumable, "--output", output)]
+    assert cli.main(command) == 0
+    before = output.read_bytes()
+    with open(source, "a") as file:
+        file.write("One more\n")
+    assert cli.main(command) == 0
+    assert output.read_bytes().startswith(before) and len(read_lines(output)) == 24
+    assert_same_lines(read_lines(output), stdout_lines(capfd, *resumable))
+
+
+def test_an_output_of_other_settings_is_refused_and_left_alone(resumable, models, tmp_path, capfd, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    command = (*resumable, "--output", output)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, KeyboardInterrupt())
+        assert cli.main([str(argument) for argument in command]) == 130
+    content = output.read_bytes()
+    capfd.readouterr()
+    for change, words in [
+        (("--temperature", "0.5"), "generated with temperature 1.0, and this command has 0.5"),
+        (("--max-new-tokens", "9"), "max_new_tokens 8, and this command has 9"),
+        (("--mode", "cd"), 'mode "qsharp", and this command has "cd"'),
+        (("--seed", "4"), "seed 3, and this command has 4"),
+        (("--stop-ids", "5"), "stop_ids"),
+        (("--prompt-format", "chat"), 'prompt_format "plain"'),
+        (("--guide", models[1], "--weights", "1,1"), "with guide"),
+        (("--eta", "0.5"), "is not a response that this command lacks"),
+        (("--samples", "3"), "is not a response that this command lacks"),
+    ]:
+        assert words in refused(capfd, *command, *change)
+    assert output.read_bytes() == content
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(resumable, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    for terminal in (False, True):
+        command = [str(argument) for argument in (*resumable, "--output", tmp_path / f"{terminal}.jsonl")]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+            assert cli.main(command) == 0
+        assert ("20/20" in capfd.readouterr().err) == terminal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code):
+    output = tmp_path / "out.jsonl"
+    arguments = ["generate", "--ref", models[0], PROMPT, "--samples", 2000, "--max-new-tokens", 40, "--output", output]
+    command = [str(argument) for argument in arguments]
+    process = subprocess.Popen([sys.executable, "-m", "qsharp_jax.cli", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    while not (output.exists() and output.read_bytes().count(b"\n") > 20) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    errors = process.communicate()[1].decode()
+    assert process.returncode == code and ("goes on where it stopped" in errors) == (sign == signal.SIGTERM), errors
+    some = output.read_bytes()
+    assert 20 < some.count(b"\n") < 2000
+    assert cli.main(command) == 0
+    lines = output.read_bytes().splitlines()
+    assert set(some.split(b"\n")[:-1]) <= set(lines)  # what was there is as it was
+    assert_same_lines([json.loads(line) for line in lines], stdout_lines(capfd, *command[:-2]))
 
 
 # --- score ----------------------------------------------------------------------------------------------------------

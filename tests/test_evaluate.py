@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import evaluate, figures, rollouts, score, tasks
+from qsharp_jax import evaluate, figures, score, tasks
 from qsharp_jax.dataset import Example
 from qsharp_jax.errors import UserError
+from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.judging import Judge
 from qsharp_jax.session import check_settings
 
@@ -256,7 +257,7 @@ def forbid_sampling(monkeypatch):
     def sample(*arguments, **options):
         raise AssertionError("samples again")
 
-    monkeypatch.setattr(rollouts, "sample", sample)
+    monkeypatch.setattr("qsharp_jax.samples.ContinuousBatch", sample)
     monkeypatch.setattr(score, "score", sample)
 
 
@@ -273,15 +274,15 @@ def test_a_stopped_evaluation_goes_on_with_the_method_it_was_at(evaluated, monke
     path = session.workdir.samples / "cd_round_2.jsonl"
     before, content = samples_of(session, "cd_round_2"), path.read_text()
     path.unlink()
-    names, sample = [], rollouts.sample
+    modes, batch = [], ContinuousBatch
 
-    def noted(*arguments, name, **options):
-        names.append(name)
-        return sample(*arguments, **options)
+    def noted(*arguments, mode, **options):
+        modes.append(mode)
+        return batch(*arguments, mode=mode, **options)
 
-    monkeypatch.setattr(rollouts, "sample", noted)
+    monkeypatch.setattr("qsharp_jax.samples.ContinuousBatch", noted)
     again = evaluate.evaluate(session, ref, guides, full=True)
-    assert names == ["evaluate cd, round 2"]
+    assert modes == ["cd"]
     assert [row["tokens"] for row in samples_of(session, "cd_round_2")] == [row["tokens"] for row in before]
     assert [row["reward"] for row in again] == [row["reward"] for row in rows]
     path.write_text(content)

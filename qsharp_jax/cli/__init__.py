@@ -20,7 +20,7 @@ from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.workdir import Workdir, explain_os_error
 
 STOPPED = "told to end; the same command goes on where it stopped"
-RESUMING = ("run", "compare", "collect", "fit", "evaluate")  # of the commands
+RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # of the commands; generate with a file
 
 # For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -121,7 +121,8 @@ def _joined(
 def _on_sigterm(
     options: argparse.Namespace, end: Callable[[int, str], None]
 ) -> contextlib.AbstractContextManager[None]:
-    if options.name not in RESUMING:
+    resumes = options.name in RESUMING or (options.name == "generate" and options.output is not None)
+    if not resumes:
         return contextlib.nullcontext()
     return interrupt.sigterm_ends(lambda: end(0, STOPPED))
 

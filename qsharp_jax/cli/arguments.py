@@ -32,6 +32,16 @@ Models: those of a run, by --workdir, or of folders with config.json, safetensor
 `transformers` and `qsharp export` write them, by --ref and --guide. The guide's tokenizer must have the reference's
 entries; paddings of the embeddings may differ."""
 
+GENERATE_HELP = f"""\
+A line of the output is a JSON object with the "prompt", the "response" and its "tokens", whether it "finished" (by a
+stop token), its "eta" and "seed", of every token "log_probs", "ref_log_probs", "kl" and "values" (null where there is
+none), and the "settings" that all lines have in common. Standard output has them in the order of the prompts, each as
+soon as it and those before it have ended. --output gets each as it ends, and has them in the order of the prompts when
+all are there. The same command, typed again after it was stopped, goes on behind what is there; prompts may be added at
+the end of the input. A file by other models or settings is refused.
+
+{FOLDERS_HELP}"""
+
 SCORE_HELP = f"""\
 A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
 {{"prompt_tokens": [...], "response_tokens": [...]}}, which come first where both are there. A response given as text
@@ -126,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add(
         texts.generate,
-        "answer prompts with the guided model; JSON lines to standard output",
-        f"{FOLDERS_HELP}\n\n{CONFIG_HELP}",
+        "answer prompts with the guided model; JSON lines to standard output, or to a file; resumes",
+        f"{GENERATE_HELP}\n\n{CONFIG_HELP}",
     )
     _add_generate(sub)
 
@@ -252,7 +262,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--input", metavar="FILE", help='a prompt a line, or (.jsonl) JSON lines with a "prompt"; - is standard input'
     )
-    sub.add_argument("--output", metavar="FILE", help="where the JSON lines go, by default standard output")
+    sub.add_argument("--output", metavar="FILE", help="where the JSON lines are appended, by default standard output")
     sub.add_argument(
         "--stream", action="store_true", help="print the text of one response to one prompt as it comes, without JSON"
     )

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,50 +41,75 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     if options.output:
         _check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
-    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
-    each = len(etas) * options.samples
-    together = each <= rows  # a prompt's responses share its prefill, if they fit into one batch
-    names = list(models.configs) if guided else ["reference"]
-    _check_memory(models, names, rows // each * each if together else rows, max(map(len, encoded)), settings)
-    ref, guide = models.load_ref(), models.load_guide() if guided else None
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
+    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
+    names = list(models.configs) if guided else ["reference"]
+
+    from qsharp_jax import generate_file
+
+    requests = [
+        generate_file.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
+        for (row, eta), seed in zip(plan, seeds, strict=True)
+    ]
+    described = _described(models, workdir, options, names, settings)
+
+    def load() -> tuple:
+        _check_memory(models, names, rows, max(map(len, encoded)), settings)
+        return models.load_ref(), models.load_guide() if guided else None
+
     if options.stream:
-        _stream(models.text, ref, guide, encoded, eta=etas[0], rng=seeds, **settings)
+        _stream(models.text, *load(), encoded, eta=etas[0], rng=seeds, **settings)
         return
 
-    from qsharp_jax import rollouts
+    def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """The lines of some responses, as they end, and the places of these."""
+        from qsharp_jax.generate import ContinuousBatch
+        from qsharp_jax.progress import Bar
 
-    generation = rollouts.sample(
-        ref,
-        guide,
-        encoded if together else [encoded[prompt] for prompt, _ in plan],
-        samples=each if together else 1,
-        seeds=seeds,
-        batch_size=rows,
-        eta=np.asarray([eta for _, eta in plan], np.float32),
-        **settings,
-    )
+        batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
+            *load(), encoded, samples=len(plan) // len(prompts), rows=rows, rng=seeds,
+            starts=((place, ()) for place in places), eta=np.asarray([eta for _, eta in plan], np.float32), **settings,
+        )  # fmt: skip
+        hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
+        with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
+            for ended, part in batch:
+                for row, place in enumerate(ended.tolist()):
+                    text = models.text.decode(part.response(row))
+                    yield place, generate_file.encode(requests[place], text, part, row, described)
+                bar.update(len(ended))
+
+    if options.output and Path(options.output).is_file():
+        each = len(plan) // len(prompts)
+
+        def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # those are prefilled together
+            return lines(sorted(places, key=lambda place: len(encoded[place // each])))
+
+        if generate_file.write(Path(options.output), requests, described, by_length) == len(plan):
+            print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
+        return
+    # Standard output, a pipe or /dev/null: what is there is not kept.
     output = open(options.output, "w", encoding="utf-8") if options.output else _standard_output()
     with files.named(options.output or "standard output"), output as file:
-        for row, (prompt, eta) in enumerate(plan):
-            length = generation.lengths[row]
+        for line in generate_file.in_order(lines(range(len(plan)))):
+            file.write(line)
+            file.flush()
 
-            def numbers(array, row=row, length=length):
-                return [round(float(x), 6) if math.isfinite(x) else None for x in array[row, :length]]
 
-            line = {
-                "prompt": prompts[prompt],
-                "response": models.text.decode(generation.response(row)),
-                "tokens": generation.response(row),
-                "finished": bool(generation.finished[row]),
-                "eta": eta if math.isfinite(eta) else None,
-                "seed": int(seeds[row]),
-                "log_probs": numbers(generation.log_probs),
-                "ref_log_probs": numbers(generation.ref_log_probs),
-                "kl": numbers(generation.kl),
-                "values": numbers(generation.values),
-            }
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+def _described(
+    models, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], settings: dict
+) -> dict[str, Any]:
+    """What each line says of how it was generated: all that the responses depend on but prompt and eta, as JSON has it.
+
+    Args:
+      names: of the models that run.
+    """
+    if workdir is None:
+        source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
+    else:
+        source = {"workdir": str(workdir.path), "round": models.fitted_rounds() if "guide" in names else 0}
+    dtype = {name: models.configs[name].dtype for name in names}
+    others = {name: item for name, item in settings.items() if name not in ("vocab_size", "prompt_bucket")}
+    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | others))
 
 
 def _stream(text, ref, guide, encoded: list[list[int]], **settings: Any) -> None:
@@ -319,7 +344,8 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     for number, line in numbered:
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+            prompt.encode()  # half a surrogate pair is in no text
+        except (ValueError, KeyError, TypeError, AttributeError):
             prompt = None
         if not isinstance(prompt, str):
             raise UserError(f'{name}, line {number}: expected a JSON object with a text as its "prompt"')

@@ -168,14 +168,14 @@ class ContinuousBatch:
         self._groups = ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
         self._queue: collections.deque[tuple[int, int, int]] = collections.deque()  # place, budget, prompt [U]
         self._waiting: Waiting | None = None
-        self._exhausted = False
         self.row_steps = self.tokens = 0
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Generation]]:
         ended = None
         self._fill()
         while (self._place >= 0).any():
-            enough = self._rows if self._exhausted else max(1, self._rows // FREE)
+            # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
+            enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
             controls = self._row_controls()
             self._state = decode_until_free(
                 self._ref, self._guide, self._state, controls, np.int32(enough), settings=self._settings
@@ -205,7 +205,6 @@ class ContinuousBatch:
         self._waiting = None
         groups = list(itertools.islice(self._groups, self._prompts_at_once))
         if not groups:
-            self._exhausted = True
             return False
         prompts = [group[0][1] for group in groups]
         self._queue.extend((place, left, i) for i, group in enumerate(groups) for place, _, left in group)

@@ -107,6 +107,12 @@ def test_without_a_guide():
     np.testing.assert_allclose(found[0]["log_probs"][: len(response)], exact["log_probs"], atol=1e-4)
 
 
+def test_the_last_responses_are_given_as_they_end_too():
+    """Where all have a row from the beginning, those of one length come together, the shortest first."""
+    lengths = [set(part.lengths.tolist()) for _, part in batch_of(rows=COUNT)]
+    assert len(lengths) > 3 and all(max(some) <= min(more) for some, more in itertools.pairwise(lengths))
+
+
 def test_what_is_not_recorded_is_none():
     for _, part in batch_of(record=()):
         assert part.log_probs is part.kl is part.values is None
