@@ -93,7 +93,7 @@ def free_port() -> int:
 def start(*words: str, devices: int = 2) -> subprocess.Popen:
     environment = os.environ | {
         "XLA_FLAGS": fake_devices(devices), "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, *words], env=environment, cwd=ROOT, **pipes)
