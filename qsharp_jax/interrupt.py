@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclasses.dataclass
 class _State:
-    """What was signaled, and what the main thread is at.
+    """The first signal, and how the main thread takes it.
 
     Attributes:
       number: of the first signal; 0 before it.
@@ -50,7 +50,7 @@ _state = _State()
 
 
 def leave(code: int, sentence: str) -> None:
-    """Ends this process at once, though its main thread may wait for another process, or a device, for ever."""
+    """End this process at once, though its main thread may wait for another process, or a device, for ever."""
     try:
         sys.stdout.flush()
         print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
@@ -135,17 +135,17 @@ def interruptible() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether there was a SIGTERM or a Ctrl-C."""
+    """Return true after a SIGTERM or a Ctrl-C."""
     return _state.number > 0
 
 
 def by_ctrl_c() -> bool:
-    """Whether the first signal was a Ctrl-C."""
+    """Return true if the first signal was a Ctrl-C."""
     return _state.number == signal.SIGINT
 
 
 def unsaved(what: str) -> None:
-    """Inside `deferred`: says what is lost if the process has to end before it can save."""
+    """Set what is lost if the process ends now; inside `deferred`."""
     _state.unsaved = what
 
 
@@ -155,7 +155,7 @@ def _reset() -> None:
 
 
 def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
-    """The handlers; they run in the main thread, once it is back from the device."""
+    """Handle a signal in the main thread, once that is back from the device."""
     allowed = _state.raising if _state.deferred else number == signal.SIGINT
     if allowed and not _state.raised:
         _state.raised = True
@@ -170,7 +170,7 @@ def _wait(reader: int, end: Callable[[], None], peers: Peers) -> None:
 
 
 def _receive(number: int, now: float, end: Callable[[], None], peers: Peers) -> None:
-    """Acts on a signal.
+    """Act on a signal.
 
     Args:
       now: in seconds of a monotonic clock.

@@ -168,7 +168,7 @@ class _Watch:
             leave(code, sentence)
 
     def stop(self) -> None:
-        """Passes a SIGTERM on to the other processes, once."""
+        """Pass a SIGTERM on to the other processes, once."""
         if not self._stopping.is_set():
             self._stopping.set()
             _send(self._line, _STOP)
@@ -215,7 +215,7 @@ class _FirstWatch:
             leave(code, sentence)
 
     def stop(self, but: socket.socket | None = None) -> None:
-        """Passes a SIGTERM on to the other processes, or to all but the one at a line, once."""
+        """Pass a SIGTERM on to the other processes, or to all but the one at a line, once."""
         if not self._stopping.is_set():
             self._stopping.set()
             for line in self._lines.values():
@@ -291,7 +291,7 @@ def gather(items: list[Any], together: int = 1) -> list[Any]:
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray], together: int = 1) -> dict[str, np.ndarray]:
-    """The arrays of all groups, one group's rows after the other's, in every process, bit for bit.
+    """Gather arrays in every process, bit for bit: the rows of the first group, then those of the next.
 
     Args:
       arrays: [rows, ...] each, with the same names in all groups but those that have no rows, which may give none.
@@ -307,7 +307,7 @@ def gather_rows(arrays: Mapping[str, np.ndarray], together: int = 1) -> dict[str
 
 
 def _gather_bytes(data: bytes) -> list[bytes]:
-    """What the processes have, in their order; without those that have nothing."""
+    """Gather the bytes of all processes, in their order, without those that have none."""
     sizes = multihost_utils.process_allgather(np.asarray([len(data)])).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
@@ -323,14 +323,14 @@ def everywhere(condition: bool) -> bool:
 
 
 def stop_if_told() -> None:
-    """Raises `Stopped` in every process if one of them was told to stop; all of them must ask."""
+    """Raise `Stopped` in every process if one of them was told to stop; all of them have to call this."""
     if not everywhere(not requested()):
         raise Stopped
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """What each process does here it does for itself, or for its group; at the end they wait for each other.
+    """Run a part that each process, or group of processes, does by itself; at its end all wait for each other.
 
     Raises:
       Stopped: in every process, if it was raised inside in one.

@@ -67,7 +67,7 @@ def sample(
 
 
 def rewards(judge: Judge, text: Text, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
-    """Judges responses, [rows], to the problems beside them.
+    """Judge responses to the problems beside them: [rows].
 
     Raises:
       Stopped: if this process was told to stop meanwhile.

@@ -294,7 +294,7 @@ def to_host(tree: Any) -> Any:
 
 
 def anywhere(condition: bool) -> bool:
-    """Whether it holds in any process with devices in the mesh that is set; all of them have to ask."""
+    """Return true if it holds in any process with devices in the mesh that is set; all of them have to call this."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty or not mesh.is_multi_process:
         return condition

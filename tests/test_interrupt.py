@@ -86,6 +86,7 @@ def busy():
         time.sleep(1)
         print("cleaned up")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own shell may have had ignored
 interrupt.REPEATED = float(sys.argv[2])
 try:
     with interrupt.sigterm_ends(lambda: interrupt.leave(0, "told to end")):

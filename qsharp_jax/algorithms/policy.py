@@ -327,7 +327,7 @@ def _answer(
     rows: int,
     greedy: bool,
 ) -> dict[str, np.ndarray]:
-    """Samples and judges this process's part of a lot; the arrays of `DRAWN`, and "rewards" [N].
+    """Sample and judge this process's part of a lot: the arrays of `DRAWN`, and "rewards" [N].
 
     Raises:
       Stopped: if this process, or one that decodes together with it, was told to stop.

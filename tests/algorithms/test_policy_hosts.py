@@ -43,6 +43,9 @@ SMALL = (
     "collect.prompts=11", "policy.prompts=5", "collect.samples=4", "policy.batch_size=8", "collect.shard_rows=4",
     "fit.log_every=1",
 )  # fmt: skip
+ALONE = (
+    "collect.prompts=3", "policy.prompts=1", "policy.optimizer.name=adamw", "policy.optimizer.learning_rate=0.0001"
+)  # fmt: skip
 SLOW = ("collect.prompts=4000", "policy.prompts=4000", "collect.samples=1")
 
 
@@ -139,8 +142,8 @@ CLOSE = ("loss", "gradient_norm", "kl", "objective")
     ("name", "changes"),
     [
         ("ppo", ()),
-        # With lots of one problem, of which one process has none.
-        pytest.param("ppo", ("collect.prompts=3", "policy.prompts=1"), marks=pytest.mark.slow),
+        # With lots of one problem, of which one process has none. The rows are then divided otherwise than over devices.
+        pytest.param("ppo", ALONE, marks=pytest.mark.slow),
         *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("klq", "reinforce", "dpo")),
     ],
 )
@@ -157,8 +160,8 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
     expected, *parts = (dict(np.load(file)) for file in (one / "0.npz", two / "0.npz", two / "1.npz"))
     for count in ("sampled", "judged"):
         shares = [int(part.pop(count)) for part in parts]
-        assert sum(shares) == expected.pop(count) > 0
-        assert max(shares) < sum(shares) or changes
+        assert sum(shares) == expected.pop(count)
+        assert 0 < max(shares) < sum(shares) or changes == ALONE or (name, count) == ("dpo", "sampled")
     records = [dataset.read_rounds(folder / "0" / "rollouts", [1]) for folder in (one, two)]
     assert records[0] == records[1] != []
     lines = [metrics(folder / "0") for folder in (one, two)]
@@ -169,7 +172,7 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
             np.testing.assert_allclose(theirs[key], ours[key], atol=1e-5, err_msg=key)
     for part in parts:
         for leaf in expected:
-            np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5, err_msg=leaf)
+            np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5 if changes == () else 1e-3, err_msg=leaf)
 
 
 @pytest.mark.parametrize("act", ["sample", pytest.param("judge", marks=pytest.mark.slow)])

@@ -82,6 +82,20 @@ def test_without_a_guide():
     np.testing.assert_allclose(found[0]["log_probs"][: len(response)], exact["log_probs"], atol=1e-4)
 
 
+def test_control_returns_every_so_many_steps(monkeypatch):
+    """Though no row has ended; the responses, and the rows that are refilled together, are the same."""
+    batch = batch_of(rows=COUNT)
+    want = [places.tolist() for places, _ in batch]
+    monkeypatch.setattr(continuous, "LONGEST", 2)
+    continuous.decode_until_free.clear_cache()
+    often = batch_of(rows=COUNT)
+    parts = [places.tolist() for places, _ in often]
+    continuous.decode_until_free.clear_cache()
+    assert len(want) == 1 and len(parts) == -(-N // 2)
+    assert sorted(itertools.chain(*parts)) == want[0] == list(range(COUNT))
+    assert often.row_steps == batch.row_steps
+
+
 def test_what_is_not_recorded_is_none():
     for _, part in batch_of(record=()):
         assert part.log_probs is part.kl is part.values is None
