@@ -7,14 +7,16 @@ once and is named: JAX's collectives would wait for it, or abort without a word 
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +24,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from qsharp_jax.errors import Stopped, UserError
-from qsharp_jax.interrupt import leave
+from qsharp_jax.interrupt import Peers, leave, requested
 
 PORT = 8476  # of the coordinator where nobody names one; the next one up is for the connections
 _PATIENCE = 45  # seconds without a sign of a host until it counts as dead
+_STOP = "stop"  # on a connection: a SIGTERM came to the sender
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +101,10 @@ def _of_tpu() -> Place:
 
 
 @contextlib.contextmanager
-def joined(
-    place: Place, timeout: int, explain: Callable[[BaseException], tuple[int, str]]
-) -> Iterator[Callable[[int, str], None]]:
+def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[Peers]:
     """All processes of a run have met, and `jax.distributed` is up. What is raised inside ends all of them.
 
-    Gives a function that does so at any moment, from any thread, with an exit code and a sentence.
+    Gives the ways to end or stop them at any moment, from any thread.
 
     Args:
       timeout: seconds to wait for the others.
@@ -125,7 +126,7 @@ def joined(
         leave(code, sentence)
 
     try:
-        yield end_all
+        yield Peers(end_all, watch.stop)
         wait_for_all("the end of the run")
     except BaseException as error:
         if not isinstance(error, UserError | Stopped):
@@ -141,6 +142,7 @@ class _Watch:
     """Of a process that is not the first: a line to it, and a thread that reads its word about the others."""
 
     def __init__(self, place: Place, timeout: int):
+        self._stopping = threading.Event()
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -158,9 +160,18 @@ class _Watch:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        code, sentence = _receive(self._line) or (2, f"{self._first} has died, and so all processes of the run end")
+        while (message := _receive(self._line)) == _STOP:
+            self._stopping.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        code, sentence = message or (2, f"{self._first} has died, and so all processes of the run end")
         if sentence:
             leave(code, sentence)
+
+    def stop(self) -> None:
+        """Pass a SIGTERM on to the other processes, once."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            _send(self._line, _STOP)
 
     def tell(self, code: int, sentence: str) -> None:
         """How this process has ended; without a sentence, as it should."""
@@ -172,7 +183,7 @@ class _FirstWatch:
 
     def __init__(self, place: Place, timeout: int):
         self._lines: dict[int, socket.socket] = {}
-        self._ending = threading.Lock()
+        self._ending, self._stopping = threading.Lock(), threading.Event()
         deadline = time.monotonic() + timeout
         with socket.create_server(("", place.port + 1)) as server:
             while len(self._lines) < place.count - 1:
@@ -192,13 +203,24 @@ class _FirstWatch:
                     threading.Thread(target=self._read, args=(line, met["who"]), daemon=True).start()
 
     def _read(self, line: socket.socket, who: str) -> None:
-        code, sentence = _receive(line) or (2, f"{who} has died")
+        while (message := _receive(line)) == _STOP:
+            self.stop(but=line)
+            os.kill(os.getpid(), signal.SIGTERM)
+        code, sentence = message or (2, f"{who} has died")
         if not sentence:
             return
         with self._ending:  # the first that ends is the one that is named
             sentence += "; all processes of the run end" if code else ""
             self.tell(code, sentence, but=line)
             leave(code, sentence)
+
+    def stop(self, but: socket.socket | None = None) -> None:
+        """Pass a SIGTERM on to the other processes, or to all but the one at a line, once."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            for line in self._lines.values():
+                if line is not but:
+                    _send(line, _STOP)
 
     def tell(self, code: int, sentence: str, but: socket.socket | None = None) -> None:
         """How this process has ended, or the one at a line; without a sentence, as it should."""
@@ -224,7 +246,7 @@ def _receive(line: socket.socket, timeout: float | None = None) -> Any:
         if hasattr(socket, option):  # Linux has them
             line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     try:
-        return json.loads(line.makefile("rb").readline())
+        return json.loads(line.makefile("rb", buffering=0).readline())  # unbuffered, so that no more than this is read
     except (OSError, ValueError):
         return None
 
@@ -264,13 +286,33 @@ def gather(items: list[Any], together: int = 1) -> list[Any]:
     """
     if jax.process_count() == 1:
         return items
-    items = items if leads(together) else []
-    data = np.frombuffer(json.dumps(items).encode(), np.uint8)
+    parts = _gather_bytes(json.dumps(items).encode() if leads(together) else b"")
+    return [item for part in parts for item in json.loads(part)]
+
+
+def gather_rows(arrays: Mapping[str, np.ndarray], together: int = 1) -> dict[str, np.ndarray]:
+    """Gather arrays in every process, bit for bit: the rows of the first group, then those of the next.
+
+    Args:
+      arrays: [rows, ...] each, with the same names in all groups but those that have no rows, which may give none.
+      together: as of `gather`.
+    """
+    if jax.process_count() == 1:
+        return dict(arrays)
+    file = io.BytesIO()
+    if arrays and leads(together):
+        np.savez(file, allow_pickle=False, **arrays)
+    parts = [np.load(io.BytesIO(part)) for part in _gather_bytes(file.getvalue())]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    """Gather the bytes of all processes, in their order, without those that have none."""
     sizes = multihost_utils.process_allgather(np.asarray([len(data)])).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(data)] = data
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
     gathered = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [item for row, size in zip(gathered, sizes, strict=True) for item in json.loads(row[:size].tobytes())]
+    return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True) if size]
 
 
 def everywhere(condition: bool) -> bool:
@@ -278,6 +320,28 @@ def everywhere(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
+
+
+def stop_if_told() -> None:
+    """Raise `Stopped` in every process if one of them was told to stop; all of them have to call this."""
+    if not everywhere(not requested()):
+        raise Stopped
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Run a part that each process, or group of processes, does by itself; at its end all wait for each other.
+
+    Raises:
+      Stopped: in every process, if it was raised inside in one.
+    """
+    stopped = False
+    try:
+        yield
+    except Stopped:
+        stopped = True
+    if not everywhere(not stopped):
+        raise Stopped
 
 
 def wait_for_all(what: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax import dataset, processes
+from qsharp_jax import dataset, interrupt, processes, sharding
 from qsharp_jax.dataset import Rollout
+from qsharp_jax.errors import Stopped
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.judging import Judge
 from qsharp_jax.models.decoder import LanguageModel
@@ -44,6 +45,9 @@ def sample(
       samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
       settings: of `generate`; arrays have one entry a row.
+
+    Raises:
+      Stopped: if a process with devices in the mesh that is set was told to stop meanwhile.
     """
     count = len(prompts) * samples
     order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
@@ -54,11 +58,33 @@ def sample(
     rows: dict[str, np.ndarray] = {}
     with Bar(None, name, total=count, disable=name is None) as bar:
         for places, part in batch:
+            if sharding.anywhere(interrupt.requested()):
+                raise Stopped
             made = {key: array for key, array in vars(part).items() if array is not None}
             for key, array in made.items():
                 rows.setdefault(key, np.zeros((count, *array.shape[1:]), array.dtype))[places] = array
             bar.update(len(places))
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
+
+
+def rewards(judge: Judge, text: Text, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
+    """Judge responses to the problems beside them: [rows].
+
+    Raises:
+      Stopped: if this process was told to stop meanwhile.
+    """
+
+    def until_told(items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            if interrupt.requested():
+                raise Stopped
+            yield item
+
+    pending = [
+        judge.submit(problem, text.decode(generation.response(row)))
+        for row, problem in enumerate(until_told(problems))
+    ]  # fmt: skip
+    return np.asarray([judgement().reward for judgement in until_told(pending)])
 
 
 def collect(

@@ -293,6 +293,15 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(gathered, tree))
 
 
+def anywhere(condition: bool) -> bool:
+    """Return true if it holds in any process with devices in the mesh that is set; all of them have to call this."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or not mesh.is_multi_process:
+        return condition
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return bool(to_host(jax.make_array_from_callback((mesh.size,), each, lambda _: np.asarray([condition]))).any())
+
+
 def abstract_rows(tree: Any) -> Any:
     """`jax.ShapeDtypeStruct`s of what has an entry a row, with the shardings that `place_rows` would give it.
 

@@ -41,6 +41,8 @@ def main(port: int, index: int, act: str) -> None:
         return 2, str(error)
 
     with processes.joined(Place("localhost", port, 2, index), 200, explain):
+        rows = {"x": np.full((index, 2), 1 / 3), "n": np.arange(index) + 2**40} if index else {}
+        print({name: array.tolist() for name, array in processes.gather_rows(rows).items()}, flush=True)
         print(processes.gather([index, {"of": index}]), processes.share(range(5)), flush=True)
         print(processes.gather([index], together=2), processes.share(range(5), together=2), flush=True)
         what, _, who = act.partition(" ")
@@ -93,7 +95,7 @@ def free_port() -> int:
 def start(*words: str, devices: int = 2) -> subprocess.Popen:
     environment = os.environ | {
         "XLA_FLAGS": fake_devices(devices), "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, *words], env=environment, cwd=ROOT, **pipes)
@@ -110,7 +112,8 @@ def test_two_processes_meet_share_and_end():
     for index, (code, errors, output, _) in enumerate(both("end")):
         assert code == 0, errors
         shares = ["range(0, 2)", "range(2, 5)"]
-        apart, together = output.splitlines()[-2:]
+        rows, apart, together = output.splitlines()[-3:]
+        assert rows == f"{{'x': [[{1 / 3}, {1 / 3}]], 'n': [{2**40}]}}", "in 64 bits, and only one process had any"
         assert apart == f"[0, {{'of': 0}}, 1, {{'of': 1}}] {shares[index]}"
         assert together == "[0] range(0, 5)"
 

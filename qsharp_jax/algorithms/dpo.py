@@ -93,7 +93,8 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     session.workdir.append_metrics({"phase": f"round {number}: pairs", **figures})
     print(f"round {number}: {len(pairs)} pairs; {skipped} of {prompts} prompts skipped, all rewards equal")
     examples, rows = [from_rollout(rollout) for rollout in data], session.config.policy.batch_size
-    _, ref_log_probs, _ = policy.score(session, first, examples)
+    with session.fitting():
+        _, ref_log_probs, _ = policy.score(session, first, examples)
 
     def make(groups: Sequence[Sequence[Pair]], most: int, width: int) -> PolicyBatch:
         """The chosen in the first half of the rows, the rejected in the second in the same order."""

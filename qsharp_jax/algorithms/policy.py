@@ -1,8 +1,8 @@
 """What the methods that train the policy itself have in common: how it is sampled, scored, updated and kept.
 
 pi_theta starts as a copy of pi_ref. On policy, it answers a lot of problems, with pi_ref beside it in the decode loop,
-takes some steps on what it was paid, and answers the next. The objective of all of them is
-E reward - eta KL(pi_theta || pi_ref).
+takes some steps on what it was paid, and answers the next. Several processes share a lot's problems, and learn from all
+of its rollouts together. The objective of all methods is E reward - eta KL(pi_theta || pi_ref).
 
 Numbers about rollouts are [N, M]: N rollouts, a prompt's samples next to each other, M new tokens at most, 0 past a
 response's end. In a batch they are [B, T], each at its token's own place. It knows nothing about what a token is worth,
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import dataset, rollouts, sharding, train
+from qsharp_jax import dataset, processes, rollouts, sharding, train
 from qsharp_jax.checkpoint import Checkpoints
 from qsharp_jax.dataset import Example, Rollout
 from qsharp_jax.errors import UserError
@@ -35,6 +35,7 @@ from qsharp_jax.tasks import Problem
 from qsharp_jax.train.labelled import at_labelled
 
 VALUE_HEAD = "value_head"  # beside the policy's parameters while an algorithm trains one with it
+DRAWN = ("tokens", "lengths", "finished", "log_probs", "ref_log_probs", "kl")  # of a `Generation`
 
 Numbers = Mapping[str, np.ndarray]  # [N, M] each
 
@@ -150,12 +151,19 @@ _score = jax.jit(Scorer.__call__, static_argnums=0)
 
 
 def score(session: Session, params: Params, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whether there is a token, its log-probability, and V of the state before it, [N, M] each."""
+    """Whether there is a token, its log-probability, and V of the state before it, [N, M] each.
+
+    Several processes compute this together.
+
+    Raises:
+      Stopped: if one of them was told to stop.
+    """
     most, bucket = session.config.generate.max_new_tokens, session.config.fit.length_bucket
     mask = np.arange(most) < np.asarray([len(example.response) for example in examples])[:, None]
     log_probs, values = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
     by, rows = scorer(session), sharding.round_rows(session.config.policy.batch_size)
     for width, indices in dataset.length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
+        processes.stop_if_told()
         batch = sharding.place_rows(make_batch(examples, {}, indices, rows=rows, width=width))
         for numbers, found in zip((log_probs, values), _score(by, params, batch), strict=True):
             found = sharding.to_host(found)
@@ -226,13 +234,14 @@ def sample(
 ) -> tuple[Sampled, dict[str, float]]:
     """Answers problems with the policy, judges and scores them; the records are a shard of the round's rollouts.
 
-    Responses are drawn from the policy itself: at the config's temperature, never truncated.
+    Responses are drawn from the policy itself: at the config's temperature, never truncated. Several processes, or
+    groups of them that decode together, share the problems, and every one gets the whole lot.
 
     Args:
       ref: in the form for decoding.
       params: of the policy, as they are trained.
       number, lot: of the round, and of the lot in it: rollouts depend on these, the seed and the policy only.
-      rows: of a batch in decoding, which is filled up, so that lots of nearly one size share a program.
+      rows: of a process's batch in decoding, which is filled up, so that lots of nearly one size share a program.
       greedy: the likeliest token at each step, which is no sample of the policy.
 
     Returns:
@@ -240,11 +249,89 @@ def sample(
 
     Raises:
       UserError: if the log-probabilities of the decode loop and of the training differ by more than the limit.
+      Stopped: in every process, if one was told to stop.
     """
+    processes.stop_if_told()
     began, text, section = time.monotonic(), session.text, session.config.policy
     policy = session.for_decoding(LanguageModel(without_value_head(params), session.ref_config))
     seeds = np.random.SeedSequence((session.seed("sample policy"), number, lot)).generate_state(len(problems) * samples)
     prompts = [text.encode_prompt(problem.prompt) for problem in problems]
+    mine = processes.share(range(len(problems)), session.together)
+    part: dict[str, np.ndarray] = {}
+    with processes.apart():
+        if mine:  # there may be more processes than problems
+            part = _answer(
+                session,
+                ref,
+                policy,
+                problems[mine.start : mine.stop],
+                prompts[mine.start : mine.stop],
+                seeds[mine.start * samples : mine.stop * samples],
+                samples=samples,
+                rows=rows,
+                greedy=greedy,
+            )
+    drawn = processes.gather_rows(part, session.together)
+    records: list[Rollout] = []
+    for row, seed in enumerate(seeds.tolist()):
+        response = drawn["tokens"][row, : drawn["lengths"][row]].tolist()
+        records.append(
+            Rollout(
+                prompt_id=problems[row // samples].problem_id,
+                round=number,
+                prompt_tokens=prompts[row // samples],
+                response_tokens=response,
+                switch=len(response),  # pi_ref chose nothing
+                reward=float(drawn["rewards"][row]),
+                finished=bool(drawn["finished"][row]),
+                eta=session.eta,
+                seed=seed,
+                text=text.decode(response),
+            )
+        )
+    if session.workdir.writes:
+        dataset.write_shard(session.workdir.rollouts(number), lot, records)
+    examples = [dataset.from_rollout(record) for record in records]
+    mask, log_probs, values = score(session, params, examples)
+    gap = float(np.abs(np.where(mask, log_probs - drawn["log_probs"], 0)).max())
+    if not gap <= section.log_prob_limit:
+        raise UserError(
+            f"{session.algorithm}, round {number}, lot {lot}: the log-probabilities that tokens were sampled with and"
+            f" those of the training differ by {gap:.2g} nats, and config.policy.log_prob_limit is"
+            f" {section.log_prob_limit:g}; compute both in float32, or raise the limit"
+        )
+    kl = float(drawn["kl"].sum(1).mean())
+    reward = float(np.mean([record.reward for record in records]))
+    figures = {
+        "rollouts": len(records),
+        "reward": reward,
+        "kl": kl,
+        "objective": reward - session.eta * kl,
+        "response_tokens": float(mask.sum(1).mean()),
+        "finished": float(drawn["finished"].mean()),
+        "log_prob_gap": gap,
+        "sampling_seconds": time.monotonic() - began,
+    }
+    return Sampled(examples, samples, mask, log_probs, drawn["ref_log_probs"], values), figures
+
+
+def _answer(
+    session: Session,
+    ref: LanguageModel,
+    policy: LanguageModel,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    seeds: np.ndarray,
+    *,
+    samples: int,
+    rows: int,
+    greedy: bool,
+) -> dict[str, np.ndarray]:
+    """Sample and judge this process's part of a lot: the arrays of `DRAWN`, and "rewards" [N].
+
+    Raises:
+      Stopped: if this process, or one that decodes together with it, was told to stop.
+    """
     with session.decoding():
         drawn = rollouts.sample(
             ref,
@@ -256,48 +343,11 @@ def sample(
             record=("log_probs", "kl"),
             **session.generation_settings() | {"top_p": 1.0, "top_k": 1 if greedy else 0},
         )
-    records, responses = [], [drawn.response(row) for row in range(len(seeds))]
-    texts = [text.decode(response) for response in responses]
-    judgements = session.judge([problem for problem in problems for _ in range(samples)], texts)
-    for row, (seed, response) in enumerate(zip(seeds.tolist(), responses, strict=True)):
-        records.append(
-            Rollout(
-                prompt_id=problems[row // samples].problem_id,
-                round=number,
-                prompt_tokens=prompts[row // samples],
-                response_tokens=response,
-                switch=len(response),  # pi_ref chose nothing
-                reward=judgements[row].reward,
-                finished=bool(drawn.finished[row]),
-                eta=session.eta,
-                seed=seed,
-                text=texts[row],
-            )
-        )
-    if session.workdir.writes:
-        dataset.write_shard(session.workdir.rollouts(number), lot, records)
-    examples = [dataset.from_rollout(record) for record in records]
-    mask, log_probs, values = score(session, params, examples)
-    gap = float(np.abs(np.where(mask, log_probs - drawn.log_probs, 0)).max())
-    if not gap <= section.log_prob_limit:
-        raise UserError(
-            f"{session.algorithm}, round {number}, lot {lot}: the log-probabilities that tokens were sampled with and"
-            f" those of the training differ by {gap:.2g} nats, and config.policy.log_prob_limit is"
-            f" {section.log_prob_limit:g}; compute both in float32, or raise the limit"
-        )
-    kl = float(drawn.kl.sum(1).mean())
-    reward = float(np.mean([record.reward for record in records]))
-    figures = {
-        "rollouts": len(records),
-        "reward": reward,
-        "kl": kl,
-        "objective": reward - session.eta * kl,
-        "response_tokens": float(mask.sum(1).mean()),
-        "finished": float(drawn.finished.mean()),
-        "log_prob_gap": gap,
-        "sampling_seconds": time.monotonic() - began,
-    }
-    return Sampled(examples, samples, mask, log_probs, drawn.ref_log_probs, values), figures
+    part = {name: getattr(drawn, name) for name in DRAWN}
+    if processes.leads(session.together):  # the others' rewards are not gathered
+        each = [problem for problem in problems for _ in range(samples)]
+        part["rewards"] = rollouts.rewards(session.judge, session.text, each, drawn)
+    return part
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
@@ -391,8 +441,9 @@ def improve(
     lots = -(-len(problems) // prompts)
     bounds = np.linspace(0, len(problems), lots + 1).round().astype(int)  # parts of nearly one size
     parts = [problems[begin:end] for begin, end in itertools.pairwise(bounds)]
-    most = max(map(len, parts)) * samples
-    rows = min(session.config.collect.batch_size, most)
+    largest = max(map(len, parts))
+    groups = jax.process_count() // session.together
+    rows = min(session.config.collect.batch_size, -(-largest // groups) * samples)  # of the largest share
 
     def draw(lot: int, params: Params) -> tuple[Sampled, dict[str, float]]:
         asked = dict(number=number, lot=lot, samples=samples, rows=rows, greedy=greedy)
@@ -401,7 +452,7 @@ def improve(
     batches = Lots(
         draw,
         worth,
-        rollouts=most,
+        rollouts=largest * samples,
         rows=section.batch_size,
         epochs=epochs,
         bucket=session.config.fit.length_bucket,

@@ -20,6 +20,7 @@ from qsharp_jax.errors import Stopped, UserError
 from qsharp_jax.workdir import Workdir, explain_os_error
 
 STOPPED = "told to end; the same command goes on where it stopped"
+INTERRUPTED = "interrupted; the same command goes on where it stopped"
 RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # of the commands; generate with a file
 
 # For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
@@ -29,10 +30,11 @@ _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 
 def console() -> int:
-    """`main` as a process. After an error it waits for no thread: those that write a checkpoint may wait for ever for
-    the one that was interrupted.
+    """`main` as a process. After an error or a signal it waits for no thread: those that write a checkpoint may wait
+    for ever for the one that was interrupted, and those that judge answers for all that are still to be judged.
     """
-    if code := main():
+    code = main()
+    if code or interrupt.requested():
         sys.stdout.flush()
         os._exit(code)
     return 0
@@ -49,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> int:
             os.environ.update(_NO_DEVICES)
         if getattr(options, "rejudge", False):
             _check_rejudge(options, rest)
-        with _joined(options, paths) as end, _on_sigterm(options, end), _open_workdir(options, rest) as workdir:
+        with _joined(options, paths) as peers, _on_sigterm(options, peers), _open_workdir(options, rest) as workdir:
             if workdir is not None:
                 paths += _paths_of(workdir.config)
                 _keep_programs(workdir.path / "programs")
@@ -76,9 +78,9 @@ def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[in
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, Stopped):
-        return 0, STOPPED
+        return (130, INTERRUPTED) if interrupt.by_ctrl_c() else (0, STOPPED)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command goes on where it stopped"
+        return 130, INTERRUPTED
     sentence = explain_os_error(error, paths)
     return sentence and (2, sentence)
 
@@ -95,13 +97,13 @@ def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
 
 def _joined(
     options: argparse.Namespace, paths: Sequence[tuple[str, str]]
-) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
-    """The other processes of the run, where there are some, have come; it gives the way to end them all at once.
+) -> contextlib.AbstractContextManager[interrupt.Peers]:
+    """The other processes of the run, where there are some, have come.
 
     All but the first print nothing but errors.
     """
     if getattr(options, "coordinator", None) is None:
-        return contextlib.nullcontext(interrupt.leave)
+        return contextlib.nullcontext(interrupt.Peers())
 
     from qsharp_jax import processes
 
@@ -118,13 +120,11 @@ def _joined(
     return processes.joined(place, options.coordinator_timeout, explain)
 
 
-def _on_sigterm(
-    options: argparse.Namespace, end: Callable[[int, str], None]
-) -> contextlib.AbstractContextManager[None]:
+def _on_sigterm(options: argparse.Namespace, peers: interrupt.Peers) -> contextlib.AbstractContextManager[None]:
     resumes = options.name in RESUMING or (options.name == "generate" and options.output is not None)
     if not resumes:
         return contextlib.nullcontext()
-    return interrupt.sigterm_ends(lambda: end(0, STOPPED))
+    return interrupt.sigterm_ends(lambda: peers.end(0, STOPPED), peers)
 
 
 def _keep_programs(folder: Path) -> None:

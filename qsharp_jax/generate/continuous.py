@@ -27,6 +27,7 @@ from qsharp_jax.models.kv_cache import KVCache
 
 BLOCK = 2  # steps between two looks at how many rows are free
 FREE = 16  # one in so many rows is free before the loop stops for them
+LONGEST = 64  # steps until control returns to the host, so that whoever reads the responses can end it
 PROMPTS = 16  # prefilled at once
 
 
@@ -90,10 +91,11 @@ def decode_until_free(
     *,
     settings: Settings,
 ) -> State:
-    """Blocks of steps until at least `enough` rows have ended. The carry is updated in place."""
+    """Blocks of steps until at least `enough` rows have ended, or `LONGEST`. The carry is updated in place."""
+    last = state.step + LONGEST
 
     def going_on(state: State) -> jax.Array:
-        return jnp.sum(~state.active(controls)) < enough
+        return (jnp.sum(~state.active(controls)) < enough) & (state.step < last)
 
     def step(state: State, _: None) -> tuple[State, None]:
         place = jnp.arange(state.record.token.shape[1]) == state.length[:, None]  # each row has its own, [R, N]
@@ -113,10 +115,11 @@ class ContinuousBatch:
     """Responses to any number of prompts, as they end: iterate over it, once.
 
     It gives pairs of places [n], of responses among all of them (prompt 0's samples, then prompt 1's, ...), and of the
-    `Generation` of these. In float32 a response is the one that `generate` gives: it depends on its own prompt,
-    settings and seed, not on the row, the time or the neighbors that it had, unless a draw falls within rounding (about
-    1e-6) of the border between two tokens. In bfloat16 the place in the ring changes the order of attention's sums, and
-    with it how hidden states round: some responses become other samples of the same policy.
+    `Generation` of these, at least every `LONGEST` steps, though none may have ended since. In float32 a response is
+    the one that `generate` gives: it depends on its own prompt, settings and seed, not on the row, the time or the
+    neighbors that it had, unless a draw falls within rounding (about 1e-6) of the border between two tokens. In
+    bfloat16 the place in the ring changes the order of attention's sums, and with it how hidden states round: some
+    responses become other samples of the same policy.
 
     Attributes:
       row_steps: rows times steps that were computed so far.
@@ -171,11 +174,14 @@ class ContinuousBatch:
         self.row_steps = self.tokens = 0
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Generation]]:
-        ended = None
-        self._fill()
-        while (self._place >= 0).any():
-            # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
-            enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
+        ended, enough = None, 0
+        while True:
+            if np.sum(self._place < 0) >= enough:
+                self._fill()
+                # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
+                enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
+            if (self._place < 0).all():
+                break
             controls = self._row_controls()
             self._state = decode_until_free(
                 self._ref, self._guide, self._state, controls, np.int32(enough), settings=self._settings
@@ -183,7 +189,6 @@ class ContinuousBatch:
             if ended is not None:  # while the devices go on
                 yield ended
             ended = self._ended()
-            self._fill()
         if ended is not None:
             yield ended
 
@@ -226,7 +231,7 @@ class ContinuousBatch:
         controls = jax.tree.map(lambda array: array[self._place], self._controls)
         return sharding.place_rows(controls.replace(budget=np.where(self._place >= 0, self._budget, 0)))
 
-    def _ended(self) -> tuple[np.ndarray, Generation] | None:
+    def _ended(self) -> tuple[np.ndarray, Generation]:
         """The responses of the rows that have ended, which are free from now on; waits for the devices."""
         state = self._state
         length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
@@ -236,5 +241,8 @@ class ContinuousBatch:
         self.row_steps = int(steps) * self._rows
         self.tokens += int(length[rows].sum())
         kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
-        kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
+        if len(rows) == 0:  # then the records stay where they are
+            kept = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), kept)
+        else:
+            kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
         return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))

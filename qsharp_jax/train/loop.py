@@ -95,7 +95,8 @@ def fit(
 
     Raises:
       UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
-      Stopped: if `loop.stop_requested`, or at SIGTERM in an evaluation or while sampling; the present step is saved.
+      Stopped: if `loop.stop_requested`, or at SIGTERM or Ctrl-C in an evaluation or while sampling; the present step is
+        saved.
       OSError: naming the folder, if a checkpoint cannot be written.
     """
     clock = Clock(loop.flops)
@@ -128,6 +129,7 @@ def _train(
     metrics: dict[str, jax.Array] = {}
     trace = Trace(loop.profile)
     clock.start(state.params)
+    interrupt.unsaved(f"the steps of {loop.name!r} after {first}")
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         if step > 0 and loop.evaluate_every > 0 and step % loop.evaluate_every == 0:
             best_before, evaluated = best, True
@@ -142,7 +144,7 @@ def _train(
             jax.block_until_ready(state)
             with clock.lost():
                 sample = functools.partial(loop.sample, step // loop.sample_every)
-                loop.log({"phase": loop.name, "step": step, **_ask(sample, state, checkpoints, best)})
+                loop.log({"phase": loop.name, "step": step, **_ask(sample, state, loop, checkpoints, best)})
         batch, evaluated = clock.fetch(batches, step, metrics), False
         with clock.lost():
             trace.before_step(state, clock.warm)
@@ -169,7 +171,7 @@ def _train(
                 break
         if stopping or (saving and not last):
             with clock.lost():
-                checkpoints.save(state, best=best)
+                _save(state, loop, checkpoints, best=best)
         if stopping:
             raise Stopped
     bar.close()
@@ -178,13 +180,22 @@ def _train(
         best = _evaluate(state, loop, checkpoints, best)
     if best and best.step < int(state.step):
         state = state.replace(params=checkpoints.restore_best(best, state.params))
-    checkpoints.save(state, final=True)
+    _save(state, loop, checkpoints, final=True)
     return state
+
+
+def _save(
+    state: TrainState, loop: Loop, checkpoints: Checkpoints, *, best: Best | None = None, final: bool = False
+) -> None:
+    """`Checkpoints.save`; the checkpoint may still be being written when this returns."""
+    checkpoints.save(state, best=best, final=final)
+    step = int(state.step)
+    interrupt.unsaved(f"the steps of {loop.name!r} after {step}, and the checkpoint of {step} if it is not whole yet")
 
 
 def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None) -> Best | None:
     """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
-    step, measures = int(state.step), _ask(loop.measure, state, checkpoints, best)
+    step, measures = int(state.step), _ask(loop.measure, state, loop, checkpoints, best)
     if loop.patience and measures["nll"] < (best.loss if best else math.inf):
         best = Best(step, measures["nll"])
     if measures:
@@ -192,13 +203,15 @@ def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Bes
     return best
 
 
-def _ask(what: Callable[[Params], dict], state: TrainState, checkpoints: Checkpoints, best: Best | None) -> dict:
+def _ask(
+    what: Callable[[Params], dict], state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None
+) -> dict:
     """What is made of the parameters, which may take long: a SIGTERM meanwhile saves them and ends the training."""
     try:
         with interrupt.interruptible():
             return what(state.model)
     except Stopped:
-        checkpoints.save(state, best=best)
+        _save(state, loop, checkpoints, best=best)
         raise
 
 

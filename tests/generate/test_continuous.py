@@ -113,6 +113,20 @@ def test_the_last_responses_are_given_as_they_end_too():
     assert len(lengths) > 3 and all(max(some) <= min(more) for some, more in itertools.pairwise(lengths))
 
 
+def test_control_returns_every_so_many_steps(monkeypatch):
+    """Though no row has ended; the responses, and the rows that are refilled together, are the same."""
+    batch = batch_of(rows=COUNT)
+    want = [places.tolist() for places, _ in batch]
+    monkeypatch.setattr(continuous, "LONGEST", 2)
+    continuous.decode_until_free.clear_cache()
+    often = batch_of(rows=COUNT)
+    parts = [places.tolist() for places, _ in often]
+    continuous.decode_until_free.clear_cache()
+    assert len(parts) > len(want)
+    assert sorted(itertools.chain(*parts)) == sorted(itertools.chain(*want)) == list(range(COUNT))
+    assert often.row_steps == batch.row_steps
+
+
 def test_what_is_not_recorded_is_none():
     for _, part in batch_of(record=()):
         assert part.log_probs is part.kl is part.values is None
