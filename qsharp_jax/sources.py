@@ -8,6 +8,7 @@ What is wrong with a folder is found without reading its weights. It knows nothi
 """
 
 import dataclasses
+import datetime
 import os
 from pathlib import Path
 from types import ModuleType
@@ -47,14 +48,17 @@ def make_absolute(config: ConfigDict) -> None:
 # --- Text and shapes ------------------------------------------------------------------------------------------------
 
 
-def make_text(config: ConfigDict, task: ModuleType) -> Text:
+def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None = None) -> Text:
     """The reference's tokenizer: its folder's, or the task's own.
+
+    Args:
+      date: the run's, for chat templates that write it; by default today.
 
     Raises:
       UserError: for a task that has none, and as `Text.load`.
     """
     if ref := folder(config, "ref"):
-        return Text.load(ref, prompt_format=config.prompt_format)
+        return Text.load(ref, prompt_format=config.prompt_format, date=date)
     if task.FINITE:
         raise UserError(
             f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"

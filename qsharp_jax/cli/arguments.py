@@ -1,6 +1,7 @@
 """The commands' arguments: what may be given, with what by default, and what `--help` says about it."""
 
 import argparse
+import datetime
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -221,6 +222,11 @@ def _add_folders(sub: argparse.ArgumentParser, *, several_guides: bool = False) 
         "--prompt-format", choices=("plain", "chat"),
         help="the prompt as it is, or as one turn in the tokenizer's chat template; by default plain",
     )  # fmt: skip
+    sub.add_argument(
+        "--date", type=_date, metavar="YYYY-MM-DD",
+        help="what a chat template that writes the date takes for today; by default today, and for a run the day that"
+        " it was begun on",
+    )  # fmt: skip
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -277,6 +283,16 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        date = datetime.date.fromisoformat(text)
+    except ValueError:
+        date = None
+    if date is None or date.isoformat() != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date, as 2026-01-31")
+    return date
 
 
 def _ids(text: str) -> list[int]:

@@ -168,7 +168,7 @@ def check_source(options: argparse.Namespace) -> None:
                 f"there are {guides} --guide and {given} --weights; to compose guides give each by a --guide of its"
                 " own, and as many --weights, as 0.7,0.3"
             )
-    for name in ("dtype", "prompt_format", "stop_ids"):
+    for name in ("dtype", "prompt_format", "stop_ids", "date"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
 
@@ -197,6 +197,7 @@ def _models(workdir: Workdir | None, options: argparse.Namespace):
         dtype=options.dtype,
         prompt_format=options.prompt_format or "plain",
         stop_ids=getattr(options, "stop_ids", None),
+        date=options.date,
     )
 
 
