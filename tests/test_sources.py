@@ -1,5 +1,6 @@
 """Runs whose reference and guide come out of folders: what they start from, what they leave alone, what is refused."""
 
+import datetime
 import json
 import os
 import shutil
@@ -139,6 +140,17 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
         settings = made.generation_settings()
         assert settings["vocab_size"] == Text(bpe.make()).vocab_size < made.ref_config.vocab_size
         assert bpe.EOT in settings["stop_ids"]
+
+
+def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
+    """On another day than it was begun on, by any command."""
+    template = "{{ strftime_now('%d %b %Y') }} " + bpe.TEMPLATE
+    hf.export_ref(helpers.random_model(320, max_positions=96), tmp_path / "ref", tokenizer=bpe.make(template=template))
+    config = session(f"ref={tmp_path / 'ref'}", "prompt_format=chat").config
+    for day in (5, 6):
+        with Workdir.open(tmp_path / "run", config, date=datetime.date(2026, 1, day)) as workdir:
+            text = Session(workdir).text
+            assert text.decode(text.encode_prompt(PROMPT)).startswith("05 Jan 2026 user")
 
 
 def test_with_both_folders_the_sections_of_what_is_made_on_the_spot_may_be_absent(folders):

@@ -30,7 +30,7 @@ instead of those made on the spot: --config.ref=DIR, and --config.guide=DIR for 
 FOLDERS_HELP = """\
 Models: those of a run, by --workdir, or of folders with config.json, safetensors and tokenizer files, as
 `transformers` and `qsharp export` write them, by --ref and --guide. The guide's tokenizer must have the reference's
-entries; paddings of the embeddings may differ."""
+entries, but for special tokens that neither model uses; paddings of the embeddings may differ."""
 
 SCORE_HELP = f"""\
 A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
