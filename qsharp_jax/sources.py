@@ -121,10 +121,10 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 
 def check_folders(config: ConfigDict) -> None:
-    """That the folders are there.
+    """Check that the folders exist, and are not those of adapters.
 
     Raises:
-      UserError: naming the setting.
+      UserError: naming the setting or the folder.
     """
     for name, words in ON_THE_SPOT.items():
         path = folder(config, name)
@@ -133,6 +133,8 @@ def check_folders(config: ConfigDict) -> None:
                 f"config.{name} is {config[name]!r}, and there is no such folder; give {', '.join(words)}, or the"
                 " folder of a model"
             )
+        if path:
+            hf.check_no_adapter(path)
 
 
 def check(config: ConfigDict, text: Text) -> None:

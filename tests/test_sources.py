@@ -182,12 +182,16 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     light = shutil.copytree(folders / "guide", tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
     other = tmp_path / "other"
     hf.export_guide(helpers.random_guide(helpers.random_model(320).config), other, tokenizer=bpe.make())
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     small = tmp_path / "small"
     hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
     for changes, words in [
         (("ref=pretrian",), "config.ref is 'pretrian', and there is no such folder; give pretrain, or the folder"),
         ((ref, "guide=none"), "config.guide is 'none', and there is no such folder; give ref, scratch, or the folder"),
         ((f"ref={tmp_path}",), "has no tokenizer"),
+        ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
+        ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),
         ((f"ref={folders / 'guide'}",), "holds a guide or another token classifier"),
         ((ref, f"guide={light}"), "has no weights; it needs model.safetensors"),
         ((ref, f"guide={other}"), "the guide's vocabulary is not the reference's"),

@@ -43,6 +43,7 @@ tokens. The output has the same lines and fields, with
   value          the last of these
 
 It grows in the order of the input; the same command, typed again after it was stopped, goes on behind what is there.
+Where the chat template writes the date, give --date, so that it goes on with the same prompts on another day.
 
 {FOLDERS_HELP}"""
 

@@ -74,6 +74,10 @@ def test_a_config_with_impossible_entries(entries, copy):
         ),
         (dict(is_causal=False), "is_causal is false"),
         (dict(is_causal=0), "is_causal is false"),
+        (
+            dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}),
+            "rope_parameters has entries of its own for 'full_attention'",
+        ),
         (dict(sliding_window=8), "sliding_window is 8"),
         (dict(attention_chunk_size=8), "attention_chunk_size is 8"),
         (dict(layer_types=["sliding_attention"] * 2, sliding_window=8), "slides over a window of 8 tokens"),

@@ -63,7 +63,7 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a folder with a {CONFIG}")
-    _refuse_adapter(folder)
+    check_no_adapter(folder)
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} has no {CONFIG}; give a folder that transformers could load")
@@ -147,8 +147,13 @@ _SWITCHES = {
 }
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """Refuse the folder of an adapter: its weights are a change of another folder's, and are not applied here."""
+def check_no_adapter(folder: str | Path) -> None:
+    """Check that a folder is not that of an adapter, whose weights are a change of another model's.
+
+    Raises:
+      UserError: saying what to do with it.
+    """
+    folder = Path(folder)
     if not (folder / ADAPTER).is_file():
         return
     if (folder / files.SINGLE).is_file() or (folder / files.INDEX).is_file():
@@ -177,6 +182,8 @@ def _unsupported(hf: Any, family: str) -> str | None:
         if hf.hidden_act not in ("silu", "swish"):
             return f"hidden_act is {hf.hidden_act!r} and not 'silu'"
         rope = _rope(hf)
+        if nested := next((kind for kind, entry in rope.items() if isinstance(entry, dict)), None):
+            return f"rope_parameters has entries of its own for {nested!r}"
         if rope["rope_type"] not in ("default", "llama3"):
             return f"the rotary positions are scaled by {rope['rope_type']!r} and not 'llama3'"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -204,8 +211,7 @@ def _window(hf: Any) -> str | None:
 
 def _rope(hf: Any) -> dict[str, Any]:
     hf.standardize_rope_params()  # as the models do: only now does a key beside the parameters count before theirs
-    rope = hf.rope_parameters
-    return rope.get("full_attention", rope)
+    return hf.rope_parameters
 
 
 def _gpt2(hf: Any, dtype: str) -> DecoderConfig:
