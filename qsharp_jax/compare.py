@@ -50,12 +50,12 @@ def run(workdir: Workdir) -> str:
     rows, failures = [], []
     for seed in workdir.config.compare.seeds:
         folder = workdir.path / f"seed_{seed}"
-        with Workdir.open(folder / SHARED, settings(workdir.config, seed, "qsharp")) as shared:
+        with Workdir.open(folder / SHARED, settings(workdir.config, seed, "qsharp"), date=workdir.date) as shared:
             flops, epochs = _share(Session(shared))
         rows.append(_row_of_reference(folder, seed))
         for method in workdir.config.compare.methods:
             asked = settings(workdir.config, seed, method, epochs.get(method))
-            with Workdir.open(folder / method, asked, ref_in=SHARED) as its:
+            with Workdir.open(folder / method, asked, ref_in=SHARED, date=workdir.date) as its:
                 try:
                     _run_one(Session(its), folder / SHARED)
                     rows.append(_row(Session(its), folder, seed, flops))

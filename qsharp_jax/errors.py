@@ -4,6 +4,7 @@ It knows nothing of any file, config or model.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -17,6 +18,11 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The process was told to end, and what was worth keeping is saved; the same command goes on from there."""
+
+
+def warn(sentence: str) -> None:
+    """Print one line to standard error about something that goes on, but that the user should know."""
+    print(f"qsharp: {sentence}", file=sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ Everything that can be refused without the weights is refused before they are re
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from qsharp_jax.generate import Guide, guide_names
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.text import Text, check_same_tokens, has_tokenizer
+from qsharp_jax.text import Text, check_same_tokens
+from qsharp_jax.tokenizer_files import has_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Folders:
       dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
       prompt_format: "plain" or "chat", see `Text`.
       stop_ids: by default those of the reference's folder.
+      date: what a chat template that writes the date takes for today; by default the day that it is.
 
     Raises:
       UserError: for a folder that is none of a model, or a guide with other tokens than the reference.
@@ -38,6 +41,7 @@ class Folders:
     dtype: str | None = None
     prompt_format: str = "plain"
     stop_ids: Sequence[int] | None = None
+    date: datetime.date | None = None
 
     def __post_init__(self):
         configs = self.configs  # first of all, whether these are folders of models
@@ -46,7 +50,7 @@ class Folders:
     @functools.cached_property
     def text(self) -> Text:
         """The reference's tokenizer, or the guide's where it is alone."""
-        return Text.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids)
+        return Text.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:

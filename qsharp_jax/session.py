@@ -239,7 +239,7 @@ class Session:
 
     @functools.cached_property
     def text(self) -> Text:
-        return sources.make_text(self.config, self.task)
+        return sources.make_text(self.config, self.task, self.workdir.date)
 
     @functools.cached_property
     def ref_config(self) -> DecoderConfig:

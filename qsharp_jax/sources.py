@@ -8,6 +8,7 @@ What is wrong with a folder is found without reading its weights. It knows nothi
 """
 
 import dataclasses
+import datetime
 import os
 from pathlib import Path
 from types import ModuleType
@@ -47,14 +48,17 @@ def make_absolute(config: ConfigDict) -> None:
 # --- Text and shapes ------------------------------------------------------------------------------------------------
 
 
-def make_text(config: ConfigDict, task: ModuleType) -> Text:
+def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None = None) -> Text:
     """The reference's tokenizer: its folder's, or the task's own.
+
+    Args:
+      date: the run's, for chat templates that write it; by default today.
 
     Raises:
       UserError: for a task that has none, and as `Text.load`.
     """
     if ref := folder(config, "ref"):
-        return Text.load(ref, prompt_format=config.prompt_format)
+        return Text.load(ref, prompt_format=config.prompt_format, date=date)
     if task.FINITE:
         raise UserError(
             f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"
@@ -117,10 +121,10 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 
 def check_folders(config: ConfigDict) -> None:
-    """That the folders are there.
+    """Check that the folders exist, and are not those of adapters.
 
     Raises:
-      UserError: naming the setting.
+      UserError: naming the setting or the folder.
     """
     for name, words in ON_THE_SPOT.items():
         path = folder(config, name)
@@ -129,6 +133,8 @@ def check_folders(config: ConfigDict) -> None:
                 f"config.{name} is {config[name]!r}, and there is no such folder; give {', '.join(words)}, or the"
                 " folder of a model"
             )
+        if path:
+            hf.check_no_adapter(path)
 
 
 def check(config: ConfigDict, text: Text) -> None:

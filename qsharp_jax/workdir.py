@@ -5,6 +5,7 @@ hands out paths, keeps the config, appends metrics.
 """
 
 import dataclasses
+import datetime
 import errno
 import functools
 import json
@@ -36,14 +37,23 @@ class Workdir:
     config: ConfigDict
     writes: bool = True
     ref_in: str | None = None  # name of the workdir beside this one that has its reference; None: it has its own
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of its prompts, where they have one
     _lock: Lock | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, config: ConfigDict | None = None, *, ref_in: str | None = None) -> "Workdir":
+    def open(
+        cls,
+        path: str | Path,
+        config: ConfigDict | None = None,
+        *,
+        ref_in: str | None = None,
+        date: datetime.date | None = None,
+    ) -> "Workdir":
         """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
 
         A new one may take its reference from the workdir of the name `ref_in` beside it, for ever. A run may go on with
-        another `mesh` than it was begun with: the one that is given counts.
+        another `mesh` than it was begun with: the one that is given counts. Where prompts are chats, which may name the
+        day, a run keeps the date that it was begun on (by default today), on whatever day it goes on.
 
         Raises UserError if `path` is a file, or in a bucket that cannot be reached, if it is no workdir and no config
         is given, if another process holds it, or if it holds a run with other settings; OSError if it cannot be
@@ -65,7 +75,11 @@ class Workdir:
             if not files.is_file(stored):
                 settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            held, ref_in = _read_config(stored)
+            held, ref_in, kept = _read_config(stored)
+            if kept is None and held.get("prompt_format") == "chat":
+                kept = date or datetime.date.today()
+                settings = _read_json(stored) | {"date": kept.isoformat()}
+                files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
             if config is not None and (differing := differences(held, config, but="mesh")):
                 raise UserError(
                     f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
@@ -74,14 +88,16 @@ class Workdir:
         except BaseException:
             lock.release()
             raise
-        return cls(path, held if config is None else config, ref_in=ref_in, _lock=lock)
+        settings = held if config is None else config
+        return cls(path, settings, ref_in=ref_in, date=kept or datetime.date.today(), _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """The workdir that another process of the same run holds open."""
         path = files.make_path(path)
-        held, ref_in = _read_config(path / "config.json")
-        return cls(path, held if config is None else config, writes=False, ref_in=ref_in)
+        held, ref_in, date = _read_config(path / "config.json")
+        settings = held if config is None else config
+        return cls(path, settings, writes=False, ref_in=ref_in, date=date or datetime.date.today())
 
     def read_hashes(self) -> dict[str, Any]:
         """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
@@ -170,11 +186,15 @@ class Workdir:
         return rows
 
 
-def _read_config(path: Path) -> tuple[ConfigDict, str | None]:
-    """The settings, and where the reference is if not here."""
+def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:
+    """The settings, where the reference is if not here, and the date of the prompts if it is kept."""
     held = _read_json(path)
-    settings = {name: item for name, item in held.items() if name not in ("hashes", "ref_in")}
-    return from_json(settings), held.get("ref_in")
+    settings = {name: item for name, item in held.items() if name not in ("hashes", "ref_in", "date")}
+    try:
+        date = datetime.date.fromisoformat(held["date"]) if "date" in held else None
+    except (TypeError, ValueError):
+        raise UserError(f"{path} has the date {held['date']!r}; write it as YYYY-MM-DD") from None
+    return from_json(settings), held.get("ref_in"), date
 
 
 def _read_json(path: Path) -> dict:

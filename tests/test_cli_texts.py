@@ -4,6 +4,7 @@ The reference's and the guide's embeddings are padded to different sizes, and th
 every draw if it took part.
 """
 
+import datetime
 import errno
 import json
 import shutil
@@ -319,6 +320,37 @@ def test_scoring_goes_on_where_it_stopped_with_either_model_alone(models, tmp_pa
         capsys.readouterr()
         assert cli.main(command) == 0 and "complete" in capsys.readouterr().err
         assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_a_template_s_date_is_given_or_today_s(models, tmp_path, capfd, command):
+    """To `generate` and `score` alike: the log-probabilities are those after the prompt of that day."""
+    ref = shutil.copytree(models[0], tmp_path / "ref")
+    template = "{{ strftime_now('%d %b') }} " + bpe.TEMPLATE
+    (ref / "chat_template.jinja").write_text(template)
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": PROMPT, "response": "a"}]), tmp_path / "out.jsonl"
+    for date in (None, datetime.date(2024, 2, 29)):
+        options = ["--ref", ref, "--prompt-format", "chat", *(["--date", date] if date else [])]
+        prompt = Text.load(ref, prompt_format="chat", date=date).encode_prompt(PROMPT)
+        if command == "generate":
+            (line,) = stdout_lines(capfd, command, *options, PROMPT, "--temperature", "0", *FEW)
+        else:
+            assert cli.main([str(x) for x in (command, *options, "--input", source, "--output", output)]) == 0
+            response = Text.load(ref, prompt_format="chat").encode_response("a")
+            line = json.loads(output.read_text()) | {"tokens": response}
+            output.unlink()
+        expected = numpy_log_probs([*prompt, *line["tokens"]])[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(
+            line["ref_log_probs"], expected[np.arange(len(line["tokens"])), line["tokens"]], atol=1e-4
+        )
+
+
+def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
+    for date in ("2024-02-30", "29.2.2024", "20240229", "2024-2-9", "2024-W09-4", "today", ""):
+        assert f"{date!r} is not a date" in refused(capsys, "generate", PROMPT, "--ref", light[0], "--date", date)
+    assert "--date goes with --ref" in refused(
+        capsys, "generate", PROMPT, "--workdir", tmp_path, "--date", "2024-02-29"
+    )
 
 
 # --- Bad input ------------------------------------------------------------------------------------------------------

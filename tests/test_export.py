@@ -61,6 +61,31 @@ def test_a_reference_comes_back_with_its_prompts_stop_ids_and_card(session, tmp_
     assert "| reward, pi_ref | 0.250 (95% 0.125 .. 0.500, 10 problems) |" in card and "Q#, eta" not in card
 
 
+def test_a_run_of_qwen_2_s_shape_answers_out_of_its_folder_as_it_does_itself(tmp_path, capfd):
+    """Its words are the task's, and no bytes, though the folder's model type is one of byte-level tokenizers."""
+    shape = helpers.TINY | dict(max_positions=96, qkv_bias=True)
+    task = dict(name="arithmetic", max_events=3, equation_fraction=0.4, error_scale=1.0)
+    made = helpers.session(tmp_path / "run", task=task, model=shape)
+    save(made.workdir.ref, helpers.random_model(made.text.vocab_size, scale=8.0, **shape).params)
+    made.workdir.close()
+    assert export(made, "ref", tmp_path / "ref") == 0
+    assert json.loads((tmp_path / "ref" / "config.json").read_text())["model_type"] == "qwen2"
+    prompts = ["Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam have?", "Mia has 7 eggs."]
+    few = ("--max-new-tokens", "12", "--seed", "3", "--temperature", "1", "--top-p", "1", "--eta", "inf")
+    lines = []
+    for option, folder in (("--workdir", tmp_path / "run"), ("--ref", tmp_path / "ref")):
+        assert cli.main(["generate", option, str(folder), *prompts, *few]) == 0
+        lines.append([json.loads(line) for line in capfd.readouterr().out.splitlines()])
+    assert [(line["response"], line["tokens"]) for line in lines[0]] == [
+        (line["response"], line["tokens"]) for line in lines[1]
+    ]
+    assert all(len(line["tokens"]) > 3 for line in lines[0])
+    loaded = Text.load(tmp_path / "ref")
+    assert [loaded.encode_prompt(prompt) for prompt in prompts] == [
+        made.text.encode_prompt(prompt) for prompt in prompts
+    ]
+
+
 def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_path):
     out = tmp_path / "guide"
     assert export(session, "guide", out) == 0

@@ -1,5 +1,6 @@
 """Runs whose reference and guide come out of folders: what they start from, what they leave alone, what is refused."""
 
+import datetime
 import json
 import os
 import shutil
@@ -141,6 +142,17 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
         assert bpe.EOT in settings["stop_ids"]
 
 
+def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
+    """On another day than it was begun on, by any command."""
+    template = "{{ strftime_now('%d %b %Y') }} " + bpe.TEMPLATE
+    hf.export_ref(helpers.random_model(320, max_positions=96), tmp_path / "ref", tokenizer=bpe.make(template=template))
+    config = session(f"ref={tmp_path / 'ref'}", "prompt_format=chat").config
+    for day in (5, 6):
+        with Workdir.open(tmp_path / "run", config, date=datetime.date(2026, 1, day)) as workdir:
+            text = Session(workdir).text
+            assert text.decode(text.encode_prompt(PROMPT)).startswith("05 Jan 2026 user")
+
+
 def test_with_both_folders_the_sections_of_what_is_made_on_the_spot_may_be_absent(folders):
     config = session(f"ref={folders / 'ref'}", f"guide={folders / 'guide'}").config
     with config.unlocked():
@@ -170,12 +182,16 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     light = shutil.copytree(folders / "guide", tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
     other = tmp_path / "other"
     hf.export_guide(helpers.random_guide(helpers.random_model(320).config), other, tokenizer=bpe.make())
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     small = tmp_path / "small"
     hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
     for changes, words in [
         (("ref=pretrian",), "config.ref is 'pretrian', and there is no such folder; give pretrain, or the folder"),
         ((ref, "guide=none"), "config.guide is 'none', and there is no such folder; give ref, scratch, or the folder"),
         ((f"ref={tmp_path}",), "has no tokenizer"),
+        ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
+        ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),
         ((f"ref={folders / 'guide'}",), "holds a guide or another token classifier"),
         ((ref, f"guide={light}"), "has no weights; it needs model.safetensors"),
         ((ref, f"guide={other}"), "the guide's vocabulary is not the reference's"),

@@ -1,5 +1,6 @@
 """Between text and token ids: what is added, what is taken away, and the words that a vocabulary does not have."""
 
+import datetime
 import itertools
 import json
 from types import SimpleNamespace
@@ -102,6 +103,46 @@ def test_a_chat_prompt_is_one_turn_and_its_response_ends_the_next(folder):
     assert whole[:-1] == text.encode_prompt("Sam") + text.encode_response("Yes.")  # but for a line's end
 
 
+def test_bos_is_not_put_before_a_text_that_has_it_already(folder, capsys):
+    """As a chat template's text has; said once, however many prompts there are."""
+    text, own = Text.load(folder), bpe.make(bos=False)
+    written = own.apply_chat_template([{"role": "user", "content": "Sam"}], tokenize=False, add_generation_prompt=True)
+    for prompt in (written, "<|bos|>", "<|bos|>a", "<|bos|><|bos|>"):
+        assert text.encode_prompt(prompt) == own(prompt)["input_ids"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "starts with '<|bos|>' already" in line
+    assert Text.load(folder, prompt_format="chat").encode_prompt("Sam") == text.encode_prompt(written)
+    for prompt in ("a<|bos|>", "<|eos|>", ""):
+        assert text.encode_prompt(prompt) == [bpe.BOS, *own(prompt)["input_ids"]]
+    assert capsys.readouterr().err == ""
+    without = Text(own, before=())
+    assert without.encode_prompt("<|bos|>a") == own("<|bos|>a")["input_ids"] and capsys.readouterr().err == ""
+
+
+DATED = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "Today Date: {{ date_string }}\n{{ messages[0].content }}{% if messages|length > 1 %}{{ messages[1].content }}<|eot|>{% endif %}"
+)
+
+
+def test_a_template_s_date_is_the_tokenizer_s_and_not_the_clock_s(tmp_path):
+    bpe.save(tmp_path, template=DATED)
+
+    def prompt(**changes) -> str:
+        text = Text.load(tmp_path, prompt_format="chat", **changes)
+        assert text.end_of_turn == bpe.EOT
+        return text.decode(text.encode_prompt("Sam"))
+
+    assert prompt(date=datetime.date(2024, 2, 29)) == "Today Date: 29 Feb 2024\nSam"
+    today = datetime.date.today()
+    assert prompt() in [f"Today Date: {day:%d %b %Y}\nSam" for day in (today, today + datetime.timedelta(1))]
+    own = Text.load(tmp_path).tokenizer  # which reads the clock
+    assert prompt(date=today) == own.apply_chat_template([{"role": "user", "content": "Sam"}], tokenize=False)
+    bpe.save(tmp_path, template="{{ strftime_now('%Y-%m-%dT%H:%M:%S %A') }}{{ messages[-1].content }}<|eot|>")
+    assert prompt(date=datetime.date(2026, 1, 31)) == "2026-01-31T00:00:00 SaturdaySam"
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
@@ -189,6 +230,74 @@ def test_guides_go_with_the_reference_whose_tokens_they_know():
         check_same_tokens(Text(more), ref)
     assert f"1 of {ref.vocab_size + 1} entries differ" in str(caught.value)
     assert f"id {ref.vocab_size} is '<pad>' in the reference and nothing in the guide" in str(caught.value)
+
+
+# The special tokens of Llama 3 and of Llama 3.1 and 3.2, in their order, without most of the placeholders.
+RESERVED = [f"<|reserved_special_token_{n}|>" for n in range(8)]
+OLD = ["<|begin|>", "<|end|>", *RESERVED[:4], "<|role|>", "<|/role|>", RESERVED[4], "<|eot|>", *RESERVED[5:]]
+NEW = [*OLD[:4], "<|pad|>", RESERVED[2], "<|role|>", "<|/role|>", "<|eom|>", "<|eot|>", "<|python|>", *RESERVED[3:5]]
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}<|role|>{{ turn.role }}<|/role|>{{ turn.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|role|>assistant<|/role|>{% endif %}"
+)
+
+
+def llama(special: list[str], *, names: dict[str, str] | None = None, **changes) -> Text:
+    """A tokenizer with special tokens from id 4 on, behind the four of `bpe`; `names` renames entries of the model."""
+    core = json.loads(bpe.make(bos=False).backend_tokenizer.to_str())
+    core["added_tokens"] = []
+    for n, entry in enumerate(special):
+        old = next(name for name, token in core["model"]["vocab"].items() if token == n)
+        core["model"]["vocab"][entry] = core["model"]["vocab"].pop(old)
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        core["added_tokens"].append({"id": n, "content": entry, **flags})
+    for old, new in (names or {}).items():
+        core["model"]["vocab"][new] = core["model"]["vocab"].pop(old)
+    core["model"]["merges"] = []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(core)), chat_template=LLAMA_TEMPLATE,
+        bos_token="<|begin|>", eos_token="<|end|>",
+    )  # fmt: skip
+    return Text(tokenizer, **changes)
+
+
+def test_renamed_special_tokens_that_neither_model_uses_are_counted_in_one_line(capsys):
+    renamed = sum(a != b for a, b in zip(OLD, NEW))
+    for ref, guide, first in ((OLD, NEW, "'<|reserved_special_token_2|>'"), (NEW, OLD, "'<|pad|>'")):
+        check_same_tokens(llama(ref), llama(guide))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{renamed} special tokens that neither model uses have other names" in line
+        assert f"id 4 is {first} in the reference" in line
+    check_same_tokens(llama(OLD), llama(OLD))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("ref", "guide", "count", "first"),
+    [
+        (dict(), dict(names={"q": "日"}), 1, "is 'q' in the reference and '日'"),  # that text can become
+        (dict(), dict(special=NEW, names={"q": "日", "j": "本"}), 2, "'本'"),
+        (dict(stop_ids=(1, 8)), dict(special=NEW), 1, "id 8 is '<|reserved_special_token_4|>' in the reference"),
+        (dict(special=NEW, stop_ids=(1, 8, 9)), dict(), 1, "id 8 is '<|eom|>' in the reference"),
+        (dict(), dict(special=[*OLD[:9], "<|over|>", *OLD[10:]]), 1, "id 9 is '<|eot|>' in the reference"),
+        (dict(), dict(special=["<|start|>", *OLD[1:]]), 1, "id 0 is '<|begin|>' in the reference"),
+    ],
+)
+def test_tokens_of_texts_templates_and_ends_must_be_the_same(ref, guide, count, first, capsys):
+    """A name that is no special token's, one that the template writes, one that ends a response, bos."""
+    ref, guide = (llama(**{"special": OLD} | changes) for changes in (ref, guide))
+    with pytest.raises(UserError) as caught:
+        check_same_tokens(ref, guide)
+    assert f"{count} of {len(ref.entries)} entries differ" in str(caught.value) and first in str(caught.value)
+
+
+def test_a_special_token_that_is_an_ordinary_one_of_the_guide_is_another():
+    ordinary, special = llama(NEW).tokenizer, llama(NEW).tokenizer
+    ordinary.add_tokens(["more"])
+    special.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
+    for ref, guide in ((special, ordinary), (ordinary, special)):
+        with pytest.raises(UserError, match="1 of"):
+            check_same_tokens(Text(ref), Text(guide))
 
 
 def test_what_differs_is_named_but_not_all_of_it():

@@ -1,5 +1,6 @@
 """The workdir: one writer at a time, one config, and files that a kill or a full disk cannot spoil."""
 
+import datetime
 import errno
 import json
 import math
@@ -69,6 +70,28 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
         assert workdir.config.mesh.to_dict() == mesh
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         Workdir.open(tmp_path, make_config(mesh={"name": "cpu"}, seed=1))
+
+
+def test_a_run_with_chats_keeps_the_date_that_it_was_begun_on(tmp_path):
+    """A chat template may write it: the prompts stay the same on the next day, for all processes of the run."""
+    begun, chats = datetime.date(2024, 2, 29), make_config(prompt_format="chat")
+    with Workdir.open(tmp_path, chats, date=begun) as workdir:
+        assert workdir.date == begun
+        assert json.loads((tmp_path / "config.json").read_text())["date"] == "2024-02-29"
+    for config in (None, chats):
+        with Workdir.open(tmp_path, config, date=datetime.date(2024, 3, 1)) as workdir:
+            assert workdir.date == begun == Workdir.attach(tmp_path, config).date
+            assert "date" not in workdir.config
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for date in ("yesterday", 3, None):
+        (tmp_path / "config.json").write_text(json.dumps(stored | {"date": date}))
+        with pytest.raises(UserError, match="has the date .*; write it as YYYY-MM-DD"):
+            Workdir.open(tmp_path)
+    del stored["date"]  # as an older version left it
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    Workdir.open(tmp_path).close()
+    with Workdir.open(tmp_path, date=begun) as workdir:
+        assert datetime.date.today() - workdir.date <= datetime.timedelta(1)
 
 
 def test_what_is_no_workdir_is_refused_and_left_alone(tmp_path):

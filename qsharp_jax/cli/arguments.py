@@ -1,6 +1,7 @@
 """The commands' arguments: what may be given, with what by default, and what `--help` says about it."""
 
 import argparse
+import datetime
 import os
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -30,7 +31,7 @@ instead of those made on the spot: --config.ref=DIR, and --config.guide=DIR for 
 FOLDERS_HELP = """\
 Models: those of a run, by --workdir, or of folders with config.json, safetensors and tokenizer files, as
 `transformers` and `qsharp export` write them, by --ref and --guide. The guide's tokenizer must have the reference's
-entries; paddings of the embeddings may differ."""
+entries, but for special tokens that neither model uses; paddings of the embeddings may differ."""
 
 GENERATE_HELP = f"""\
 A line of the output is a JSON object with the "prompt", the "response" and its "tokens", whether it "finished" (by a
@@ -53,6 +54,7 @@ tokens. The output has the same lines and fields, with
   value          the last of these
 
 It grows in the order of the input; the same command, typed again after it was stopped, goes on behind what is there.
+Where the chat template writes the date, give --date, so that it goes on with the same prompts on another day.
 
 {FOLDERS_HELP}"""
 
@@ -248,6 +250,11 @@ def _add_folders(sub: argparse.ArgumentParser, *, several_guides: bool = False) 
         "--prompt-format", choices=("plain", "chat"),
         help="the prompt as it is, or as one turn in the tokenizer's chat template; by default plain",
     )  # fmt: skip
+    sub.add_argument(
+        "--date", type=_date, metavar="YYYY-MM-DD",
+        help="what a chat template that writes the date takes for today; by default today, and for a run the day that"
+        " it was begun on",
+    )  # fmt: skip
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -310,6 +317,16 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        date = datetime.date.fromisoformat(text)
+    except ValueError:
+        date = None
+    if date is None or date.isoformat() != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date, as 2026-01-31")
+    return date
 
 
 def _ids(text: str) -> list[int]:

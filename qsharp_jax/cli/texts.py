@@ -105,6 +105,8 @@ def _described(
     """
     if workdir is None:
         source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
+        if models.text.writes_date:
+            source["date"] = models.text.date.isoformat()
     else:
         source = {"workdir": str(workdir.path), "round": models.fitted_rounds() if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
@@ -195,7 +197,7 @@ def check_source(options: argparse.Namespace) -> None:
                 f"there are {guides} --guide and {given} --weights; to compose guides give each by a --guide of its"
                 " own, and as many --weights, as 0.7,0.3"
             )
-    for name in ("dtype", "prompt_format", "stop_ids"):
+    for name in ("dtype", "prompt_format", "stop_ids", "date"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
 
@@ -224,6 +226,7 @@ def _models(workdir: Workdir | None, options: argparse.Namespace):
         dtype=options.dtype,
         prompt_format=options.prompt_format or "plain",
         stop_ids=getattr(options, "stop_ids", None),
+        date=options.date,
     )
 
 

@@ -6,6 +6,7 @@ The models are small, drawn at random with biases and norms far from their initi
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,12 @@ def states(folder, auto=transformers.AutoModelForCausalLM):
     return auto.from_pretrained(folder).state_dict()
 
 
+def change(folder, **entries):
+    """Changes entries of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def assert_same_states(actual, expected):
     assert set(actual) == set(expected)
     for name, tensor in expected.items():
@@ -171,6 +178,38 @@ def test_configs_of_transformers_4_say_the_same(name, folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert hf.read_config(tmp_path, "float32") == hf.read_config(folder, "float32")
     assert hf.read_config(tmp_path, "float32").rope_factor == 8
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_a_context_before_the_scaling_beside_the_parameters_counts(name, folders, tmp_path):
+    """As in `transformers`, before the one among them; a model without that scaling has none."""
+    folder = shutil.copytree(folders(name), tmp_path / name)
+    change(folder, original_max_position_embeddings=96)
+    assert hf.read_config(folder, "float32").rope_original_positions == 96
+    want = theirs(folder)
+    np.testing.assert_allclose(logits_of(hf.load_ref(folder, dtype="float32"))[MASK > 0], want[MASK > 0], atol=1e-4)
+    assert np.abs(want - theirs(folders(name)))[MASK > 0].max() > 0.1
+    plain = shutil.copytree(folders("qwen2"), tmp_path / "plain")
+    change(plain, original_max_position_embeddings=96)
+    assert hf.read_config(plain, "float32") == hf.read_config(folders("qwen2"), "float32")
+
+
+@pytest.mark.parametrize(
+    "name, entries",
+    [
+        ("qwen2", dict(attention_bias=True, mlp_bias=True)),
+        ("qwen3", dict(mlp_bias=True, attention_dropout=0.5, sliding_window=8)),
+        ("llama", dict(pretraining_tp=2, sliding_window=None, attention_chunk_size=CONTEXT, is_causal=True)),
+        ("llama", dict(sliding_window=8, layer_types=["full_attention"] * 2, quantization_config=None)),
+        ("gpt2", dict(reorder_and_upcast_attn=True, attention_bias=True, mlp_bias=True, attn_pdrop=0.5)),
+    ],
+)
+def test_entries_that_change_nothing_in_transformers_change_nothing_here(name, entries, folders, tmp_path):
+    folder = shutil.copytree(folders(name), tmp_path / name)
+    change(folder, **entries)
+    want = theirs(folder)
+    np.testing.assert_array_equal(want, theirs(folders(name)))
+    np.testing.assert_allclose(logits_of(hf.load_ref(folder, dtype="float32"))[MASK > 0], want[MASK > 0], atol=1e-4)
 
 
 @every_config

@@ -1,5 +1,6 @@
 """Folders that are refused, each by one sentence that says why: configs, guides taken for references, weights."""
 
+import dataclasses
 import errno
 import json
 import re
@@ -72,6 +73,20 @@ def test_a_config_with_impossible_entries(entries, copy):
             dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
             "partial_rotary_factor is not 1",
         ),
+        (dict(is_causal=False), "is_causal is false"),
+        (dict(is_causal=0), "is_causal is false"),
+        (
+            dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}),
+            "rope_parameters has entries of its own for 'full_attention'",
+        ),
+        (dict(sliding_window=8), "sliding_window is 8"),
+        (dict(attention_chunk_size=8), "attention_chunk_size is 8"),
+        (dict(layer_types=["sliding_attention"] * 2, sliding_window=8), "slides over a window of 8 tokens"),
+        (dict(layer_types=["sliding_attention"] * 2), "slides over a window of None tokens"),
+        (dict(layer_types=["full_attention", "chunked_attention"]), "layer_types has 'chunked_attention'"),
+        (dict(per_layer_config={"0": {"intermediate_size": 10}}), "per_layer_config is set"),
+        (dict(kv_sharing_modes=["store", "reuse"]), "kv_sharing_modes is set"),
+        (dict(transformers_weights="other.safetensors"), "transformers_weights is set"),
     ],
 )
 def test_a_llama_that_is_not_computed_here(entries, message, copy):
@@ -86,10 +101,35 @@ def test_a_llama_that_is_not_computed_here(entries, message, copy):
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is true"),
         (dict(add_cross_attention=True), "add_cross_attention is true"),
         (dict(n_head=5), "is damaged"),
+        (dict(is_causal=False), "is_causal is false"),
+        (dict(sliding_window=8), "sliding_window is 8"),
     ],
 )
 def test_a_gpt2_that_is_not_computed_here(entries, message, copy):
     assert message in load_refusal(copy("gpt2", **entries))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_biases_of_attention_are_refused_where_the_family_has_them(name, tmp_path):
+    shape = dataclasses.replace(LLAMA, qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
+    hf.export_ref(ref(shape), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"attention_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if name == "qwen2":  # its biases are there whatever this says
+        assert hf.read_config(tmp_path, "float32") == shape
+    else:
+        assert "attention_bias is true" in load_refusal(tmp_path)
+
+
+def test_an_adapter_is_refused_beside_weights_and_alone(copy, tmp_path):
+    folder = copy()
+    (folder / "adapter_config.json").write_text("{}")
+    for load in (hf.load_ref, hf.load_trunk, hf.load_guide):
+        assert "has an adapter_config.json beside the weights, and an adapter is not app" in load_refusal(folder, load)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
+    (folder / "config.json").unlink()
+    assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
 
 
 def test_a_sliding_window_is_refused_where_it_bites(copy):

@@ -4,6 +4,7 @@ config.py (what config.json means), names.py (which tensor is which leaf), files
 card.py. It knows nothing about workdirs, tasks or prompts.
 """
 
+from qsharp_jax.models.hf.config import check_no_adapter
 from qsharp_jax.models.hf.export import check_folder, export_guide, export_ref
 from qsharp_jax.models.hf.load import (
     check_weights,
@@ -17,6 +18,7 @@ from qsharp_jax.models.hf.load import (
 
 __all__ = [
     "check_folder",
+    "check_no_adapter",
     "check_weights",
     "export_guide",
     "export_ref",

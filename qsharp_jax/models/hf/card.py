@@ -9,10 +9,10 @@ _REF = """\
 Load it with `transformers`:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
 ```
 """
 
@@ -20,10 +20,10 @@ _GUIDE_V = """\
 Load it with `transformers`:
 
 ```python
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 guide = AutoModelForTokenClassification.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
 outputs = guide(**tokenizer("some text", return_tensors="pt")).logits  # [1, length, {outputs}]
 ```
 
@@ -35,10 +35,10 @@ _GUIDE_Q = """\
 Load it with `transformers`:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 guide = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
 outputs = guide(**tokenizer("some text", return_tensors="pt")).logits  # [1, length, vocabulary]
 ```
 

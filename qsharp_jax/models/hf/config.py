@@ -10,11 +10,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
+import qsharp_jax.models.hf.files as files
 from qsharp_jax.errors import UserError
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 KEY = "qsharp"  # our entry in config.json
 
 # architecture -> (family, which is its model_type, and whether it is a token classifier)
@@ -61,6 +63,7 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a folder with a {CONFIG}")
+    check_no_adapter(folder)
     path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{folder} has no {CONFIG}; give a folder that transformers could load")
@@ -80,17 +83,19 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     family, classifier = ARCHITECTURES[architecture]
     if model_type != family:
         raise UserError(f"{path} says {architecture} and model_type {model_type!r}; it should be {family!r}")
-    if "quantization_config" in entries:
+    if entries.get("quantization_config") is not None:
         raise UserError(f"{path}: the weights are quantised; give the folder of the model before that")
+    if name := next((name for name in _LAYERS_DIFFER if entries.get(name)), None):
+        raise UserError(f"{path}: {name} is set, which is not supported")
     try:
         hf = AutoConfig.for_model(**entries)
         labels = hf.num_labels
     except Exception as error:  # of many types, from the checks of each field
         words = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({words[:200]}); download it again") from None
-    if reason := _unsupported(hf, family):
-        raise UserError(f"{path}: {reason}, which is not supported")
     try:
+        if reason := _unsupported(hf, family):
+            raise UserError(f"{path}: {reason}, which is not supported")
         decoder = _gpt2(hf, dtype) if family == "gpt2" else _llama(hf, family, dtype)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
@@ -131,34 +136,82 @@ def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
     return made
 
 
+# Keys of any family by which `transformers` gives layers other shapes, shares their caches, or reads another file.
+_LAYERS_DIFFER = ("per_layer_config", "kv_sharing_modes", "transformers_weights")
+# Switches that the family's class reads: the others ignore them, and so are they ignored here.
+_SWITCHES = {
+    "gpt2": ("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    "llama": ("attention_bias", "mlp_bias"),
+    "qwen2": (),
+    "qwen3": ("attention_bias",),
+}
+
+
+def check_no_adapter(folder: str | Path) -> None:
+    """Check that a folder is not that of an adapter, whose weights are a change of another model's.
+
+    Raises:
+      UserError: saying what to do with it.
+    """
+    folder = Path(folder)
+    if not (folder / ADAPTER).is_file():
+        return
+    if (folder / files.SINGLE).is_file() or (folder / files.INDEX).is_file():
+        raise UserError(
+            f"{folder} has an {ADAPTER} beside the weights, and an adapter is not applied; merge it into the weights,"
+            f" or remove {ADAPTER} if it is merged already"
+        )
+    raise UserError(
+        f"{folder} holds a LoRA adapter; merge it into its base first (with peft: model.merge_and_unload(), then"
+        " save_pretrained), and give that folder"
+    )
+
+
 def _unsupported(hf: Any, family: str) -> str | None:
     """What about a config changes the mathematics and is not computed here."""
+    if getattr(hf, "is_causal", True) not in (True, None):
+        return "is_causal is false"
+    if reason := _window(hf):
+        return reason
     if family == "gpt2":
         if hf.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):  # one function, two names
             return f"activation_function is {hf.activation_function!r} and not 'gelu_new'"
         if not hf.scale_attn_weights:
             return "scale_attn_weights is false"
-        switches = ("scale_attn_by_inverse_layer_idx", "add_cross_attention")
     else:
         if hf.hidden_act not in ("silu", "swish"):
             return f"hidden_act is {hf.hidden_act!r} and not 'silu'"
-        windows = {kind for kind in getattr(hf, "layer_types", None) or () if kind != "full_attention"}
-        if windows - {"sliding_attention"}:
-            return f"layer_types has {sorted(windows)[0]!r}"
-        if windows and (hf.sliding_window or 0) < hf.max_position_embeddings:
-            return f"attention slides over a window of {hf.sliding_window} tokens"
         rope = _rope(hf)
+        if nested := next((kind for kind, entry in rope.items() if isinstance(entry, dict)), None):
+            return f"rope_parameters has entries of its own for {nested!r}"
         if rope["rope_type"] not in ("default", "llama3"):
             return f"the rotary positions are scaled by {rope['rope_type']!r} and not 'llama3'"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             return "partial_rotary_factor is not 1"
-        switches = ("attention_bias", "mlp_bias")
-    return next((f"{name} is true" for name in switches if getattr(hf, name, False)), None)
+    return next((f"{name} is true" for name in _SWITCHES[family] if getattr(hf, name, False)), None)
+
+
+def _window(hf: Any) -> str | None:
+    """How a config limits attention to the last tokens; None where it does not within the model's positions."""
+    kinds = getattr(hf, "layer_types", None)
+    window = getattr(hf, "sliding_window", None)
+    if kinds is None:  # the caches of `transformers` then follow these two keys
+        windows = {"sliding_window": window, "attention_chunk_size": getattr(hf, "attention_chunk_size", None)}
+        for name, size in windows.items():
+            if size is not None and size < hf.max_position_embeddings:
+                return f"{name} is {size}"
+        return None
+    others = {kind for kind in kinds if kind != "full_attention"}
+    if others - {"sliding_attention"}:
+        return f"layer_types has {sorted(others - {'sliding_attention'})[0]!r}"
+    if others and (window or 0) < hf.max_position_embeddings:
+        return f"attention slides over a window of {window} tokens"
+    return None
 
 
 def _rope(hf: Any) -> dict[str, Any]:
-    rope = hf.rope_parameters
-    return rope.get("full_attention", rope)
+    hf.standardize_rope_params()  # as the models do: only now does a key beside the parameters count before theirs
+    return hf.rope_parameters
 
 
 def _gpt2(hf: Any, dtype: str) -> DecoderConfig:

@@ -48,7 +48,7 @@ def export_ref(
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Writes a reference as `AutoModelForCausalLM` and `AutoTokenizer` load it, weights in the dtype they are held in.
+    """Writes a reference as `AutoModelForCausalLM` and `PreTrainedTokenizerFast` load it, weights in their dtype.
 
     Args:
       model: in either form, stacked or unstacked.
