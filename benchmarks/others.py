@@ -17,7 +17,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from qsharp_jax import figures, report, rollouts
 from qsharp_jax.files import write_atomic
@@ -70,21 +69,14 @@ def measure(session: Session, etas: list[float], samples: int, constant: bool) -
     return known
 
 
-def interval(means: list[float], per_problem: list[float]) -> str:
-    """Of several runs' means, or of one run's problems."""
-    if len(means) == 1:
-        return "{:.3f} .. {:.3f}".format(*figures.bootstrap(np.asarray(per_problem)))
-    half = scipy.stats.t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
-    return f"{np.mean(means) - half:.3f} .. {np.mean(means) + half:.3f}"
-
-
 def table(runs: list[dict[str, Measured]]) -> str:
-    head = ["method", "eta", "others", "reward", f"95% ({len(runs)} runs)", "by run", "KL", "KL truncated"]
-    lines = [head]
+    words = f"95% ({figures.seeds_in_words(len(runs))})"
+    lines = [["method", "eta", "others", "reward", words, "by run", "KL", "KL truncated"]]
     for name in sorted(set.intersection(*map(set, runs)), key=list(runs[0]).index):
         means = [float(np.mean(run[name]["reward"])) for run in runs]
         kls = (f"{np.mean([np.mean(run[name][key]) for run in runs]):.3f}" for key in ("kl", "kl_truncated"))
-        reward = [f"{np.mean(means):.3f}", interval(means, runs[0][name]["reward"])]
+        low, high = figures.over_seeds([np.asarray(run[name]["reward"]) for run in runs])
+        reward = [f"{np.mean(means):.3f}", f"{low:.3f} .. {high:.3f}"]
         lines.append([*name.split("|"), *reward, " ".join(f"{mean:.3f}" for mean in means), *kls])
     return report.markdown(lines)
 

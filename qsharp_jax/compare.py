@@ -52,13 +52,15 @@ def run(workdir: Workdir) -> str:
         folder = workdir.path / f"seed_{seed}"
         with Workdir.open(folder / SHARED, settings(workdir.config, seed, "qsharp"), date=workdir.date) as shared:
             flops, epochs = _share(Session(shared))
-        rows.append(_row_of_reference(folder, seed))
+        rows += [_row_of_samples(folder / SHARED, seed, method) for method in ("pi_ref", "pi_ref_top_k")]
         for method in workdir.config.compare.methods:
             asked = settings(workdir.config, seed, method, epochs.get(method))
             with Workdir.open(folder / method, asked, ref_in=SHARED, date=workdir.date) as its:
                 try:
                     _run_one(Session(its), folder / SHARED)
                     rows.append(_row(Session(its), folder, seed, flops))
+                    if method == "qsharp":
+                        rows.append(_row_of_samples(folder / method, seed, "qsharp_greedy", its.config.rounds))
                 except UserError as error:
                     failures.append(f"{NAMES[method]}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr)
@@ -165,10 +167,13 @@ def _results(path: Path, method: str, number: int) -> dict | None:
     return next((row for row in rows if (row["method"], row["round"]) == (method, number)), None)
 
 
-def _row_of_reference(folder: Path, seed: int) -> dict:
-    row = _results(folder / SHARED / "results.json", "pi_ref", 0)
-    rewards = _rewards(folder / SHARED / "samples" / "pi_ref.jsonl")
-    return {"seed": seed, "method": "pi_ref", "rewards": rewards, "kl": 0.0, "objective": row["reward"]}
+def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
+    """What a way of sampling came to that costs no training of its own; its KL is that of what was sampled."""
+    its = Session(Workdir.attach(folder))
+    row = _results(its.workdir.results, method, number)
+    rewards = _rewards(evaluate.samples_path(its, method, number))
+    kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
+    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": row["reward"] - its.eta * kl}
 
 
 def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
@@ -238,11 +243,11 @@ COLUMNS = (
 HOW = (
     "Reward is the mean verified reward over held-out problems and seeds, its 95% interval Student's t over the"
     " seeds' means (of a single seed, a bootstrap over its problems, which leaves out how runs differ). KL is the"
-    " exact KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation; objective is reward - eta"
-    " KL at the eta of the config. Seconds are wall time of collecting and training, compilation included, without"
-    " pre-training and evaluation; rollouts, gradient FLOPs (model FLOPs of forward and backward passes, without"
-    " sampling) and seconds are means over seeds. The budget of gradient FLOPs is what Q#'s fits take in"
-    " config.fit.epochs passes. Tokens/s are those of training steps alone."
+    " exact KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation (of the rows that are"
+    " truncations, top-K and greedy, after it); objective is reward - eta KL at the eta of the config. Seconds are wall"
+    " time of collecting and training, compilation included, without pre-training and evaluation; rollouts, gradient"
+    " FLOPs (model FLOPs of forward and backward passes, without sampling) and seconds are means over seeds. The budget"
+    " of gradient FLOPs is what Q#'s fits take in config.fit.epochs passes. Tokens/s are those of training steps alone."
 )
 
 

@@ -187,7 +187,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
     assert len(shards[2]) == 2, "a policy's own, a shard a lot"
 
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    assert {"pi_ref", "Q#", "REINFORCE"} <= lines.keys() and "KLQ" not in lines
+    assert {"pi_ref", "pi_ref, top-K", "Q#", "Q#, greedy", "REINFORCE"} <= lines.keys() and "KLQ" not in lines
     assert "128 of 128" in lines["Q#"] and "128 of 128" in lines["REINFORCE"]
     assert "KLQ, seed 0: klq, round 1, lot 0: the log-probabilities" in text
     assert "KLQ, seed 0" in capsys.readouterr().err
@@ -195,7 +195,10 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
     rows = {row["method"]: row for row in made["runs"]}
     assert rows["qsharp"]["flops"] == pytest.approx(rows["qsharp"]["flops_budget"], rel=0.1)
     assert 0 < rows["reinforce"]["flops"] < 2 * rows["reinforce"]["flops_budget"]
-    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for name, row in rows.items() if name != "pi_ref")
+    trained = [rows[name] for name in ("qsharp", "reinforce")]
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in trained)
+    for name in ("pi_ref_top_k", "qsharp_greedy"):  # what is measured is what was sampled
+        assert "seconds" not in rows[name] and rows[name]["kl"] > 0
     assert {"report.md", "frontier.png", "costs.png", "learning.png"} <= {p.name for p in (tmp_path / "all").iterdir()}
     with Workdir.open(folder / "reinforce") as its:
         assert its.ref == folder / "pi_ref" / "ref"
