@@ -4,11 +4,7 @@ A task whose answers are mathematics (`SYMBOLIC`) is judged by string equality, 
 rational numbers, then by `math_verify` in worker processes, so that whoever generates responses need not wait. It knows
 nothing about models.
 
-Numbers that are written exactly are equal exactly: integers, fractions, short decimals, roots and powers of them. A
-decimal of six significant digits or more stands for any number that it is within 5e-6 of, relatively, and within one
-unit of its last place. Digits in another base are not the same in base ten. Of a gold answer in percent, 28\\%, the
-answers 28 and 28\\% are right and 0.28 is not; where the gold answer has no percent sign, 28\\% is 0.28, and it is 28
-too. Tuples are in order, sets are not, and neither is the other.
+The rules (units, decimals, bases, percent, sets and tuples) stand in README.md, "Data sets".
 """
 
 import dataclasses

@@ -144,15 +144,15 @@ _MIXED = re.compile(r"(?<![\w/.}^\\])(\d+) +(\d+) ?/ ?(\d+)(?![\w/.])")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?<![A-Za-z])(?:percentage|percent|per cent|pct)(?![A-Za-z]))\s*$")
 _TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
 _LEADING = re.compile(
-    r"^\s*(?:(?:\\text\s*\{)?\s*(?:about|approximately|approx\.|around|roughly|exactly|(?:the )?(?:final )?answer(?: is|:))"
-    r"(?![A-Za-z])\s*\}?|=|\\approx(?![A-Za-z])|\\sim(?![A-Za-z]))?\s*",
+    r"^\s*(?:(?:\\text\s*\{)?\s*(?:about|approximately|approx\.|around|roughly|exactly|(?:the )?(?:final )?answer"
+    r"(?: is|:))(?![A-Za-z])\s*\}?|=|\\approx(?![A-Za-z])|\\sim(?![A-Za-z]))?\s*",
     re.IGNORECASE,
 )
 _WORDS = {
     word: str(number)
     for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-        " eighteen nineteen twenty".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        " seventeen eighteen nineteen twenty".split()
     )
 }
 _WORD = re.compile(r"(?:\\text\s*\{)?\s*([A-Za-z]+)\s*\}?")
@@ -176,9 +176,13 @@ def _layout(text: str) -> str:
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     text = _REPEATING.sub(_repeated, " ".join(text.split()))
-    return _MIXED.sub(
-        lambda mixed: rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}" if int(mixed[2]) < int(mixed[3]) else mixed[0], text
-    )
+    return _MIXED.sub(_mixed, text)
+
+
+def _mixed(number: re.Match) -> str:
+    """3 1/2 as 3\\frac{1}{2}; 4 10/3 is none."""
+    whole, over, under = number.groups()
+    return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else number[0]
 
 
 def _repeated(decimal: re.Match) -> str:

@@ -16,7 +16,8 @@ _NAMES = {
     "day": "day", "week": "wk week", "month": "month", "year": "yr year", "mg": "mg milligram", "g": "g gram gm",
     "kg": "kg kilogram", "oz": "oz ounce", "lb": "lb pound", "ton": "ton tonne", "ml": "ml mL milliliter millilitre",
     "l": "l L liter litre", "gal": "gal gallon", "dollar": "dollar USD usd", "cent": "cent", "euro": "euro EUR",
-    "degree": "degree deg", "radian": "radian rad", "mph": "mph", "am": "am", "pm": "pm", "GB": "GB gigabyte", "MB": "MB megabyte",
+    "degree": "degree deg", "radian": "radian rad", "mph": "mph", "am": "am", "pm": "pm", "GB": "GB gigabyte",
+    "MB": "MB megabyte",
 }  # fmt: skip
 _KNOWN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}

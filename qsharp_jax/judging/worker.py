@@ -6,8 +6,8 @@ It writes "ready" once it can begin, or what keeps it from that. For a line with
 JSON list, it writes "1" or "0". Computing on one line for SECONDS of processor time ends the process, whatever it is
 in; memory beyond BYTES of addresses is not given. It imports nothing of this package.
 
-`math_verify` parses, and compares sets, intervals, equations and matrices part by part. What it compares by an absolute
-tolerance, numbers, and what it takes from text that it cannot parse, is done here: see `equal` and `parse`.
+`math_verify` parses, and compares sets, intervals, equations and matrices part by part. Numbers, which it compares with
+an absolute tolerance, are compared here (`equal`).
 """
 
 import functools
@@ -32,7 +32,7 @@ except BaseException as error:
     raise
 
 RELATIVE = 5e-6  # of two numbers one of which is a decimal: what rounding to six significant digits does at most
-ROUNDED = 6  # significant digits of a decimal that is taken for a rounded number
+SIGNIFICANT = 6  # digits of a decimal that is taken for a rounded number
 DIGITS = (100, 1000)  # to which the difference of two exact numbers is computed before it counts as zero
 
 # Only what is parsed whole counts (else the last number of any text is taken), with no letters cut off as units.
@@ -50,27 +50,27 @@ DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 # --- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def equal(a: sympy.Basic, b: sympy.Basic, *_: int) -> bool:
+def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
     """Whether two numbers, expressions or matrices are equal: exactly, or if decimals are in them within `RELATIVE`.
 
-    It stands in for `math_verify`'s comparison, for which all numbers below 1e-16 are equal. Expressions with symbols
-    are simplified by that one afterwards, if they are not equal as they are.
+    It replaces `math_verify`'s `sympy_numeric_eq`, for which all numbers below 1e-16 are equal, and passes the settings
+    of that on. `math_verify` simplifies what is not equal here afterwards.
     """
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return (
             isinstance(a, sympy.MatrixBase)
             and isinstance(b, sympy.MatrixBase)
             and a.shape == b.shape
-            and all(grader.sympy_expr_eq(x, y, *_) for x, y in zip(a.flat(), b.flat(), strict=True))
+            and all(
+                grader.sympy_expr_eq(x, y, float_rounding, numeric_precision)
+                for x, y in zip(a.flat(), b.flat(), strict=True)
+            )
         )
     x, y = exact(a), exact(b)
     if x.free_symbols or y.free_symbols or not (x.is_number and y.is_number):
         return x == y or sympy.expand(x - y) == 0
     difference = x - y
-    if difference.is_Rational:
-        zero = difference == 0
-    else:
-        zero = vanishes(difference)
+    zero = difference == 0 if difference.is_Rational else vanishes(difference)
     if zero or not (a.has(sympy.Float) or b.has(sympy.Float)):
         return zero
     gap, size = (value if value.is_Rational else value.evalf(20) for value in (abs(difference), abs(x)))
@@ -98,20 +98,18 @@ def vanishes(number: sympy.Expr) -> bool:
 
 
 def last_place(*numbers: sympy.Basic) -> sympy.Number:
-    """What a number may differ by from a decimal beside it: a unit in the last place, the longer one's of two.
+    """What a number may differ by from a decimal: a unit of its last place, and of two decimals the shorter one's.
 
-    None from a decimal of few digits, which is exact; any from an expression with decimals in it.
+    Zero where the decimals have few digits, for these are exact; infinity where they are parts of expressions.
     """
     decimals = [sympy.Rational(str(number)) for number in numbers if isinstance(number, sympy.Float)]
-    places = [
-        next(place for place in itertools.count() if 10**place % decimal.q == 0) for decimal in decimals
-    ]
+    if not decimals:
+        return sympy.oo
+    scales = [next(10**place for place in itertools.count() if 10**place % decimal.q == 0) for decimal in decimals]
     rounded = [
-        place for decimal, place in zip(decimals, places, strict=True) if len(str(abs(decimal) * 10**place)) >= ROUNDED
+        scale for decimal, scale in zip(decimals, scales, strict=True) if len(str(abs(decimal) * scale)) >= SIGNIFICANT
     ]
-    if decimals and not rounded:
-        return sympy.Integer(0)
-    return sympy.Rational(1, 10 ** min(rounded)) if rounded else sympy.oo
+    return sympy.Rational(1, min(rounded)) if rounded else sympy.Integer(0)
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------
@@ -149,7 +147,14 @@ def contradicts_itself(parsed: sympy.Basic) -> bool:
         return False
     equations = parsed.args if isinstance(parsed, grader.And) else (parsed,)
     numbers = [side for equation in equations for side in equation.args if getattr(side, "is_number", False)]
-    return any(not equal(one, other) for one, other in zip(numbers, numbers[1:]))
+    return any(not equal(one, other) for one, other in itertools.pairwise(numbers))
+
+
+def is_unsolved(parsed: list) -> bool:
+    """Whether it is an equation like 2x + 4 = 0, whose right side is no answer."""
+    if not parsed or not isinstance(parsed[0], sympy.Eq) or parsed[0].rhs != 0:
+        return False
+    return bool(parsed[0].lhs.free_symbols) and not parsed[0].lhs.atoms(sympy.Number) <= {sympy.S.NegativeOne}
 
 
 def brackets(answer: str) -> str:
@@ -174,7 +179,10 @@ def same(gold: str, answer: str) -> bool:
             return False
         if not one and other in ("()", "[]") and "," in gold and not re.search(r"[(\[<>=]|\\[{lg]", gold):
             answer = answer[1:-1]  # a list, which has no brackets in the gold answer
-        return math_verify.verify(parse(gold), parse(answer), timeout_seconds=None, allow_set_relation_comp=True)
+        expected, parsed = parse(gold), parse(answer)
+        if is_unsolved(parsed) and not is_unsolved(expected):
+            return False
+        return math_verify.verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True)
     except (Exception, MemoryError):  # of parsers and of algebra, on what may be no mathematics at all
         return False
 

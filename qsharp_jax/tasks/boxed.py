@@ -3,8 +3,8 @@ r"""What tasks share whose answer stands in \boxed{...}: the paper's prompt, and
 The last box is, together with those before it that it is joined to. Two boxes are joined if nothing stands between
 them but signs of mathematics and layout, a unit, a comma, semicolon, "and" or "or", a label as (b), and the symbol that
 the second is the value of, as in "x = \boxed{2} and x = \boxed{3}" or "\boxed{2}, and the other root is \boxed{3}". Any
-other words, signs or sentences between two boxes part them, as in "\boxed{2}. Wait, \boxed{3}", "\boxed{2} + \boxed{3} =
-\boxed{5}" or "\boxed{2}, so that we have \boxed{4}": the boxes before are then steps, or corrected.
+other words, signs or sentences between two boxes part them, as in "\boxed{2}. Wait, \boxed{3}", "\boxed{2} + \boxed{3}
+= \boxed{5}" or "\boxed{2}, so that we have \boxed{4}": the boxes before are then steps, or corrected.
 
 It knows nothing of what is in a box.
 """
@@ -49,18 +49,14 @@ def answer(response: str) -> str | None:
 
 def answers(response: str) -> list[str]:
     """The same, box by box; none if the last is empty or not closed."""
-    begins = [(box.start(), box.end()) for box in _BOX.finditer(response)]
-    if not begins:
-        return []
-    content, _ = _content(response, begins[-1][1], len(response))
-    if not content:
-        return []
-    joined = [content]
-    for (start, end), (following, _) in zip(begins[-2::-1], begins[:0:-1]):
-        content, close = _content(response, end, following)
-        if not content or not response.startswith("{", end) or not _are_joined(response[close:following]):
+    joined, following = [], len(response)  # from the last to the first
+    for box in reversed(list(_BOX.finditer(response))):
+        content, end = _content(response, box.end(), following)
+        braced = response.startswith("{", box.end())  # else nobody knows where it ends
+        if not content or (joined and not (braced and _are_joined(response[end:following]))):
             break
         joined.append(content)
+        following = box.start()
     return list(dict.fromkeys(reversed(joined)))
 
 

@@ -83,6 +83,7 @@ def test_a_box_ends_at_its_own_brace(inside, before):
         (r"\boxed{1} and \boxed{2", None),
         (r"\boxed{1} and \boxed{}", None),
         (r"\boxed 9$", "9"),
+        (r"\boxed 9 and \boxed{8}", "8"),
         ("no box", None),
     ],
 )
