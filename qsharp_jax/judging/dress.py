@@ -120,7 +120,12 @@ _REWRITTEN = [
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\(?:boxed|fbox|framebox|underline|ensuremath)\s*\{([^{}]*)\}", r"\1"),
         (r"\\text\s*\{\s*(percent|per\s?cent|percentage|pct|\\?%)\s*\}", r"\\%"),
-        (r"\\text\s*\{(\s*\(?\s*[A-Za-z]?\s*\)?\s*|[^{}]*[0-9][^{}]*)\}", r"\1"),  # no words in it
+        (r"\\text\s*\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*|[^{}]*[0-9][^{}]*)\}", r"\1"),  # no words in it
+        (r'["“”]', ""),
+        (r"(?<![A-Za-z])(?:negative|minus)\s+(?=[\d.\\])", "-"),
+        (r"(?<![A-Za-z\\])(sin|cos|tan|cot|csc|ln)(?=\s*[(\^0-9]|\s+[a-z]\b)", r"\\\1"),
+        (r"([)\]])\s*U\s*(?=[(\[])", r"\1 \\cup "),
+        (r"^\s*\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{R\})?\s*(?:\\mid(?![A-Za-z])|:|\|)(.+)\\\}\s*$", r"\1"),
         (r"\^\s*\{?\s*(?:\\text\s*\{\s*)?(st|nd|rd|th)\s*\}*", r"\\text{\1}"),
         (r"^\s*\(?\s*([A-Za-z])\s*\)\s*$", r"\1"),  # a choice
         (r"\\lbrace(?![A-Za-z])", r"\\{"),

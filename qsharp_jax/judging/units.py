@@ -37,7 +37,7 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])")
 _QUOTIENT = re.compile(r"\\frac\s*\{((?:\\text\{)?[A-Za-z]+\}?)\}\s*\{((?:\\text\{)?[A-Za-z]+\}?)\}")
 _POWER = re.compile(r"\s*\^\s*\{?\s*([23])\s*\}?")
-_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z.'/()^23\s-]*")
+_WORDS = re.compile(r"[(/]? ?[A-Za-z][A-Za-z.'/()^23\s-]*")
 _LAST_TEXT = re.compile(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$|\^\s*\{?\s*\\circ\s*\}?$")
 _LAST_WORDS = re.compile(r"(?<=[\s}])[A-Za-z]{2,}[A-Za-z/^{}23 ]*$")
 

@@ -131,14 +131,17 @@ def parse(answer: str) -> list:
 
 
 def of_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
-    """3 > x > 1 as 1 < x < 3; and x < 1 or x > 2 as the set of both, which it is parsed as a list of."""
+    """3 > x > 1 as 1 < x < 3; a list of inequalities of one symbol as the set where all hold, or with an "or" any."""
     if isinstance(parsed, grader.And) and all(isinstance(part, INEQUALITIES) for part in parsed.args):
         ascending = [part.reversed if isinstance(part, INEQUALITIES[:2]) else part for part in parsed._unsorted_args]
         return grader.And(*sorted(ascending, key=sympy.default_sort_key))
-    if isinstance(parsed, sympy.FiniteSet) and OR.search(answer):
-        if all(isinstance(part, INEQUALITIES) or isinstance(part, grader.And) for part in parsed.args):
-            return sympy.Union(*(part.as_set() for part in parsed.args))
-    return parsed
+    if not isinstance(parsed, sympy.FiniteSet) or len(parsed.free_symbols) != 1:
+        return parsed
+    parts = [part.args if isinstance(part, grader.And) else (part,) for part in parsed.args]
+    if not all(isinstance(part, INEQUALITIES) for part in itertools.chain(*parts)):
+        return parsed
+    sets = [part.as_set() for part in parsed.args]
+    return sympy.Union(*sets) if OR.search(answer) else sympy.Intersection(*sets)
 
 
 def contradicts_itself(parsed: sympy.Basic) -> bool:
@@ -180,7 +183,7 @@ def same(gold: str, answer: str) -> bool:
         if not one and other in ("()", "[]") and "," in gold and not re.search(r"[(\[<>=]|\\[{lg]", gold):
             answer = answer[1:-1]  # a list, which has no brackets in the gold answer
         expected, parsed = parse(gold), parse(answer)
-        if is_unsolved(parsed) and not is_unsolved(expected):
+        if is_unsolved(parsed) and not (expected and grader.is_relation(expected[0])):
             return False
         return math_verify.verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True)
     except (Exception, MemoryError):  # of parsers and of algebra, on what may be no mathematics at all
