@@ -23,7 +23,7 @@ from qsharp_jax.tasks import Problem
 __all__ = ["Judge", "Judgement", "Pool"]
 
 LONGEST = 2000  # characters of an answer that is read as mathematics
-_CHOICE = re.compile(r"(?:\(([A-J])\)\s*|([A-J])[.:)]\s+)\S.*")  # with what it says
+_CHOICE = re.compile(r"(?:\(([A-J])\)[\s\\]|([A-J])[.:)]\s)\s*[^-+*/^=\s].*")  # with what it says
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z ]*[A-Za-z]{2}[A-Za-z ]*")
 _BLANKS = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")

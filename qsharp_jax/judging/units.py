@@ -37,6 +37,7 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])")
 _QUOTIENT = re.compile(r"\\frac\s*\{((?:\\text\{)?[A-Za-z]+\}?)\}\s*\{((?:\\text\{)?[A-Za-z]+\}?)\}")
 _POWER = re.compile(r"\s*\^\s*\{?\s*([23])\s*\}?")
+_RAISED = re.compile(r"([A-Za-z]+)(?:\^([23]))?")
 _WORDS = re.compile(r"[(/]? ?[A-Za-z][A-Za-z.'/()^23\s-]*")
 _LAST_TEXT = re.compile(r"\\text\s*\{[^{}]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$|\^\s*\{?\s*\\circ\s*\}?$")
 _LAST_WORDS = re.compile(r"(?<=[\s}])[A-Za-z]{2,}[A-Za-z/^{}23 ]*$")
@@ -103,8 +104,8 @@ def _canonical(unit: str) -> tuple | None:
         names = [word for word in words if word not in _POWERS]
         if len(names) != 1:
             return None
-        name, _, raised = names[0].partition("^")
-        if not _known(name):
+        known = _RAISED.fullmatch(names[0])
+        if not known or not _known(known[1]):
             return None
-        parts.append((_known(name), int(raised or power)))
+        parts.append((_known(known[1]), int(known[2] or power)))
     return tuple(parts)

@@ -125,8 +125,16 @@ def parse(answer: str) -> list:
         parsed[0] = of_inequalities(parsed[0], answer)
         if contradicts_itself(parsed[0]):
             return []
-        if isinstance(parsed[0], sympy.Expr | sympy.MatrixBase):
-            parsed[0] = parsed[0].xreplace({sympy.Symbol("i", real=False): sympy.I})
+        parsed[0] = with_i(parsed[0])
+    return parsed
+
+
+def with_i(parsed: sympy.Basic) -> sympy.Basic:
+    """With the imaginary unit, which is parsed as a symbol."""
+    if isinstance(parsed, sympy.Eq):
+        return sympy.Eq(*map(with_i, parsed.args), evaluate=False)
+    if isinstance(parsed, sympy.Expr | sympy.MatrixBase):
+        return parsed.xreplace({sympy.Symbol("i", real=False): sympy.I})
     return parsed
 
 
@@ -173,8 +181,15 @@ def brackets(answer: str) -> str:
     return ""
 
 
+def unbracketed(answer: str) -> str:
+    r"""Without parentheses around other brackets: (\{1, 2\})."""
+    inside = answer[1:-1].strip()
+    return inside if brackets(answer) == "()" and brackets(inside) else answer
+
+
 def same(gold: str, answer: str) -> bool:
     try:
+        gold, answer = unbracketed(gold), unbracketed(answer)
         one, other = brackets(gold), brackets(answer)
         if "⦃" in one + other and one and other and one != other:
             return False  # a set is no pair
