@@ -116,7 +116,7 @@ def _plain(gold: Answer, answer: Answer) -> bool | None:
     same_text = _spelling(gold.text) == _spelling(answer.text)
     if gold.value is None or answer.value is None or (gold.name and answer.name and gold.name != answer.name):
         return same_text or None
-    if gold.unit in units.LETTERS and not answer.unit:
+    if gold.unit in units.LETTERS and gold.text.endswith(gold.unit) and not answer.unit:
         return False  # 5m may be five times m
     if gold.value == answer.value and (gold.percent or not answer.percent or abs(gold.value) >= 1):
         return True

@@ -21,7 +21,7 @@ class Answer:
     value: the number that it is, if it is a rational one written as a number; else None.
     rounded: whether that is a decimal of six or more significant digits, which may stand for a number near it.
     percent: whether a percent sign follows.
-    unit: the words of its unit, "" if there is none.
+    unit: the words of its unit, "" if there is none; a bare letter, as in 5m, is in the text too.
     name: what it is assigned to, "x" in x = 5; "" if to nothing.
     """
 
@@ -46,9 +46,10 @@ def undress(answer: str) -> Answer:
     bracketed = _BRACKETED.fullmatch(content)
     number = _NUMBER.match(bracketed[1] if bracketed else content)
     if number and (value := _value(number)) is not None:
-        unit = units.unit(number.string[number.end() :])
+        rest = number.string[number.end() :]
+        unit = units.unit(rest)
         if unit is not None:
-            kept = number.string if unit in units.LETTERS else number[0]
+            kept = number.string if rest.strip() in units.LETTERS else number[0]
             spelled = f"{name} = {kept.strip()}" if name else kept.strip()
             name = re.sub(r"\s", "", name)
             return Answer(spelled, value, _rounded(number), bool(percent), unit or currency, name)
@@ -94,9 +95,9 @@ def _unicode(text: str) -> str:
 # --- Layout ---------------------------------------------------------------------------------------------------------
 
 _CURRENCIES = re.compile(
-    r"(?<![A-Za-z\\])(?:US\s*\\?\$|USD|EUR|Rs\.?)(?![A-Za-z])|\\?\$|[€£¥₹₩]|\\(?:euro|pounds|texteuro)(?![A-Za-z])"
+    r"(?<![A-Za-z\\])(?:US\s*\\?\$|USD|EUR|Rs\.?)(?![A-Za-z])|\\?\$|[€£¥₹₩¢]|\\(?:euro|pounds|texteuro)(?![A-Za-z])"
 )
-_UNITS_OF_CURRENCIES = {"€": "euro", "EUR": "euro", r"\euro": "euro", r"\texteuro": "euro"}
+_UNITS_OF_CURRENCIES = {"€": "euro", "¢": "cent", "EUR": "euro", r"\euro": "euro", r"\texteuro": "euro"}
 
 _REWRITTEN = [
     (re.compile(pattern), replacement)
@@ -120,7 +121,9 @@ _REWRITTEN = [
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\(?:boxed|fbox|framebox|underline|ensuremath)\s*\{([^{}]*)\}", r"\1"),
         (r"\\text\s*\{\s*(percent|per\s?cent|percentage|pct|\\?%)\s*\}", r"\\%"),
-        (r"\\text\s*\{([^{}A-Za-z]*[A-Za-z]?[^{}A-Za-z]*|[^{}]*[0-9][^{}]*)\}", r"\1"),  # no words in it
+        (r"\\text\s*\{([^{}A-Za-z]*(?![mghslL])[A-Za-z]?[^{}A-Za-z]*|[^{}]*[0-9][^{}]*)\}", r"\1"),  # no words in it
+        (r"\*\*\s*(-?\d+)", r"^{\1}"),
+        (r"\\text\s*\{\s*infinity\s*\}|(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
         (r'["“”]', ""),
         (r"(?<![A-Za-z])(?:negative|minus)\s+(?=[\d.\\])", "-"),
         (r"(?<![A-Za-z\\])(sin|cos|tan|cot|csc|ln)(?=\s*[(\^0-9]|\s+[a-z]\b)", r"\\\1"),

@@ -78,7 +78,10 @@ def split(text: str) -> tuple[str, str]:
         body = text[: last.start()].rstrip() if last else ""
         if re.search(r"[0-9A-Za-z}]", _TEXT.sub("", body)) and re.search(r"[\w)}\]]$", body):
             words = unit(" " + last[0])
-            if words and (pattern is _LAST_TEXT or all(_known(part) for part in re.findall("[A-Za-z]+", words))):
+            if words and (
+                pattern is _LAST_TEXT
+                or all(_known(part) or part in ("unit", "units") for part in re.findall("[A-Za-z]+", words))
+            ):
                 return body, words
     return text, ""
 

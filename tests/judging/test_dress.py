@@ -79,7 +79,9 @@ def test_units_that_are_not_each_other(one, other, expected):
     assert units.conflict(one, other) is units.conflict(other, one) is expected
 
 
-@given(st.fractions(), st.sampled_from([r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}", "{}/{}", "({}/{})", "**{}/{}** cm"]))
+@given(
+    st.fractions(), st.sampled_from([r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}", "{}/{}", "({}/{})", "**{}/{}** cm"])
+)
 def test_fractions_are_read_back(fraction, written):
     assert undress(written.format(fraction.numerator, fraction.denominator)).value == fraction
 
@@ -91,7 +93,9 @@ def test_decimals_are_read_back(decimal):
 
 
 PIECES = st.lists(
-    st.sampled_from([*"19 ,.$\\{}()[]^_%*√½²−/=xei٣", r"\text{", r"\frac{1}", "cm", " per ", "^2", "base 8", "_8", "e9", "or"])
+    st.sampled_from(
+        [*"19 ,.$\\{}()[]^_%*√½²−/=xei٣", r"\text{", r"\frac{1}", "cm", " per ", "^2", "base 8", "_8", "e9", "or"]
+    )
 )
 
 
@@ -102,7 +106,9 @@ def test_any_text_is_read(one, other):
     assert units.conflict(a.unit, b.unit) is units.conflict(b.unit, a.unit)
 
 
-@pytest.mark.parametrize("piece", ["1", " ", "$", "~", "{", "1,000", "\\text{", "√(", "\\frac{1}", "x=", "½", "**", "\\text or"])
+@pytest.mark.parametrize(
+    "piece", ["1", " ", "$", "~", "{", "1,000", "\\text{", "√(", "\\frac{1}", "x=", "½", "**", "\\text or"]
+)
 def test_time_is_bounded(piece):
     begin = time.perf_counter()
     undress((piece * 2000)[:2000])
