@@ -102,9 +102,12 @@ class Judge:
             return _answered(True)
         if max(len(gold), len(answer)) > LONGEST:
             return _answered(False)
-        gold, answer = undress(gold), undress(answer)
+        gold, answer = _undressed(gold), undress(answer)
         verdict = _plain(gold, answer)
         return self._pool().same(gold.text, answer.text) if verdict is None else _answered(verdict)
+
+
+_undressed = functools.lru_cache(1024)(undress)  # the samples of a problem have one gold answer
 
 
 def _plain(gold: Answer, answer: Answer) -> bool | None:

@@ -35,6 +35,8 @@ class Answer:
 
 def undress(answer: str) -> Answer:
     """The answer as it is compared."""
+    if _PLAIN.fullmatch(answer):
+        return Answer(answer, Fraction(answer))
     text, currency = _without_currency(_unicode(answer))
     text = _bases(_separators(_layout(text)))
     text, percent = _PERCENT.subn("", _TRAILING.sub("", text))
@@ -123,7 +125,7 @@ _REWRITTEN = [
         (r"\\text\s*\{\s*(percent|per\s?cent|percentage|pct|\\?%)\s*\}", r"\\%"),
         (r"\\text\s*\{([^{}A-Za-z]*(?![mghslL])[A-Za-z]?[^{}A-Za-z]*|[^{}]*[0-9][^{}]*)\}", r"\1"),  # no words in it
         (r"\*\*\s*(-?\d+)", r"^{\1}"),
-        (r"\\text\s*\{\s*infinity\s*\}|(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
+        (r"(?:\\text\s*\{)?\s*(?<![A-Za-z\\])infinity(?![A-Za-z])\s*\}?", r"\\infty "),
         (r'["“”]', ""),
         (r"(?<![A-Za-z])(?:negative|minus)\s+(?=[\d.\\])", "-"),
         (r"(?<![A-Za-z\\])(sin|cos|tan|cot|csc|ln)(?=\s*[(\^0-9]|\s+[a-z]\b)", r"\\\1"),
@@ -135,8 +137,8 @@ _REWRITTEN = [
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\text\s*\{\s*all real numbers\s*\}|\ball real numbers\b", r"\\mathbb{R}"),
-        (r"\\varnothing(?![A-Za-z])|^\s*(?:\\text\s*\{)?\s*[Nn]o solutions?\s*\}?\s*$", r"\\emptyset"),
+        (r"(?:\\text\s*\{)?\s*\ball real numbers\b\s*\}?", r"\\mathbb{R}"),
+        (r"^\s*(?:\\text\s*\{)?\s*[Nn]o solutions?\s*\}?\s*$|\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\\\1(\2\\pi/180)"),
@@ -146,6 +148,7 @@ _REWRITTEN = [
         (r"\^\{\+", "^{"),
     ]
 ]  # fmt: skip
+_REWRITTEN_WITHOUT_COMMANDS = [rewrite for rewrite in _REWRITTEN if not rewrite[0].pattern.startswith("\\\\")]
 _REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
 _MIXED = re.compile(r"(?<![\w/.}^\\])(\d+) +(\d+) ?/ ?(\d+)(?![\w/.])")
 
@@ -181,7 +184,7 @@ def _without_currency(text: str) -> tuple[str, str]:
 
 def _layout(text: str) -> str:
     text = " ".join(text.replace("~", " ").split())
-    for pattern, replacement in _REWRITTEN:
+    for pattern, replacement in _REWRITTEN if "\\" in text else _REWRITTEN_WITHOUT_COMMANDS:
         text = pattern.sub(replacement, text)
     text = _REPEATING.sub(_repeated, " ".join(text.split()))
     return _MIXED.sub(_mixed, text)
@@ -210,6 +213,7 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
           "twelve": 12, "sixteen": 16}  # fmt: skip
+_PLAIN = re.compile("-?[0-9]{1,100}")
 _NUMBER = re.compile(
     r"\s*(?P<sign>[-+]?)\s*(?:"
     r"(?P<whole>\d+)?\s*\\frac\{\s*(?P<minus>-?)\s*(?P<over>\d+)\s*\}\{\s*(?P<under>\d+)\s*\}"

@@ -46,7 +46,7 @@ def test_no_numbers(answer):
     [
         ("√2", r"\sqrt{2}"), ("2√(x+1)", r"2\sqrt{x+1}"), ("x² − 1", "x^{2} - 1"), ("π/2", r"\pi /2"),
         ("14.0 + -1.0i", "14.0 - 1.0 i"), (r"\left( 3, 4 \right]", "( 3, 4 ]"), (r"3\sqrt{2} \text{ cm}", r"3\sqrt{2}"),
-        (r"864 \mbox{ inches}^2", "864"), (r"\text{(C)}", "C"), (r"\text{even}", r"\text{even}"), ("2**3", "2**3"),
+        (r"864 \mbox{ inches}^2", "864"), (r"\text{(C)}", "C"), (r"\text{even}", r"\text{even}"), ("2**3", "2^{3}"),
         (r"204_5", r"54 \varrho_{5}"), (r"204_{\text{five}}", r"54 \varrho_{5}"), ("204 (base 5)", r"54 \varrho_{5}"),
         ("204₁₀", "204"), (r"\log_2 8", r"\log_2 8"), ("x_2", "x_2"), ("29_8", "29_8"), (r"\cos 60^\circ", r"\cos(60\pi/180)"),
     ],
