@@ -109,7 +109,7 @@ _REWRITTEN = [
         (r"^\s*([*_`])([^*_`]+)\1\s*$", r"\2"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", ""),
         (r"\{\s*\\(?:rm|bf|it)(?![A-Za-z])\s*([^{}]*)\}", r"\\text{\1}"),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits)(?![A-Za-z])", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
         (r"\\!\s*", ""),
         (r"\s*\{\s*,\s*\}\s*", ","),
         (r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|space)(?![A-Za-z])|\\hspace\{[^{}]*\}", " "),
@@ -152,11 +152,11 @@ _REWRITTEN_WITHOUT_COMMANDS = [rewrite for rewrite in _REWRITTEN if not rewrite[
 _REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
 _MIXED = re.compile(r"(?<![\w/.}^\\])(\d+) +(\d+) ?/ ?(\d+)(?![\w/.])")
 
-_PERCENT = re.compile(r"\s*(?:\\?%|(?<![A-Za-z])(?:percentage|percent|per cent|pct)(?![A-Za-z]))\s*$")
+_PERCENT = re.compile(r"\s*(?:\\?%|(?<![A-Za-z])(?:percent(?:age(?: points?)?)?|per cent|pct)(?![A-Za-z]))\s*$")
 _TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
 _LEADING = re.compile(
     r"^\s*(?:(?:\\text\s*\{)?\s*(?:about|approximately|approx\.|around|roughly|exactly|(?:the )?(?:final )?answer"
-    r"(?: is|:))(?![A-Za-z])\s*\}?|=|\\approx(?![A-Za-z])|\\sim(?![A-Za-z]))?\s*",
+    r"(?: is|:))(?![A-Za-z])\s*\}?|\\text\s*\{[A-Za-z ]+:\s*\}|=|\\approx(?![A-Za-z])|\\sim(?![A-Za-z]))?\s*",
     re.IGNORECASE,
 )
 _WORDS = {
