@@ -142,6 +142,8 @@ _REWRITTEN = [
         (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*\)?", r"\\\1(\2\\pi/180)"),
+        (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
+        (r"^([^=<>A-Za-z]+)=\s*([A-Za-z])$", r"\2 = \1"),  # 5 = x
         (r"\+\s*-", "- "),
         (r"(?<=[0-9}.])i(?![A-Za-z])", " i"),  # else it is taken for a real number
         (r"(?<![A-Za-z\\0-9.^_{])(\d+\.?\d*|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])", r"\1 \\times 10^{\2}"),
@@ -209,7 +211,7 @@ _THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,\d{2})*(?:,\d{3})+(?!,?\d)|(?
 _BASED = re.compile(
     r"(?<![A-Za-z0-9\\])\(?(\d[0-9A-Z]*(?: \d{3,4})*|[A-F]+)\)?\s*"
     r"(?:_\s*(?:\\text)?\{?\s*\(?|\(?\s*(?:\\text\s*\{\s*\(?)?\s*(?:in )?base\s*\}?\s*_?\{?)"
-    r"\s*(?:\\text\s*\{)?(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)(?![\w])\s*\)?\}*\)?"
+    r"\s*(?:\\text\s*\{)?(?:\s*base\s*\}?)?(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen)(?![\w])\s*\)?\}*\)?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
           "twelve": 12, "sixteen": 16}  # fmt: skip

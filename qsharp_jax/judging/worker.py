@@ -43,7 +43,7 @@ LATEX = math_verify.LatexExtractionConfig(
     ),
 )
 INEQUALITIES = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan, sympy.Unequality)
-OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
+OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
 DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 
 
