@@ -28,9 +28,9 @@ _NO_UNIT = frozenset(
     "and or not is are was be if when where for than then to but minus plus times over divided by mod modulo base half"
     " halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth"
     " tenths hundredth hundredths factorial hundred hundreds thousand thousands million millions billion billions"
-    " trillion percent percentage pct infinity pi sqrt root sin cos tan cot sec csc log ln exp wrong incorrect most"
-    " least something unknown".split()
-) - {"sec"}  # fmt: skip
+    " trillion percent percentage pct infinity pi sqrt root sin cos tan cot csc log ln exp wrong incorrect most least"
+    " unknown".split()
+)  # fmt: skip
 _MOST_WORDS = 7
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -62,12 +62,10 @@ def unit(rest: str) -> str | None:
         return None
     if not _NO_UNIT.isdisjoint(part.lower() for part in parts):
         return None
-    if bare and len(parts) == 1 and len(words) == 1:
+    if bare and len(words) == 1:
         return words if words in LETTERS else None
-    if bare and not rest[0].isspace() and parts[0] not in _ORDINALS and not _known(parts[0]):
-        return None  # 5ab
-    if bare and any(len(part) < 3 and not _known(part) for part in parts[:1]) and parts[0] not in _ORDINALS:
-        return None  # 5 ab
+    if bare and not _known(parts[0]) and parts[0] not in _ORDINALS and (not rest[0].isspace() or len(parts[0]) < 3):
+        return None  # 5ab, 5 ab
     return " ".join(words.split())
 
 
