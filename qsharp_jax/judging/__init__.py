@@ -116,9 +116,8 @@ def _plain(gold: Answer, answer: Answer) -> bool | None:
         return False
     if (choice := _CHOICE.fullmatch(answer.text)) and re.fullmatch("[A-J]", gold.text):
         return gold.text in choice.groups()
-    same_text = _spelling(gold.text) == _spelling(answer.text)
     if gold.value is None or answer.value is None or (gold.name and answer.name and gold.name != answer.name):
-        return same_text or None
+        return _spelling(gold.text) == _spelling(answer.text) or None
     if gold.unit in units.LETTERS and gold.text.endswith(gold.unit) and not answer.unit:
         return False  # 5m may be five times m
     if gold.value == answer.value and (gold.percent or not answer.percent or abs(gold.value) >= 1):

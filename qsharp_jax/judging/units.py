@@ -86,6 +86,8 @@ def split(text: str) -> tuple[str, str]:
 
 def conflict(one: str, other: str) -> bool:
     """Whether both are units that are known, and not the same."""
+    if not one or not other:
+        return False
     a, b = _canonical(one), _canonical(other)
     return a is not None and b is not None and a != b
 
