@@ -6,8 +6,9 @@ Every answer is of another problem or spelled in another way, so that none is kn
 
   as given   each solution with its own answer in a box, "1,080" with its comma: nearly all equal as strings
   wrong      each solution with the answer of another problem: whole numbers that differ
-  decorated  each solution with "\$72.0" or "72.00 \text{ in all}" in the box: `math_verify` judges every one
-  mixed      of each a third
+  decorated  each solution with "\$72.0" or "72.00 \text{ in all}" in the box: numbers once their dress is off
+  algebra    each solution with "72 + 5 - 5" in the box: `math_verify` judges every one
+  mixed      of each a quarter
 
 Seconds are the median over rounds, without the start of the workers.
 """
@@ -40,7 +41,8 @@ def main() -> None:
         rf"\${answer}.0" if place % 2 else rf"{answer}.00 \text{{ in all}}" for place, answer in enumerate(answers)
     ]
     kinds = {"as given": answers, "wrong": answers[1:] + answers[:1], "decorated": decorated}
-    kinds["mixed"] = [list(kinds.values())[place % 3][place] for place in range(len(rows))]
+    kinds["algebra"] = [f"{answer.replace(',', '')} + {place} - {place}" for place, answer in enumerate(answers)]
+    kinds["mixed"] = [list(kinds.values())[place % 4][place] for place in range(len(rows))]
 
     print(f"{len(rows)} answers, {options.workers} workers, {options.rounds} rounds\n")
     print("| answers | judged right | seconds | answers a second |\n| --- | --- | --- | --- |")

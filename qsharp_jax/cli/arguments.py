@@ -66,8 +66,8 @@ it, or else the "problem_id" of one of its problems. The output has the same lin
   reward  1.0 for a right answer, else 0.0
   parsed  the answer that was found in the response, null if there is none
 
-Answers that are mathematics are the same if they are so as texts, as whole numbers, or by `math_verify`, which runs in
-processes of its own, with bounded time and memory for each answer. The file is written whole, at the end."""
+Answers that are mathematics are the same if they are so as texts, as rational numbers, or by `math_verify`, which runs
+in processes of its own, with bounded time and memory for each answer. The file is written whole, at the end."""
 
 
 PLAN_HELP = f"""\

@@ -1,7 +1,10 @@
 """Rewards of responses, and which answers to a problem are the same: by strings where these decide, else by algebra.
 
-A task whose answers are mathematics (`SYMBOLIC`) is judged by string equality, then as whole numbers, then by
-`math_verify` in worker processes, so that whoever generates responses need not wait. It knows nothing about models.
+A task whose answers are mathematics (`SYMBOLIC`) is judged by string equality, then without dress (`dress.py`) as
+rational numbers, then by `math_verify` in worker processes, so that whoever generates responses need not wait. It knows
+nothing about models.
+
+The rules (units, decimals, bases, percent, sets and tuples) stand in README.md, "Data sets".
 """
 
 import dataclasses
@@ -12,14 +15,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 
+from qsharp_jax.judging import units
+from qsharp_jax.judging.dress import Answer, undress
 from qsharp_jax.judging.pool import Pool
 from qsharp_jax.tasks import Problem
 
 __all__ = ["Judge", "Judgement", "Pool"]
 
 LONGEST = 2000  # characters of an answer that is read as mathematics
-_LAYOUT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_WHOLE = re.compile(r"\(?(-?[0-9]{1,100})\)?")
+_CHOICE = re.compile(r"(?:\(([A-J])\)[\s\\]|([A-J])[.:)]\s)\s*[^-+*/^=\s].*")  # with what it says
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z ]*[A-Za-z]{2}[A-Za-z ]*")
+_BLANKS = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +98,41 @@ class Judge:
 
     def _compare(self, gold: str, answer: str) -> Future[bool]:
         """Whether two answers are the same; what is plain to see is answered at once."""
-        gold, answer = gold.rstrip(". "), answer.rstrip(". ")
-        if gold == answer:
+        if gold.rstrip(". ") == answer.rstrip(". "):
             return _answered(True)
-        if (right := _whole(gold)) is not None and (given := _whole(answer)) is not None:
-            return _answered(right == given)
         if max(len(gold), len(answer)) > LONGEST:
             return _answered(False)
-        return self._pool().same(gold, answer)
+        gold, answer = _undressed(gold), undress(answer)
+        verdict = _plain(gold, answer)
+        return self._pool().same(gold.text, answer.text) if verdict is None else _answered(verdict)
 
 
-def _whole(answer: str) -> int | None:
-    r"""The whole number that an answer is, as 73, 073 or \textbf{(73)}; None if it is none."""
-    layout = _LAYOUT.fullmatch(answer)
-    number = _WHOLE.fullmatch((layout[1] if layout else answer).strip())
-    return int(number[1]) if number else None
+_undressed = functools.lru_cache(1024)(undress)  # the samples of a problem have one gold answer
+
+
+def _plain(gold: Answer, answer: Answer) -> bool | None:
+    """Whether two answers are the same, as far as that is plain without algebra; None if it is not."""
+    if units.conflict(gold.unit, answer.unit):
+        return False
+    if (choice := _CHOICE.fullmatch(answer.text)) and re.fullmatch("[A-J]", gold.text):
+        return gold.text in choice.groups()
+    if gold.value is None or answer.value is None or (gold.name and answer.name and gold.name != answer.name):
+        return _spelling(gold.text) == _spelling(answer.text) or None
+    if gold.unit in units.LETTERS and gold.text.endswith(gold.unit) and not answer.unit:
+        return False  # 5m may be five times m
+    if gold.value == answer.value and (gold.percent or not answer.percent or abs(gold.value) >= 1):
+        return True
+    if answer.percent and not gold.percent and answer.value / 100 == gold.value:
+        return True
+    return None if gold.rounded or answer.rounded else False
+
+
+def _spelling(text: str) -> str:
+    """The same for texts that differ in blanks, and of words in capitals."""
+    words = _TEXT.sub(r" \1 ", text)
+    if _WORDS.fullmatch(words):
+        return "".join(words.split()).lower()
+    return _BLANKS.sub("", text)
 
 
 def _answered(verdict: bool) -> Future[bool]:

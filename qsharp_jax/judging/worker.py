@@ -5,9 +5,13 @@
 It writes "ready" once it can begin, or what keeps it from that. For a line with two answers, the gold one first, as a
 JSON list, it writes "1" or "0". Computing on one line for SECONDS of processor time ends the process, whatever it is
 in; memory beyond BYTES of addresses is not given. It imports nothing of this package.
+
+`math_verify` parses, and compares sets, intervals, equations and matrices part by part. Numbers, which it compares with
+an absolute tolerance, are compared here (`equal`).
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -21,25 +25,187 @@ os.dup2(2, 1)  # what a library prints is no reply
 try:
     import math_verify
     import sympy
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import grader
 except BaseException as error:
     replies.write(f"{type(error).__name__}: {error}".replace("\n", " ") + "\n")
     raise
 
+RELATIVE = 5e-6  # of two numbers one of which is a decimal: what rounding to six significant digits does at most
+SIGNIFICANT = 6  # digits of a decimal that is taken for a rounded number
+DIGITS = (100, 1000)  # to which the difference of two exact numbers is computed before it counts as zero
+
+# Only what is parsed whole counts (else the last number of any text is taken), with no letters cut off as units.
+LATEX = math_verify.LatexExtractionConfig(
+    boxed_match_priority=0,
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    ),
+)
+INEQUALITIES = (sympy.StrictGreaterThan, sympy.GreaterThan, sympy.StrictLessThan, sympy.LessThan, sympy.Unequality)
+OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
+DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
+
+
+# --- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
+    """Whether two numbers, expressions or matrices are equal: exactly, or if decimals are in them within `RELATIVE`.
+
+    It replaces `math_verify`'s `sympy_numeric_eq`, for which all numbers below 1e-16 are equal, and passes the settings
+    of that on. `math_verify` simplifies what is not equal here afterwards.
+    """
+    if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
+        return (
+            isinstance(a, sympy.MatrixBase)
+            and isinstance(b, sympy.MatrixBase)
+            and a.shape == b.shape
+            and all(
+                grader.sympy_expr_eq(x, y, float_rounding, numeric_precision)
+                for x, y in zip(a.flat(), b.flat(), strict=True)
+            )
+        )
+    x, y = exact(a), exact(b)
+    if x.free_symbols or y.free_symbols or not (x.is_number and y.is_number):
+        return x == y or sympy.expand(x - y) == 0
+    difference = x - y
+    zero = difference == 0 if difference.is_Rational else vanishes(difference)
+    if zero or not (a.has(sympy.Float) or b.has(sympy.Float)):
+        return zero
+    gap, size = (value if value.is_Rational else value.evalf(20) for value in (abs(difference), abs(x)))
+    return bool(gap <= RELATIVE * size) and bool(gap < last_place(a, b))
+
+
+def exact(expression: sympy.Basic) -> sympy.Basic:
+    """Computed, with decimals as the fractions that they are written as."""
+    floats = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
+    return expression.xreplace(floats).doit()
+
+
+def vanishes(number: sympy.Expr) -> bool:
+    """Whether a number is zero, by digits: as many as have been computed without one that is not zero."""
+    for digits in DIGITS:
+        value = number.evalf(10, maxn=digits)
+        if value == 0:
+            return True
+        parts = value.atoms(sympy.Float)
+        if not parts or any(part._prec > 1 for part in parts):
+            return False  # a digit of it is certain
+        if sympy.simplify(number) == 0:
+            return True
+    return True
+
+
+def last_place(*numbers: sympy.Basic) -> sympy.Number:
+    """What a number may differ by from a decimal: a unit of its last place, and of two decimals the shorter one's.
+
+    Zero where the decimals have few digits, for these are exact; infinity where they are parts of expressions.
+    """
+    decimals = [sympy.Rational(str(number)) for number in numbers if isinstance(number, sympy.Float)]
+    if not decimals:
+        return sympy.oo
+    scales = [next(10**place for place in itertools.count() if 10**place % decimal.q == 0) for decimal in decimals]
+    rounded = [
+        scale for decimal, scale in zip(decimals, scales, strict=True) if len(str(abs(decimal) * scale)) >= SIGNIFICANT
+    ]
+    return sympy.Rational(1, min(rounded)) if rounded else sympy.Integer(0)
+
+
+# --- Answers --------------------------------------------------------------------------------------------------------
+
 
 @functools.lru_cache(64)  # the samples of a problem have one gold answer
 def parse(answer: str) -> list:
+    """What `math_verify` compares: the expression, if there is one, and the text."""
     if re.fullmatch("-?[0-9]{1,100}", answer):  # what its parser makes of it too, in a hundredth of the time
         return [sympy.Integer(answer), answer]
-    return math_verify.parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
+    parsed = math_verify.parse(rf"\boxed{{{answer}}}", [LATEX], parsing_timeout=None)
+    if parsed and not isinstance(parsed[0], str):
+        parsed[0] = of_inequalities(parsed[0], answer)
+        if contradicts_itself(parsed[0]):
+            return []
+        parsed[0] = with_i(parsed[0])
+    return parsed
+
+
+def with_i(parsed: sympy.Basic) -> sympy.Basic:
+    """With the imaginary unit, which is parsed as a symbol."""
+    if isinstance(parsed, sympy.Eq):
+        return sympy.Eq(*map(with_i, parsed.args), evaluate=False)
+    if isinstance(parsed, sympy.Expr | sympy.MatrixBase):
+        return parsed.xreplace({sympy.Symbol("i", real=False): sympy.I})
+    return parsed
+
+
+def of_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
+    """3 > x > 1 as 1 < x < 3; a list of inequalities of one symbol as the set where all hold, or with an "or" any."""
+    if isinstance(parsed, grader.And) and all(isinstance(part, INEQUALITIES) for part in parsed.args):
+        ascending = [part.reversed if isinstance(part, INEQUALITIES[:2]) else part for part in parsed._unsorted_args]
+        return grader.And(*sorted(ascending, key=sympy.default_sort_key))
+    if not isinstance(parsed, sympy.FiniteSet) or len(parsed.free_symbols) != 1:
+        return parsed
+    parts = [part.args if isinstance(part, grader.And) else (part,) for part in parsed.args]
+    if not all(isinstance(part, INEQUALITIES) for part in itertools.chain(*parts)):
+        return parsed
+    sets = [part.as_set() for part in parsed.args]
+    return sympy.Union(*sets) if OR.search(answer) else sympy.Intersection(*sets)
+
+
+def contradicts_itself(parsed: sympy.Basic) -> bool:
+    """Whether a chain of equations says that different numbers are equal, as x = 5 = 6 does."""
+    if not grader.is_equation(parsed):
+        return False
+    equations = parsed.args if isinstance(parsed, grader.And) else (parsed,)
+    numbers = [side for equation in equations for side in equation.args if getattr(side, "is_number", False)]
+    return any(not equal(one, other) for one, other in itertools.pairwise(numbers))
+
+
+def is_unsolved(parsed: list) -> bool:
+    """Whether it is an equation like 2x + 4 = 0, whose right side is no answer."""
+    if not parsed or not isinstance(parsed[0], sympy.Eq) or parsed[0].rhs != 0:
+        return False
+    return bool(parsed[0].lhs.free_symbols) and not parsed[0].lhs.atoms(sympy.Number) <= {sympy.S.NegativeOne}
+
+
+def brackets(answer: str) -> str:
+    r"""The signs that the whole of an answer stands between, as "()", "[)" or "{}" for \{ \}; "" if it does not."""
+    text = answer.replace(r"\{", "⦃").replace(r"\}", "⦄")
+    if not text or text[0] not in "([⦃" or text[-1] not in ")]⦄":
+        return ""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([⦃") - (character in ")]⦄")
+        if depth == 0:
+            return text[0] + text[-1] if place == len(text) - 1 else ""
+    return ""
+
+
+def unbracketed(answer: str) -> str:
+    r"""Without parentheses around other brackets: (\{1, 2\})."""
+    inside = answer[1:-1].strip()
+    return inside if brackets(answer) == "()" and brackets(inside) else answer
 
 
 def same(gold: str, answer: str) -> bool:
     try:
-        return math_verify.verify(parse(gold), parse(answer), timeout_seconds=None)
+        gold, answer = unbracketed(gold), unbracketed(answer)
+        one, other = brackets(gold), brackets(answer)
+        if "⦃" in one + other and one and other and one != other:
+            return False  # a set is no pair
+        if bool(DOTS.search(gold)) != bool(DOTS.search(answer)):
+            return False
+        if not one and other in ("()", "[]") and "," in gold and not re.search(r"[(\[<>=]|\\[{lg]", gold):
+            answer = answer[1:-1]  # a list, which has no brackets in the gold answer
+        expected, parsed = parse(gold), parse(answer)
+        if is_unsolved(parsed) and not (expected and grader.is_relation(expected[0])):
+            return False
+        return math_verify.verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True)
     except (Exception, MemoryError):  # of parsers and of algebra, on what may be no mathematics at all
         return False
 
 
+grader.sympy_numeric_eq = equal
 same("1", "2")  # what is loaded at first use is loaded now
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

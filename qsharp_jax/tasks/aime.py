@@ -15,7 +15,7 @@ FINITE = SYMBOLIC = True
 TEST = finite.Source("aime24/test.jsonl", hub="HuggingFaceH4/aime_2024")
 
 check = finite.check
-parse = boxed.last_box
+parse = boxed.answer
 
 
 def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:

@@ -19,7 +19,7 @@ TRAIN, TEST = (
 )
 
 check = finite.check
-parse = boxed.last_box
+parse = boxed.answer
 
 
 def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:

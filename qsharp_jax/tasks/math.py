@@ -2,7 +2,7 @@ r"""Competition problems: MATH (Hendrycks et al. 2021, arXiv 2103.03874), in the
 
 7,500 training problems, 750 of them for validation and 6,750 to learn from; the test problems are the 500 of MATH-500
 (Lightman et al. 2023, arXiv 2305.20050). A row has a `problem`, a worked `solution`, and an `answer`, or it stands in
-the solution's last \boxed{...}.
+the solution's boxes (`boxed.py`).
 
 config: that of finite.py
 """
@@ -21,7 +21,7 @@ TRAIN = finite.Source("math/train.jsonl", hub="EleutherAI/hendrycks_math", parts
 TEST = finite.Source("math500/test.jsonl", hub="HuggingFaceH4/MATH-500", split="test")
 
 check = finite.check
-parse = boxed.last_box
+parse = boxed.answer
 
 
 def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
@@ -36,12 +36,14 @@ def gold(answer: str) -> str:
     """The answer itself.
 
     Raises:
-      ValueError: if its braces do not match.
+      ValueError: if it is empty, or its braces do not match.
     """
-    found = boxed.last_box(rf"\boxed{{{answer}}}")
-    if found is None or found != answer.strip():
+    text = answer.strip()
+    if not text:
+        raise ValueError("the answer is empty")
+    if boxed.last_box(rf"\boxed{{{text}}}") != text:
         raise ValueError(f"the answer {answer[-60:]!r} has braces that do not match")
-    return found
+    return text
 
 
 def of_row(row: finite.Row) -> list[Problem]:
@@ -54,7 +56,7 @@ def of_row(row: finite.Row) -> list[Problem]:
 
 
 def _boxed_gold(solution: str) -> str:
-    found = boxed.last_box(solution)
-    if found is None:
+    answer = boxed.answer(solution)
+    if answer is None:
         raise ValueError(f"the solution that ends in {solution[-40:]!r} has no answer in a box")
-    return found
+    return answer

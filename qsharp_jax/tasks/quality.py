@@ -34,9 +34,11 @@ def every_problem(data: str) -> list[Problem]:
 
 
 def parse(response: str) -> str | None:
-    """The letter in the last box: B, b, (B), \\text{B}, or B followed by the option's text; else None."""
-    box = boxed.last_box(response)
-    letter = box and re.match(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])(?![A-Za-z])", box)
+    """The letter in the answer's one box: B, b, (B), \\text{B}, or B followed by the option's text; else None."""
+    boxes = boxed.answers(response)
+    if len(boxes) != 1:
+        return None
+    letter = re.match(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])(?![A-Za-z])", boxes[0])
     return letter[1].upper() if letter else None
 
 

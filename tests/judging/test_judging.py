@@ -73,9 +73,9 @@ def test_the_same_question_is_asked_once(judge, monkeypatch):
     asked = []
     same = judge._pool().same
     monkeypatch.setattr(judge._pool(), "same", lambda gold, answer: asked.append((gold, answer)) or same(gold, answer))
-    problem = Problem("p", "", r"\frac{3}{8}")
-    assert [j.reward for j in judge([problem] * 16, boxes(*["0.375", r"\frac38"] * 8))] == [1.0] * 16
-    assert sorted(asked) == sorted([(r"\frac{3}{8}", "0.375"), (r"\frac{3}{8}", r"\frac38")])
+    problem = Problem("p", "", r"\sqrt{8}")
+    assert [j.reward for j in judge([problem] * 16, boxes(*[r"2\sqrt{2}", r"2^{3/2}"] * 8))] == [1.0] * 16
+    assert sorted(asked) == sorted([(r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{8}", r"2^{3/2}")])
 
 
 def test_tasks_of_strings_judge_themselves(monkeypatch):
@@ -190,6 +190,25 @@ def test_the_solutions_of_math_and_aime_are_right(name, number, share):
     failed = [(p.problem_id, p.answer, j.parsed) for p, j in zip(problems, judgements) if j.reward != 1.0]
     print(f"{name}: {len(failed)} of {len(problems)} judged wrong: {failed}")
     assert len(problems) == number and len(failed) <= (1 - share) * number, failed
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["gsm8k", "math", "aime"])
+def test_an_answer_with_one_digit_changed_is_wrong(name):
+    """But for digits in a unit."""
+    problems, _ = solutions(name)
+    draw = random.Random(0)
+    changed = []
+    for problem in problems:
+        number = problem.answer.partition(r"\mbox")[0]
+        places = [place for place, character in enumerate(number) if character.isdigit()]
+        if places:
+            place = draw.choice(places)
+            digit = str((int(problem.answer[place]) + draw.randint(1, 9)) % 10)
+            changed.append((problem, problem.answer[:place] + digit + problem.answer[place + 1 :]))
+    assert len(changed) > 0.9 * len(problems)
+    judgements = SHARED([problem for problem, _ in changed], boxes(*(answer for _, answer in changed)))
+    assert [(p.answer, answer) for (p, answer), j in zip(changed, judgements) if j.reward] == []
 
 
 @needs_real_data

@@ -59,6 +59,7 @@ def test_math(tmp_path):
         ({"answer": r"\frac{1}{2"}, "has braces that do not match"),
         ({"answer": "1}{2"}, "has braces that do not match"),
         ({"answer": ""}, "the field 'answer' is ''"),
+        ({"solution": r"It is \boxed{}."}, "has no answer in a box"),
         ({}, "there is no field 'solution', but problem"),
     ],
 )
@@ -67,6 +68,13 @@ def test_no_gold_answers_of_math(tmp_path, fields, words):
     with pytest.raises(UserError) as error:
         first(math, tmp_path, "train")
     assert f"{path}, line 1" in str(error.value) and words in str(error.value)
+
+
+def test_an_empty_answer_is_called_so():
+    for answer in ("", " \n"):
+        with pytest.raises(ValueError, match="^the answer is empty$"):
+            math.gold(answer)
+    assert math.gold(r" \emptyset ") == r"\emptyset" and math.gold("{}") == "{}"
 
 
 def test_aime(tmp_path):
@@ -103,7 +111,7 @@ def test_quality(tmp_path):
     [
         (r"\boxed{B}", "B"), (r"\boxed{b}", "B"), (r"\boxed{(C)}", "C"), (r"\boxed{\text{D}}", "D"),
         (r"\boxed{\textbf{(A)}}", "A"), (r"\boxed{A. The moon}", "A"), (r"\boxed{B) He left}", "B"),
-        (r"A or \boxed{C}", "C"), (r"\boxed{E}", None), (r"\boxed{Because}", None), (r"\boxed{1}", None), ("B", None),
+        (r"A or \boxed{C}", "C"), (r"\boxed{A}. No: \boxed{C}", "C"), (r"\boxed{A} or \boxed{C}", None), (r"\boxed{E}", None), (r"\boxed{Because}", None), (r"\boxed{1}", None), ("B", None),
         (r"\boxed{B", None), (r"\boxed{\text{Apples}}", None),
     ],
 )  # fmt: skip
