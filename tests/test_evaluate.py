@@ -208,7 +208,7 @@ def test_differences_are_paired(evaluated):
 
     for row in rows:
         own = f"{row['method']}_round_{row['round']}"
-        assert ("reward_minus_pi_ref" in row) == (row["method"] in ("qsharp", "cd"))
+        assert ("reward_minus_pi_ref" in row) == (row["method"] in ("qsharp", "qsharp_greedy", "cd"))
         assert ("reward_minus_cd" in row) == ((row["method"], row["round"]) == ("qsharp", 2))
         for other, key in (("pi_ref", "reward"), ("cd", "reward"), ("cd", "kl")):
             if (name := f"{key}_minus_{other}") in row:
