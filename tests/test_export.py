@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import helpers
 import numpy as np
 import pytest
+from test_cli import stdout_lines
 from transformers import AutoTokenizer
 
 from qsharp_jax import cli
@@ -72,14 +73,11 @@ def test_a_run_of_qwen_2_s_shape_answers_out_of_its_folder_as_it_does_itself(tmp
     assert json.loads((tmp_path / "ref" / "config.json").read_text())["model_type"] == "qwen2"
     prompts = ["Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam have?", "Mia has 7 eggs."]
     few = ("--max-new-tokens", "12", "--seed", "3", "--temperature", "1", "--top-p", "1", "--eta", "inf")
-    lines = []
-    for option, folder in (("--workdir", tmp_path / "run"), ("--ref", tmp_path / "ref")):
-        assert cli.main(["generate", option, str(folder), *prompts, *few]) == 0
-        lines.append([json.loads(line) for line in capfd.readouterr().out.splitlines()])
-    assert [(line["response"], line["tokens"]) for line in lines[0]] == [
-        (line["response"], line["tokens"]) for line in lines[1]
-    ]
-    assert all(len(line["tokens"]) > 3 for line in lines[0])
+    itself = stdout_lines(capfd, "generate", "--workdir", tmp_path / "run", *prompts, *few)
+    folder = stdout_lines(capfd, "generate", "--ref", tmp_path / "ref", *prompts, *few)
+    for name in ("response", "tokens"):
+        assert [line[name] for line in folder] == [line[name] for line in itself]
+    assert max(len(line["tokens"]) for line in itself) > 3
     loaded = Text.load(tmp_path / "ref")
     assert [loaded.encode_prompt(prompt) for prompt in prompts] == [
         made.text.encode_prompt(prompt) for prompt in prompts
