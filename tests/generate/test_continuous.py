@@ -91,8 +91,8 @@ def test_control_returns_every_so_many_steps(monkeypatch):
     often = batch_of(rows=COUNT)
     parts = [places.tolist() for places, _ in often]
     continuous.decode_until_free.clear_cache()
-    assert len(want) == 1 and len(parts) == -(-N // 2)
-    assert sorted(itertools.chain(*parts)) == want[0] == list(range(COUNT))
+    assert len(parts) > len(want)
+    assert sorted(itertools.chain(*parts)) == sorted(itertools.chain(*want)) == list(range(COUNT))
     assert often.row_steps == batch.row_steps
 
 
