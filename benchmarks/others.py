@@ -1,6 +1,6 @@
 """The log-weight of tokens that the guide does not score, three definitions, with the guides of finished runs.
 
-    python benchmarks/others.py --workdir runs/seed0 [runs/seed1 ...] [--etas 0.5,0.1] [--samples 2] [--constant]
+    python benchmarks/others.py --workdir runs/seed0 [runs/seed1 ...] [--etas 0.5,0.1] [--cd-etas 0.5] [--constant]
 
 For every definition of `generate.others`, Q# and CD at each eta on the held-out problems of each run, beside pi_ref,
 pi_ref cut to the K tokens that the guide scores, and Q# greedily. With `--constant` the guide's head is replaced by one
@@ -34,7 +34,9 @@ def without_information(guide: ValueModel) -> ValueModel:
     return guide.replace(params=guide.params | {"head": head})
 
 
-def measure(session: Session, etas: list[float], samples: int, constant: bool) -> dict[str, Measured]:
+def measure(
+    session: Session, etas: list[float], cd_etas: list[float], samples: int, constant: bool
+) -> dict[str, Measured]:
     """By method, eta and definition, as a row of the table names them."""
     ref, guide = session.load_ref(), session.load_guide()
     guide = without_information(guide) if constant else guide
@@ -61,7 +63,7 @@ def measure(session: Session, etas: list[float], samples: int, constant: bool) -
     for eta in etas:
         for others in OTHERS:
             add(f"Q#|{eta:g}|{others}", guide, eta=eta, others=others)
-            if not constant:
+            if eta in cd_etas and not constant:
                 add(f"CD|{eta:g}|{others}", guide, eta=eta, others=others, mode="cd")
     if not constant:
         for others in OTHERS:
@@ -85,14 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", nargs="+", type=Path, required=True)
     parser.add_argument("--etas", default="0.5,0.2,0.1,0.05", help="in the order in which they are measured")
+    parser.add_argument("--cd-etas", help="those at which CD is measured, by default all of --etas")
     parser.add_argument("--samples", type=int, default=2, help="per problem and setting")
     parser.add_argument("--constant", action="store_true", help="with a guide that gives every token the same value")
     options = parser.parse_args()
-    etas = [float(eta) for eta in options.etas.split(",")]
+    etas, cd_etas = (
+        [float(eta) for eta in given.split(",") if eta]
+        for given in (options.etas, options.etas if options.cd_etas is None else options.cd_etas)
+    )
     sessions = [Session(Workdir.attach(path)) for path in options.workdir]
     if any(session.config.task.name == "sentiment" for session in sessions):
         import sentiment  # noqa: F401  (adds its task)
-    print(table([measure(session, etas, options.samples, options.constant) for session in sessions]))
+    print(table([measure(session, etas, cd_etas, options.samples, options.constant) for session in sessions]))
 
 
 if __name__ == "__main__":

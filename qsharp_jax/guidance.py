@@ -280,7 +280,8 @@ def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """KL(pi || pi_ref), exact over the vocabulary: [B, V], [B, V] -> [B] in nats, >= 0.
 
-    A token that pi excludes (-inf) adds 0; one that only pi_ref excludes makes the KL +inf.
+    A token that pi excludes (-inf) adds 0; one that only pi_ref excludes makes the KL +inf. Equal logits have a KL of
+    exactly 0, however large the vocabulary is.
     """
     chex.assert_rank([logits, ref_logits], 2)
     chex.assert_equal_shape([logits, ref_logits])
@@ -290,7 +291,9 @@ def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     log_pi = jax.nn.log_softmax(logits)
     # Masked before the subtraction and not after it: -inf - -inf is nan, and so would be its gradient.
     log_ratio = jnp.where(both, log_pi, 0) - jnp.where(both, jax.nn.log_softmax(ref_logits), 0)
-    finite = jnp.maximum(jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1), 0)  # rounding may leave less than 0
+    finite = jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1)
+    # The two log_softmax may round apart over a large vocabulary, and the sum then be a little more or less than 0.
+    finite = jnp.where(jnp.all(logits == ref_logits, axis=-1), 0, jnp.maximum(finite, 0))
     return jnp.where(jnp.any(in_policy & ~in_ref, axis=-1), jnp.inf, finite)
 
 

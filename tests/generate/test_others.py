@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from brute_force import ALL, CASES, COMMON, MIXED, PROMPTS, SEEDS, K, V, assert_is_brute_force, decoding_models, run
 
+from qsharp_jax import guidance
 from qsharp_jax.errors import UserError
 from qsharp_jax.generate import ContinuousBatch, generate
 
@@ -62,6 +63,16 @@ def test_a_constant_guide_is_pi_ref_in_rows_that_are_refilled():
         np.testing.assert_array_equal(part.kl, 0)
         for row, place in enumerate(places.tolist()):
             assert part.response(row) == want.response(place)
+
+
+def test_the_kl_of_equal_logits_is_zero_over_a_large_vocabulary_too():
+    logits = jax.random.normal(jax.random.key(0), (8, 49_152)) * 3
+
+    @jax.jit
+    def kl(logits, nothing):
+        return guidance.kl(*(guidance.temper(x, jnp.ones(8)) for x in (logits + nothing, logits)))
+
+    np.testing.assert_array_equal(kl(logits, jnp.zeros((8, 1))), 0)
 
 
 def test_the_papers_zero_makes_a_constant_guide_a_filter():
