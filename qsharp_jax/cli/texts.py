@@ -3,6 +3,7 @@
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -53,6 +54,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     ]
     described = _described(models, workdir, options, names, settings)
 
+    @functools.cache
     def load() -> tuple:
         _check_memory(models, names, rows, max(map(len, encoded)), settings)
         return models.load_ref(), models.load_guide() if guided else None
@@ -88,6 +90,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
             print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
         return
     # Standard output, a pipe or /dev/null: what is there is not kept.
+    load()  # what is refused is refused before the output is opened
     output = open(options.output, "w", encoding="utf-8") if options.output else _standard_output()
     with files.named(options.output or "standard output"), output as file:
         for line in generate_file.in_order(lines(range(len(plan)))):

@@ -187,7 +187,7 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come():
 def test_a_row_ends_at_its_first_stop_token_or_with_its_budget():
     rows = 6
     got = run(
-        prompts=[[1]] * rows, rng=np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0, top_p=0.99
+        prompts=[[1]] * rows, rng=12 + np.arange(rows), eta=1.0, budget=[0, 1, 3, N, N, N], temperature=2.0, top_p=0.99
     )
     assert got.tokens.shape == (rows, N)
     for row, budget in enumerate([0, 1, 3, N, N, N]):
@@ -227,12 +227,12 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(eta=0), "eta is 0; it must be greater than 0"),
-        (dict(eta=[0.1, 0.1, -1, 0.1, 0.1, 0.1]), "eta is .*-1.*; it must be greater than 0"),
+        (dict(eta=0), "eta is 0; it must be at least 1e-06"),
+        (dict(eta=[0.1, 0.1, -1, 0.1, 0.1, 0.1]), "eta is .*-1.*; it must be at least 1e-06"),
         (dict(eta=np.nan), "eta is nan"),
         (dict(eta=[0.1, 0.2]), r"eta has shape \(2,\); give one number, or one for each of the 6 rows"),
         (dict(eta=np.ones((6, 1))), r"eta has shape \(6, 1\)"),
-        (dict(temperature=-0.1), "temperature is -0.1; it must be 0 or more"),
+        (dict(temperature=-0.1), "temperature is -0.1; it must be 0, which is greedy, or a finite number of at least 1e-06"),
         (dict(top_p=0), r"top_p is 0; it must be in \(0, 1\]"),
         (dict(top_p=1.1), "top_p is 1.1"),
         (dict(top_k=-1), "top_k is -1; it must be 0 or more"),
