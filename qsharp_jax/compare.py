@@ -30,8 +30,8 @@ from qsharp_jax.workdir import Workdir
 
 SHARED = "pi_ref"  # name of the workdir that the methods of a seed share
 COLOURS = {
-    "pi_ref": "#555555", "qsharp": "#1f5fa8", "cd": "#c8641e", "vas": "#b58a00", "reinforce": "#7a2f8f",
-    "ppo": "#2c7a4b", "dpo": "#a3263a", "rpo": "#e07a8b", "klq": "#1fa39a",
+    "pi_ref": "#555555", "pi_ref_top_k": "#a0a0a0", "qsharp": "#1f5fa8", "qsharp_greedy": "#7aa6d6", "cd": "#c8641e",
+    "vas": "#b58a00", "reinforce": "#7a2f8f", "ppo": "#2c7a4b", "dpo": "#a3263a", "rpo": "#e07a8b", "klq": "#1fa39a",
 }  # fmt: skip
 
 

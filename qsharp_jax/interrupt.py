@@ -35,6 +35,7 @@ class _State:
       deferred: the first signal is only noted.
       raising: where deferred, the first signal raises `Stopped` in the main thread nevertheless.
       raised: the main thread is on its way out, and no other signal raises anything.
+      raised_by: the signal that sent it there, which the main thread may see before `number` is set.
       unsaved: what is lost if the process ends now.
     """
 
@@ -43,6 +44,7 @@ class _State:
     deferred: bool = False
     raising: bool = False
     raised: bool = False
+    raised_by: int = 0
     unsaved: str = ""
 
 
@@ -141,7 +143,7 @@ def requested() -> bool:
 
 def by_ctrl_c() -> bool:
     """Return true if the first signal was a Ctrl-C."""
-    return _state.number == signal.SIGINT
+    return (_state.number or _state.raised_by) == signal.SIGINT
 
 
 def unsaved(what: str) -> None:
@@ -158,7 +160,7 @@ def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
     """Handle a signal in the main thread, once that is back from the device."""
     allowed = _state.raising if _state.deferred else number == signal.SIGINT
     if allowed and not _state.raised:
-        _state.raised = True
+        _state.raised, _state.raised_by = True, number
         raise Stopped if _state.deferred else KeyboardInterrupt
 
 

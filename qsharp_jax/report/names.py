@@ -12,15 +12,9 @@ NAMES = {
     **{f"{method}_greedy": f"{name}, greedy" for method, name in LEARNED.items()},
 }
 GUIDED = ("qsharp", "cd", "vas")
-COLOURS = {
-    "qsharp": "#1f5fa8",
-    "qsharp_greedy": "#7aa6d6",
-    "cd": "#c8641e",
-    "vas": "#b58a00",
-    "pi_ref": "#555555",
-    "pi_ref_top_k": "#a0a0a0",
-    **dict.fromkeys(POLICIES, "#2c7a4b"),
-}
+COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "vas": "#b58a00", "pi_ref": "#555555"} | dict.fromkeys(
+    POLICIES, "#2c7a4b"
+)
 
 
 def eta_of(guided: dict) -> float:
