@@ -158,8 +158,8 @@ def test_a_policy_is_measured_and_reported_like_a_guide():
     rows = evaluate.evaluate(session, ref, {1: made}, full=True)
     assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "pi_ref_top_k", "reinforce", "reinforce_greedy"]
     objective, _ = bandit.exact_objective(session, ref, made)
-    assert rows[2]["eta"] == session.eta and rows[2]["n"] == 60 and rows[2]["kl"] > 0.1
-    assert rows[2]["reward"] - session.eta * rows[2]["kl"] == pytest.approx(objective, abs=0.15)
+    assert rows[3]["eta"] == session.eta and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1
+    assert rows[3]["reward"] - session.eta * rows[3]["kl"] == pytest.approx(objective, abs=0.15)
     assert re.search(r"\| REINFORCE +\| 0.2 ", report.write(session))
     assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
 
