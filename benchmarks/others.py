@@ -37,7 +37,7 @@ def without_information(guide: ValueModel) -> ValueModel:
 def measure(
     session: Session, etas: list[float], cd_etas: list[float], samples: int, constant: bool
 ) -> dict[str, Measured]:
-    """By method, eta and definition, as a row of the table names them."""
+    """Measure a run; the keys are method, eta and definition, as a row of the table names them."""
     ref, guide = session.load_ref(), session.load_guide()
     guide = without_information(guide) if constant else guide
     problems = [problem for problem in session.test_problems() for _ in range(samples)]

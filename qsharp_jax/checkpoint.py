@@ -325,7 +325,7 @@ def _forget_reads() -> None:
 
 
 def _problem(error: Exception | None) -> str:
-    """What is wrong with a damaged checkpoint.
+    """Describe what is wrong with a damaged checkpoint.
 
     Args:
       error: of this process; None if only others met one.

@@ -168,7 +168,7 @@ def _results(path: Path, method: str, number: int) -> dict | None:
 
 
 def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
-    """What a way of sampling came to that costs no training of its own; its KL is that of what was sampled."""
+    """Result of a way of sampling that costs no training of its own; its KL is that of what was sampled."""
     its = Session(Workdir.attach(folder))
     row = _results(its.workdir.results, method, number)
     rewards = _rewards(evaluate.samples_path(its, method, number))

@@ -24,7 +24,7 @@ class DamagedError(UserError):
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether an error shows damage: a checksum, shapes, something that is missing, or content that does not parse."""
+    """Tell whether an error shows damage: a checksum, shapes, a missing file, or content that does not parse."""
     error = root_cause(error)
     if isinstance(error, DamagedError | FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
         return True

@@ -82,7 +82,7 @@ def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def seeds_in_words(count: int) -> str:
-    """What an interval of `over_seeds` is over."""
+    """Say in words what an interval of `over_seeds` is over."""
     return "1 seed, problems alone" if count == 1 else f"{count} seeds"
 
 

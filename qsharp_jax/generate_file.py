@@ -1,4 +1,4 @@
-"""What `qsharp generate` writes: JSON lines, one a response.
+"""Output of `qsharp generate`: JSON lines, one per response.
 
 On standard output they come in the order of the prompts. A file gets each line as its response ends, so that a command
 that was stopped goes on behind what is there; when the last line has come, they are put into the order of the prompts.
@@ -26,7 +26,7 @@ Span = tuple[int, int]  # where a line begins in its file, and where it ends
 
 
 class Request(NamedTuple):
-    """What is known of a response before it is generated.
+    """Everything known of a response before it is generated.
 
     Attributes:
       eta: None for infinity, which JSON does not know.

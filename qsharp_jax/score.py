@@ -49,7 +49,7 @@ def log_probs(
 def _sequences(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
-    """What `of_batch` gives the tokens of a batch, [B, T] or [B, T, ...], one array per example, prompt included."""
+    """Numbers that `of_batch` gives tokens, [B, T] or [B, T, ...]: one array per example, prompt included."""
     rows = sharding.round_rows(rows)
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):

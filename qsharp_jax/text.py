@@ -129,7 +129,7 @@ class Text:
 
     @functools.cached_property
     def writes_date(self) -> bool:
-        """Whether prompts depend on the date: in chats whose template reads the clock."""
+        """Prompts depend on the date: they are chats whose template reads the clock."""
         other = dataclasses.replace(self, date=datetime.date(2000, 1, 2))
         return self.prompt_format == "chat" and self._sample_chat(False) != other._sample_chat(False)
 

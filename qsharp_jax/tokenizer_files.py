@@ -18,7 +18,7 @@ _FILES = (_OWN, "tokenizer.model", "vocab.json")  # a tokenizer's folder has at 
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder holds a tokenizer's files."""
+    """Tell whether a folder holds a tokenizer's files."""
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 

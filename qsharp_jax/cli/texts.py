@@ -101,7 +101,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
 def _described(
     models, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], settings: dict
 ) -> dict[str, Any]:
-    """What each line says of how it was generated: all that the responses depend on but prompt and eta, as JSON has it.
+    """Describe how a line was generated: all that the responses depend on but prompt and eta, as JSON has it.
 
     Args:
       names: of the models that run.

@@ -200,7 +200,7 @@ def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *o
 
 
 class Scores(NamedTuple):
-    """What one guide says of the next tokens, or several by their weights.
+    """Scores of the next tokens by one guide, or by several with their weights.
 
     Attributes:
       log_weights: [B, K] of the candidates, of no meaning at those without a slot.

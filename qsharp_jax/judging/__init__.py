@@ -111,7 +111,7 @@ _undressed = functools.lru_cache(1024)(undress)  # the samples of a problem have
 
 
 def _plain(gold: Answer, answer: Answer) -> bool | None:
-    """Whether two answers are the same, as far as that is plain without algebra; None if it is not."""
+    """Compare two answers as far as that is plain without algebra; None if it is not."""
     if units.conflict(gold.unit, answer.unit):
         return False
     if (choice := _CHOICE.fullmatch(answer.text)) and re.fullmatch("[A-J]", gold.text):

@@ -264,6 +264,6 @@ def _value(number: re.Match) -> Fraction | None:
 
 
 def _rounded(number: re.Match) -> bool:
-    """Whether it is a decimal with enough digits, not all of them zeros, after the point."""
+    """Tell whether it is a decimal with enough digits, not all of them zeros, after the point."""
     whole, point, decimals = (number["decimal"] or "").partition(".")
     return bool(point and decimals.strip("0") and len((whole + decimals).lstrip("0")) >= _ENOUGH)

@@ -85,7 +85,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def conflict(one: str, other: str) -> bool:
-    """Whether both are units that are known, and not the same."""
+    """Tell whether both are known units, and not the same."""
     if not one or not other:
         return False
     a, b = _canonical(one), _canonical(other)

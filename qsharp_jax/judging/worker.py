@@ -51,7 +51,7 @@ DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 
 
 def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
-    """Whether two numbers, expressions or matrices are equal: exactly, or if decimals are in them within `RELATIVE`.
+    """Compare two numbers, expressions or matrices: exactly, or if decimals are in them within `RELATIVE`.
 
     It replaces `math_verify`'s `sympy_numeric_eq`, for which all numbers below 1e-16 are equal, and passes the settings
     of that on. `math_verify` simplifies what is not equal here afterwards.
@@ -84,7 +84,7 @@ def exact(expression: sympy.Basic) -> sympy.Basic:
 
 
 def vanishes(number: sympy.Expr) -> bool:
-    """Whether a number is zero, by digits: as many as have been computed without one that is not zero."""
+    """Decide by digits whether a number is zero: as many as have been computed without one that is not zero."""
     for digits in DIGITS:
         value = number.evalf(10, maxn=digits)
         if value == 0:
@@ -98,7 +98,7 @@ def vanishes(number: sympy.Expr) -> bool:
 
 
 def last_place(*numbers: sympy.Basic) -> sympy.Number:
-    """What a number may differ by from a decimal: a unit of its last place, and of two decimals the shorter one's.
+    """Largest difference of a number from a decimal: a unit of its last place, and of two decimals the shorter one's.
 
     Zero where the decimals have few digits, for these are exact; infinity where they are parts of expressions.
     """
@@ -117,7 +117,7 @@ def last_place(*numbers: sympy.Basic) -> sympy.Number:
 
 @functools.lru_cache(64)  # the samples of a problem have one gold answer
 def parse(answer: str) -> list:
-    """What `math_verify` compares: the expression, if there is one, and the text."""
+    """The expression, if there is one, and the text, which `math_verify` compares."""
     if re.fullmatch("-?[0-9]{1,100}", answer):  # what its parser makes of it too, in a hundredth of the time
         return [sympy.Integer(answer), answer]
     parsed = math_verify.parse(rf"\boxed{{{answer}}}", [LATEX], parsing_timeout=None)
@@ -153,7 +153,7 @@ def of_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
 
 
 def contradicts_itself(parsed: sympy.Basic) -> bool:
-    """Whether a chain of equations says that different numbers are equal, as x = 5 = 6 does."""
+    """Tell whether a chain of equations says that different numbers are equal, as x = 5 = 6 does."""
     if not grader.is_equation(parsed):
         return False
     equations = parsed.args if isinstance(parsed, grader.And) else (parsed,)
@@ -162,7 +162,7 @@ def contradicts_itself(parsed: sympy.Basic) -> bool:
 
 
 def is_unsolved(parsed: list) -> bool:
-    """Whether it is an equation like 2x + 4 = 0, whose right side is no answer."""
+    """Tell whether it is an equation like 2x + 4 = 0, whose right side is no answer."""
     if not parsed or not isinstance(parsed[0], sympy.Eq) or parsed[0].rhs != 0:
         return False
     return bool(parsed[0].lhs.free_symbols) and not parsed[0].lhs.atoms(sympy.Number) <= {sympy.S.NegativeOne}

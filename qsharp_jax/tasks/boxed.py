@@ -1,4 +1,4 @@
-r"""What tasks share whose answer stands in \boxed{...}: the paper's prompt, and which boxes are the answer.
+r"""Tasks whose answer stands in \boxed{...} share this: the paper's prompt, and which boxes are the answer.
 
 The last box is, together with those before it that it is joined to. Two boxes are joined if nothing stands between
 them but signs of mathematics and layout, a unit, a comma, semicolon, "and" or "or", a label as (b), and the symbol that
@@ -39,7 +39,7 @@ def prompt(question: str) -> str:
 
 
 def answer(response: str) -> str | None:
-    r"""What the boxes hold that are the answer, with commas between them; None if the last is empty or not closed.
+    r"""Content of the boxes that are the answer, with commas between; None if the last is empty or not closed.
 
     Equal boxes that are joined count once. Time is linear in the text's length, whatever it holds.
     """
@@ -72,7 +72,7 @@ def last_box(response: str) -> str | None:
 
 
 def _content(response: str, begin: int, limit: int) -> tuple[str | None, int]:
-    """What the box holds whose brace is at `begin`, if it is closed before `limit`, and where it ends."""
+    """Content of the box whose brace is at `begin`, if it is closed before `limit`, and where it ends."""
     if not response.startswith("{", begin):
         bare = _BARE.match(response, begin, limit)
         return ((bare and bare[0].strip()) or None), bare.end() if bare else begin
