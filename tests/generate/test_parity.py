@@ -55,7 +55,7 @@ def test_every_step_is_that_of_two_full_passes_in_pytorch(models, in_torch):
     """The policy's and pi_ref's log-probability of every token that was drawn, the KL, and the guide's values."""
     rows, samples = len(PROMPTS), 4
     eta = np.repeat(ETA, samples)
-    got = generate(*models, PROMPTS, samples=samples, eta=eta, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K)
+    got = generate(*models, PROMPTS, samples=samples, eta=eta, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K, others="zero")
     for row in range(rows * samples):
         response = got.response(row)
         for place, token in enumerate(response):

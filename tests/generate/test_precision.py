@@ -84,7 +84,7 @@ def teacher_forced(ref, guide, prompts, responses):
 def test_log_probabilities_and_kl_are_those_of_teacher_forcing(name, dtype):
     ref, guide = models(name, dtype)
     got = generate(
-        ref, guide, PROMPTS, samples=SAMPLES, eta=ETA, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K
+        ref, guide, PROMPTS, samples=SAMPLES, eta=ETA, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K, others="zero"
     )
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
     policy, ref_policy = teacher_forced(ref, guide, prompts, got.tokens)
