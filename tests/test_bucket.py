@@ -39,7 +39,6 @@ def server(tmp_path_factory):
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")  # for TensorStore, which else asks for Google's machines
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read at the import: it asks by another protocol
         pytest.importorskip("gcsfs")
         folder = tmp_path_factory.mktemp("empty")
         patch.chdir(folder)
