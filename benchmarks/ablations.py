@@ -22,13 +22,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qsharp_jax import compare, dataset, evaluate, experiment, export, report
-from qsharp_jax import config as configs
-from qsharp_jax.algorithms import pretrain
-from qsharp_jax.figures import by_problem, over_seeds, seeds_in_words
-from qsharp_jax.files import write_atomic
-from qsharp_jax.session import Session
-from qsharp_jax.workdir import Workdir
+from qsharp_jax import report
+from qsharp_jax.data import dataset
+from qsharp_jax.evaluation import measure
+from qsharp_jax.evaluation.statistics import by_problem, over_seeds, seeds_in_words
+from qsharp_jax.experiments import compare, export, pipeline
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import pretrain
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.files import write_atomic
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 SHARED = "pi_ref"  # the workdir of a seed with what its variants share
@@ -137,7 +140,7 @@ def run(folder: Path, seed: int, variants: Sequence[Changes]) -> Iterable[Change
     """Runs what is not there yet in the seed's folder; yields each variant when it is finished."""
     with Workdir.open(folder / SHARED, settings(folder, seed)) as workdir:
         session = Session(workdir)
-        evaluate.evaluate(session, pretrain.run(session), {}, full=False)
+        measure.evaluate(session, pretrain.run(session), {}, full=False)
     for changes in variants:
         for name in TRUNKS:
             if f"guide={name}" in changes:
@@ -145,7 +148,7 @@ def run(folder: Path, seed: int, variants: Sequence[Changes]) -> Iterable[Change
         with Workdir.open(folder / folder_name(changes), settings(folder, seed, changes), ref_in=SHARED) as workdir:
             if not is_finished(workdir):
                 share(workdir, changes)
-                experiment.run(Session(workdir))
+                pipeline.run(Session(workdir))
                 compare.copy_missing(workdir.rollouts(1), folder / SHARED / "rollouts" / "round_1", "shard-*.parquet")
         yield changes
 
@@ -199,7 +202,7 @@ def read(workdir: Workdir) -> Found:
     found = {}
     rounds = workdir.config.rounds
     for method, name in (("pi_ref", "pi_ref"), ("qsharp", f"qsharp_round_{rounds}"), ("cd", f"cd_round_{rounds}")):
-        samples = evaluate.read_samples(workdir.samples / f"{name}.jsonl")
+        samples = measure.read_samples(workdir.samples / f"{name}.jsonl")
         for eta in dict.fromkeys(sample["eta"] for sample in samples):
             part = [sample for sample in samples if sample["eta"] == eta]
             measured = Measured(*(np.asarray(by_problem(part, key)) for key in ("reward", "kl")))

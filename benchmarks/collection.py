@@ -19,12 +19,12 @@ import time
 
 import numpy as np
 
-from qsharp_jax import config as configs
 from qsharp_jax import generate, rollouts
-from qsharp_jax.algorithms import pretrain
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.session import Session
-from qsharp_jax.workdir import Workdir
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import pretrain
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 
 
 def main() -> None:

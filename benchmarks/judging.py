@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from qsharp_jax import tasks
-from qsharp_jax.judging import Judge
+from qsharp_jax.tasks.judging import Judge
 
 
 def main() -> None:

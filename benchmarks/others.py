@@ -18,12 +18,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import figures, report, rollouts
-from qsharp_jax.files import write_atomic
-from qsharp_jax.limits import OTHERS
+from qsharp_jax import report, rollouts
+from qsharp_jax.evaluation import statistics
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.session import Session
-from qsharp_jax.workdir import Workdir
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import OTHERS
+from qsharp_jax.system.files import write_atomic
 
 Measured = dict[str, list[float]]  # by figure, one number per problem
 
@@ -72,12 +73,12 @@ def measure(
 
 
 def table(runs: list[dict[str, Measured]]) -> str:
-    words = f"95% ({figures.seeds_in_words(len(runs))})"
+    words = f"95% ({statistics.seeds_in_words(len(runs))})"
     lines = [["method", "eta", "others", "reward", words, "by run", "KL", "KL truncated"]]
     for name in sorted(set.intersection(*map(set, runs)), key=list(runs[0]).index):
         means = [float(np.mean(run[name]["reward"])) for run in runs]
         kls = (f"{np.mean([np.mean(run[name][key]) for run in runs]):.3f}" for key in ("kl", "kl_truncated"))
-        low, high = figures.over_seeds([np.asarray(run[name]["reward"]) for run in runs])
+        low, high = statistics.over_seeds([np.asarray(run[name]["reward"]) for run in runs])
         reward = [f"{np.mean(means):.3f}", f"{low:.3f} .. {high:.3f}"]
         lines.append([*name.split("|"), *reward, " ".join(f"{mean:.3f}" for mean in means), *kls])
     return report.markdown(lines)

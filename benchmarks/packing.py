@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 
-from qsharp_jax import figures, rollouts
-from qsharp_jax.session import Session
-from qsharp_jax.workdir import Workdir
+from qsharp_jax import rollouts
+from qsharp_jax.evaluation import statistics
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 
 CANDIDATES, THRESHOLD = 20, 1e-3
 SLOTS = (None, 4.0, 2.0, 1.0)  # guide positions that a row has on average; None: one for each candidate
@@ -55,7 +56,7 @@ def main() -> None:
     for slots, (generation, _) in results.items():
         texts = [session.text.decode(generation.response(row)) for row in range(len(problems))]
         rewards = [judgement.reward for judgement in session.judge(problems, texts)]
-        low, high = figures.bootstrap(np.asarray(rewards))
+        low, high = statistics.bootstrap(np.asarray(rewards))
         name = f"{CANDIDATES} (not packed)" if slots is None else f"{slots:g}"
         print(
             f"| {name} | {np.mean(rewards):.3f} ({low:.3f} .. {high:.3f}) | {generation.kl.sum(1).mean():.3f} |"

@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from qsharp_jax import config as configs
-from qsharp_jax import experiment, tasks
-from qsharp_jax.session import Session
+from qsharp_jax import tasks
+from qsharp_jax.experiments import pipeline
+from qsharp_jax.run import config as configs
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.tasks import Problem
-from qsharp_jax.workdir import Workdir
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 LAYERS = 10  # of the guide
@@ -110,7 +111,7 @@ def main() -> None:
     write_guide(options.ref, guide)
     config = make_config(options.ref.absolute(), guide.absolute())
     configs.override(config, overrides)
-    experiment.run(Session(Workdir.open(options.workdir, config)))
+    pipeline.run(Session(Workdir.open(options.workdir, config)))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from ablations import Found, Measured, at_kl, interval
 
-from qsharp_jax import evaluate, figures, report, rollouts
-from qsharp_jax.session import Session
-from qsharp_jax.workdir import Workdir
+from qsharp_jax import report, rollouts
+from qsharp_jax.evaluation import measure, statistics
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 
 SAMPLES = 2
 ETAS = (1.2, 1.0, 0.6, 0.5, 0.2, 0.14, 0.02)  # of Q#, whose tilt hardly changes any more below the last
@@ -26,7 +27,7 @@ WEIGHTS = (1.5, 2.0, 3.0, 5.0)  # at that last eta
 CD_ETAS = (1.0, 0.5, 0.2, 0.14, 0.1, 0.07, 0.05)
 
 
-def measure(session: Session) -> Found:
+def measure_run(session: Session) -> Found:
     """By method and setting, in words; pi_ref's is an eta of inf."""
     ref, guide = session.load_ref(), session.load_guide()
     problems = [problem for problem in session.test_problems() for _ in range(SAMPLES)]
@@ -41,8 +42,8 @@ def measure(session: Session) -> Found:
         rewards = [judgement.reward for judgement in session.judge(problems, texts)]
         return Measured(*(np.reshape(x, (-1, SAMPLES)).mean(1) for x in (rewards, made.kl.sum(1))))
 
-    samples = evaluate.read_samples(evaluate.samples_path(session, "pi_ref", 0))
-    reward = np.asarray(figures.by_problem(samples, "reward"))
+    samples = measure.read_samples(measure.samples_path(session, "pi_ref", 0))
+    reward = np.asarray(statistics.by_problem(samples, "reward"))
     found = {("pi_ref", float("inf")): Measured(reward, np.zeros(len(reward)))}
     found |= {("qsharp", f"eta {eta:g}"): of(guide, eta=eta) for eta in ETAS}
     found |= {
@@ -53,7 +54,7 @@ def measure(session: Session) -> Found:
 
 
 def table(runs: list[Found]) -> str:
-    words = figures.seeds_in_words(len(runs))
+    words = statistics.seeds_in_words(len(runs))
     lines = [["method", "setting", f"reward ({words})", "KL", f"Q#, powers too, less CD at CD's KL ({words})"]]
     for key in runs[0]:
         points = [run[key] for run in runs]
@@ -71,7 +72,7 @@ def plot(axes: Any, runs: list[Found]) -> None:
         for key in (key for key in runs[0] if key[0] == method):
             rewards = [run[key].reward for run in runs]
             kl, mean = (np.mean([part.mean() for part in parts]) for parts in ([run[key].kl for run in runs], rewards))
-            points.append((kl, mean, *figures.over_seeds(rewards), "power" in key[1]))
+            points.append((kl, mean, *statistics.over_seeds(rewards), "power" in key[1]))
         points.sort()
         kl, mean, low, high, _ = map(np.asarray, zip(*points, strict=True))
         colour = report.COLOURS[method]
@@ -83,7 +84,7 @@ def plot(axes: Any, runs: list[Found]) -> None:
             axes.plot(*zip(*sharpened, strict=True), "s", color=colour, markersize=9, label="Q#, tilt to a power")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    title = f"Beyond conditioning on success, 95% intervals ({figures.seeds_in_words(len(runs))})"
+    title = f"Beyond conditioning on success, 95% intervals ({statistics.seeds_in_words(len(runs))})"
     axes.set(xlabel="KL to pi_ref (nats a response)", ylabel="reward", title=title)
     axes.legend(fontsize=8)
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", nargs="+", required=True)
     options = parser.parse_args()
-    runs = [measure(Session(Workdir.attach(path))) for path in options.workdir]
+    runs = [measure_run(Session(Workdir.attach(path))) for path in options.workdir]
     print(table(runs))
     report.save_plot(Path(__file__).parent / "sharpening.png", lambda axes: plot(axes, runs))
 

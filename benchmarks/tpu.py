@@ -25,8 +25,13 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from qsharp_jax import generate, sharding  # noqa: E402
-from qsharp_jax.models import config, decoder, value  # noqa: E402
+from qsharp_jax import generate  # noqa: E402
+from qsharp_jax.models import (  # noqa: E402
+    config,
+    decoder,
+    sharding,  # noqa: E402
+    value,
+)
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
 from qsharp_jax.plan import program  # noqa: E402

@@ -20,10 +20,10 @@ from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # before JAX
 
-from qsharp_jax import config as configs  # noqa: E402
 from qsharp_jax import plan  # noqa: E402
 from qsharp_jax.models import config as model_configs  # noqa: E402
 from qsharp_jax.plan import compiled  # noqa: E402
+from qsharp_jax.run import config as configs  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 PRESETS = {name: preset for name, preset in configs.presets(CONFIG).items() if preset["platform"] == "tpu"}

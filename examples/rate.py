@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tabular
 
-from qsharp_jax import figures
+from qsharp_jax.evaluation import statistics
 
 ETAS = (1.0, 0.3, 0.1, 0.05)
 REWARDS = (0.0,) * 9 + (1.0,)  # of a sequence, equally likely
@@ -57,7 +57,7 @@ def run(quick: bool = False) -> dict:
     return {
         "rollouts": rollouts,
         "mean": {eta: x.mean(axis=1) for eta, x in losses.items()},
-        "interval": {eta: np.array([figures.bootstrap(row) for row in x]) for eta, x in losses.items()},
+        "interval": {eta: np.array([statistics.bootstrap(row) for row in x]) for eta, x in losses.items()},
         "constant": {eta: constant(tree, eta) for eta in ETAS},
         "slope": {eta: slope(rollouts, x.mean(axis=1)) for eta, x in losses.items()},
         "repetitions": repetitions,

@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax import dataset, interrupt, processes, sharding
-from qsharp_jax.dataset import Rollout
-from qsharp_jax.errors import Stopped
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.tokenizer import Text
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, for_decoding
-from qsharp_jax.judging import Judge
+from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.progress import Bar
+from qsharp_jax.system import multihost, sigterm
+from qsharp_jax.system.errors import Stopped
+from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks import Problem
-from qsharp_jax.text import Text
+from qsharp_jax.tasks.judging import Judge
 
 
 def sample(
@@ -58,7 +60,7 @@ def sample(
     rows: dict[str, np.ndarray] = {}
     with Bar(None, name, total=count, disable=name is None) as bar:
         for places, part in batch:
-            if sharding.anywhere(interrupt.requested()):
+            if sharding.anywhere(sigterm.requested()):
                 raise Stopped
             made = {key: array for key, array in vars(part).items() if array is not None}
             for key, array in made.items():
@@ -76,7 +78,7 @@ def rewards(judge: Judge, text: Text, problems: Sequence[Problem], generation: G
 
     def until_told(items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
-            if interrupt.requested():
+            if sigterm.requested():
                 raise Stopped
             yield item
 
@@ -127,10 +129,10 @@ def collect(
     step = max(1, shard_rows // samples)
     count = -(-len(problems) // step)
     # What the first process sees is missing, for those that decode together have to do the same.
-    missing = processes.gather([[n for n in range(count) if not dataset.shard_path(folder, n).exists()]])[0]
+    missing = multihost.gather([[n for n in range(count) if not dataset.shard_path(folder, n).exists()]])[0]
     shards = {
         shard: range(shard * step, min((shard + 1) * step, len(problems)))
-        for shard in processes.share(missing, together)
+        for shard in multihost.share(missing, together)
     }
     asked = [problem for shard in shards.values() for problem in shard]
     prompts = [text.encode_prompt(problems[problem].prompt) for problem in asked]
@@ -165,14 +167,14 @@ def collect(
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
         for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
-            if processes.leads(together):
+            if multihost.leads(together):
                 place, prompt = places[index], prompts[index // samples]
                 yield place, rollout(place, prompt, switch, response, draws[index])
 
     in_shards = {shard: range(some.start * samples, some.stop * samples) for shard, some in shards.items()}
     write_shards(ended(), in_shards, functools.partial(dataset.write_shard, folder))
-    processes.wait_for_all(f"rollouts of round {number}")
-    totals = processes.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
+    multihost.wait_for_all(f"rollouts of round {number}")
+    totals = multihost.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
 
 

@@ -10,9 +10,11 @@ from helpers import quick_compilation  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax import dataset, files, rollouts
-from qsharp_jax.dataset import Rollout
+from qsharp_jax import rollouts
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Rollout
 from qsharp_jax.generate import generate
+from qsharp_jax.system import files
 from qsharp_jax.tasks import star_graph
 
 ETA, SEED, SAMPLES, SHARD_ROWS, BUDGET = 0.3, 13, 4, 12, 7

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 
 from qsharp_jax.algorithms import policy, qsharp
 from qsharp_jax.algorithms.policy import PolicyBatch
-from qsharp_jax.dataset import Batches, Rollout, from_rollout
-from qsharp_jax.errors import UserError
+from qsharp_jax.data.dataset import Batches, Rollout, from_rollout
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:

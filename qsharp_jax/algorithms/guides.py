@@ -11,14 +11,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qsharp_jax import dataset, rollouts, score, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Batches, Rollout
-from qsharp_jax.errors import UserError
+from qsharp_jax import rollouts, train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Batches, Rollout
+from qsharp_jax.evaluation import score
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.train.checkpoint import Checkpoints
 
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:

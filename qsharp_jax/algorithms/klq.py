@@ -28,7 +28,7 @@ from qsharp_jax.algorithms import policy
 from qsharp_jax.algorithms.policy import Numbers, PolicyBatch, Sampled
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:

@@ -22,17 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import dataset, processes, rollouts, sharding, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Example, Rollout
-from qsharp_jax.errors import UserError
-from qsharp_jax.models import decoder
+from qsharp_jax import rollouts, train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example, Rollout
+from qsharp_jax.models import decoder, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
+from qsharp_jax.system import multihost
+from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import Problem
-from qsharp_jax.train.labelled import at_labelled
+from qsharp_jax.train.checkpoint import Checkpoints
+from qsharp_jax.train.chunked import at_labelled
 
 VALUE_HEAD = "value_head"  # beside the policy's parameters while an algorithm trains one with it
 DRAWN = ("tokens", "lengths", "finished", "log_probs", "ref_log_probs", "kl")  # of a `Generation`
@@ -163,7 +165,7 @@ def score(session: Session, params: Params, examples: Sequence[Example]) -> tupl
     log_probs, values = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
     by, rows = scorer(session), sharding.round_rows(session.config.policy.batch_size)
     for width, indices in dataset.length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
-        processes.stop_if_told()
+        multihost.stop_if_told()
         batch = sharding.place_rows(make_batch(examples, {}, indices, rows=rows, width=width))
         for numbers, found in zip((log_probs, values), _score(by, params, batch), strict=True):
             found = sharding.to_host(found)
@@ -251,14 +253,14 @@ def sample(
       UserError: if the log-probabilities of the decode loop and of the training differ by more than the limit.
       Stopped: in every process, if one was told to stop.
     """
-    processes.stop_if_told()
+    multihost.stop_if_told()
     began, text, section = time.monotonic(), session.text, session.config.policy
     policy = session.for_decoding(LanguageModel(without_value_head(params), session.ref_config))
     seeds = np.random.SeedSequence((session.seed("sample policy"), number, lot)).generate_state(len(problems) * samples)
     prompts = [text.encode_prompt(problem.prompt) for problem in problems]
-    mine = processes.share(range(len(problems)), session.together)
+    mine = multihost.share(range(len(problems)), session.together)
     part: dict[str, np.ndarray] = {}
-    with processes.apart():
+    with multihost.apart():
         if mine:  # there may be more processes than problems
             part = _answer(
                 session,
@@ -271,7 +273,7 @@ def sample(
                 rows=rows,
                 greedy=greedy,
             )
-    drawn = processes.gather_rows(part, session.together)
+    drawn = multihost.gather_rows(part, session.together)
     records: list[Rollout] = []
     for row, seed in enumerate(seeds.tolist()):
         response = drawn["tokens"][row, : drawn["lengths"][row]].tolist()
@@ -344,7 +346,7 @@ def _answer(
             **session.generation_settings() | {"top_p": 1.0, "top_k": 1 if greedy else 0},
         )
     part = {name: getattr(drawn, name) for name in DRAWN}
-    if processes.leads(session.together):  # the others' rewards are not gathered
+    if multihost.leads(session.together):  # the others' rewards are not gathered
         each = [problem for problem in problems for _ in range(samples)]
         part["rewards"] = rollouts.rewards(session.judge, session.text, each, drawn)
     return part

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qsharp_jax.algorithms.guides import aggregate, collect, fit
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
 
 __all__ = ["aggregate", "collect", "fit", "mode", "run"]
 

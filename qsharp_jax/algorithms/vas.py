@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.algorithms import guides
 from qsharp_jax.algorithms.guides import aggregate
-from qsharp_jax.dataset import Rollout
+from qsharp_jax.data.dataset import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
 from qsharp_jax.train import targets
 
 

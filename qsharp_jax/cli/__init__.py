@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qsharp_jax import config as configs
-from qsharp_jax import files, interrupt
 from qsharp_jax.cli import arguments, texts
-from qsharp_jax.errors import Stopped, UserError
-from qsharp_jax.workdir import Workdir, explain_os_error
+from qsharp_jax.run import config as configs
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import files, sigterm
+from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
 STOPPED = "told to end; the same command goes on where it stopped"
 INTERRUPTED = "interrupted; the same command goes on where it stopped"
@@ -34,7 +34,7 @@ def console() -> int:
     for ever for the one that was interrupted, and those that judge answers for all that are still to be judged.
     """
     code = main()
-    if code or interrupt.requested():
+    if code or sigterm.requested():
         sys.stdout.flush()
         os._exit(code)
     return 0
@@ -78,7 +78,7 @@ def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[in
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, Stopped):
-        return (130, INTERRUPTED) if interrupt.by_ctrl_c() else (0, STOPPED)
+        return (130, INTERRUPTED) if sigterm.by_ctrl_c() else (0, STOPPED)
     if isinstance(error, KeyboardInterrupt):
         return 130, INTERRUPTED
     sentence = explain_os_error(error, paths)
@@ -97,15 +97,15 @@ def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
 
 def _joined(
     options: argparse.Namespace, paths: Sequence[tuple[str, str]]
-) -> contextlib.AbstractContextManager[interrupt.Peers]:
+) -> contextlib.AbstractContextManager[sigterm.Peers]:
     """The other processes of the run, where there are some, have come.
 
     All but the first print nothing but errors.
     """
     if getattr(options, "coordinator", None) is None:
-        return contextlib.nullcontext(interrupt.Peers())
+        return contextlib.nullcontext(sigterm.Peers())
 
-    from qsharp_jax import processes
+    from qsharp_jax.system import multihost
 
     def explain(error: BaseException) -> tuple[int, str]:
         if (found := _explain(error, paths)) is None:
@@ -113,18 +113,18 @@ def _joined(
             found = 1, f"{type(error).__name__}, see the traceback above"
         return found
 
-    place = processes.find_place(options.coordinator, options.processes, options.process)
+    place = multihost.find_place(options.coordinator, options.processes, options.process)
     if place.index:
         sys.stdout = open(os.devnull, "w")
         os.environ["TQDM_DISABLE"] = "1"
-    return processes.joined(place, options.coordinator_timeout, explain)
+    return multihost.joined(place, options.coordinator_timeout, explain)
 
 
-def _on_sigterm(options: argparse.Namespace, peers: interrupt.Peers) -> contextlib.AbstractContextManager[None]:
+def _on_sigterm(options: argparse.Namespace, peers: sigterm.Peers) -> contextlib.AbstractContextManager[None]:
     resumes = options.name in RESUMING or (options.name == "generate" and options.output is not None)
     if not resumes:
         return contextlib.nullcontext()
-    return interrupt.sigterm_ends(lambda: peers.end(0, STOPPED), peers)
+    return sigterm.sigterm_ends(lambda: peers.end(0, STOPPED), peers)
 
 
 def _keep_programs(folder: Path) -> None:
@@ -139,7 +139,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
     if options.name == "plan":
-        from qsharp_jax import session
+        from qsharp_jax.run import session
 
         options.settings = configs.load(options.config, rest)
         session.check_settings(options.settings)
@@ -153,14 +153,14 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax import hashes, session, sources
+    from qsharp_jax.run import models, provenance, session
 
     if options.config is not None:
         config = configs.load(options.config, rest)
         session.check_settings(config)
         _check_mesh(config, options.config)
         session.check(config)
-        sources.make_absolute(config)
+        models.make_absolute(config)
         if not files.is_file(files.make_path(options.workdir) / "config.json"):
             session.check_problems(config)
         workdir = _opened(options.workdir, config)
@@ -172,7 +172,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
             configs.override_mesh(workdir.config, rest)
             _check_stored(workdir, session.check_settings if rejudges else session.check)
         if not rejudges:  # it reads no model, and the folders may be on another machine
-            hashes.check_folders(workdir)
+            provenance.check_folders(workdir)
     except BaseException:
         workdir.close()
         raise
@@ -192,12 +192,12 @@ def _check_mesh(config: ConfigDict, path: str) -> None:
 
 
 def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
-    from qsharp_jax import processes
+    from qsharp_jax.system import multihost
 
-    if processes.is_first():
+    if multihost.is_first():
         workdir = Workdir.open(path, config)
-    processes.wait_for_all("the workdir is open")
-    return workdir if processes.is_first() else Workdir.attach(path, config)
+    multihost.wait_for_all("the workdir is open")
+    return workdir if multihost.is_first() else Workdir.attach(path, config)
 
 
 def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import qsharp_jax.cli.runs as runs
 import qsharp_jax.cli.texts as texts
-from qsharp_jax.errors import UserError
-from qsharp_jax.limits import LEAST_ETA, OTHERS
+from qsharp_jax.sampling import LEAST_ETA, OTHERS
+from qsharp_jax.system.errors import UserError
 
 DESCRIPTION = """\
 Guides a frozen language model by a learned distribution of the reward-to-go (Q#, arXiv 2502.20548).

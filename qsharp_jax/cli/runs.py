@@ -2,36 +2,37 @@
 
 import argparse
 
-from qsharp_jax.errors import UserError
-from qsharp_jax.workdir import Workdir
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
     """pi_ref, then the config's algorithm with an evaluation after each round, then the report."""
-    from qsharp_jax import experiment, report
-    from qsharp_jax.session import Session
+    from qsharp_jax import report
+    from qsharp_jax.experiments import pipeline
+    from qsharp_jax.run.session import Session
 
     session = Session(workdir, options.profile)
-    experiment.run(session)
+    pipeline.run(session)
     if workdir.writes:
         print("\n" + report.write(session))
 
 
 def compare(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import compare
+    from qsharp_jax.experiments import compare
 
     print("\n" + compare.run(workdir))
 
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import algorithms, hashes
-    from qsharp_jax.algorithms import pretrain
-    from qsharp_jax.session import Session
+    from qsharp_jax import algorithms
+    from qsharp_jax.run import pretrain, provenance
+    from qsharp_jax.run.session import Session
 
     session = Session(workdir)
     algorithm = algorithms.get(session.algorithm)
     _check_collects(session)
-    hashes.check_problems(session)
+    provenance.check_problems(session)
     number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
     _check_round(session, number)
     ref = pretrain.run(session)
@@ -42,7 +43,7 @@ def collect(workdir: Workdir, options: argparse.Namespace) -> None:
 
 def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import algorithms
-    from qsharp_jax.session import Session
+    from qsharp_jax.run.session import Session
 
     session = Session(workdir, options.profile)
     algorithm = algorithms.get(session.algorithm)
@@ -58,35 +59,37 @@ def fit(workdir: Workdir, options: argparse.Namespace) -> None:
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import algorithms, evaluate, hashes, report
-    from qsharp_jax.session import Session
+    from qsharp_jax import algorithms, report
+    from qsharp_jax.evaluation import measure
+    from qsharp_jax.run import provenance
+    from qsharp_jax.run.session import Session
 
     session = Session(workdir)
     if options.rejudge:
-        rows, changed = evaluate.rejudge(session)
+        rows, changed = measure.rejudge(session)
         print(report.table(rows) + "\n")
         for name, (samples, verdicts, parsed) in changed.items():
             print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read otherwise")
         return
-    hashes.check_problems(session)
+    provenance.check_problems(session)
     ref = session.load_ref()
     last = session.fitted_rounds()
     guides = {number: session.load_guide(number) for number in range(1, last + 1)}
     mode = None if session.trains_policy else algorithms.get(session.algorithm).mode(session.config)
-    print(report.table(evaluate.evaluate(session, ref, guides, full=True, mode=mode)))
+    print(report.table(measure.evaluate(session, ref, guides, full=True, mode=mode)))
 
 
 def report(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import report
-    from qsharp_jax.session import Session
+    from qsharp_jax.run.session import Session
 
     print(report.write(Session(workdir)))
 
 
 def plan(workdir: None, options: argparse.Namespace) -> None:
     """On the config alone; a run that cannot be is refused after what can be said about it."""
-    from qsharp_jax import config as configs
     from qsharp_jax import plan
+    from qsharp_jax.run import config as configs
 
     presets = configs.presets(options.config)
     section = options.settings.get("mesh") or presets["single"]
@@ -101,8 +104,8 @@ def plan(workdir: None, options: argparse.Namespace) -> None:
 
 
 def export(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import export
-    from qsharp_jax.session import Session
+    from qsharp_jax.experiments import export
+    from qsharp_jax.run.session import Session
 
     export.write(Session(workdir), options.what, options.out)
     print(f"the {'reference' if options.what == 'ref' else 'guide'} is in {options.out}")

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax import config as configs
-from qsharp_jax import files
-from qsharp_jax.errors import UserError
-from qsharp_jax.workdir import Workdir
+from qsharp_jax.run import config as configs
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import files
+from qsharp_jax.system.errors import UserError
 
 # Of `generate` on folders; a run has its own. The eta is that of the paper's experiments.
 DEFAULTS = dict(eta=0.1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, top_k_candidates=20, others="mass")
@@ -46,7 +46,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
     names = list(models.configs) if guided else ["reference"]
 
-    from qsharp_jax import generate_file
+    from qsharp_jax.cli import generate_file
 
     requests = [
         generate_file.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
@@ -66,7 +66,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
         """The lines of some responses, as they end, and the places of these."""
         from qsharp_jax.generate import ContinuousBatch
-        from qsharp_jax.progress import Bar
+        from qsharp_jax.system.progress import Bar
 
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
             *load(), encoded, samples=len(plan) // len(prompts), rows=rows, rng=seeds,
@@ -132,7 +132,7 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
     """The reference's log-probabilities and the guide's values of given responses, as JSON lines."""
     import functools
 
-    from qsharp_jax import score_file
+    from qsharp_jax.cli import score_file
 
     if workdir is not None and _models(workdir, options).trains_policy:
         raise UserError(
@@ -148,7 +148,7 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
         print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
         return
 
-    from qsharp_jax import score as scoring
+    from qsharp_jax.evaluation import score as scoring
     from qsharp_jax.models import memory
 
     models = _models(workdir, options)
@@ -167,7 +167,8 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 def judge(workdir: None, options: argparse.Namespace) -> None:
     """The rewards of given responses, as JSON lines."""
-    from qsharp_jax import judge_file, tasks
+    from qsharp_jax import tasks
+    from qsharp_jax.cli import judge_file
 
     try:
         task = tasks.get(options.task)
@@ -218,10 +219,10 @@ def _mode(workdir: Workdir | None) -> str:
 def _models(workdir: Workdir | None, options: argparse.Namespace):
     """A `Session` or `Folders`: both have `text`, `configs`, `load_ref` and `load_guide`."""
     if workdir is not None:
-        from qsharp_jax.session import Session
+        from qsharp_jax.run.session import Session
 
         return Session(workdir)
-    from qsharp_jax.folders import Folders
+    from qsharp_jax.run.folders import Folders
 
     return Folders(
         options.ref and Path(options.ref),

@@ -15,7 +15,7 @@ from qsharp_jax.generate.api import (
     row_seeds,
     stream,
 )
-from qsharp_jax.generate.continuous import ContinuousBatch
+from qsharp_jax.generate.engine import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (
     RECORDED,

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import guidance, limits, sharding
-from qsharp_jax.errors import UserError
+from qsharp_jax import guidance, sampling
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (
     RECORDED,
@@ -26,11 +25,12 @@ from qsharp_jax.generate.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.models import decoder, kv_cache, memory, value
+from qsharp_jax.models import decoder, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
 
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
@@ -198,18 +198,18 @@ def checked(
             raise UserError(f"{name} is {count}; it must be at least 1")
     if mode not in guidance.MODES:
         raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
-    if others not in limits.OTHERS:
-        raise UserError(f"others is {others!r}; it must be one of {', '.join(limits.OTHERS)}")
+    if others not in sampling.OTHERS:
+        raise UserError(f"others is {others!r}; it must be one of {', '.join(sampling.OTHERS)}")
     responses = len(prompts) * samples
-    least_eta, least_temperature = np.float32(limits.LEAST_ETA), np.float32(limits.LEAST_TEMPERATURE)
+    least_eta, least_temperature = np.float32(sampling.LEAST_ETA), np.float32(sampling.LEAST_TEMPERATURE)
     controls = Controls(
         eta=_per_row(
-            "eta", eta, responses, np.float32, lambda x: x >= least_eta, f"at least {limits.LEAST_ETA:g}"
+            "eta", eta, responses, np.float32, lambda x: x >= least_eta, f"at least {sampling.LEAST_ETA:g}"
         ),
         temperature=_per_row(
             "temperature", temperature, responses, np.float32,
             lambda x: (x == 0) | (least_temperature <= x) & np.isfinite(x),
-            f"0, which is greedy, or a finite number of at least {limits.LEAST_TEMPERATURE:g}",
+            f"0, which is greedy, or a finite number of at least {sampling.LEAST_TEMPERATURE:g}",
         ),
         top_p=_per_row("top_p", top_p, responses, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
         top_k=_per_row("top_k", top_k, responses, np.int32, lambda x: x >= 0, "0 or more"),

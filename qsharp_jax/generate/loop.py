@@ -11,10 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import sharding
 from qsharp_jax.generate.state import Controls, Guide, Settings, State
 from qsharp_jax.generate.step import decode_one_token
-from qsharp_jax.models import decoder, kv_cache
+from qsharp_jax.models import decoder, kv_cache, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import guidance, sharding, values
+from qsharp_jax import guidance, values
 from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State, gives_values
 from qsharp_jax.guidance import Packing
-from qsharp_jax.models import decoder, kv_cache, value
+from qsharp_jax.models import decoder, kv_cache, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel

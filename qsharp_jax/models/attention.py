@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from qsharp_jax import sharding
+from qsharp_jax.models import sharding
 
 Attention = Literal["xla", "blocks", "cudnn", "splash"]
 # of query [B, T, H, E], key and value [B, T, G, E] -> [B, T, H, E]

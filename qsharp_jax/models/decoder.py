@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from qsharp_jax import sharding
-from qsharp_jax.models import attention, lora, memory
+from qsharp_jax.models import attention, lora, memory, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 

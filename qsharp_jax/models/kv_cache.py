@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax import sharding
+from qsharp_jax.models import sharding
 from qsharp_jax.models.config import DecoderConfig
 
 VALUE_AXIS = -2  # of the positions in a buffer of values

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.system.errors import UserError
 
 GB = 1e9
 

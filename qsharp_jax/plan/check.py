@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 import qsharp_jax.plan.forecast as forecast
-from qsharp_jax import sharding
-from qsharp_jax.errors import UserError
+from qsharp_jax.models import sharding
 from qsharp_jax.plan.job import Job
+from qsharp_jax.system.errors import UserError
 
 GIB = 2**30
 SURE = 1.15  # a forecast may be too high by so much: what is refused does not fit even then

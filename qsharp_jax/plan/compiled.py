@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.plan.program as program
-from qsharp_jax import generate, sharding, train
-from qsharp_jax.dataset import Batch
-from qsharp_jax.errors import UserError
-from qsharp_jax.models import decoder, value
+from qsharp_jax import generate, train
+from qsharp_jax.data.dataset import Batch
+from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.plan.job import Job, learned
-from qsharp_jax.sharding import placed
+from qsharp_jax.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import sharding, train
-from qsharp_jax.dataset import Batch
-from qsharp_jax.models import kv_cache, value
+from qsharp_jax import train
+from qsharp_jax.data.dataset import Batch
+from qsharp_jax.models import kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
+from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned
-from qsharp_jax.sharding import placed
 
 
 @dataclasses.dataclass(frozen=True)

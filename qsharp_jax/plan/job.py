@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from qsharp_jax import generate, sharding, sources, tasks, train
-from qsharp_jax.errors import UserError, nearest
+from qsharp_jax import generate, tasks, train
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, lora, value
+from qsharp_jax.models import decoder, lora, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.run import models
+from qsharp_jax.system.errors import UserError, nearest
 
 WITH_A_SIZE = "bfloat16"  # of models that are given by a size alone, where the config does not say
 
@@ -68,7 +69,7 @@ def make(
                 " positions; give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
     bucket, fitted = config.fit.length_bucket, value.abstract(guide)
-    made_here = ref_size is None and sources.folder(config, "ref") is None
+    made_here = ref_size is None and models.folder(config, "ref") is None
     job = Job(
         config=config,
         ref=LanguageModel(decoder.abstract(ref, "float32" if made_here else ref.dtype), ref),
@@ -92,21 +93,21 @@ def learned(job: Job, params: Params) -> tuple[Params, Params]:
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
-    in_folder = sources.folder(config, "ref")
+    in_folder = models.folder(config, "ref")
     dtype = config.dtype or WITH_A_SIZE
     if ref_size:
         ref = _sized("--ref-size", ref_size, dtype)
     else:
-        sources.check_folders(config)
-        text = None if in_folder else sources.make_text(config, tasks.get(config.task.name))
-        ref = sources.ref_config(config, text)
+        models.check_folders(config)
+        text = None if in_folder else models.make_text(config, tasks.get(config.task.name))
+        ref = models.ref_config(config, text)
     section = config.value
     kind = dict(type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
     if guide_size:
         return ref, ValueConfig(_sized("--guide-size", guide_size, dtype), **kind)
     if ref_size and config.guide == "ref":
         return ref, ValueConfig(ref, **kind)
-    return ref, sources.guide_config(config, SimpleNamespace(vocab_size=ref.vocab_size))
+    return ref, models.guide_config(config, SimpleNamespace(vocab_size=ref.vocab_size))
 
 
 def _sized(option: str, size: str, dtype: str) -> DecoderConfig:

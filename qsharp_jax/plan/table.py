@@ -8,7 +8,7 @@ import jax
 
 import qsharp_jax.plan.compiled as compiled
 import qsharp_jax.plan.forecast as forecast
-from qsharp_jax import sharding
+from qsharp_jax.models import sharding
 from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job

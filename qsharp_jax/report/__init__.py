@@ -5,14 +5,14 @@ It knows nothing about models: whoever has the workdir can make the report again
 
 import json
 
-from qsharp_jax import evaluate
-from qsharp_jax.errors import UserError
-from qsharp_jax.files import write_atomic
+from qsharp_jax.evaluation import measure
 from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.report.names import COLOURS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
 from qsharp_jax.report.tables import markdown, rollouts_table, table
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.files import write_atomic
 
 __all__ = [
     "COLOURS",
@@ -52,8 +52,8 @@ def write(session: Session) -> str:
         "frontier.png": lambda axes: plots.frontier(axes, rows),
         "rounds.png": lambda axes: plots.rounds(axes, rows),
     }
-    scored_path = evaluate.samples_path(session, "pi_ref_values", number)
-    scored = evaluate.read_samples(scored_path) if scored_path.exists() else None
+    scored_path = measure.samples_path(session, "pi_ref_values", number)
+    scored = measure.read_samples(scored_path) if scored_path.exists() else None
     if scored:
         draw["calibration.png"] = lambda axes: plots.calibration(axes, scored)
     found = examples.find(session, number)

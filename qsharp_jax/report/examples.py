@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from qsharp_jax import evaluate
+from qsharp_jax.evaluation import measure
 from qsharp_jax.report.names import NAMES, eta_of
-from qsharp_jax.session import Session
+from qsharp_jax.run.session import Session
 
 IN_TEXT = 3  # examples in report.md and on the terminal
 KINDS = {  # of problems by whether pi_ref and what was learned are right, and how many of each a page shows
@@ -46,10 +46,10 @@ class Examples:
 def find(session: Session, number: int) -> Examples | None:
     """The run's examples at its own eta, or else the smallest that was measured; None without samples of both."""
     method = session.algorithm
-    paths = [evaluate.samples_path(session, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
+    paths = [measure.samples_path(session, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
     if not all(path.exists() for path in paths):
         return None
-    unguided, guided = map(evaluate.read_samples, paths)
+    unguided, guided = map(measure.read_samples, paths)
     etas = {eta_of(sample) for sample in guided}
     eta = session.eta if session.eta in etas else min(etas)
     guided = [sample for sample in guided if eta_of(sample) == eta]

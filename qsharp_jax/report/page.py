@@ -7,10 +7,10 @@ were made.
 import html
 from collections.abc import Sequence
 
+from qsharp_jax.data.tokenizer import Text
 from qsharp_jax.report.examples import KINDS, Examples, Pair
 from qsharp_jax.report.names import NAMES
-from qsharp_jax.session import Session
-from qsharp_jax.text import Text
+from qsharp_jax.run.session import Session
 
 SHADES = 21  # from the least value to the greatest
 _ENDS = ((244, 165, 110), (247, 247, 242), (125, 190, 225))  # orange, nearly white, blue: for all kinds of eyes

@@ -10,9 +10,9 @@ import numpy as np
 matplotlib.use("Agg")  # a report needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-from qsharp_jax import figures, score  # noqa: E402
-from qsharp_jax.files import writing  # noqa: E402
+from qsharp_jax.evaluation import score, statistics  # noqa: E402
 from qsharp_jax.report.names import COLOURS, GUIDED, NAMES, POLICIES, eta_of, learned  # noqa: E402
+from qsharp_jax.system.files import writing  # noqa: E402
 
 PLACES = {0.0: "first token", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "last token"}  # of a response
 BINS = 6  # of response lengths, with as many samples in each as ties allow
@@ -171,7 +171,7 @@ def reward_by_length(samples: Sequence[dict]) -> list[dict[str, float]]:
         for sample in mine:
             by_problem[sample["problem_id"]].append(sample["reward"])
         sums, counts = (np.asarray([of(rewards) for rewards in by_problem.values()]) for of in (sum, len))
-        low, high = figures.bootstrap_pooled(sums, counts)
+        low, high = statistics.bootstrap_pooled(sums, counts)
         bins.append(
             {
                 "response_tokens": float(tokens[place == number].mean()),

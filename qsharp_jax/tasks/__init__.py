@@ -4,7 +4,7 @@
   problems(config, split, count, seed)     -> list[Problem], distinct; split is "train" or "test"
   parse(response) -> str | None            the final answer, None if there is none
   SYMBOLIC: bool                           answers are mathematics, the same in more ways than as texts; if not,
-  reward(problem, response) -> float       the verified reward, 0.0 or 1.0; else `qsharp_jax.judging` gives it
+  reward(problem, response) -> float       the verified reward, 0.0 or 1.0; else `qsharp_jax.tasks.judging` gives it
   FINITE: bool                             a fixed data set, whose training problems every round uses all of
 
 and one whose reference model can be made on the spot, which is every one that is not finite,

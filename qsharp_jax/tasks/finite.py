@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
 

@@ -10,7 +10,7 @@ config: that of finite.py
 import re
 from typing import Any
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import base, boxed, finite
 from qsharp_jax.tasks.base import Problem
 

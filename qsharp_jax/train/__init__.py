@@ -12,8 +12,8 @@ from qsharp_jax.train.losses import (
     value_loss,
 )
 from qsharp_jax.train.optimizer import Schedule, make_optimizer, make_schedule
-from qsharp_jax.train.speed import Flops, guide_flops, language_model_flops
 from qsharp_jax.train.step import LossFn, TrainState, init_state, state_shardings, train_step
+from qsharp_jax.train.throughput import Flops, guide_flops, language_model_flops
 
 __all__ = [
     "Error",

@@ -15,15 +15,16 @@ import jax
 import numpy as np
 import optax
 
-from qsharp_jax import interrupt, processes, sharding
-from qsharp_jax.checkpoint import Best, Checkpoints
-from qsharp_jax.dataset import Batch
-from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax.data.dataset import Batch
+from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import Params
-from qsharp_jax.progress import Bar
+from qsharp_jax.system import multihost, sigterm
+from qsharp_jax.system.errors import Stopped, UserError
+from qsharp_jax.system.progress import Bar
+from qsharp_jax.train.checkpoint import Best, Checkpoints
 from qsharp_jax.train.optimizer import Schedule
-from qsharp_jax.train.speed import Clock, Flops
 from qsharp_jax.train.step import LossFn, TrainState, train_step
+from qsharp_jax.train.throughput import Clock, Flops
 from qsharp_jax.train.trace import Trace
 
 
@@ -39,8 +40,8 @@ AGREE_EVERY = 8  # steps: to ask the other processes is to wait for the device
 def told_to_stop(step: int) -> bool:
     """Whether a SIGTERM asks to save and stop after this step; several processes agree, once in so many steps."""
     if jax.process_count() == 1:
-        return interrupt.requested()
-    return step % AGREE_EVERY == 0 and not processes.everywhere(not interrupt.requested())
+        return sigterm.requested()
+    return step % AGREE_EVERY == 0 and not multihost.everywhere(not sigterm.requested())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Loop:
     profile: Path | None = None  # folder for a trace of some steps; None: no trace
 
 
-@interrupt.deferred()
+@sigterm.deferred()
 def fit(
     state: TrainState,
     batches: BatchSource,
@@ -129,7 +130,7 @@ def _train(
     metrics: dict[str, jax.Array] = {}
     trace = Trace(loop.profile)
     clock.start(state.params)
-    interrupt.unsaved(f"the steps of {loop.name!r} after {first}")
+    sigterm.unsaved(f"the steps of {loop.name!r} after {first}")
     for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
         if step > 0 and loop.evaluate_every > 0 and step % loop.evaluate_every == 0:
             best_before, evaluated = best, True
@@ -190,7 +191,7 @@ def _save(
     """`Checkpoints.save`; the checkpoint may still be being written when this returns."""
     checkpoints.save(state, best=best, final=final)
     step = int(state.step)
-    interrupt.unsaved(f"the steps of {loop.name!r} after {step}, and the checkpoint of {step} if it is not whole yet")
+    sigterm.unsaved(f"the steps of {loop.name!r} after {step}, and the checkpoint of {step} if it is not whole yet")
 
 
 def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None) -> Best | None:
@@ -208,7 +209,7 @@ def _ask(
 ) -> dict:
     """What is made of the parameters, which may take long: a SIGTERM meanwhile saves them and ends the training."""
     try:
-        with interrupt.interruptible():
+        with sigterm.interruptible():
             return what(state.model)
     except Stopped:
         _save(state, loop, checkpoints, best=best)

@@ -17,14 +17,14 @@ import numpy as np
 import optax
 
 from qsharp_jax import values
-from qsharp_jax.dataset import Batch
-from qsharp_jax.errors import UserError
+from qsharp_jax.data.dataset import Batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.train.labelled import labelled_sum
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.train.chunked import labelled_sum
 
 Error = Literal["nll", "squared"]
 # of (params, hidden [B, T, D], batch) -> what the values are fitted to in the place of the reward-to-go, [B, T]

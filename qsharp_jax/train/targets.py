@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, values
-from qsharp_jax.dataset import Batch
+from qsharp_jax.data.dataset import Batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.train.labelled import NUMBERS
+from qsharp_jax.train.chunked import NUMBERS
 
 
 def last_tokens(batch: Batch) -> jax.Array:

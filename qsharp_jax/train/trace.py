@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from qsharp_jax.files import folder_of_this_machine
+from qsharp_jax.system.files import folder_of_this_machine
 
 STEPS = 10
 WARM = 5  # steps in a row without a compilation before the trace begins

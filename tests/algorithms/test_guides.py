@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal
 
-from qsharp_jax import dataset
 from qsharp_jax.algorithms import guides
-from qsharp_jax.dataset import Rollout
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Rollout
 from qsharp_jax.models import value
 
 

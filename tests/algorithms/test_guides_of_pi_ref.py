@@ -7,10 +7,11 @@ import pytest
 import tabular
 from ml_collections import ConfigDict
 
-from qsharp_jax import dataset, guidance
+from qsharp_jax import guidance
 from qsharp_jax.algorithms import cd, guides, qsharp, vas
-from qsharp_jax.dataset import Rollout
-from qsharp_jax.errors import UserError
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.system.errors import UserError
 
 
 def write_rollouts(session, number, count=16):

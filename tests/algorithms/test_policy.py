@@ -14,10 +14,12 @@ import numpy_decoder
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import algorithms, dataset, evaluate, generate, report, tasks, train
+from qsharp_jax import algorithms, generate, report, tasks, train
 from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
-from qsharp_jax.dataset import Example, Rollout
-from qsharp_jax.errors import UserError
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example, Rollout
+from qsharp_jax.evaluation import measure
+from qsharp_jax.system.errors import UserError
 
 # --- Scores and batches ---------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ def test_the_regularised_optimum_is_nearly_reached(name):
 
 def test_a_policy_is_measured_and_reported_like_a_guide():
     session, ref, made, _ = trained("reinforce")
-    rows = evaluate.evaluate(session, ref, {1: made}, full=True)
+    rows = measure.evaluate(session, ref, {1: made}, full=True)
     assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "pi_ref_top_k", "reinforce", "reinforce_greedy"]
     objective, _ = bandit.exact_objective(session, ref, made)
     assert rows[3]["eta"] == session.eta and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1

@@ -19,15 +19,18 @@ import jax
 import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
-from test_processes import free_port, start
+from processes import free_port, start
 
-from qsharp_jax import algorithms, dataset, interrupt, judging, processes, rollouts, sharding, tasks
-from qsharp_jax import config as configs
-from qsharp_jax.errors import Stopped
-from qsharp_jax.processes import Place
-from qsharp_jax.session import Session
-from qsharp_jax.tasks import Problem
-from qsharp_jax.workdir import Workdir
+from qsharp_jax import algorithms, rollouts, tasks
+from qsharp_jax.data import dataset
+from qsharp_jax.models import sharding
+from qsharp_jax.run import config as configs
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import multihost, sigterm
+from qsharp_jax.system.errors import Stopped
+from qsharp_jax.system.multihost import Place
+from qsharp_jax.tasks import Problem, judging
 
 TASK = types.SimpleNamespace(
     **vars(bandit.TASK)
@@ -55,10 +58,10 @@ SLOW = ("collect.prompts=4000", "policy.prompts=4000", "collect.samples=1")
 def main(count: int, port: int, index: int, act: str, folder: Path, *settings: str) -> None:
     """Runs the session's algorithm, as one of two processes with a device each, or as the one with two."""
     tasks.TASKS["bandit"] = TASK
-    meet = processes.joined(Place("localhost", port, 2, index), 200, explain)
-    with meet if count == 2 else contextlib.nullcontext(interrupt.Peers()) as peers:
+    meet = multihost.joined(Place("localhost", port, 2, index), 200, explain)
+    with meet if count == 2 else contextlib.nullcontext(sigterm.Peers()) as peers:
         session = bandit.session(folder / str(index), *settings)
-        processes.wait_for_all("the workdir is open")
+        multihost.wait_for_all("the workdir is open")
         if index:
             session = Session(Workdir.attach(folder / "0", session.config))
         mesh = configs.presets(helpers.ARITHMETIC)["cpu"] | dict(hosts=count, devices_per_host=2 // count)
@@ -68,7 +71,7 @@ def main(count: int, port: int, index: int, act: str, folder: Path, *settings: s
             TASK.reward = slowly(TASK.reward)
         if act == "sample":
             rollouts.sample = announced(rollouts.sample)
-        with interrupt.sigterm_ends(lambda: peers.end(0, "at once"), peers):
+        with sigterm.sigterm_ends(lambda: peers.end(0, "at once"), peers):
             train(session, folder / f"{index}.npz")
 
 

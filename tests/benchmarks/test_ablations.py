@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations
-from qsharp_jax import config, session
+from qsharp_jax.run import config, session
 
 
 def test_a_variant_differs_from_the_default_in_the_settings_that_it_names_and_no_others(tmp_path):

@@ -26,12 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsharp_jax import generate as module
-from qsharp_jax.errors import UserError
 from qsharp_jax.generate import api, generate
 from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
 
 # --- pi_ref itself --------------------------------------------------------------------------------------------------
 

@@ -23,11 +23,11 @@ from brute_force import (
 )
 
 from qsharp_jax import generate as module
-from qsharp_jax.errors import UserError
 from qsharp_jax.generate import ContinuousBatch, generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
 
 REF = LanguageModel(numpy_decoder.random_params(0, decoder.init, DEEP), DEEP)
 

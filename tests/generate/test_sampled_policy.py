@@ -25,10 +25,10 @@ from brute_force import (
 )
 
 from qsharp_jax import generate as module
-from qsharp_jax.errors import UserError
 from qsharp_jax.generate import ContinuousBatch, generate
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.system.errors import UserError
 
 CONTROLS = {name: x for name, x in MIXED.items() if name != "eta"}
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax import dataset, train
+from qsharp_jax import train
 from qsharp_jax.algorithms import qsharp
-from qsharp_jax.dataset import Rollout
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Rollout
 from qsharp_jax.models import lora
 
 V, RANK, ALPHA = 11, 3, 6.0

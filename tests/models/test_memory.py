@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from qsharp_jax.errors import UserError
 from qsharp_jax.models import memory
+from qsharp_jax.system.errors import UserError
 
 MODEL = {"kernel": jax.ShapeDtypeStruct((1000, 500), "float32"), "bias": jax.ShapeDtypeStruct((500,), "bfloat16")}
 CACHE = [jax.ShapeDtypeStruct((250, 1000), "bfloat16")] * 2

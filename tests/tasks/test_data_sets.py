@@ -4,7 +4,7 @@ import pytest
 import small_data
 from small_data import settings
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import Problem, aime, gsm8k, math, quality
 
 

@@ -7,7 +7,7 @@ import pytest
 import small_data
 from small_data import REAL, needs_real_data, settings
 
-from qsharp_jax.errors import UserError
+from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import aime, finite, gsm8k, math, quality
 
 WRITE = {

@@ -16,12 +16,13 @@ import pytest
 import tabular
 from helpers import assert_trees_equal
 
-from qsharp_jax import dataset, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Batches, Example, Rollout
-from qsharp_jax.errors import Stopped, UserError
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Batches, Example, Rollout
 from qsharp_jax.models import value
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.system.errors import Stopped, UserError
+from qsharp_jax.train.checkpoint import Checkpoints
 
 V = 11
 

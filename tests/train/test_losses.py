@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal
 
-from qsharp_jax import dataset, train
-from qsharp_jax.dataset import Example
-from qsharp_jax.errors import UserError
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example
 from qsharp_jax.models import decoder, value
+from qsharp_jax.system.errors import UserError
 
 V = 11
 LM = helpers.random_model(V, seed=5, max_positions=64)

@@ -10,18 +10,19 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import helpers
 import jax
 import numpy as np
 import pytest
 from devices import fake_devices
+from repository import PYTHONPATH
 
-from qsharp_jax import dataset, sharding, train
-from qsharp_jax.errors import UserError
-from qsharp_jax.models import config
-from qsharp_jax.sharding import FIT
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.models import config, sharding
+from qsharp_jax.models.sharding import FIT
+from qsharp_jax.system.errors import UserError
 
 MESHES = {
     "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -117,7 +118,7 @@ def run(*cases: int) -> list:
     """What `main` finds on eight fake devices."""
     environment = os.environ | {
         "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(train.__file__).parents[2])]),
+        "PYTHONPATH": PYTHONPATH,
     }  # fmt: skip
     command = [sys.executable, __file__, *map(str, cases)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)

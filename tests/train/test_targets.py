@@ -11,8 +11,9 @@ from helpers import quick_compilation, random_examples, random_guide, random_mod
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax import dataset, train
-from qsharp_jax.dataset import Example
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import make
 from qsharp_jax.models.value import ValueConfig

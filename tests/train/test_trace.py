@@ -3,10 +3,11 @@
 import jax
 import optax
 
-from qsharp_jax import dataset, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.dataset import Example
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example
 from qsharp_jax.train import trace
+from qsharp_jax.train.checkpoint import Checkpoints
 
 
 def toy_fit(folder, widths, profile):

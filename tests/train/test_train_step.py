@@ -9,8 +9,9 @@ import optax
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import dataset, train
-from qsharp_jax.dataset import Example
+from qsharp_jax import train
+from qsharp_jax.data import dataset
+from qsharp_jax.data.dataset import Example
 
 V = 11
 LM = helpers.random_model(V, seed=5, max_positions=64)

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import AutoConfig
 
 import qsharp_jax.models.hf.files as files
-from qsharp_jax.errors import UserError
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.system.errors import UserError
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

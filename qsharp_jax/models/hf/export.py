@@ -20,11 +20,11 @@ import qsharp_jax.models.hf.card as cards
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.files as files
 import qsharp_jax.models.hf.names as names
-from qsharp_jax import sharding
-from qsharp_jax.errors import UserError
+from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf.names import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -18,13 +18,13 @@ import numpy as np
 
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.names as names
-from qsharp_jax.errors import UserError
 from qsharp_jax.models import decoder, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf.files import DTYPES, Tensors
 from qsharp_jax.models.hf.names import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
 
 CHUNK = 4_000_000  # bytes read at once: a transposed copy of so little stays in the processor's cache
 THREADS = 8

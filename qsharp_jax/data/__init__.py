@@ -1,0 +1,1 @@
+"""Text and rollouts as arrays: tokenizers, rollout records on disk, fixed-shape batches."""

@@ -1,0 +1,133 @@
+"""A tokenizer out of a model's folder, and what stands there about how a text begins and a response ends.
+
+Knows nothing about prompts, models or tasks.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qsharp_jax.system.errors import UserError, warn
+
+_OWN = "tokenizer.json"
+_FILES = (_OWN, "tokenizer.model", "vocab.json")  # a tokenizer's folder has at least one of them
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Tell whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in _FILES)
+
+
+def read(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, with the ids of its tokenizer.json where there is one.
+
+    `AutoTokenizer` goes by the model's type: it makes every tokenizer of a Qwen 2 a byte-level one with Qwen's pattern,
+    of which the file gives no more than the vocabulary.
+
+    Raises:
+      UserError: if the folder has no tokenizer, a damaged one, or files that contradict each other.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the path of one with a model and its tokenizer")
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer, for none of {', '.join(_FILES)} is there; put the tokenizer's files beside"
+            " the weights"
+        )
+    # No code from the folder is run, and nothing is looked for elsewhere.
+    options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    try:
+        if not (folder / _OWN).is_file():
+            return AutoTokenizer.from_pretrained(str(folder), **options)
+        own = Tokenizer.from_file(str(folder / _OWN))
+        config = _read_json(folder / "tokenizer_config.json")
+        listed = {int(token): entry["content"] for token, entry in (config.get("added_tokens_decoder") or {}).items()}
+        if listed:  # its copy of the added tokens would take the place of those in tokenizer.json
+            options["added_tokens_decoder"] = {}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below raise their own, down to a bare Exception
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the tokenizer in {folder} cannot be read ({words}); put its files there anew") from error
+    entries = {token: entry for entry, token in own.get_vocab().items()}
+    if tokenizer.eos_token is None:  # GPT-2's folders name no special tokens
+        tokenizer.eos_token = next((entries[stop] for stop in listed_stop_ids(folder) if stop in entries), None)
+    _check_tokens(folder, entries, tokenizer, listed)
+    adds, puts = config.get("add_bos_token"), bool(around(tokenizer)[0])
+    if isinstance(adds, bool) and adds != puts:
+        warn(
+            f"in {folder}, tokenizer_config.json says that add_bos_token is {json.dumps(adds)}, but {_OWN} puts"
+            f" {'a token' if puts else 'nothing'} before a text; {_OWN} counts"
+        )
+    return tokenizer
+
+
+def _check_tokens(
+    folder: Path, entries: Mapping[int, str], tokenizer: PreTrainedTokenizerBase, listed: Mapping[int, str]
+) -> None:
+    """Check that a folder's other files have no tokens that its tokenizer.json does not have.
+
+    Tokens for padding and the like are let pass: nothing here uses them.
+
+    Args:
+      entries: the tokens of tokenizer.json, by id.
+      tokenizer: what all files together say.
+      listed: the added tokens of tokenizer_config.json, by id.
+
+    Raises:
+      UserError: naming the first that differs.
+    """
+    unused = {getattr(tokenizer, name) for name in ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")}
+    more = sorted(tokenizer.get_vocab().keys() - {*entries.values()} - unused)
+    differing = [token for token in sorted(listed) if entries.get(token) != listed[token]]
+    if differing:
+        there = repr(entries[differing[0]]) if differing[0] in entries else "nothing"
+        what = f"id {differing[0]} is {listed[differing[0]]!r} in tokenizer_config.json and {there}"
+    elif more:
+        what = f"{more[0]!r} is a token in its other files and none"
+    else:
+        return
+    raise UserError(
+        f"the tokenizer in {folder} contradicts itself: {what} in {_OWN}; put the files of one tokenizer there"
+    )
+
+
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a tokenizer's own rule puts before and after every text."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    for start in range(len(whole) - len(bare), -1, -1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    return (), ()
+
+
+def listed_stop_ids(folder: str | Path) -> list[int]:
+    """The eos_token_id, a number or a list of them, of the first of two files that has one."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        listed = _read_json(path).get("eos_token_id")
+        if listed is not None:
+            listed = listed if isinstance(listed, list) else [listed]
+            if not all(type(token) is int for token in listed):
+                raise UserError(f"{path} has the eos_token_id {listed}; it must be a whole number or a list of them")
+            return listed
+    return []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The entries of one of a folder's files; none where it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError
+        return entries
+    except ValueError:
+        raise UserError(f"{path} is damaged, for it is no JSON object; put it there anew") from None

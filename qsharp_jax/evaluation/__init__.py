@@ -1,0 +1,1 @@
+"""Samples of every method on held-out problems, and the measures made of them."""

@@ -1,0 +1,303 @@
+"""How good a policy is on held-out problems: reward, KL to `pi_ref`, and what reranking makes of `pi_ref`'s samples.
+
+Every method's samples are kept in the workdir as JSON lines (see `samples.py`), and every figure is computed from them:
+an evaluation that was stopped goes on where it was, and samples are judged again without a model. Intervals are 95%, by
+bootstrap over problems.
+It knows nothing about training.
+"""
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsharp_jax.evaluation.samples import (
+    SAMPLE,
+    read_samples,
+    sample_method,
+    samples_path,
+    score_samples,
+    write_samples,
+)
+from qsharp_jax.evaluation.statistics import majority, pass_at, with_interval
+from qsharp_jax.generate import Guide
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.files import write_atomic
+from qsharp_jax.tasks import Problem
+
+# --- The evaluation of a run ----------------------------------------------------------------------------------------
+
+Made = dict[tuple[str, int], list[dict]]  # samples by method and round
+
+
+def evaluate(
+    session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool, mode: str | None = "qsharp"
+) -> list[dict]:
+    """All rows of `results.json`, which it writes, for the guides of some rounds.
+
+    pi_ref sampled, greedy, and cut to as many tokens as the guide scores, and the run's algorithm after each round at
+    the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at every eta of the
+    config, Q#'s as CD at the same, and as the judge of pi_ref's samples. A method that trains the policy itself is
+    measured after each round as it is; the row's eta is that of its objective.
+
+    Args:
+      mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
+    """
+    config, last = session.config.evaluate, max(guides, default=0)
+    made: Made = {
+        ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples),
+        ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0),
+        ("pi_ref_top_k", 0): sample_method(
+            session, "pi_ref_top_k", ref, None, number=0, samples=config.guided_samples, top_k=_candidates(session)
+        ),
+    }
+    method, changes = session.algorithm, {} if session.trains_policy else {"mode": mode}
+    for number, guide in guides.items():
+        every = full and number == last and not session.trains_policy
+        etas = list(config.etas) if every else [session.eta]
+        made[method, number] = sample_method(
+            session, method, ref, guide, number=number, etas=etas, samples=config.guided_samples, **changes
+        )
+    if full and guides:
+        greedy = f"{method}_greedy"
+        made[greedy, last] = sample_method(
+            session, greedy, ref, guides[last], number=last, etas=[session.eta], temperature=0.0, **changes
+        )
+    if full and guides and method == "qsharp":
+        made["cd", last] = sample_method(
+            session, "cd", ref, guides[last], number=last, etas=list(config.etas), samples=config.guided_samples,
+            mode="cd",
+        )  # fmt: skip
+    scored = None
+    if full and guides and not session.trains_policy:
+        scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
+    return _write_results(session, made, last, scored)
+
+
+def _candidates(session: Session) -> int:
+    """How many of the likeliest tokens a guide scores, or fewer where top_k leaves fewer."""
+    settings = session.generation_settings()
+    return min(k for k in (settings["top_k"], settings["top_k_candidates"]) if k)
+
+
+def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
+    """Judges the samples that are there again, by the answers beside them, and writes their files and `results.json`.
+
+    No model, no data set and no device is needed.
+
+    Returns:
+      the rows of `results.json`, and by file: samples, verdicts that changed, answers that are read otherwise.
+
+    Raises:
+      UserError: if there are no samples, or naming a damaged line.
+    """
+    rounds = range(1, session.config.rounds + 1)
+    of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
+    learned = (session.algorithm, f"{session.algorithm}_greedy", "cd")
+    places = [*of_pi_ref, *itertools.product(learned, rounds)]
+    paths = {place: path for place in places if (path := samples_path(session, *place)).exists()}
+    if ("pi_ref", 0) not in paths:
+        raise UserError(
+            f"there are no samples of pi_ref in {session.workdir.samples}; run `qsharp evaluate --workdir"
+            f" {session.workdir.path}` first"
+        )
+    last = max(number for _, number in paths)
+    scored_path = samples_path(session, "pi_ref_values", last)
+    made = {place: _read_judged(path) for place, path in paths.items()}
+    scored = read_samples(scored_path) if scored_path.exists() else None
+    if scored is not None and len(scored) != len(made["pi_ref", 0]):
+        raise UserError(f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again")
+    changed = {}
+    for place, samples in made.items():
+        problems = [Problem(sample["problem_id"], sample["prompt"], sample["answer"]) for sample in samples]
+        judgements = session.judge(problems, [sample["response"] for sample in samples])
+        verdicts = sum(s["reward"] != j.reward for s, j in zip(samples, judgements, strict=True))
+        parsed = sum(s["parsed"] != j.parsed for s, j in zip(samples, judgements, strict=True))
+        changed[paths[place].name] = len(samples), verdicts, parsed
+        for sample, judgement in zip(samples, judgements, strict=True):
+            sample |= vars(judgement)
+    for place, samples in made.items():
+        write_samples(paths[place], samples)
+    if scored is not None:
+        for row, sample in zip(scored, made["pi_ref", 0], strict=True):
+            row |= {key: sample[key] for key in ("parsed", "reward")}
+        write_samples(scored_path, scored)
+    return _write_results(session, made, last, scored), changed
+
+
+def _read_judged(path: Path) -> list[dict]:
+    rows = read_samples(path)
+    for number, row in enumerate(rows, start=1):
+        for key in SAMPLE:
+            if not isinstance(row, dict) or key not in row:
+                raise UserError(f"{path}, line {number}, has no {key!r}; delete the file and evaluate again")
+    return rows
+
+
+# --- Figures --------------------------------------------------------------------------------------------------------
+
+Figures = dict[str, dict[str, float]]  # by name and problem
+
+
+def _write_results(session: Session, made: Made, last: int, scored: list[dict] | None) -> list[dict]:
+    """Makes all rows of the samples of a run.
+
+    Args:
+      last: the round of the guide that `scored` is by.
+    """
+    parts = {
+        (method, number, eta): part
+        for (method, number), samples in made.items()
+        for eta, part in _by_eta(samples).items()
+    }
+    config = session.config.evaluate
+    sizes = {config.samples, config.guided_samples}
+    figures = {place: measure(part, _classes(session, part), config.pass_at, sizes) for place, part in parts.items()}
+    rows = [
+        _row(method, number, figures[method, number, eta], eta=eta)
+        | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
+        | _compared(figures, method, number, eta)
+        for (method, number, eta), part in parts.items()
+    ]
+    if scored is not None:
+        samples = made["pi_ref", 0]
+        rows += rerank_rows(last, samples, _classes(session, samples), scored)
+    if session.workdir.writes:
+        write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _by_eta(samples: Sequence[dict]) -> dict[float | None, list[dict]]:
+    by_eta = defaultdict(list)
+    for sample in samples:
+        by_eta[sample["eta"]].append(sample)
+    return by_eta
+
+
+def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
+    """Each problem's part of `items`, of which there is one a sample, in the order in which problems come."""
+    groups = defaultdict(list)
+    for sample, item in zip(samples, items, strict=True):
+        groups[sample["problem_id"]].append(item)
+    return groups
+
+
+def _classes(session: Session, samples: Sequence[dict]) -> dict[str, list[str | None]]:
+    """The answers to each problem, with one spelling for all that are the same; see `Judge.classes`."""
+    groups = _groups(samples, samples)
+    problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
+    answers = [[sample["parsed"] for sample in group] for group in groups.values()]
+    return dict(zip(groups, session.judge.classes(problems, answers), strict=True))
+
+
+def _least(samples: Sequence[dict]) -> int:
+    """How many samples each problem has."""
+    return min(Counter(sample["problem_id"] for sample in samples).values())
+
+
+def measure(
+    samples: Sequence[dict],
+    answers: Mapping[str, Sequence[str | None]],
+    asked: Sequence[float],
+    majorities: Collection[int],
+) -> Figures:
+    """The figures of one method's samples, problem by problem.
+
+    Args:
+      answers: of each problem's samples, one spelling for all that are the same.
+      asked: k of pass@k, of which those are taken that there are samples for; empty for 1, 2, 4, ... and all.
+      majorities: k of maj1@k, the numbers of samples that methods to be compared have.
+
+    Returns:
+      reward: mean over the problem's samples, for rewards 0 and 1 pass@1.
+      kl, kl_truncated, response_tokens: means; of a response's exact KL to pi_ref, in nats, before and after
+        truncation, and of its length.
+      finished, no_answer: shares of the responses that ended by a stop token, and in which no answer was found.
+      pass_K: pass@K, for the K asked for.
+      majority_K: reward of the answer that most of the first K samples have, for the K above 1 that there are.
+    """
+    rewards = _groups(samples, [sample["reward"] for sample in samples])
+    most = _least(samples)
+    means = {
+        "reward": [sample["reward"] for sample in samples],
+        "kl": [sample["kl"] for sample in samples],
+        "kl_truncated": [sample["kl_truncated"] for sample in samples],
+        "response_tokens": [len(sample["tokens"]) for sample in samples],
+        "finished": [sample["finished"] for sample in samples],
+        "no_answer": [sample["parsed"] is None for sample in samples],
+    }
+    figures: Figures = {
+        name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
+        for name, items in means.items()
+    }
+    for k in _sizes(asked, most):
+        figures[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
+    for k in sorted(k for k in majorities if 1 < k <= most):
+        figures[f"majority_{k}"] = {
+            name: majority(answers[name][:k], group[:k], np.ones(k)) for name, group in rewards.items()
+        }
+    return figures
+
+
+def _sizes(asked: Sequence[float], most: int) -> list[int]:
+    """The k of pass@k, where there are `most` samples."""
+    return sorted({int(k) for k in asked if k <= most} or {most, *(2**i for i in range(most.bit_length()))})
+
+
+def rerank_rows(
+    number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]], scored: list[dict]
+) -> list[dict]:
+    """pass@k, majority, best of k and weighted majority, with k the samples that each problem has.
+
+    Args:
+      answers: of each problem's samples, one spelling for all that are the same.
+      scored: for each sample the guide's "values", of which the last counts, and the "seconds" of both.
+    """
+    rewards = _groups(samples, [sample["reward"] for sample in samples])
+    values = _groups(samples, [row["values"][-1] for row in scored])
+    k = _least(samples)
+    rerankers = {
+        f"pass_{k}": lambda name: float(max(rewards[name])),
+        f"majority_{k}": lambda name: majority(answers[name], rewards[name], np.ones(len(rewards[name]))),
+        f"best_of_{k}": lambda name: float(rewards[name][np.argmax(values[name])]),
+        f"weighted_majority_{k}": lambda name: majority(answers[name], rewards[name], values[name]),
+    }
+    tokens = float(np.mean([len(sample["tokens"]) for sample in samples])) * k
+    seconds = sum(row["seconds"] for row in scored)
+    return [
+        _row(method, number, {"reward": {name: of_problem(name) for name in rewards}})
+        | {"samples": len(samples), "response_tokens": tokens, "seconds": seconds}
+        for method, of_problem in rerankers.items()
+    ]
+
+
+def _row(method: str, number: int, figures: Figures, *, eta: float | None = None) -> dict:
+    """The means over problems, each with its interval."""
+    row = {"method": method, "eta": eta, "round": number, "n": len(figures["reward"])}
+    row |= {"kl": None, "kl_truncated": None}
+    for name, per_problem in figures.items():
+        row |= with_interval(name, list(per_problem.values()))
+    return row
+
+
+def _compared(figures: Mapping[tuple, Figures], method: str, number: int, eta: float | None) -> dict[str, float]:
+    """Paired differences of what was learned to pi_ref, and of Q# to CD by the same guide at the same eta.
+
+    Of FIGURE they are FIGURE_minus_pi_ref and FIGURE_minus_cd, with intervals over the problems' differences.
+    """
+    made, found = figures[method, number, eta], {}
+    others = {} if method.startswith("pi_ref") else {"pi_ref": ("pi_ref", 0, None)}
+    others |= {"cd": ("cd", number, eta)} if method == "qsharp" else {}
+    for name, place in others.items():
+        theirs = figures.get(place, {})
+        for figure in made:
+            if figure in theirs and (figure in ("reward", "kl") or figure.startswith(("pass_", "majority_"))):
+                each = [made[figure][problem] - theirs[figure][problem] for problem in made[figure]]
+                found |= with_interval(f"{figure}_minus_{name}", each)
+    return found

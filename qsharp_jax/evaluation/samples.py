@@ -1,0 +1,267 @@
+"""Samples of every method on the test problems: JSON lines in the workdir, one file a method.
+
+While a method is under way its samples are in shards, each whole or absent, in a folder of the file's name; an
+evaluation that was stopped goes on from them. Several processes share the shards. It knows nothing about figures.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qsharp_jax import rollouts
+from qsharp_jax.data.dataset import Example, length_batches
+from qsharp_jax.evaluation import score
+from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run.session import Session
+from qsharp_jax.system import multihost
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
+from qsharp_jax.system.progress import Bar
+from qsharp_jax.tasks import Problem
+
+SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
+    "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
+    "seconds",
+)  # fmt: skip
+
+# A row of a file, which is waited for (its judgement), and the time at which it was computed.
+Ended = Callable[[], tuple[dict, float]]
+
+
+def sample_method(
+    session: Session,
+    method: str,
+    ref: LanguageModel,
+    guide: Guide | None,
+    *,
+    number: int,
+    etas: Sequence[float] = (math.inf,),
+    samples: int = 1,
+    **changes: Any,
+) -> list[dict]:
+    """Responses to every test problem, `samples` for each of `etas`, all of them in the same batches.
+
+    They are read from the workdir as far as they are there, for the same etas.
+
+    Args:
+      method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
+      guide: a policy is sampled in the guide's place.
+      number: of the round that fitted the guide; 0 for pi_ref.
+      changes: to the config's settings of `generate`.
+    """
+    text, problems = session.text, session.test_problems()
+    each = len(etas) * samples
+    plan = list(itertools.product(problems, etas, range(samples)))
+    prompts = [text.encode_prompt(problem.prompt) for problem in problems]
+    rows = session.config.evaluate.batch_size
+    size = max(1, rows // each) * each  # of a shard: whole problems, about as many responses as are decoded at once
+
+    def ended(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Ended]]:
+        """All prompts and seeds are passed, whatever is missing, so that the programs are the same."""
+        order = [place for shard in shards for place in sorted(shard, key=lambda place: len(prompts[place // each]))]
+        batch = ContinuousBatch(
+            ref,
+            guide,
+            prompts,
+            samples=each,
+            rows=rows,
+            rng=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
+            starts=((place, ()) for place in order),
+            eta=np.asarray([eta for _, eta, _ in plan], np.float32),
+            record=("kl", "values") if gives_values(guide) else ("kl",),
+            **(session.generation_settings() | changes),
+        )
+        name = f"evaluate {method}" + (f", round {number}" if number else "")
+        with Bar(None, name, total=len(order)) as bar:
+            for places, part in batch:
+                now = time.monotonic()
+                if multihost.leads(session.together):
+                    for row, place in enumerate(places.tolist()):
+                        problem, eta, _ = plan[place]
+                        yield place, _judged(session, problem, eta, part, row, now)
+                bar.update(len(places))
+
+    return _in_shards(
+        session,
+        samples_path(session, method, number),
+        [{"problem_id": problem.problem_id, "eta": _finite(eta)} for problem, eta, _ in plan],
+        [range(begin, min(begin + size, len(plan))) for begin in range(0, len(plan), size)],
+        ended,
+    )
+
+
+def _judged(session: Session, problem: Problem, eta: float, part: Generation, row: int, now: float) -> Ended:
+    """The sample that a row of `part` is; its judgement begins at once."""
+    response = session.text.decode(part.response(row))
+    judgement = session.judge.submit(problem, response)
+    numbers = {
+        "finished": bool(part.finished[row]),
+        "eta": _finite(eta),
+        "tokens": part.response(row),
+        "kl": float(part.kl[row].sum()),
+        "kl_truncated": float(part.kl_truncated[row].sum()),
+        "seconds": 0.0,
+    }
+    if part.values is not None:
+        numbers["values"] = _rounded(part.values[row, : part.lengths[row]])
+
+    def result() -> tuple[dict, float]:
+        verdict = judgement()
+        texts = {"prompt": problem.prompt, "answer": problem.answer, "response": response}
+        judged = {"parsed": verdict.parsed, "reward": verdict.reward}
+        return {"problem_id": problem.problem_id} | texts | judged | numbers, now
+
+    return result
+
+
+def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
+    """`pi_ref`'s samples with the guide's value at every response token, kept like samples are."""
+    rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
+    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    shards: list[list[int]] = []  # whole batches, so that they are those of scoring everything at once
+    for _, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
+        if not shards or len(shards[-1]) >= rows:
+            shards.append([])
+        shards[-1] += indices.tolist()
+
+    def ended(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Ended]]:
+        for shard in Bar(shards, f"score pi_ref, round {number}"):
+            scores = score.score(guide, [examples[place] for place in shard], rows=rows, bucket=bucket)
+            now = time.monotonic()
+            if multihost.leads(session.together):
+                for place, values in zip(shard, scores, strict=True):
+                    kept = {key: samples[place][key] for key in ("problem_id", "parsed", "reward")}
+                    row = kept | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
+                    yield place, lambda row=row, now=now: (row, now)
+
+    return _in_shards(
+        session,
+        samples_path(session, "pi_ref_values", number),
+        [{"problem_id": sample["problem_id"]} for sample in samples],
+        shards,
+        ended,
+    )
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+
+def samples_path(session: Session, method: str, number: int) -> Path:
+    return session.workdir.samples / (f"{method}_round_{number}.jsonl" if number else f"{method}.jsonl")
+
+
+def write_samples(path: Path, rows: list[dict]) -> None:
+    """Writes a samples file, whole or not at all.
+
+    Raises:
+      UserError: if a number is NaN or infinite, which JSON does not know.
+    """
+    try:
+        write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    except ValueError as error:
+        raise UserError(
+            f"{path} was not written, since a sample's reward or KL is not a finite number ({error}); check the reward"
+            " function and the models' weights"
+        ) from None
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The rows of a samples file.
+
+    Raises:
+      UserError: naming the damaged line.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number}, is damaged; delete the file and evaluate again") from None
+    return rows
+
+
+def _in_shards(
+    session: Session,
+    path: Path,
+    keys: Sequence[Mapping[str, Any]],
+    shards: Sequence[Sequence[int]],
+    ended: Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Ended]]],
+) -> list[dict]:
+    """The rows of a samples file, in every process; what is missing of them is computed and kept shard by shard.
+
+    A row's seconds are increased by its share of the time that its shard took: from the last shard's end to its own.
+
+    Args:
+      keys: of each row, items that it has to have; a file or shard with other rows is of another evaluation.
+      shards: the rows' places in each.
+      ended: gives the places and rows of some shards as they are computed, in the processes that lead.
+    """
+    # What the first process finds counts, for those that decode together have to do the same.
+    if (rows := multihost.gather([_read_matching(path, keys)])[0]) is not None:
+        if session.workdir.writes:
+            remove_folder(_shard_folder(path))  # left by a kill after the file was written
+        return rows
+    paths = [_shard_folder(path) / f"shard-{index:05d}.jsonl" for index in range(len(shards))]
+    kept = [_read_matching(*each) for each in zip(paths, ([keys[p] for p in shard] for shard in shards), strict=True)]
+    missing = multihost.gather([[index for index, rows in enumerate(kept) if rows is None]])[0]
+    groups = jax.process_count() // session.together
+    mine = missing[jax.process_index() // session.together :: groups]
+    last = time.monotonic()
+
+    def write(index: int, computed: list[tuple[dict, float]]) -> None:
+        nonlocal last
+        now = max(moment for _, moment in computed)
+        each = (now - last) / len(computed) / groups
+        last = now
+        if not is_remote(path):
+            _shard_folder(path).mkdir(parents=True, exist_ok=True)
+        write_samples(paths[index], [row | {"seconds": row["seconds"] + each} for row, _ in computed])
+
+    if mine:
+        with session.decoding():
+            rollouts.write_shards(ended([shards[i] for i in mine]), {i: shards[i] for i in mine}, write)
+    multihost.wait_for_all(f"the samples in {path.name}")
+    rows = _merged(paths, shards) if multihost.is_first() else []
+    rows = multihost.gather(rows, session.together)
+    if session.workdir.writes:
+        write_samples(path, rows)
+        remove_folder(_shard_folder(path))
+    return rows
+
+
+def _shard_folder(path: Path) -> Path:
+    return path.with_suffix("")
+
+
+def _read_matching(path: Path, keys: Sequence[Mapping[str, Any]]) -> list[dict] | None:
+    """The rows of a file; None if there is none, or one whose rows have other items than `keys`."""
+    if not path.exists():
+        return None
+    rows = read_samples(path)
+    same = len(rows) == len(keys) and all(key.items() <= row.items() for key, row in zip(keys, rows, strict=True))
+    return rows if same else None
+
+
+def _merged(paths: Sequence[Path], shards: Sequence[Sequence[int]]) -> list[dict]:
+    rows = {}
+    for path, shard in zip(paths, shards, strict=True):
+        rows |= dict(zip(shard, read_samples(path), strict=True))
+    return [rows[place] for place in sorted(rows)]
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON knows no infinity
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """None where no value is known."""
+    return [_finite(value) for value in np.round(values.astype(float), 4).tolist()]

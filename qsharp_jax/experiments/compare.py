@@ -1,0 +1,366 @@
+"""Algorithms side by side: each from the same pi_ref, with equal budgets of rollouts and of gradient FLOPs.
+
+Every method and seed is a run of its own in a workdir of its own, DIR/seed_S/METHOD, which all commands understand.
+DIR/seed_S/pi_ref has what they share: the reference, its rollouts of the first round, its evaluation. All figures are
+read from these workdirs' files, so that a comparison that was stopped goes on where it was.
+
+The budget of rollouts is the config's, rounds x prompts x samples. That of gradient FLOPs is what Q#'s fits take,
+`fit.epochs` passes over all rollouts so far in every round. A method that goes over its data as often as it likes takes
+the whole number of passes that comes nearest; REINFORCE, which has one pass, leaves the rest.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from qsharp_jax import algorithms, report, train
+from qsharp_jax.algorithms import dpo, qsharp
+from qsharp_jax.data import dataset
+from qsharp_jax.evaluation import measure, statistics
+from qsharp_jax.experiments import pipeline
+from qsharp_jax.report import NAMES, save_plot
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import pretrain, provenance, session
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import files
+from qsharp_jax.system.errors import UserError, nearest
+from qsharp_jax.system.files import write_atomic
+
+SHARED = "pi_ref"  # name of the workdir that the methods of a seed share
+COLOURS = {
+    "pi_ref": "#555555", "pi_ref_top_k": "#a0a0a0", "qsharp": "#1f5fa8", "qsharp_greedy": "#7aa6d6", "cd": "#c8641e",
+    "vas": "#b58a00", "reinforce": "#7a2f8f", "ppo": "#2c7a4b", "dpo": "#a3263a", "rpo": "#e07a8b", "klq": "#1fa39a",
+}  # fmt: skip
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def run(workdir: Workdir) -> str:
+    """All runs that are not there yet, then the table and the plots; returns the text that ends it on the terminal.
+
+    A method that ends by a `UserError` is named with its sentence, and the others go on.
+
+    Raises:
+      UserError: for a config that cannot be compared by, before anything is computed.
+    """
+    check(workdir.config)
+    rows, failures = [], []
+    for seed in workdir.config.compare.seeds:
+        folder = workdir.path / f"seed_{seed}"
+        with Workdir.open(folder / SHARED, settings(workdir.config, seed, "qsharp"), date=workdir.date) as shared:
+            flops, epochs = _share(Session(shared))
+        rows += [_row_of_samples(folder / SHARED, seed, method) for method in ("pi_ref", "pi_ref_top_k")]
+        for method in workdir.config.compare.methods:
+            asked = settings(workdir.config, seed, method, epochs.get(method))
+            with Workdir.open(folder / method, asked, ref_in=SHARED, date=workdir.date) as its:
+                try:
+                    _run_one(Session(its), folder / SHARED)
+                    rows.append(_row(Session(its), folder, seed, flops))
+                    if method == "qsharp":
+                        rows.append(_row_of_samples(folder / method, seed, "qsharp_greedy", its.config.rounds))
+                except UserError as error:
+                    failures.append(f"{NAMES[method]}, seed {seed}: {error}")
+                    print(failures[-1], file=sys.stderr)
+    return _write(workdir, rows, failures)
+
+
+def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = None) -> ConfigDict:
+    """The config of one method's run.
+
+    Args:
+      epochs: passes over its data that fill the budget; None for a method that has no such setting.
+    """
+    made = config.copy_and_resolve_references()
+    with made.unlocked():
+        del made.compare
+        made.seed, made.algorithm = seed, method
+        made.evaluate.etas = (made.collect.eta,)
+    changes = config.compare.changes.get(method, ())
+    configs.override(made, [f"--config.{change}" for change in changes])
+    if epochs is not None:
+        made[method].epochs = epochs
+    return made.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """That the section `compare` is there, and that every method's settings can be.
+
+    Raises:
+      UserError: naming what cannot.
+    """
+    for key in ("methods", "seeds", "changes"):
+        if "compare" not in config or key not in config.compare:
+            raise UserError(f"the config lacks the setting compare.{key}; add it, as in configs/compare_arithmetic.py")
+    known = configs.VALUE_METHODS + configs.POLICY_METHODS
+    for method in config.compare.changes:
+        if method not in known:
+            raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, known)}")
+    for method in config.compare.methods:
+        asked = settings(config, config.compare.seeds[0], method)
+        session.check(asked)
+        algorithms.check(asked)
+
+
+def _share(shared: Session) -> tuple[float, dict[str, int]]:
+    """What a seed's methods share is made, and their budget counted; see `budget`."""
+    shared.check_devices()
+    provenance.check_problems(shared)
+    ref = pretrain.run(shared)
+    qsharp.collect(shared, 1, ref, None)
+    measure.evaluate(shared, ref, {}, full=False)
+    return budget(shared, qsharp.aggregate(shared, 1))
+
+
+def budget(shared: Session, data: Sequence[dataset.Rollout]) -> tuple[float, dict[str, int]]:
+    """The gradient FLOPs of a method, and the epochs that come nearest to them, by method.
+
+    Args:
+      data: the first round's rollouts; the later rounds' are taken to be as long.
+    """
+    config, rounds = shared.config, shared.config.rounds
+    passes = rounds * (rounds + 1) / 2  # over a round's rollouts in one epoch, where each round fits all so far
+    of_guide = train.guide_flops(shared.guide_config, config.fit.future_offsets)
+    of_policy = train.language_model_flops(shared.ref_config)
+    flops = config.fit.epochs * passes * (1 - config.fit.holdout) * _flops(of_guide, data)
+    pairs, _ = dpo.make_pairs(data)
+    of_pairs = _flops(of_policy, [data[place] for pair in pairs for place in (pair.chosen, pair.rejected)])
+    of_epoch = dict.fromkeys(("ppo", "klq"), rounds * _flops(of_policy, data))
+    of_epoch |= dict.fromkeys(("dpo", "rpo"), passes * of_pairs)
+    return flops, {method: max(round(flops / cost), 1) for method, cost in of_epoch.items() if cost}
+
+
+def _flops(of_batch: train.Flops, data: Sequence[dataset.Rollout]) -> float:
+    """Of one gradient of all the rollouts."""
+    lengths = np.asarray([len(dataset.from_rollout(rollout)) for rollout in data])
+    return of_batch(SimpleNamespace(segments=np.arange(lengths.max(initial=0)) < lengths[:, None]))
+
+
+def _run_one(its: Session, shared: Path) -> None:
+    """One method's run, from what it shares on; one that is finished is left alone."""
+    if _results(its.workdir.results, its.algorithm, its.config.rounds):
+        return
+    copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
+    if its.algorithm not in configs.ON_POLICY:
+        copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
+    pipeline.run(its)
+
+
+def copy_missing(source: Path, target: Path, pattern: str) -> None:
+    """Files that are not there yet."""
+    if not files.is_remote(target):
+        target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob(pattern):
+        if not (target / path.name).exists():
+            with files.writing(target / path.name) as file:
+                file.write(path.read_bytes())
+
+
+# --- Figures --------------------------------------------------------------------------------------------------------
+
+
+def _results(path: Path, method: str, number: int) -> dict | None:
+    """A method's line of a round in a run's results.json, if there is one."""
+    rows = json.loads(files.read_text(path)) if path.exists() else []
+    return next((row for row in rows if (row["method"], row["round"]) == (method, number)), None)
+
+
+def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
+    """Result of a way of sampling that costs no training of its own; its KL is that of what was sampled."""
+    its = Session(Workdir.attach(folder))
+    row = _results(its.workdir.results, method, number)
+    rewards = _rewards(measure.samples_path(its, method, number))
+    kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
+    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": row["reward"] - its.eta * kl}
+
+
+def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
+    """What a finished run came to and what it took."""
+    method, number = its.algorithm, its.config.rounds
+    found = _results(its.workdir.results, method, number)
+    used = costs(its.workdir.read_metrics())
+    if method not in configs.ON_POLICY:  # the rollouts that it shares were paid for once
+        used["seconds"] += costs(Workdir.attach(folder / SHARED).read_metrics(), ("collect",))["seconds"]
+    return {
+        "seed": seed,
+        "method": method,
+        "rewards": _rewards(measure.samples_path(its, method, number)),
+        "kl": found["kl"],
+        "objective": found["reward"] - its.eta * found["kl"],
+        "flops_budget": flops,
+        **used,
+    }
+
+
+def _rewards(path: Path) -> list[float]:
+    """Of each problem, the mean over its samples."""
+    by_problem: dict[str, list[float]] = {}
+    for sample in measure.read_samples(path):
+        by_problem.setdefault(sample["problem_id"], []).append(sample["reward"])
+    return [float(np.mean(rewards)) for rewards in by_problem.values()]
+
+
+def costs(metrics: Sequence[dict], phases: Sequence[str] = ()) -> dict[str, float]:
+    """What a run's rounds took, by its metrics.
+
+    A line that came twice, before a kill and after it, counts once; pre-training and evaluation count for nothing.
+
+    Args:
+      phases: the words that the phases end with, "round 1: collect"; by default all of a round's.
+
+    Returns:
+      seconds of wall time, in collecting and training; rollouts; flops of gradients; tokens_per_second of training
+      steps alone.
+    """
+    rounds = [line for line in metrics if line["phase"].startswith("round ")]
+    rounds = [line for line in rounds if not phases or line["phase"].endswith(tuple(phases))]
+    steps = {(line["phase"], line["step"]): line for line in rounds if "flops" in line}.values()
+    drawn = {(line["phase"], line.get("step")): line for line in rounds if "rollouts" in line}.values()
+    collected: dict[str, float] = {}  # a collection that finds all its shards says so too, and takes no time
+    for line in rounds:
+        if "step" not in line and "seconds" in line:
+            collected[line["phase"]] = max(collected.get(line["phase"], 0.0), line["seconds"])
+    busy = [line["flops"] / line["flops_per_second"] for line in steps]
+    tokens = sum(line["tokens_per_second"] * time for line, time in zip(steps, busy, strict=True))
+    return {
+        "seconds": sum(line["seconds"] for line in steps) + sum(collected.values()),
+        "rollouts": sum(line["rollouts"] for line in drawn),
+        "flops": sum(line["flops"] for line in steps),
+        "tokens_per_second": tokens / max(sum(busy), 1e-9),
+    }
+
+
+# --- Table and plots ------------------------------------------------------------------------------------------------
+
+
+COLUMNS = (
+    "method", "reward", "95% interval", "by seed", "KL", "objective", "seconds", "rollouts", "gradient FLOPs",
+    "of budget", "tokens/s", "of Q#'s",
+)  # fmt: skip
+
+HOW = (
+    "Reward is the mean verified reward over held-out problems and seeds, its 95% interval Student's t over the"
+    " seeds' means (of a single seed, a bootstrap over its problems, which leaves out how runs differ). KL is the"
+    " exact KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation (of the rows that are"
+    " truncations, top-K and greedy, after it); objective is reward - eta KL at the eta of the config. Seconds are wall"
+    " time of collecting and training, compilation included, without pre-training and evaluation; rollouts, gradient"
+    " FLOPs (model FLOPs of forward and backward passes, without sampling) and seconds are means over seeds. The budget"
+    " of gradient FLOPs is what Q#'s fits take in config.fit.epochs passes. Tokens/s are those of training steps alone."
+)
+
+
+def summary(rows: Sequence[dict]) -> list[dict]:
+    """One line a method over its seeds, in the order in which they come."""
+    by_method: dict[str, list[dict]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    lines = []
+    for method, found in by_method.items():
+        by_seed = {row["seed"]: float(np.mean(row["rewards"])) for row in found}
+        low, high = statistics.over_seeds([np.asarray(row["rewards"]) for row in found])
+        line = {"method": method, "reward": float(np.mean([*by_seed.values()])), "reward_low": low, "reward_high": high}
+        line["by_seed"] = by_seed
+        names = found[0].keys() - {"seed", "method", "rewards"}
+        lines.append(line | {name: float(np.mean([row[name] for row in found])) for name in sorted(names)})
+    return lines
+
+
+def table(lines: Sequence[dict], rollouts: int) -> str:
+    """A Markdown table of what `summary` gives; `rollouts` is the budget."""
+    speed = next((line["tokens_per_second"] for line in lines if line["method"] == "qsharp"), None)
+    cells = []
+    for line in lines:
+        seeds = statistics.seeds_in_words(len(line["by_seed"]))
+        cell = [
+            NAMES[line["method"]],
+            f"{line['reward']:.3f}",
+            f"{line['reward_low']:.3f} .. {line['reward_high']:.3f} ({seeds})",
+            " ".join(f"{reward:.3f}" for reward in line["by_seed"].values()),
+            f"{line['kl']:.3f}",
+            f"{line['objective']:.3f}",
+        ]
+        if "flops" in line:
+            cell += [
+                f"{line['seconds']:.0f}",
+                f"{line['rollouts']:.0f} of {rollouts}",
+                f"{line['flops']:.2e}",
+                f"{line['flops'] / line['flops_budget']:.2f}",
+                f"{line['tokens_per_second']:.0f}",
+                "" if speed is None else f"{line['tokens_per_second'] / speed:.2f}",
+            ]
+        cells.append(cell + [""] * (len(COLUMNS) - len(cell)))
+    return report.markdown([list(COLUMNS), *cells])
+
+
+def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
+    config, lines = workdir.config, summary(rows)
+    write_atomic(workdir.results, json.dumps({"lines": lines, "runs": rows, "failures": failures}, indent=1) + "\n")
+    shown = table(lines, config.rounds * config.collect.prompts * config.collect.samples)
+    if failures:
+        shown += "\n\nWithout a result:\n" + "\n".join(failures)
+    curves = {
+        (method, seed): report.learning_curve(Workdir.attach(workdir.path / f"seed_{seed}" / method).read_metrics())
+        for method in config.compare.methods
+        for seed in config.compare.seeds
+        if method in configs.ON_POLICY and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
+    }
+    plots = {
+        "frontier.png": lambda axes: _plot_frontier(axes, lines),
+        "costs.png": lambda axes: _plot_costs(axes, lines),
+        "learning.png": lambda axes: _plot_learning(axes, lines, curves),
+    }
+    for name, draw in plots.items():
+        save_plot(workdir.path / name, draw)
+    pictures = [f"![{name}]({name})" for name in plots]
+    text = "\n\n".join([f"# {config.task.name}: {workdir.path.name}", shown, HOW, *pictures])
+    write_atomic(workdir.report, text + "\n")
+    names = ", ".join(str(workdir.path / name) for name in ("report.md", "results.json", *plots))
+    return f"{shown}\n\nFiles: {names}"
+
+
+def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:
+    for line in lines:
+        error = [[line["reward"] - line["reward_low"]], [line["reward_high"] - line["reward"]]]
+        colour = COLOURS[line["method"]]
+        label = f"{NAMES[line['method']]} ({statistics.seeds_in_words(len(line['by_seed']))})"
+        axes.errorbar([line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=colour, label=label)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="Reward against KL")
+    axes.legend(fontsize=8)
+
+
+def _plot_costs(axes: Any, lines: Sequence[dict]) -> None:
+    paid = [line for line in lines if "seconds" in line]
+    names, seconds = [NAMES[line["method"]] for line in paid], [line["seconds"] for line in paid]
+    axes.barh(names, seconds, color=[COLOURS[line["method"]] for line in paid])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds of collecting and training", title="Wall time")
+
+
+def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int], list[dict]]) -> None:
+    """The objective of the rollouts that policies learned from; what the others came to at the end, as lines across.
+
+    One that came to far less than is seen of the others is named with its number alone, for its line would flatten all.
+    """
+    drawn = {key: report.smoothed(lots, "objective") for key, lots in curves.items() if lots}
+    start = next((line["objective"] for line in lines if line["method"] == "pi_ref"), 0.0)
+    lowest = min([start, *(min(means) for _, means in drawn.values())]) - 1
+    for line in lines:
+        method, end, first = line["method"], line["objective"], True
+        if method not in configs.ON_POLICY and end < lowest:
+            axes.plot([], [], linestyle="--", linewidth=1, color=COLOURS[method], label=f"{NAMES[method]}: {end:.3g}")
+        elif method not in configs.ON_POLICY:
+            axes.axhline(end, linestyle="--", linewidth=1, color=COLOURS[method], label=NAMES[method])
+        for (of, _), (at, means) in drawn.items():
+            if of == method:
+                axes.plot(at, means, linewidth=1, color=COLOURS[method], label=NAMES[method] if first else None)
+                first = False
+    axes.set(xlabel="rollouts", ylabel="reward - eta KL", title="Objective while training")
+    axes.legend(fontsize=8)

@@ -1,0 +1,113 @@
+"""A run's reference or guide as a folder that `transformers` loads, with a model card that says where it comes from."""
+
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax import report
+from qsharp_jax.models import hf
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
+
+
+def write(session: Session, what: str, folder: str | Path) -> None:
+    """Writes the reference, or the guide, or policy, of the last round that has one.
+
+    Args:
+      what: "ref" or "guide".
+      folder: new, empty, or an earlier export, which is replaced.
+
+    Raises:
+      UserError: if the run has no such model yet, its reference is a folder's anyway, no class of `transformers`
+        computes the model, or something else is in the folder.
+      OSError: if the folder cannot be written.
+    """
+    if what == "ref" and session.ref_folder:
+        raise UserError(f"this run's reference is that of the folder {session.ref_folder}; use it as it is")
+    hf.check_folder(folder)
+    tokenizer, rows = session.text.for_other_programs(), _results(session)
+    if what == "ref":
+        hf.export_ref(
+            session.load_ref(),
+            folder,
+            tokenizer=tokenizer,
+            stop_ids=session.text.stop_ids,
+            trained_on=_ref_trained_on(session),
+            metrics=_metrics(rows, 0),
+        )
+    elif session.trains_policy:
+        number = session.fitted_rounds()
+        hf.export_ref(
+            session.load_guide(),
+            folder,
+            tokenizer=tokenizer,
+            stop_ids=session.text.stop_ids,
+            trained_on=_policy_trained_on(session, number),
+            metrics=_metrics(rows, 0) | _metrics(rows, number),
+        )
+    else:
+        number = session.fitted_rounds()
+        hf.export_guide(
+            session.load_guide(),
+            folder,
+            tokenizer=tokenizer,
+            trained_on=_guide_trained_on(session, number),
+            metrics=_metrics(rows, 0) | _metrics(rows, number),
+        )
+
+
+def _results(session: Session) -> list[dict]:
+    """None before the first evaluation."""
+    return report.read_results(session) if session.workdir.results.exists() else []
+
+
+def _metrics(rows: list[dict], number: int) -> dict[str, str]:
+    """The lines of the card's table: those of a round's guide, or of the reference alone (round 0)."""
+    made = {}
+    for row in rows:
+        if row["round"] == number:
+            eta = "" if row["eta"] is None else f", eta {row['eta']:g}"
+            kl = "" if row["kl"] is None else f"; KL {row['kl']:.3f} nats a response"
+            interval = f"95% {row['reward_low']:.3f} .. {row['reward_high']:.3f}"
+            name = report.NAMES.get(row["method"], row["method"])
+            made[f"reward, {name}{eta}"] = f"{row['reward']:.3f} ({interval}, {row['n']} problems){kl}"
+    return made
+
+
+def _ref_trained_on(session: Session) -> str:
+    c = session.config.pretrain
+    return (
+        f"Texts of {_task(session)}: maximum likelihood, {c.steps} steps of {c.batch_size} texts, seed"
+        f" {session.config.seed}.\n\n{_shape(session.ref_config)}"
+    )
+
+
+def _guide_trained_on(session: Session, number: int) -> str:
+    c, fit = session.config.collect, session.config.fit
+    rolled_in = f" From round 2 on the guide rolled in, at eta {c.eta:g}." if number > 1 else ""
+    return (
+        f"{number * c.prompts * c.samples} rollouts of the reference on {_task(session)}: {number} rounds of"
+        f" {c.prompts} prompts, {c.samples} rollouts each.{rolled_in} {fit.epochs} epochs by maximum likelihood of the"
+        f" verified reward, seed {session.config.seed}.\n\n{_shape(session.guide_config.trunk)}"
+    )
+
+
+def _policy_trained_on(session: Session, number: int) -> str:
+    c = session.config.collect
+    return (
+        f"{report.NAMES[session.algorithm]} from the reference on {_task(session)}: {number} rounds of {c.prompts}"
+        f" prompts, {c.samples} rollouts each, at a weight of the KL of {session.eta:g}, seed {session.config.seed}."
+        f"\n\n{_shape(session.ref_config)}"
+    )
+
+
+def _task(session: Session) -> str:
+    settings: dict[str, Any] = {key: item for key, item in session.config.task.items() if key != "name"}
+    return f"the task `{session.config.task.name}` ({', '.join(f'{key} {item}' for key, item in settings.items())})"
+
+
+def _shape(config: DecoderConfig) -> str:
+    return (
+        f"{config.layers} layers of width {config.embed}, {config.heads} heads, a vocabulary of {config.vocab_size}"
+        f" and a context of {config.max_positions} tokens."
+    )

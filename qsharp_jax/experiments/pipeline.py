@@ -1,0 +1,28 @@
+"""A whole run: pi_ref, the config's algorithm, and an evaluation after each of its rounds."""
+
+from qsharp_jax import algorithms
+from qsharp_jax.evaluation import measure
+from qsharp_jax.generate import Guide
+from qsharp_jax.run import pretrain, provenance
+from qsharp_jax.run.session import Session
+
+
+def run(session: Session) -> None:
+    """Everything but the report; what lies in the workdir is not done again.
+
+    Raises:
+      UserError: for devices, problems or settings that cannot be, and as the algorithm does.
+    """
+    algorithm = algorithms.get(session.algorithm)
+    algorithms.check(session.config)
+    session.check_devices()
+    provenance.check_problems(session)
+    ref = pretrain.run(session)
+    guides: dict[int, Guide] = {}
+
+    def after_round(number: int, guide: Guide) -> None:
+        guides[number] = guide
+        mode = None if session.trains_policy else algorithm.mode(session.config)
+        measure.evaluate(session, ref, guides, full=number == session.config.rounds, mode=mode)
+
+    algorithm.run(session, ref, after_round)

@@ -1,0 +1,247 @@
+"""Continuous batching: a loop of fixed rows in which a row that ends is given to the next prompt that waits.
+
+Shapes: R rows, S positions of the ring, U prompts prefilled at once, P their padded length, N new tokens. Like the rest
+of `generate/` it takes and gives token ids. (Yu et al., "Orca", OSDI 2022, call it iteration-level scheduling.)
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax.generate import api
+from qsharp_jax.generate.loop import of_caches, prefill
+from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state, gives_values
+from qsharp_jax.generate.step import decode_one_token
+from qsharp_jax.models import decoder, kv_cache, sharding, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache
+
+BLOCK = 2  # steps between two looks at how many rows are free
+FREE = 16  # one in so many rows is free before the loop stops for them
+LONGEST = 64  # steps until control returns to the host, so that whoever reads the responses can end it
+PROMPTS = 16  # prefilled at once
+
+
+@flax.struct.dataclass
+class Waiting:
+    """Prompts that have been prefilled, [U]: the caches end at their last position."""
+
+    ref_cache: KVCache
+    guide_cache: Any  # as of `State`
+    pending: jax.Array
+    previous: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("ref", "guide", "rows", "size", "steps", "settings", "positions_last"))
+def empty_state(
+    ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings, *, positions_last: bool
+) -> State:
+    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens a row.
+
+    `guide` is the shape of its trunk, a tuple of them for several, or None.
+    """
+    empty = functools.partial(kv_cache.empty_ring, rows=rows, size=size, positions_last=positions_last)
+    rings = [jax.tree.map(empty, shapes) for shapes in (ref, guide)]
+    nothing = np.zeros((rows, 1), np.int32)
+    return sharding.constrain_rows(first_state(*rings, nothing, nothing[:, 0], steps, settings))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
+    """Gives rows to prompts that wait.
+
+    Args:
+      source: [R], which of them the row gets; -1: the row goes on.
+    """
+    given = source >= 0
+    rings = {
+        name: kv_cache.each(
+            lambda ring, prompts: kv_cache.refill(ring, prompts, source), getattr(state, name), getattr(waiting, name)
+        )
+        for name in ("ref_cache", "guide_cache")
+    }
+    return sharding.constrain_rows(
+        state.replace(
+            **rings,
+            pending=jnp.where(given, waiting.pending[source], state.pending),
+            previous=jnp.where(given, waiting.previous[source], state.previous),
+            length=jnp.where(given, 0, state.length),
+            stopped=state.stopped & ~given,
+            dropped=jnp.where(given, 0, state.dropped),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+def decode_until_free(
+    ref: LanguageModel,
+    guide: Guide | None,
+    state: State,
+    controls: Controls,
+    enough: jax.Array | int,
+    *,
+    settings: Settings,
+) -> State:
+    """Blocks of steps until at least `enough` rows have ended, or `LONGEST`. The carry is updated in place."""
+    last = state.step + LONGEST
+
+    def going_on(state: State) -> jax.Array:
+        return (jnp.sum(~state.active(controls)) < enough) & (state.step < last)
+
+    def step(state: State, _: None) -> tuple[State, None]:
+        place = jnp.arange(state.record.token.shape[1]) == state.length[:, None]  # each row has its own, [R, N]
+        state, new = decode_one_token(ref, guide, state, controls, settings)
+        record = jax.tree.map(lambda kept, new: jnp.where(place, new[:, None], kept), state.record, new)
+        return sharding.constrain_rows(state.replace(record=record)), None
+
+    def block(state: State) -> State:
+        return jax.lax.scan(step, state, None, length=BLOCK)[0]
+
+    if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return jax.lax.while_loop(going_on, block, state)
+    return of_caches(kv_cache.with_rows, jax.lax.while_loop(going_on, block, of_caches(kv_cache.without_rows, state)))
+
+
+class ContinuousBatch:
+    """Responses to any number of prompts, as they end: iterate over it, once.
+
+    It gives pairs of places [n], of responses among all of them (prompt 0's samples, then prompt 1's, ...), and of the
+    `Generation` of these, at least every `LONGEST` steps, though none may have ended since. In float32 a response is
+    the one that `generate` gives: it depends on its own prompt, settings and seed, not on the row, the time or the
+    neighbors that it had, unless a draw falls within rounding (about 1e-6) of the border between two tokens. In
+    bfloat16 the place in the ring changes the order of attention's sums, and with it how hidden states round: some
+    responses become other samples of the same policy.
+
+    Attributes:
+      row_steps: rows times steps that were computed so far.
+      tokens: how many of these went into responses.
+    """
+
+    def __init__(
+        self,
+        ref: LanguageModel,
+        guide: Guide | None,
+        prompts: Sequence[Sequence[int]],
+        *,
+        rows: int,
+        starts: Iterable[tuple[int, Sequence[int]]] | None = None,
+        max_new_tokens: int,
+        samples: int = 1,
+        prompt_bucket: int = api.PROMPT_BUCKET,
+        **settings: Any,
+    ):
+        """Arguments and errors as of `generate`, with one entry a response where something may be given one a row, and:
+
+        Args:
+          rows: of the loop, rounded to what the mesh that is set divides.
+          starts: in the order in which they are begun, the place of each response and the tokens that it begins with,
+            which come out of its budget. It is read as rows become free. By default all places, with none.
+        """
+        self._rows = rows = sharding.round_rows(rows)
+        self._guide, controls, self._settings = api.checked(
+            ref, guide, prompts, samples=samples, rows=rows, max_new_tokens=max_new_tokens,
+            prompt_bucket=prompt_bucket, **settings,
+        )  # fmt: skip
+        self._controls = jax.tree.map(np.asarray, controls)
+        self._ref = api.for_decoding(ref)
+        self._guide = value.each(api.for_decoding, self._guide)
+        self._bucket, self._new = prompt_bucket, max_new_tokens
+        size = api.cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
+        self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
+        api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
+        trunk = value.each(lambda model: value.trunk(model).config, self._guide)
+        self._state = empty_state(
+            ref.config, trunk, rows, size, max_new_tokens, self._settings,
+            positions_last=decoder.positions_last(self._ref.params, rows),
+        )  # fmt: skip
+        self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
+        self._budget = np.zeros(rows, np.int32)
+        starts = ((place, ()) for place in range(len(prompts) * samples)) if starts is None else starts
+        begun = ((place, (*prompts[place // samples], *start), self._left(place, start)) for place, start in starts)
+        # Responses that begin alike and follow each other share a prefill.
+        self._groups = ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
+        self._queue: collections.deque[tuple[int, int, int]] = collections.deque()  # place, budget, prompt [U]
+        self._waiting: Waiting | None = None
+        self.row_steps = self.tokens = 0
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Generation]]:
+        ended, enough = None, 0
+        while True:
+            if np.sum(self._place < 0) >= enough:
+                self._fill()
+                # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
+                enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
+            if (self._place < 0).all():
+                break
+            controls = self._row_controls()
+            self._state = decode_until_free(
+                self._ref, self._guide, self._state, controls, np.int32(enough), settings=self._settings
+            )
+            if ended is not None:  # while the devices go on
+                yield ended
+            ended = self._ended()
+        if ended is not None:
+            yield ended
+
+    def _left(self, place: int, start: Sequence[int]) -> int:
+        """Tokens that a response may still have."""
+        stopped = len(start) > 0 and start[-1] in self._settings.stop_ids
+        return 0 if stopped else int(self._controls.budget[place]) - len(start)
+
+    def _fill(self) -> None:
+        """Gives the free rows to responses that are to begin, as many as there are."""
+        while len(free := np.flatnonzero(self._place < 0)) and (self._queue or self._prefill()):
+            source = np.full(self._rows, -1, np.int32)
+            for row in free[: len(self._queue)]:
+                self._place[row], self._budget[row], source[row] = self._queue.popleft()
+            self._state = refill(self._state, self._waiting, sharding.place_rows(source))
+
+    def _prefill(self) -> bool:
+        """Prefills the prompts that are next; False if there are none."""
+        self._waiting = None
+        groups = list(itertools.islice(self._groups, self._prompts_at_once))
+        if not groups:
+            return False
+        prompts = [group[0][1] for group in groups]
+        self._queue.extend((place, left, i) for i, group in enumerate(groups) for place, _, left in group)
+        filled = prompts + [prompts[0][:1]] * (self._prompts_at_once - len(prompts))
+        padded, start = api.pad(filled, self._bucket)
+        fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=padded.shape[1] - 1)
+        self._waiting = Waiting(
+            ref_cache=fill(self._ref.params, self._ref.config),
+            guide_cache=value.each(
+                lambda model: fill(value.trunk(model).params, value.trunk(model).config), self._guide
+            ),
+            pending=sharding.place_rows(padded[:, -1]),
+            previous=sharding.place_rows(np.asarray([p[-2] if len(p) > 1 else -1 for p in filled], np.int32)),
+        )
+        return True
+
+    def _row_controls(self) -> Controls:
+        """Those of the rows' responses; a free row has the budget of none."""
+        controls = jax.tree.map(lambda array: array[self._place], self._controls)
+        return sharding.place_rows(controls.replace(budget=np.where(self._place >= 0, self._budget, 0)))
+
+    def _ended(self) -> tuple[np.ndarray, Generation]:
+        """The responses of the rows that have ended, which are free from now on; waits for the devices."""
+        state = self._state
+        length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
+        rows = np.flatnonzero((self._place >= 0) & (stopped | (length >= self._budget)))
+        places = self._place[rows]
+        self._place[rows] = -1
+        self.row_steps = int(steps) * self._rows
+        self.tokens += int(length[rows].sum())
+        kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
+        if len(rows) == 0:  # then the records stay where they are
+            kept = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), kept)
+        else:
+            kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
+        return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))

@@ -1,0 +1,128 @@
+"""A reference and guides in folders, as `transformers` keeps models: tokenizers, shapes, and the weights when asked.
+
+Everything that can be refused without the weights is refused before they are read. It knows nothing about runs.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.data.tokenizer import Text, check_same_tokens
+from qsharp_jax.data.tokenizer_files import has_tokenizer
+from qsharp_jax.generate import Guide, guide_names
+from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.system.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """Models that go together.
+
+    Attributes:
+      ref: the reference's folder, or None.
+      guides: folders of guides; without a reference, of one.
+      dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
+      prompt_format: "plain" or "chat", see `Text`.
+      stop_ids: by default those of the reference's folder.
+      date: what a chat template that writes the date takes for today; by default the day that it is.
+
+    Raises:
+      UserError: for a folder that is none of a model, or a guide with other tokens than the reference.
+    """
+
+    ref: Path | None
+    guides: Sequence[Path] = ()
+    dtype: str | None = None
+    prompt_format: str = "plain"
+    stop_ids: Sequence[int] | None = None
+    date: datetime.date | None = None
+
+    def __post_init__(self):
+        configs = self.configs  # first of all, whether these are folders of models
+        check_vocabulary(self.text, configs, self.guides if self.ref else (), f"the tokenizer in {self._first}")
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The reference's tokenizer, or the guide's where it is alone."""
+        return Text.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
+
+    @functools.cached_property
+    def configs(self) -> dict[str, DecoderConfig]:
+        """The shapes of the "reference" and of the trunk of the "guide", as far as there are folders; of several guides
+        the names are those of `generate.guide_names`."""
+        made = {}
+        if self.ref:
+            made["reference"] = hf.read_config(self.ref, self._dtype(self.ref))
+        for name, guide in self._named_guides():
+            made[name] = hf.read_guide_config(guide, self._dtype(guide)).trunk
+        return made
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Those of the models in `configs` as they will be loaded, as `jax.ShapeDtypeStruct`s."""
+        made = {}
+        if self.ref:
+            dtype = self._dtype(self.ref)
+            made["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
+        for name, guide in self._named_guides():
+            dtype = self._dtype(guide)
+            made[name] = value.abstract(hf.read_guide_config(guide, dtype), dtype)
+        return made
+
+    def load_ref(self) -> LanguageModel:
+        return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
+
+    def load_guide(self) -> Guide:
+        """The guide, or a tuple of several."""
+        guides = tuple(hf.load_guide(guide, dtype=self._dtype(guide)) for guide in self.guides)
+        return guides if len(guides) > 1 else guides[0]
+
+    @property
+    def _first(self) -> Path:
+        return self.ref or self.guides[0]
+
+    def _named_guides(self) -> Iterator[tuple[str, Path]]:
+        return zip(guide_names(len(self.guides)), self.guides, strict=True)
+
+    def _dtype(self, folder: Path) -> str:
+        return self.dtype or stored_dtype(folder)
+
+
+def check_vocabulary(text: Text, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
+    """That models have the tokens of a text's tokenizer.
+
+    Args:
+      configs: the models' shapes, by their names in a message.
+      guides: folders whose tokenizers, if they have any, must have the same entries; they need none of their own.
+      whose: words for the text's tokenizer.
+
+    Raises:
+      UserError: naming the first model or entry that does not fit.
+    """
+    for what, config in configs.items():
+        if config.vocab_size < text.vocab_size:
+            raise UserError(
+                f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to"
+                f" {text.vocab_size - 1}; put the model's own there"
+            )
+    for guide in filter(has_tokenizer, guides):
+        check_same_tokens(text, Text.load(guide))
+
+
+def stored_dtype(folder: Path) -> str:
+    """bfloat16 where config.json says so, else float32, which holds every float16 exactly.
+
+    A config.json that is missing or damaged is refused by whoever reads the rest of it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = config.get("dtype", config.get("torch_dtype"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return "float32"
+    return "bfloat16" if stored == "bfloat16" else "float32"

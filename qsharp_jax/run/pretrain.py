@@ -1,0 +1,61 @@
+"""The reference model made on the spot: maximum likelihood on a task's texts, prompt given, response learned.
+
+What a downloaded model is for the large tasks. It knows nothing about rewards.
+"""
+
+import contextlib
+import functools
+
+from qsharp_jax import train
+from qsharp_jax.data.dataset import Batches, Example
+from qsharp_jax.models import decoder
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.files import folder_of_this_machine
+from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
+
+
+def run(session: Session) -> LanguageModel:
+    """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
+    if session.ref_folder:
+        return session.load_ref()
+    config, model_config = session.config.pretrain, session.ref_config
+    checkpoints = Checkpoints(session.workdir.ref)
+    with contextlib.suppress(DamagedError):  # `fit` names it, and goes on from the one before
+        if checkpoints.finished():
+            return session.load_ref()
+    text = session.text
+    if session.workdir.writes:
+        with folder_of_this_machine(session.workdir.ref / "tokenizer") as folder:
+            text.tokenizer.save_pretrained(folder)
+    texts = session.task.pretraining_texts(
+        session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
+    )
+    batches = Batches(
+        [Example(text.encode_prompt(prompt), text.encode_response(response)) for prompt, response in texts],
+        rows=config.batch_size,
+        bucket=config.length_bucket,
+        seed=session.seed("pretrain"),
+    )
+    optimizer = train.make_optimizer(config.optimizer)
+    first = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
+    with session.fitting():
+        state = train.fit(
+            train.init_state(first.params, optimizer),
+            batches,
+            loss_fn=functools.partial(train.language_model_loss, config=model_config),
+            optimizer=optimizer,
+            schedule=train.make_schedule(config.optimizer, config.steps),
+            checkpoints=checkpoints,
+            loop=train.Loop(
+                name="pre-train pi_ref",
+                total_steps=min(config.steps, batches.steps_per_epoch),
+                log_every=config.log_every,
+                save_every=config.save_every,
+                log=session.workdir.append_metrics,
+                stop=lambda means: means["loss"] <= config.stop_loss,
+                flops=train.language_model_flops(model_config),
+                profile=session.profile_folder("pretrain"),
+            ),
+        )
+    return session.for_decoding(first.replace(params=state.params))

@@ -1,0 +1,215 @@
+"""A run's folder on disk: where its files lie, who may write there, and what goes wrong with files.
+
+It may lie in a bucket: `files.py` and `lock.py` know what differs there. Knows nothing of models, rollouts or JAX: it
+hands out paths, keeps the config, appends metrics.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qsharp_jax.run.config import differences, from_json, to_json
+from qsharp_jax.system import files
+from qsharp_jax.system import lock as locks
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.lock import Lock
+from qsharp_jax.system.tensorboard import EventFiles
+
+
+@dataclasses.dataclass
+class Workdir:
+    """The paths of a workdir and the config of its run; `Workdir.open` also takes the lock, until `close` or the end
+    of a `with`. Of several processes on one run the first opens it, and the others `attach`: they write nothing that
+    there is one of (`writes` is false).
+    """
+
+    path: Path
+    config: ConfigDict
+    writes: bool = True
+    ref_in: str | None = None  # name of the workdir beside this one that has its reference; None: it has its own
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of its prompts, where they have one
+    _lock: Lock | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        config: ConfigDict | None = None,
+        *,
+        ref_in: str | None = None,
+        date: datetime.date | None = None,
+    ) -> "Workdir":
+        """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
+
+        A new one may take its reference from the workdir of the name `ref_in` beside it, for ever. A run may go on with
+        another `mesh` than it was begun with: the one that is given counts. Where prompts are chats, which may name the
+        day, a run keeps the date that it was begun on (by default today), on whatever day it goes on.
+
+        Raises UserError if `path` is a file, or in a bucket that cannot be reached, if it is no workdir and no config
+        is given, if another process holds it, or if it holds a run with other settings; OSError if it cannot be
+        written.
+        """
+        path = files.make_path(path)
+        stored = path / "config.json"
+        if config is None and not files.is_file(stored):
+            raise UserError(f"{path} is no workdir, for it has no config.json; give a run's --workdir, or a --config")
+        if not files.is_remote(path):  # a bucket has no folders to make
+            try:
+                (path / "samples").mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UserError(
+                    f"{path} cannot be a folder, since a file is in the way; give another --workdir"
+                ) from None
+        lock = locks.take(path)
+        try:
+            if not files.is_file(stored):
+                settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
+                files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
+            held, ref_in, kept = _read_config(stored)
+            if kept is None and held.get("prompt_format") == "chat":
+                kept = date or datetime.date.today()
+                settings = _read_json(stored) | {"date": kept.isoformat()}
+                files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
+            if config is not None and (differing := differences(held, config, but="mesh")):
+                raise UserError(
+                    f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
+                    "give another --workdir, or the same settings"
+                )
+        except BaseException:
+            lock.release()
+            raise
+        settings = held if config is None else config
+        return cls(path, settings, ref_in=ref_in, date=kept or datetime.date.today(), _lock=lock)
+
+    @classmethod
+    def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
+        """The workdir that another process of the same run holds open."""
+        path = files.make_path(path)
+        held, ref_in, date = _read_config(path / "config.json")
+        settings = held if config is None else config
+        return cls(path, settings, writes=False, ref_in=ref_in, date=date or datetime.date.today())
+
+    def read_hashes(self) -> dict[str, Any]:
+        """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
+        return _read_json(self.path / "config.json").get("hashes", {})
+
+    def write_hashes(self, hashes: dict[str, Any]) -> None:
+        stored = self.path / "config.json"
+        files.write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    @property
+    def ref(self) -> Path:
+        return (self.path.parent / self.ref_in if self.ref_in else self.path) / "ref"
+
+    @property
+    def guide(self) -> Path:
+        return self.path / "guide"
+
+    def rollouts(self, round: int) -> Path:
+        return self.path / "rollouts" / f"round_{round}"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def profile(self, phase: str) -> Path:
+        return self.path / "profile" / phase
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @functools.cached_property
+    def _metrics(self) -> files.Growing:
+        return files.Growing(self.metrics)
+
+    @functools.cached_property
+    def _events(self) -> EventFiles:
+        return EventFiles(self.path / "tensorboard")
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
+
+        The same numbers go to TensorBoard's event files. Raises OSError, with the file's name, if a file cannot be
+        written, and UserError if another process has taken the workdir over.
+        """
+        if not self.writes:
+            return
+        metrics = _finite(metrics)
+        if self._lock is not None:
+            self._lock.check()
+        self._metrics.append_line(json.dumps(metrics, allow_nan=False))
+        self._events.write(metrics)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All metrics so far, without the half line that a kill may have left at the end.
+
+        Raises UserError naming a line that is damaged elsewhere.
+        """
+        if not files.is_file(self.metrics):
+            return []
+        lines = files.whole_lines(self.metrics.read_bytes()).splitlines()
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise UserError(f"{self.metrics}, line {number}, is damaged; delete that line") from None
+        return rows
+
+
+def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:
+    """The settings, where the reference is if not here, and the date of the prompts if it is kept."""
+    held = _read_json(path)
+    settings = {name: item for name, item in held.items() if name not in ("hashes", "ref_in", "date")}
+    try:
+        date = datetime.date.fromisoformat(held["date"]) if "date" in held else None
+    except (TypeError, ValueError):
+        raise UserError(f"{path} has the date {held['date']!r}; write it as YYYY-MM-DD") from None
+    return from_json(settings), held.get("ref_in"), date
+
+
+def _read_json(path: Path) -> dict:
+    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
+    try:
+        plain = json.loads(content)
+        if not isinstance(plain, dict):
+            raise ValueError("it holds no settings")
+        return plain
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
+
+
+def _finite(value: Any) -> Any:
+    """`value` as strict JSON has it; a NumPy or JAX scalar becomes a Python number."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

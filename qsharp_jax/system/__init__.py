@@ -1,0 +1,1 @@
+"""Errors, files, locks, several hosts, signals, progress; no package of ours is imported here."""

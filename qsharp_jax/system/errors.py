@@ -1,0 +1,93 @@
+"""The error that is the user's to mend, the hint that goes with it, and the end that is asked for.
+
+It knows nothing of any file, config or model.
+"""
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can mend: a bad config, a missing file, a damaged shard.
+
+    The message is one sentence that says what was wrong, where, and what to do; the command line prints it without
+    a traceback and exits with code 2.
+    """
+
+
+class Stopped(Exception):
+    """The process was told to end, and what was worth keeping is saved; the same command goes on from there."""
+
+
+def warn(sentence: str) -> None:
+    """Print one line to standard error about something that goes on, but that the user should know."""
+    print(f"qsharp: {sentence}", file=sys.stderr)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "did you mean 'eta'?", or all that is known if nothing is near."""
+    known = sorted(known)
+    # A dotted name may be right but for its section.
+    last = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    return f"known: {', '.join(known)}"
+
+
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "your disk quota is used up; free space and run the same command again",
+    errno.EROFS: "the file system is read-only; give another {option}",
+    errno.EACCES: "permission is denied; give another {option}, or change its permissions",
+}
+
+
+# As "(os error 28)" and "[os_error_code='28']" in the errors of `tokenizers` and TensorStore, which are no OSErrors.
+_NUMBER_IN_TEXT = re.compile(r"os[ _]error(?:_code)?[ =]'?([0-9]+)")
+
+
+def os_error_number(e: Exception) -> int | None:
+    """The operating system's number for what went wrong; None if it was something else."""
+    if isinstance(e, OSError):
+        return e.errno
+    found = _NUMBER_IN_TEXT.search(str(e))
+    return int(found[1]) if found else None
+
+
+def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str | None:
+    """The sentence for an error of the operating system that the user can mend; None for others.
+
+    That is a full disk, a quota, a read-only or forbidden file wherever it is, named if it is known, and any error on
+    a path that the user gave.
+
+    Args:
+      paths: what the user gave: options, and paths.
+    """
+    number, name, option = os_error_number(e), getattr(e, "filename", None), None
+    if isinstance(name, str):
+        option, name = _option(name, paths)
+    words = _OS_ERRORS.get(number)
+    if words is None and option is not None and number is not None:
+        words = f"{os.strerror(number).lower()}; give another {{option}}"
+    if words is None:
+        return None
+    words = words.format(option=option or "--workdir")
+    return f"{name}: {words}" if name else words
+
+
+def _option(name: str, paths: Sequence[tuple[str, str]]) -> tuple[str | None, str]:
+    """The option whose path a file is at, or below, or on the way to; and the file, or in the last case the path."""
+    file = Path(os.path.abspath(name))
+    for option, path in paths:
+        place = Path(os.path.abspath(path))
+        if file.is_relative_to(place):
+            return option, name
+        if place.is_relative_to(file):
+            return option, path
+    return None, name

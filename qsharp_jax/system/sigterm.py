@@ -1,0 +1,192 @@
+"""SIGTERM, which clouds send some seconds before they take a machine away, ends the process with exit code 0.
+
+At once, as a rule: a workdir's files are whole or absent at any moment. Code that has something to save runs inside
+`deferred`, asks `requested` now and then, saves, and raises `Stopped`. Ctrl-C (SIGINT) does the same there, with exit
+code 130; elsewhere it raises KeyboardInterrupt as usual.
+
+Senders repeat themselves: `timeout` signals its child and then the group the child is in, SLURM a job that is preempted
+and then one whose grace time is over. Signals within `REPEATED` seconds of the first are the same request. A later one
+ends the process without saving, and says what is lost. Signals belong to the process, and so does the state here.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from qsharp_jax.system.errors import Stopped
+
+REPEATED = 5.0  # seconds
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclasses.dataclass
+class _State:
+    """The first signal, and how the main thread takes it.
+
+    Attributes:
+      number: of the first signal; 0 before it.
+      since: when it came, in seconds of a monotonic clock.
+      deferred: the first signal is only noted.
+      raising: where deferred, the first signal raises `Stopped` in the main thread nevertheless.
+      raised: the main thread is on its way out, and no other signal raises anything.
+      raised_by: the signal that sent it there, which the main thread may see before `number` is set.
+      unsaved: what is lost if the process ends now.
+    """
+
+    number: int = 0
+    since: float = 0.0
+    deferred: bool = False
+    raising: bool = False
+    raised: bool = False
+    raised_by: int = 0
+    unsaved: str = ""
+
+
+_state = _State()
+
+
+def leave(code: int, sentence: str) -> None:
+    """End this process at once, though its main thread may wait for another process, or a device, for ever."""
+    try:
+        sys.stdout.flush()
+        print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
+    finally:  # whoever read the output may have gone
+        os._exit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The processes of a run; by default this is the only one.
+
+    Attributes:
+      end: ends all of them at once, with an exit code and a sentence.
+      stop: sends the others the SIGTERM that came to this one.
+    """
+
+    end: Callable[[int, str], None] = leave
+    stop: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[None]:
+    """From here on SIGTERM calls `end`, which has to end the process (see `leave`), but where it is `deferred`.
+
+    A thread waits for it: Python's own handlers wait until the main thread comes back from the device, which may take
+    longer than the cloud does. For the main thread alone. After a signal the handlers stay when the block is left: the
+    process is about to exit, and a repeated signal must not change its exit code.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _reset()
+    # Shells start background jobs with SIGINT ignored; it stays so.
+    taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _raise_where_allowed) for number in taken}
+    wakeup = signal.set_wakeup_fd(writer)
+    threading.Thread(target=_wait, args=(reader, end, peers), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        if not requested():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        os.close(writer)  # which ends the thread
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While this is entered, SIGTERM and Ctrl-C are only noted, for `requested`.
+
+    Raises:
+      Stopped: at the end, if there was one and nobody asked.
+    """
+    _state.deferred = True
+    try:
+        yield
+    finally:
+        _state.deferred, _state.unsaved = False, ""
+        _state.raised = _state.raised or requested()
+    if requested():
+        raise Stopped
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside `deferred`: SIGTERM and Ctrl-C raise `Stopped` here.
+
+    Not in one of several processes: the others would wait for it.
+    """
+    import jax  # not above: the command line imports this file
+
+    if jax.process_count() > 1:
+        yield
+        return
+    _state.raising = True
+    try:
+        if requested():
+            raise Stopped
+        yield
+    finally:
+        _state.raising = False
+
+
+def requested() -> bool:
+    """Return true after a SIGTERM or a Ctrl-C."""
+    return _state.number > 0
+
+
+def by_ctrl_c() -> bool:
+    """Return true if the first signal was a Ctrl-C."""
+    return (_state.number or _state.raised_by) == signal.SIGINT
+
+
+def unsaved(what: str) -> None:
+    """Set what is lost if the process ends now; inside `deferred`."""
+    _state.unsaved = what
+
+
+def _reset() -> None:
+    for field in dataclasses.fields(_State):
+        setattr(_state, field.name, field.default)
+
+
+def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
+    """Handle a signal in the main thread, once that is back from the device."""
+    allowed = _state.raising if _state.deferred else number == signal.SIGINT
+    if allowed and not _state.raised:
+        _state.raised, _state.raised_by = True, number
+        raise Stopped if _state.deferred else KeyboardInterrupt
+
+
+def _wait(reader: int, end: Callable[[], None], peers: Peers) -> None:
+    with open(reader, "rb", buffering=0) as signals:
+        while number := signals.read(1):
+            if number[0] in SIGNALS:
+                _receive(number[0], time.monotonic(), end, peers)
+
+
+def _receive(number: int, now: float, end: Callable[[], None], peers: Peers) -> None:
+    """Act on a signal.
+
+    Args:
+      now: in seconds of a monotonic clock.
+      end: of `sigterm_ends`.
+    """
+    if not requested():
+        _state.since, _state.number = now, number
+        if _state.deferred:
+            if number == signal.SIGINT:
+                print("\nqsharp: interrupted; saving before the end", file=sys.stderr, flush=True)
+            peers.stop()
+        elif number == signal.SIGTERM:
+            end()
+    elif (seconds := now - _state.since) > REPEATED:
+        lost = _state.unsaved or "what is not written yet"
+        name = signal.Signals(number).name
+        peers.end(128 + number, f"{name} again, {seconds:.0f} s after the first: ends at once and gives up {lost}")

@@ -1,0 +1,113 @@
+"""Whether two answers are the same mathematics, asked of worker processes that a hostile answer may well kill.
+
+A worker has so much processor time for a pair of answers, and so much memory. One that takes more, or breaks, is
+replaced, and its two answers count as different. It knows nothing about tasks, rewards or models.
+"""
+
+import functools
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from qsharp_jax.system.errors import UserError
+
+SECONDS = 5.0  # of processor time for one pair; MATH's own answers take milliseconds
+PATIENCE = 60.0  # seconds of wall time, for a worker that is not computing and does not answer either
+MEMORY = 1 << 30  # bytes of a worker's addresses, some 70 MB of which it begins with
+START = 120.0  # seconds of wall time that a worker may take to begin
+MOST_WORKERS = 16
+
+
+class Pool:
+    """Workers, one for each of some threads, started when there is something to ask.
+
+    They end with this process, however that ends.
+    """
+
+    def __init__(self, workers: int | None = None, *, seconds: float = SECONDS, memory: int = MEMORY):
+        workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        self._start = functools.partial(_Worker, seconds, memory)
+        self._threads = ThreadPoolExecutor(workers, "judge")
+        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(None)
+
+    def same(self, gold: str, answer: str) -> Future[bool]:
+        """Whether the answer means what the gold one does; `math_verify` does not take them symmetrically.
+
+        The result raises UserError if no worker can be started.
+        """
+        return self._threads.submit(self._same, gold, answer)
+
+    def _same(self, gold: str, answer: str) -> bool:
+        worker = self._idle.get()
+        try:
+            worker = worker or self._start()
+            verdict = worker.ask(gold, answer)
+            if verdict is None:
+                worker.kill()
+                worker = None
+            return bool(verdict)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Ends the workers; what has not been begun is not judged."""
+        self._threads.shutdown(cancel_futures=True)
+        while not self._idle.empty():
+            if worker := self._idle.get():
+                worker.kill()
+
+
+class _Worker:
+    """One process of `worker.py`."""
+
+    def __init__(self, seconds: float, memory: int):
+        # Unsafe paths are left out, for the folder of `worker.py` is not one to import from. Sets of symbols have an
+        # order that the hashes' seed decides, and with it the way that an algorithm takes.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", Path(__file__).with_name("worker.py"), str(seconds), str(memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=os.environ | {"PYTHONHASHSEED": "0"},
+            start_new_session=True,  # a Ctrl-C is not theirs
+        )
+        self._poll = select.poll()
+        self._poll.register(self._process.stdout, select.POLLIN)
+        word = self._read(START)
+        if word != "ready":
+            self.kill()
+            raise UserError(
+                f"the process that judges answers cannot begin ({word or 'it said nothing'}); install what"
+                " requirements.txt lists, math-verify among it"
+            )
+
+    def ask(self, gold: str, answer: str) -> bool | None:
+        """None if the worker broke, or was killed for taking too long."""
+        try:
+            self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        except BrokenPipeError:
+            return None
+        return {"1": True, "0": False}.get(self._read(PATIENCE))
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def _read(self, seconds: float) -> str:
+        """One line; what there is of it at the process's end, or after so many seconds."""
+        line = b""
+        while not line.endswith(b"\n") and self._poll.poll(seconds * 1000):
+            if not (more := os.read(self._process.stdout.fileno(), 4096)):
+                break
+            line += more
+        return line.decode().strip()

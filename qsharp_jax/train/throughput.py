@@ -1,0 +1,184 @@
+"""How fast training runs: model FLOP/s, their share of what the devices can do, and the share of time spent in steps.
+
+FLOPs are counted as in PaLM, appendix B (Chowdhery et al., arXiv 2204.02311): what forward and backward pass of the
+model need, whatever the program computes again or for padding. Shapes: B rows, T tokens. It knows nothing about losses.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qsharp_jax.data.dataset import Batch
+from qsharp_jax.models import decoder
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.value import ValueConfig
+
+Flops = Callable[[Batch], float]  # of one training step on a batch
+
+# --- FLOPs of a step ------------------------------------------------------------------------------------------------
+
+
+def language_model_flops(config: DecoderConfig) -> Flops:
+    """`step_flops` for a language model, whose output head is multiplied with every token, tied or not."""
+    return _flops(config, config.embed * config.vocab_size)
+
+
+def guide_flops(config: ValueConfig, future_offsets: int = 0) -> Flops:
+    """`step_flops` for a guide; of a Q-type's head only the columns of the token itself are read.
+
+    Args:
+      future_offsets: heads of the loss that predicts later tokens, each over the whole vocabulary.
+    """
+    return _flops(config.trunk, config.trunk.embed * (config.outputs + future_offsets * config.trunk.vocab_size))
+
+
+def _flops(config: DecoderConfig, head: int) -> Flops:
+    leaves = jax.tree.leaves_with_path(decoder.abstract(config)["layers"])
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    return functools.partial(
+        step_flops, matmul_parameters=kernels + head, attention=config.layers * config.heads * config.head_dim
+    )
+
+
+def step_flops(batch: Batch, *, matmul_parameters: int, attention: int) -> float:
+    """Floating-point operations of forward and backward pass on a batch, a multiplication and an addition being two.
+
+    6 N for a token, and 12 L H E n for a token of a sequence of n: 2 N and 4 L H E n forward (scores, and the values'
+    sum), twice that backward. Causal attention is counted as if every token attended to all of its own sequence, as
+    PaLM does. Not counted are padding, rematerialisation, embedding look-ups, norms, softmax and the optimiser.
+
+    Args:
+      matmul_parameters: N, parameters that a token is multiplied with: the blocks' kernels and the output head.
+      attention: L H E, the layers times their query heads times a head's width.
+    """
+    lengths = _lengths(np.asarray(batch.segments)).astype(float)
+    return 6.0 * matmul_parameters * lengths.sum() + 12.0 * attention * (lengths**2).sum()
+
+
+def _lengths(segments: np.ndarray) -> np.ndarray:
+    """Tokens of every segment of every row, from segments [B, T] with 0 at padding."""
+    most = int(segments.max(initial=0)) + 1
+    numbered = segments + most * np.arange(len(segments))[:, None]
+    return np.bincount(numbered.reshape(-1), minlength=most * len(segments)).reshape(-1, most)[:, 1:].reshape(-1)
+
+
+# --- What devices can do --------------------------------------------------------------------------------------------
+
+# Dense bfloat16 FLOP/s of one device of JAX, by a part of its `device_kind`; from the makers' data sheets.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989.4e12,  # and GH200
+    "H200 NVL": 835e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+}
+
+
+def device_peak(kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device of this `device_kind`; None for one that is not in the table, as a CPU."""
+    names = [name for name in PEAKS if name in kind]
+    return PEAKS[max(names, key=len)] if names else None
+
+
+def peak(params: Any) -> float | None:
+    """FLOP/s of all devices that parameters lie on, together; None if one of them is unknown."""
+    devices = set().union(*(leaf.sharding.device_set for leaf in jax.tree.leaves(params)))
+    peaks = [device_peak(device.device_kind) for device in devices]
+    return None if None in peaks else sum(peaks)
+
+
+# --- Where the time goes --------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Wall time of a training in this process, told apart into steps and all the rest.
+
+    Steps are dispatched: the call returns before the device has computed. So time is only read where the device is
+    known to be done (`lap`), and from what lies between two such places, that is taken away in which the device had to
+    wait: calls that compile, fetches of a batch that came after the device was done, and what is put under `lost`.
+    What may be both, as a compilation while earlier steps still run, counts as lost: goodput is never flattered.
+    """
+
+    def __init__(self, flops: Flops | None = None):
+        self._flops = flops
+        self._began = time.monotonic()
+        self._useful = 0.0  # seconds, in all laps
+        self._shapes: set = set()  # of batches that there is a program for
+        self.warm = 0  # steps since the last that compiled
+        self._restart()
+
+    def _restart(self) -> None:
+        self._lap, self._lost, self._tokens, self._operations = time.monotonic(), 0.0, 0, 0.0
+
+    def start(self, params: Any) -> None:
+        """Ends the preparations (a checkpoint that is read): from here on there are steps, on these parameters."""
+        self._peak = peak(params)
+        self._restart()
+
+    @contextlib.contextmanager
+    def lost(self) -> Iterator[None]:
+        """For what keeps the device waiting; it is to be done with its steps before."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._lost += time.monotonic() - began
+
+    def fetch(self, batches: Any, step: int, last: dict[str, jax.Array]) -> Batch:
+        """`batches[step]`: lost time, unless the device was busy all the while with the step that gave `last`."""
+        began = time.monotonic()
+        batch = batches[step]
+        if all(metric.is_ready() for metric in last.values()):
+            self._lost += time.monotonic() - began
+        return batch
+
+    @contextlib.contextmanager
+    def step(self, batch: Batch) -> Iterator[None]:
+        """For the call of a step on a batch; the first of a shape compiles, or loads a program, and is lost."""
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+        compiles = shapes not in self._shapes
+        with self.lost() if compiles else contextlib.nullcontext():
+            yield
+        self._shapes.add(shapes)
+        self.warm = 0 if compiles else self.warm + 1
+        self._tokens += int(np.count_nonzero(batch.segments))
+        if self._flops is not None:
+            self._operations += self._flops(batch)
+
+    def lap(self) -> dict[str, float]:
+        """The speed since the last lap; to be called when the device is done with every step.
+
+        Returns:
+          seconds: wall time since the last lap, what was lost too.
+          tokens_per_second: of steps, padding not counted.
+          flops: model FLOPs of the steps since the last lap; only if FLOPs are counted.
+          flops_per_second: model FLOP/s of steps; likewise.
+          mfu: these, as a share of the devices' dense bfloat16 peak; only if that is known.
+          goodput: the share of steps in all wall time since the clock was made. With `mfu` it multiplies to the share
+            of the peak that the training as a whole makes use of.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._lap - self._lost, 1e-9)
+        self._useful += seconds
+        speed = {"seconds": now - self._lap, "tokens_per_second": self._tokens / seconds}
+        if self._flops is not None:
+            speed["flops"] = self._operations
+            speed["flops_per_second"] = self._operations / seconds
+            if self._peak is not None:
+                speed["mfu"] = self._operations / seconds / self._peak
+        speed["goodput"] = self._useful / max(now - self._began, 1e-9)
+        self._restart()
+        return speed

@@ -1,0 +1,470 @@
+"""`qsharp generate` and `qsharp score` on models in folders, as a user meets them.
+
+The reference's and the guide's embeddings are padded to different sizes, and the padding of the reference would win
+every draw if it took part.
+"""
+
+import datetime
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bpe
+import jax
+import numpy as np
+import numpy_decoder
+import pytest
+import scipy.special
+from commands import FIELDS, refused, stdout_lines
+from helpers import quick_compilation  # noqa: F401
+from ml_collections import ConfigDict
+from repository import ROOT
+from text_models import USED, make_guide, make_ref
+
+from qsharp_jax import cli
+from qsharp_jax.cli import generate_file, texts
+from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.models import hf, memory
+from qsharp_jax.run.workdir import Workdir
+
+PROMPT, NEW = "How many eggs?", 8
+FEW = ("--max-new-tokens", NEW)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a reference and a guide that go together, which the tests leave as they are."""
+    ref, guide = (tmp_path_factory.mktemp(name) for name in ("ref", "guide"))
+    hf.export_ref(make_ref(), ref, tokenizer=bpe.make(), stop_ids=[bpe.EOS, bpe.EOT])
+    hf.export_guide(make_guide(), guide, tokenizer=bpe.make())
+    return ref, guide
+
+
+@pytest.fixture
+def light(models, tmp_path) -> tuple[Path, Path]:
+    """Copies without the weights: what is refused here is refused before any are read."""
+    return tuple(
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        for folder, name in zip(models, ("ref", "guide"))
+    )
+
+
+def write_lines(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def numpy_log_probs(tokens) -> np.ndarray:
+    """[T, V]: after every token, over the real ones."""
+    ref = make_ref()
+    params = numpy_decoder.to_float64(ref.params)
+    logits = numpy_decoder.logits(params, ref.config, numpy_decoder.hidden(params, ref.config, tokens))
+    return scipy.special.log_softmax(logits[:, :USED], axis=1)
+
+
+def numpy_greedy(prompt_tokens, stop_ids) -> list[int]:
+    response = []
+    while len(response) < NEW and not set(response) & set(stop_ids):
+        response.append(int(numpy_log_probs([*prompt_tokens, *response])[-1].argmax()))
+    return response
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, prompt_format):
+    arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", "--prompt-format", prompt_format, *FEW)
+    (line,) = stdout_lines(capfd, *arguments)
+    prompt_tokens = Text.load(models[0], prompt_format=prompt_format).encode_prompt(PROMPT)
+    expected = numpy_greedy(prompt_tokens, [bpe.EOS, bpe.EOT])
+    assert list(line) == FIELDS and line["tokens"] == expected and line["prompt"] == PROMPT
+    assert line["response"] == bpe.make().decode(expected, skip_special_tokens=True)
+    assert line["eta"] is None and set(line["values"]) == {None} and set(line["kl"]) == {0.0}
+    stop = expected[2]
+    if prompt_format == "plain":
+        (line,) = stdout_lines(capfd, *arguments, "--stop-ids", f"5,{stop}")
+        assert line["tokens"] == expected[: expected.index(stop) + 1] and line["finished"]
+
+
+@pytest.mark.slow
+def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
+    """Decoding against teacher forcing; and the text that is streamed is the line's."""
+    ref, guide = models
+    pair = ("--ref", ref, "--guide", guide)
+    made = stdout_lines(capfd, "generate", *pair, PROMPT, "--eta", "0.5,0.05", "--seed", "4", *FEW)
+    assert [line["eta"] for line in made] == [0.5, 0.05]
+    prompt_tokens = Text.load(ref).encode_prompt(PROMPT)
+    records = [{"prompt_tokens": prompt_tokens, "response_tokens": line["tokens"], "n": line["eta"]} for line in made]
+    source, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    assert cli.main([str(x) for x in ("score", *pair, "--input", source, "--output", output)]) == 0
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    known = 0
+    for line, record, score in zip(made, records, scored, strict=True):
+        assert {key: score[key] for key in record} == record
+        assert set(score) - set(record) == {"ref_log_probs", "values", "value"}
+        np.testing.assert_allclose(line["ref_log_probs"], score["ref_log_probs"], atol=1e-4)
+        pairs = [(mine, other) for mine, other in zip(line["values"], score["values"]) if mine is not None]
+        known += len(pairs)
+        np.testing.assert_allclose(*zip(*pairs), atol=1e-4)
+        assert sum(line["kl"]) > 1e-3
+    assert known >= sum(len(line["tokens"]) for line in made) - 2  # the last is unknown where it was no candidate
+
+    capfd.readouterr()
+    streamed = ("generate", *pair, PROMPT, "--stream", "--eta", "0.5", "--seed", "4", "--max-new-tokens", NEW + 12)
+    assert cli.main([str(argument) for argument in streamed]) == 0
+    text = capfd.readouterr().out
+    assert text.startswith(made[0]["response"].rstrip("\ufffd")) and text.endswith("\n") and len(text) > NEW
+
+
+def test_several_guides_are_composed_by_their_weights(models, tmp_path, capfd):
+    """Weights of 1 and 0 are the first guide alone; 0.5 twice, of the same guide, too; 1 and 1 are another tilt."""
+    ref, guide = models
+    one = ("generate", "--ref", ref, "--guide", guide)
+    arguments = (PROMPT, "--eta", "0.1", "--seed", "4", *FEW)
+    (alone,) = stdout_lines(capfd, *one, *arguments)
+    for weights, same in (("1,0", True), ("0.5,0.5", True), ("1,1", False)):
+        (line,) = stdout_lines(capfd, *one, "--guide", guide, "--weights", weights, *arguments)
+        assert (line["tokens"] == alone["tokens"] and np.allclose(line["kl"], alone["kl"], atol=1e-5)) == same
+    assert sum(alone["kl"]) > 1e-2
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def assert_same_lines(actual: list[dict], expected: list[dict]) -> None:
+    """All that is not a rounded number exactly."""
+    numbers = ("log_probs", "ref_log_probs", "kl", "values")
+    for line, other in zip(actual, expected, strict=True):
+        assert {key: line[key] for key in line if key not in numbers} == {
+            key: other[key] for key in other if key not in numbers
+        }
+        for name in numbers:
+            mine, theirs = (np.asarray(each[name], float) for each in (line, other))
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.fixture
+def resumable(models, tmp_path, monkeypatch):
+    """A command of 20 responses in batches of 4 rows, with its prompts in a file."""
+    monkeypatch.setattr(texts, "BATCH_ROWS", 4)
+    prompts = [PROMPT, "Sam", "How many eggs does Sam have?", "Mia has 3", "日本"]
+    source = tmp_path / "prompts.txt"
+    source.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    pair = ("--ref", models[0], "--guide", models[1])
+    return "generate", *pair, "--input", source, "--samples", 2, "--eta", "0.5,0.1", "--seed", 3, *FEW
+
+
+def stop_after(monkeypatch, count: int, error: BaseException) -> None:
+    """The next generation is interrupted when it has so many responses."""
+    encode, calls = generate_file.encode, []
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) > count:
+            raise error
+        return encode(*arguments)
+
+    monkeypatch.setattr(generate_file, "encode", interrupting)
+
+
+def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, tmp_path, capfd, monkeypatch):
+    """Nothing complete is lost, half a line is made anew, and what is there is not generated again."""
+    expected = stdout_lines(capfd, *resumable)
+    output = tmp_path / "out.jsonl"
+    command = [str(argument) for argument in (*resumable, "--output", output)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, KeyboardInterrupt())
+        assert cli.main(command) == 130 and "goes on where it stopped" in capfd.readouterr().err
+    assert len(read_lines(output)) == 7
+    output.write_bytes(output.read_bytes()[:-100])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, OSError(errno.ENOSPC, "full"))
+        assert cli.main(command) == 2 and "disk is full" in capfd.readouterr().err
+    some = read_lines(output)
+    assert len(some) == 6 + 3 and some != expected[:9]  # in the order in which they ended
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11, AssertionError("generated again"))
+        assert cli.main(command) == 0
+    assert_same_lines(read_lines(output), expected)
+    assert [line for line in read_lines(output) if line in some]
+    monkeypatch.setattr(texts, "_check_memory", lambda *_: pytest.fail("it would read weights"))
+    assert cli.main(command) == 0 and "all 20 responses are there" in capfd.readouterr().err
+
+
+def test_prompts_may_be_added_to_a_finished_generation(resumable, tmp_path, capfd):
+    output, source = tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    command = [str(argument) for argument in (*resumable, "--output", output)]
+    assert cli.main(command) == 0
+    before = output.read_bytes()
+    with open(source, "a") as file:
+        file.write("One more\n")
+    assert cli.main(command) == 0
+    assert output.read_bytes().startswith(before) and len(read_lines(output)) == 24
+    assert_same_lines(read_lines(output), stdout_lines(capfd, *resumable))
+
+
+def test_an_output_of_other_settings_is_refused_and_left_alone(resumable, models, tmp_path, capfd, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    command = (*resumable, "--output", output)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, KeyboardInterrupt())
+        assert cli.main([str(argument) for argument in command]) == 130
+    content = output.read_bytes()
+    capfd.readouterr()
+    for change, words in [
+        (("--temperature", "0.5"), "generated with temperature 1.0, and this command has 0.5"),
+        (("--max-new-tokens", "9"), "max_new_tokens 8, and this command has 9"),
+        (("--mode", "cd"), 'mode "qsharp", and this command has "cd"'),
+        (("--seed", "4"), "seed 3, and this command has 4"),
+        (("--stop-ids", "5"), "stop_ids"),
+        (("--prompt-format", "chat"), 'prompt_format "plain"'),
+        (("--guide", models[1], "--weights", "1,1"), "with guide"),
+        (("--eta", "0.5"), "is not a response that this command lacks"),
+        (("--samples", "3"), "is not a response that this command lacks"),
+    ]:
+        assert words in refused(capfd, *command, *change)
+    assert output.read_bytes() == content
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(resumable, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    for terminal in (False, True):
+        command = [str(argument) for argument in (*resumable, "--output", tmp_path / f"{terminal}.jsonl")]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+            assert cli.main(command) == 0
+        assert ("20/20" in capfd.readouterr().err) == terminal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code):
+    output = tmp_path / "out.jsonl"
+    arguments = ["generate", "--ref", models[0], PROMPT, "--samples", 2000, "--max-new-tokens", 40, "--output", output]
+    command = [str(argument) for argument in arguments]
+    process = subprocess.Popen([sys.executable, "-m", "qsharp_jax.cli", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    while not (output.exists() and output.read_bytes().count(b"\n") > 20) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    errors = process.communicate()[1].decode()
+    assert process.returncode == code and ("goes on where it stopped" in errors) == (sign == signal.SIGTERM), errors
+    some = output.read_bytes()
+    assert 20 < some.count(b"\n") < 2000
+    assert cli.main(command) == 0
+    lines = output.read_bytes().splitlines()
+    assert set(some.split(b"\n")[:-1]) <= set(lines)  # what was there is as it was
+    assert_same_lines([json.loads(line) for line in lines], stdout_lines(capfd, *command[:-2]))
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_scores_of_texts_are_numpy_s(models, tmp_path, prompt_format):
+    """Log-probabilities and values of a full forward in float64, one sequence at a time."""
+    records = [{"prompt": PROMPT, "response": " Twelve eggs."}, {"prompt": "Sam", "response": "", "id": 3}]
+    source, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    ref, guide = models
+    arguments = ["--prompt-format", prompt_format, "--input", str(source), "--output", str(output)]
+    assert cli.main(["score", "--ref", str(ref), "--guide", str(guide), *arguments]) == 0
+    text = Text.load(ref, prompt_format=prompt_format)
+    guide = make_guide()
+    params = numpy_decoder.to_float64(guide.params)
+    for record, line in zip(records, output.read_text().splitlines(), strict=True):
+        prompt, response = text.encode_prompt(record["prompt"]), text.encode_response(record["response"])
+        assert response[-1] == (bpe.EOT if prompt_format == "chat" else bpe.EOS)
+        scored = json.loads(line)
+        expected = numpy_log_probs([*prompt, *response])[len(prompt) - 1 : -1][np.arange(len(response)), response]
+        np.testing.assert_allclose(scored["ref_log_probs"], expected, atol=1e-4)
+        hidden = numpy_decoder.hidden(params["trunk"], guide.config.trunk, [*prompt, *response])[len(prompt) :]
+        means = scipy.special.expit(hidden @ params["head"]["kernel"] + params["head"]["bias"])[:, 0]
+        np.testing.assert_allclose(scored["values"], means, atol=1e-4)
+        assert scored["value"] == scored["values"][-1] and np.ptp(means) + abs(means[0] - 0.5) > 1e-2
+
+
+def test_scoring_goes_on_where_it_stopped_with_either_model_alone(models, tmp_path, capsys):
+    records = [{"prompt": PROMPT, "response": "eggs " * n} for n in range(1, 4)]
+    source = write_lines(tmp_path / "in.jsonl", records)
+    for option, folder, added in [("--ref", models[0], {"ref_log_probs"}), ("--guide", models[1], {"values", "value"})]:
+        output = tmp_path / f"out{option}.jsonl"
+        command = ["score", option, str(folder), "--input", str(source), "--output", str(output)]
+        assert cli.main(command) == 0
+        whole = output.read_bytes()
+        assert all(set(json.loads(line)) == {"prompt", "response"} | added for line in whole.splitlines())
+        output.write_bytes(whole[: whole.index(b"\n") + 9])
+        assert cli.main(command) == 0
+        assert output.read_bytes() == whole
+        capsys.readouterr()
+        assert cli.main(command) == 0 and "complete" in capsys.readouterr().err
+        assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_a_template_s_date_is_given_or_today_s(models, tmp_path, capfd, command):
+    """To `generate` and `score` alike: the log-probabilities are those after the prompt of that day."""
+    ref = shutil.copytree(models[0], tmp_path / "ref")
+    template = "{{ strftime_now('%d %b') }} " + bpe.TEMPLATE
+    (ref / "chat_template.jinja").write_text(template)
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": PROMPT, "response": "a"}]), tmp_path / "out.jsonl"
+    for date in (None, datetime.date(2024, 2, 29)):
+        options = ["--ref", ref, "--prompt-format", "chat", *(["--date", date] if date else [])]
+        prompt = Text.load(ref, prompt_format="chat", date=date).encode_prompt(PROMPT)
+        if command == "generate":
+            (line,) = stdout_lines(capfd, command, *options, PROMPT, "--temperature", "0", *FEW)
+        else:
+            assert cli.main([str(x) for x in (command, *options, "--input", source, "--output", output)]) == 0
+            response = Text.load(ref, prompt_format="chat").encode_response("a")
+            line = json.loads(output.read_text()) | {"tokens": response}
+            output.unlink()
+        expected = numpy_log_probs([*prompt, *line["tokens"]])[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(
+            line["ref_log_probs"], expected[np.arange(len(line["tokens"])), line["tokens"]], atol=1e-4
+        )
+
+
+def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
+    for date in ("2024-02-30", "29.2.2024", "20240229", "2024-2-9", "2024-W09-4", "today", ""):
+        assert f"{date!r} is not a date" in refused(capsys, "generate", PROMPT, "--ref", light[0], "--date", date)
+    assert "--date goes with --ref" in refused(
+        capsys, "generate", PROMPT, "--workdir", tmp_path, "--date", "2024-02-29"
+    )
+
+
+# --- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
+    ref, guide = light
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "response": "b"}]), tmp_path / "out.jsonl"
+    files = ("--input", source, "--output", output)
+    for arguments, words in [
+        (("generate", PROMPT), "there are no models"),
+        (("score", *files), "there are no models"),
+        (("generate", PROMPT, "--ref", ref, "--workdir", tmp_path), "--workdir, or models' folders by --ref, not both"),
+        (("score", *files, "--ref", ref, "--guide", guide, "--workdir", tmp_path), "by --ref and --guide, not both"),
+        (("generate", PROMPT, "--guide", guide), "--guide needs the reference"),
+        (("generate", PROMPT, "--ref", ref, "--eta", "0.5"), "--eta 0.5 needs a guide"),
+        (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2), "there are 2 --guide and 0 --weights"),
+        (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "1,2"), "1 --guide and 2 --weights"),
+        (("generate", PROMPT, "--workdir", tmp_path, "--weights", "1,2"), "0 --guide and 2 --weights"),
+        (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2, "--weights", "a"), "is not a list of numbers"),
+        (("generate", PROMPT, "--ref", ref, "--config", "x.py"), "--config goes with --workdir"),
+        (("generate", PROMPT, "--ref", ref, "--config.seed=1"), "--config goes with --workdir"),
+        (("generate", PROMPT, "--ref", ref, "--wat"), "unknown argument '--wat'"),
+        (("export", "--workdir", tmp_path, "--what", "both", "--out", tmp_path), "both"),
+    ]:
+        assert words in refused(capsys, *arguments)
+    for option in (("--dtype", "float32"), ("--prompt-format", "chat"), ("--stop-ids", "2")):
+        sentence = refused(capsys, "generate", PROMPT, "--workdir", tmp_path, *option)
+        assert f"{option[0]} goes with --ref" in sentence
+    assert not output.exists()
+
+
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(light, tmp_path, capsys):
+    ref, guide = light
+    pair = ("generate", "--ref", ref, "--guide", guide)
+    for arguments, words in [
+        ((PROMPT, "--max-new-tokens", 60), "with 60 new ones is more than the reference's 64 positions"),
+        ((PROMPT,), "with 256 new ones"),
+        ((PROMPT, *FEW, "--top-k-candidates", 400), f"--top-k-candidates is 400; it must be at most {USED}"),
+        ((PROMPT, *FEW, "--top-k-candidates", 0), "--top-k-candidates is 0"),
+        ((PROMPT, *FEW, "--temperature", -1), "--temperature is -1.0"),
+        ((PROMPT, *FEW, "--stop-ids", "9999"), "the stop id 9999"),
+        ((PROMPT, *FEW, "--stop-ids", "a"), "is not a list of token ids"),
+        ((PROMPT, *FEW, "--dtype", "float16"), "--dtype"),
+        ((PROMPT, *FEW, "--prompt-format", "poem"), "--prompt-format"),
+        ((PROMPT, "Sam", *FEW, "--stream"), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--samples", 2), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--eta", "0.1,0.2"), "--stream prints one response"),
+        ((PROMPT, *FEW, "--stream", "--output", tmp_path / "o"), "--stream prints one response"),
+    ]:
+        assert words in refused(capsys, *pair, *arguments)
+
+
+def test_too_little_memory_is_said_before_weights_are_read(light, tmp_path, capsys, monkeypatch):
+    """The embedding of 320 rows alone is 41 kB; a row's cache has 1 layer, 2 heads of 16, 15 + 8 positions, made 24."""
+    ref, guide = light
+    monkeypatch.setattr(memory, "available", lambda device: 40_000)
+    monkeypatch.setattr(memory, "GB", 1e3)
+    cache = 2 * 24 * 2 * 16 * 4 / 1e3
+    weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e3 for model in (make_ref(), make_guide())]
+    generate = ("generate", "--ref", ref, PROMPT, *FEW)
+    alone = refused(capsys, *generate)
+    assert f"40.00 GB of memory free, and the reference's weights {weights[0]:.2f} GB and the ref" in alone
+    assert f"the reference's cache {cache + 0.008:.2f} GB are needed" in alone
+    both = refused(capsys, *generate, "--guide", guide, "--samples", 3)
+    assert f"the reference's weights {weights[0]:.2f} GB and the guide's weights {weights[1]:.2f} GB and the" in both
+    assert f"the reference's cache {3 * cache + 0.016:.2f} GB and the guide's cache {3 * cache + 0.016:.2f} GB" in both
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "response": "b"}])
+    files = ("--input", source, "--output", tmp_path / "out.jsonl")
+    scores = refused(capsys, "score", "--ref", ref, "--guide", guide, *files)
+    assert f"the reference's weights {weights[0]:.2f} GB and the guide's weights {weights[1]:.2f} GB are" in scores
+
+
+def test_folders_that_do_not_hold_what_they_should(light, models, tmp_path, capsys):
+    ref, guide = light
+    ask = ("generate", PROMPT, *FEW, "--ref")
+    assert "there is no folder" in refused(capsys, *ask, tmp_path / "none")
+    assert "config.json" in refused(capsys, *ask, tmp_path)  # the folder of folders
+    assert "model.safetensors" in refused(capsys, *ask, ref)
+    assert "not a guide" in refused(capsys, *ask, ref, "--guide", models[0])
+    assert "holds a guide" in refused(capsys, *ask, guide)
+
+    bpe.save(ref, template=None)
+    (ref / "chat_template.jinja").unlink()
+    assert "no chat template" in refused(capsys, *ask, ref, "--prompt-format", "chat")
+    tokenizer = bpe.make()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(ref)
+    sentence = refused(capsys, *ask, ref, "--guide", guide)
+    assert f"id {USED} is '<|new|>' in the reference and nothing in the guide" in sentence
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(20)])
+    tokenizer.save_pretrained(ref)
+    (guide / "tokenizer.json").unlink()  # which says nothing then of its tokens, but how many they are
+    assert "the guide has 304 tokens in its embedding" in refused(capsys, *ask, ref, "--guide", guide)
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(20, 100)])
+    tokenizer.save_pretrained(ref)
+    assert "the reference has 320 tokens in its embedding" in refused(capsys, *ask, ref)
+    (ref / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused(capsys, *ask, ref)
+
+
+def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    score = ("score", "--ref", light[0], "--guide", light[1], "--input", source, "--output")
+    assert "there is no file" in refused(capsys, *score, output)
+    for record, words in [
+        ({"prompt": "a"}, "line 2: expected a JSON object"),
+        ({"prompt_tokens": [1], "response_tokens": [USED]}, "record 2 has token ids outside"),
+        ({"prompt_tokens": [1] * 60, "response_tokens": [2] * 5}, "60 prompt and 5 response tokens"),
+        ({"prompt_tokens": [], "response_tokens": [2]}, "record 2 has no prompt tokens"),
+    ]:
+        write_lines(source, [{"prompt": "a", "response": "b"}, record])
+        assert words in refused(capsys, *score, output)
+    write_lines(source, [{"prompt": "a", "response": "b"}])
+    assert not output.exists()
+    assert "is the input itself" in refused(capsys, *score, source)
+    assert "its folder is not there" in refused(capsys, *score, tmp_path / "none" / "out.jsonl")
+    assert "is a folder" in refused(capsys, *score, tmp_path)
+    write_lines(output, [{"prompt": "another", "response": "b", "ref_log_probs": [], "values": [], "value": 0}])
+    assert "line 1, is not of record 1" in refused(capsys, *score, output)
+    assert "--batch-size" in refused(capsys, *score, output, "--batch-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "qsharp"), ({"algorithm": "vas"}, "cd"), ({"algorithm": "cd", "cd": {"variant": "fudge"}}, "expectation"),
+        ({"algorithm": "cd", "cd": {"variant": "regression"}}, "cd"), ({"algorithm": "ppo"}, "qsharp"),
+    ],
+)  # fmt: skip
+def test_a_run_s_guide_tilts_as_its_algorithm_does(tmp_path, changes, mode):
+    assert texts._mode(Workdir(tmp_path, ConfigDict(changes))) == mode
+    assert texts._mode(None) == "qsharp"

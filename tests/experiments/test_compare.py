@@ -1,0 +1,229 @@
+"""Comparisons: what a run took, by its metrics; equal budgets; and a whole small one, stopped and gone on with."""
+
+import json
+
+import bandit_task as bandit
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from helpers import quick_compilation  # noqa: F401
+from ml_collections import ConfigDict
+from repository import CONFIGS
+
+from qsharp_jax import tasks
+from qsharp_jax.algorithms import policy
+from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.experiments import compare
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.run import config, pretrain
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def bandit_is_a_task(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "bandit", bandit.TASK)
+
+
+def comparison(tmp_path, *changes, methods=("qsharp", "reinforce"), seeds=(0,), **of_methods) -> ConfigDict:
+    with bandit.session(tmp_path / "settings", "qsharp", "collect.prompts=32", *changes).workdir as workdir:
+        made = workdir.config
+    with made.unlocked():
+        made.compare = ConfigDict(dict(methods=methods, seeds=seeds, changes=of_methods))
+    return made
+
+
+# --- What a run took ------------------------------------------------------------------------------------------------
+
+
+def step(phase, number, seconds, flops, rate=10.0, tokens=100.0):
+    return {
+        "phase": phase, "step": number, "loss": 0.1, "seconds": seconds, "flops": flops, "flops_per_second": rate,
+        "tokens_per_second": tokens,
+    }  # fmt: skip
+
+
+def lot(phase, number, rollouts):
+    return {"phase": phase, "step": number, "rollouts": rollouts, "objective": 0.0}
+
+
+def test_costs_are_those_of_the_rounds_and_lines_that_came_twice_count_once():
+    """Killed after step 4 of round 1 and gone on with from step 2, where it was saved."""
+    a, b = "round 1: ppo", "round 2: ppo"
+    metrics = [
+        step("pre-train pi_ref", 9, 50.0, 1e9),
+        lot(a, 0, 8), step(a, 2, 3.0, 20.0), lot(a, 2, 8), step(a, 4, 1.0, 20.0),
+        lot(a, 2, 8), step(a, 4, 2.0, 20.0), {"phase": a, "step": 4, "nll": 0.3},
+        lot(b, 0, 4), step(b, 2, 0.5, 10.0, rate=5.0, tokens=40.0),
+    ]  # fmt: skip
+    found = compare.costs(metrics)
+    assert found["seconds"] == pytest.approx(3.0 + 2.0 + 0.5)
+    assert found["rollouts"] == 8 + 8 + 4
+    assert found["flops"] == 50.0
+    busy = [20.0 / 10, 20.0 / 10, 10.0 / 5]
+    assert found["tokens_per_second"] == pytest.approx((100 * busy[0] + 100 * busy[1] + 40 * busy[2]) / sum(busy))
+
+
+def test_a_collection_that_found_its_shards_took_what_the_first_one_took():
+    collect = {"phase": "round 1: collect", "rollouts": 24}
+    metrics = [collect | {"seconds": 7.0}, collect | {"seconds": 0.1}, step("round 1: fit", 5, 4.0, 30.0)]
+    found = compare.costs(metrics)
+    assert (found["seconds"], found["rollouts"]) == (11.0, 24)
+    assert compare.costs(metrics, ("collect",))["seconds"] == 7.0
+
+
+# --- Budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_epochs_fill_the_budget(tmp_path):
+    """By hand: 6 N FLOPs a token and 12 L H E n more for a sequence of n, as PaLM counts them."""
+    session = bandit.session(tmp_path, "qsharp", "rounds=2", "collect.prompts=5", "fit.epochs=7", "fit.holdout=0.1")
+    lengths = [2, 3, 3, 3, 2, 3]
+    rewards = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    data = [
+        Rollout(f"p{i // 3}", 1, [1], [2] * (n - 1), 0, r, True, 1.0, 0, "")
+        for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
+    ]
+    c: DecoderConfig = session.ref_config
+    kernels = c.layers * (4 * c.embed * c.heads * c.head_dim + 3 * c.embed * c.mlp)
+
+    def flops(lengths, head):
+        lengths = np.asarray(lengths)
+        return 6 * (kernels + head) * lengths.sum() + 12 * c.layers * c.heads * c.head_dim * (lengths**2).sum()
+
+    budget, epochs = compare.budget(session, data)
+    assert budget == pytest.approx(7 * (1 + 2) * 0.9 * flops(lengths, c.embed))
+    once, pairs = flops(lengths, c.embed * c.vocab_size), flops([3, 2, 3, 3], c.embed * c.vocab_size)
+    assert epochs["ppo"] == epochs["klq"] == round(budget / (2 * once)) > 3
+    assert epochs["dpo"] == epochs["rpo"] == round(budget / (3 * pairs)) > epochs["ppo"] / 2
+    assert "reinforce" not in epochs
+
+
+def test_the_settings_of_a_method(tmp_path):
+    made = comparison(
+        tmp_path, "evaluate.etas=0.5,0.1", methods=("qsharp", "ppo"), ppo=("ppo.clip=0.3", "policy.prompts=8")
+    )
+    its = compare.settings(made, 4, "ppo", epochs=9)
+    assert (its.seed, its.algorithm, its.ppo.epochs, its.ppo.clip, its.policy.prompts) == (4, "ppo", 9, 0.3, 8)
+    assert its.evaluate.etas == (its.collect.eta,) and "compare" not in its and its.is_locked
+    assert (made.seed, made.algorithm, made.policy.prompts, "compare" in made) == (0, "qsharp", 16, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.__delattr__("compare"), "lacks the setting compare.methods"),
+        (
+            lambda c: c.compare.changes.update(reinforc=("ppo.clip=0.1",)),
+            "changes has reinforc, which is no method; did you mean 'reinforce'",
+        ),
+        (lambda c: c.compare.changes.update(reinforce=("reinforce.clip=0.1",)), "no setting --config.reinforce.clip"),
+        (lambda c: c.compare.changes.update(reinforce=("policy.batch_size=6",)), "a multiple of .*samples, 4"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path, change, words):
+    made = comparison(tmp_path)
+    with made.unlocked():
+        change(made)
+    with pytest.raises(UserError, match=words):
+        compare.check(made)
+
+
+def test_settings_of_a_method_that_is_left_out_are_no_error(tmp_path):
+    made = comparison(tmp_path, methods=("qsharp", "cd"), ppo=("ppo.clip=0.1",))
+    compare.check(made)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("compare_*.py")))
+def test_every_comparison_can_be_run(name):
+    made = config.load(CONFIGS / f"{name}.py", [])
+    compare.check(made)
+    assert set(made.compare.methods) == {"qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("methods", ("qsharp", "sarsa"), "different ones of qsharp"), ("seeds", (1, 1), "different whole numbers")],
+)
+def test_methods_and_seeds_are_known_and_different(tmp_path, key, value, words):
+    made = comparison(tmp_path)
+    with made.unlocked():
+        made.compare[key] = value
+    with pytest.raises(UserError, match=f"config.compare.{key} is .*{words}"):
+        config.check(made)
+
+
+# --- A whole one ----------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_path, monkeypatch, capsys):
+    """One pi_ref and one set of first rollouts; a method that is refused does not end the others; nothing twice."""
+    pretrained = []
+
+    def no_pretraining(session):
+        pretrained.append(session.workdir.ref)
+        return bandit.reference(session)
+
+    monkeypatch.setattr(pretrain, "run", no_pretraining)
+    settings = comparison(
+        tmp_path, "fit.epochs=1", methods=("qsharp", "reinforce", "klq"), klq=("policy.log_prob_limit=1e-12",)
+    )
+    sample = policy.sample
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(policy, "sample", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with Workdir.open(tmp_path / "all", settings) as workdir:
+            compare.run(workdir)
+    assert policy.sample is sample
+    folder = tmp_path / "all" / "seed_0"
+    fitted = {path: path.stat().st_mtime_ns for path in (folder / "qsharp" / "guide").rglob("*") if path.is_file()}
+    assert fitted and not (tmp_path / "all" / "report.md").exists()
+
+    with Workdir.open(tmp_path / "all", settings) as workdir:
+        text = compare.run(workdir)
+    assert {path: path.stat().st_mtime_ns for path in fitted} == fitted
+    assert set(pretrained) == {folder / "pi_ref" / "ref"}
+    shards = [sorted((folder / name / "rollouts" / "round_1").iterdir()) for name in ("pi_ref", "qsharp", "reinforce")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+    assert len(shards[2]) == 2, "a policy's own, a shard a lot"
+
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert {"pi_ref", "pi_ref, top-K", "Q#", "Q#, greedy", "REINFORCE"} <= lines.keys() and "KLQ" not in lines
+    assert "128 of 128" in lines["Q#"] and "128 of 128" in lines["REINFORCE"]
+    assert "KLQ, seed 0: klq, round 1, lot 0: the log-probabilities" in text
+    assert "KLQ, seed 0" in capsys.readouterr().err
+    made = json.loads((tmp_path / "all" / "results.json").read_text())
+    rows = {row["method"]: row for row in made["runs"]}
+    assert rows["qsharp"]["flops"] == pytest.approx(rows["qsharp"]["flops_budget"], rel=0.1)
+    assert 0 < rows["reinforce"]["flops"] < 2 * rows["reinforce"]["flops_budget"]
+    trained = [rows[name] for name in ("qsharp", "reinforce")]
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in trained)
+    for name in ("pi_ref_top_k", "qsharp_greedy"):  # what is measured is what was sampled
+        assert "seconds" not in rows[name] and rows[name]["kl"] > 0
+    assert {"report.md", "frontier.png", "costs.png", "learning.png"} <= {p.name for p in (tmp_path / "all").iterdir()}
+    with Workdir.open(folder / "reinforce") as its:
+        assert its.ref == folder / "pi_ref" / "ref"
+        assert not config.differences(its.config, compare.settings(settings, 0, "reinforce"))
+
+
+def test_a_summary_s_interval_is_over_seeds_and_says_how_many():
+    """Of one seed over its problems."""
+    common = dict(kl=1.0, objective=0.1)
+    rewards = {0: [0.0, 0.1], 1: [0.3, 0.326], 2: [0.303, 0.303]}
+    rows = [dict(seed=seed, method="dpo", rewards=of, **common) for seed, of in rewards.items()]
+    rows.append(dict(seed=0, method="cd", rewards=[0.0, 1.0, 1.0, 1.0], **common))
+    dpo, cd = compare.summary(rows)
+    assert dpo["reward"] == pytest.approx(0.222) and dpo["by_seed"] == pytest.approx({0: 0.05, 1: 0.313, 2: 0.303})
+    assert dpo["reward_low"] < 0.05 and dpo["reward_high"] > 0.313
+    assert (cd["reward_low"], cd["reward_high"]) == (0.25, 1.0)
+    first, second = compare.table([dpo, cd], 100).splitlines()[2:]
+    assert "-0.148 .. 0.592 (3 seeds)" in first and "0.250 .. 1.000 (1 seed, problems alone)" in second
+
+
+def test_a_method_that_fails_does_not_flatten_the_learning_curves():
+    ends = {"pi_ref": 0.3, "qsharp": 0.7, "ppo": 0.5, "dpo": -23.5}
+    lots = [dict(rollouts_so_far=64 * n, objective=0.3 + 0.01 * n) for n in range(20)]
+    figure, axes = plt.subplots()
+    compare._plot_learning(axes, [dict(method=m, objective=end) for m, end in ends.items()], {("ppo", 0): lots})
+    assert axes.get_ylim()[0] > -2
+    assert "DPO: -23.5" in [text.get_text() for text in axes.get_legend().get_texts()]
+    plt.close(figure)

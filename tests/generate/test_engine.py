@@ -1,0 +1,261 @@
+"""Rows that are refilled: every response is the one that `generate` gives, whenever and wherever it is decoded."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, STOPS, K, N, brute_force, decoding_models
+
+from qsharp_jax.generate import ContinuousBatch, engine, generate
+from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.system.errors import UserError
+
+SAMPLES = 4
+COUNT = len(PROMPTS) * SAMPLES
+MANY = {name: np.tile(x, SAMPLES) for name, x in MIXED.items()}
+MANY_SEEDS = np.concatenate([SEEDS + np.uint32(10 * i) for i in range(SAMPLES)])
+
+
+def batch_of(case="v-bernoulli", *, guided=True, rows=3, **changes):
+    ref, guide = decoding_models(case)
+    settings = dict(COMMON, mode=CASES[case][2], samples=SAMPLES, rng=MANY_SEEDS, **MANY) | changes
+    return ContinuousBatch(ref, guide if guided else None, PROMPTS, rows=rows, **settings)
+
+
+def run(*arguments, **options):
+    """By place: the fields of its response."""
+    found = {}
+    for places, part in batch_of(*arguments, **options):
+        for row, place in enumerate(places.tolist()):
+            assert place not in found
+            found[place] = {name: array[row] for name, array in vars(part).items() if array is not None}
+    return found
+
+
+def plain(case="v-bernoulli", *, guided=True, **changes):
+    ref, guide = decoding_models(case)
+    settings = dict(COMMON, mode=CASES[case][2], samples=SAMPLES, rng=MANY_SEEDS, **MANY) | changes
+    return generate(ref, guide if guided else None, PROMPTS, **settings)
+
+
+def assert_same(found, want, places=range(COUNT)):
+    assert sorted(found) == sorted(places)
+    for place, fields in found.items():
+        for name, array in fields.items():
+            expected = getattr(want, name)[place]
+            assert array.dtype == getattr(want, name).dtype
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(array, expected, atol=1e-4, err_msg=f"{name} of {place}")
+            else:
+                np.testing.assert_array_equal(array, expected, err_msg=f"{name} of {place}")
+
+
+def test_in_bfloat16_responses_may_differ_by_rounding_alone():
+    """Up to the first token that differs, the same tokens have nearly the same log-probabilities in 3 rows and in 7."""
+    ref, guide = (model.replace(config=in_bfloat16(model.config)) for model in decoding_models("v-bernoulli"))
+    settings = dict(COMMON, samples=SAMPLES, rng=MANY_SEEDS, eta=0.2)
+    few, many = (
+        {place: (part, row) for places, part in batch for row, place in enumerate(places.tolist())}
+        for batch in (ContinuousBatch(ref, guide, PROMPTS, rows=rows, **settings) for rows in (3, 7))
+    )
+    compared = 0
+    for place in range(COUNT):
+        (one, row), (other, other_row) = few[place], many[place]
+        same = np.cumprod(one.tokens[row] == other.tokens[other_row]).astype(bool)
+        np.testing.assert_allclose(one.log_probs[row][same], other.log_probs[other_row][same], atol=0.1)
+        compared += same.sum()
+    assert compared > COUNT * N / 2
+
+
+def in_bfloat16(config):
+    if isinstance(config, ValueConfig):
+        return dataclasses.replace(config, trunk=in_bfloat16(config.trunk))
+    return dataclasses.replace(config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_responses_are_those_of_generate_whatever_the_rows(rows):
+    """The ring goes round several times. Prompts of 1 to 16 tokens, all settings mixed, four samples of each."""
+    batch = batch_of(rows=rows)
+    found = {}
+    for places, part in batch:
+        for row, place in enumerate(places.tolist()):
+            found[place] = {name: array[row] for name, array in vars(part).items()}
+    want = plain()
+    assert_same(found, want)
+    assert batch.tokens == want.lengths.sum() <= batch.row_steps
+    assert batch.row_steps > rows * 32 or rows == 7, "the cache of 32 positions was gone round"
+    assert 0 < want.finished.sum() < COUNT and len(set(want.lengths)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "v-bernoulli"])
+def test_every_kind_of_model_and_guide(case):
+    """Learned positions, shifted tokens, Q-types, atoms."""
+    assert_same(run(case, record=("log_probs", "values")), plain(case, record=("log_probs", "values")))
+
+
+def test_without_a_guide():
+    unguided = {name: x for name, x in MANY.items() if name != "eta"}
+    found = run(guided=False, eta=np.inf, **unguided)
+    assert_same(found, plain(guided=False, eta=np.inf, **unguided))
+    mine = {name: x[0].item() for name, x in unguided.items()}
+    response, finished, exact = brute_force("v-bernoulli", PROMPTS[0], MANY_SEEDS[0], guided=False, **mine)
+    assert found[0]["tokens"][: len(response)].tolist() == response and found[0]["finished"] == finished
+    np.testing.assert_allclose(found[0]["log_probs"][: len(response)], exact["log_probs"], atol=1e-4)
+
+
+def test_the_last_responses_are_given_as_they_end_too():
+    """Where all have a row from the beginning, those of one length come together, the shortest first."""
+    lengths = [set(part.lengths.tolist()) for _, part in batch_of(rows=COUNT)]
+    assert len(lengths) > 3 and all(max(some) <= min(more) for some, more in itertools.pairwise(lengths))
+
+
+def test_control_returns_every_so_many_steps(monkeypatch):
+    """Though no row has ended; the responses, and the rows that are refilled together, are the same."""
+    monkeypatch.setattr(engine, "FREE", 1)
+    batch = batch_of(rows=COUNT)
+    want = [places.tolist() for places, _ in batch]
+    monkeypatch.setattr(engine, "LONGEST", 2)
+    engine.decode_until_free.clear_cache()
+    often = batch_of(rows=COUNT)
+    parts = [places.tolist() for places, _ in often]
+    engine.decode_until_free.clear_cache()
+    assert len(want) == 1 and len(parts) == -(-N // 2)
+    assert sorted(itertools.chain(*parts)) == sorted(want[0]) == list(range(COUNT))
+    assert often.row_steps == batch.row_steps
+
+
+def test_what_is_not_recorded_is_none():
+    for _, part in batch_of(record=()):
+        assert part.log_probs is part.kl is part.values is None
+
+
+def test_shared_slots_that_suffice_change_nothing():
+    """Where no candidate is left out, neighbours make no difference: here each row has a slot for every candidate."""
+    found = run(candidate_slots=float(K), candidate_threshold=0.0)
+    assert not any(fields["dropped"] for fields in found.values())
+    assert_same(found, plain())
+
+
+# --- Responses that have begun --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_response_that_has_begun_is_finished_within_its_budget():
+    """What follows is what `generate` gives after prompt and beginning, with the rest of the budget; nothing after a
+    stop token, or where the budget is used up. The beginnings make the prompts longer than their bucket."""
+    ref, guide = decoding_models("v-bernoulli")
+    begun = {0: [9], 4: [1, 1, 1, 1, 1, 1], 5: [7] * (N - 1), 9: [3] * N, 13: [8, STOPS[0]], 20: [], 22: [4, 4, 4]}
+    budget = np.full(COUNT, N)
+    budget[20] = 3
+    controls = dict(rng=MANY_SEEDS, samples=SAMPLES, eta=0.3, budget=budget, **COMMON)
+    found = {}
+    for places, part in ContinuousBatch(ref, guide, PROMPTS, rows=2, starts=begun.items(), **controls):
+        found |= {place: part.response(row) for row, place in enumerate(places.tolist())}
+    assert found[9] == found[13] == []
+    for place, start in begun.items():
+        if place not in (9, 13):
+            want = generate(
+                ref, guide, [[*PROMPTS[place // SAMPLES], *start]], rng=MANY_SEEDS[place : place + 1], eta=0.3,
+                budget=min(N, budget[place]) - len(start), **COMMON,
+            )  # fmt: skip
+            assert found[place] == want.response(0), place
+    assert len(found[5]) == 1 and len(found[20]) <= 3
+
+
+def test_responses_are_begun_in_their_order_and_read_only_when_rows_are_free():
+    read = []
+
+    def starts():
+        for place in reversed(range(COUNT)):
+            read.append(place)
+            yield place, ()
+
+    rows, seen = 2, 0
+    for places, _ in batch_of(rows=rows, starts=starts(), budget=N, eta=0.1):
+        seen += len(places)
+        # In the loop, prefilled (as many prompts as rows), and one more to see that another prompt follows.
+        assert len(read) <= seen + 2 * rows + SAMPLES * rows + 1
+        assert all(place in read for place in places)
+    assert read == list(reversed(range(COUNT))) and seen == COUNT
+
+
+def test_nothing_to_begin_is_nothing_done():
+    batch = batch_of(starts=iter(()))
+    assert list(batch) == [] and batch.row_steps == batch.tokens == 0
+
+
+# --- What it costs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_useful_row_steps():
+    """Rows of one length never wait, but for the last; of a long one among short ones, only the last rows do."""
+    same = batch_of(rows=4, budget=N, stop_ids=())
+    assert [len(places) for places, _ in same] == [4] * (COUNT // 4)
+    assert same.tokens == N * COUNT == same.row_steps  # N is a multiple of BLOCK
+
+    budget = np.where(np.arange(COUNT) % 6 == 0, N, 2)
+    mixed = batch_of(rows=4, budget=budget, stop_ids=())
+    static = sum(4 * budget[i : i + 4].max() for i in range(0, COUNT, 4))
+    assert sum(part.lengths.sum() for _, part in mixed) == budget.sum() == mixed.tokens
+    assert mixed.row_steps - mixed.tokens <= 4 * N < static - mixed.tokens
+
+
+def test_other_prompts_settings_and_orders_recompile_nothing():
+    programs = [engine.decode_until_free, engine.refill, engine.prefill, engine.empty_state]
+    run()
+    before = [program._cache_size() for program in programs]
+    run(rng=5, eta=2.0, temperature=0.5, starts=((place, ()) for place in (23, 1, 0, 2, 7, 8)))
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_the_caches_are_updated_in_place():
+    """Neither program copies a buffer of a cache: [rows, kv heads, size, width]."""
+    batch = batch_of()
+    batch._fill()
+    shape = batch._state.ref_cache.keys[0].shape
+    words = f"f32[{','.join(map(str, shape))}]"
+    source = np.full(3, -1, np.int32)
+    refill = engine.refill.lower(batch._state, batch._waiting, source)
+    decode = engine.decode_until_free.lower(
+        batch._ref, batch._guide, batch._state, batch._row_controls(), np.int32(1), settings=batch._settings
+    )
+    buffers = 2 * (len(batch._state.ref_cache.keys) + len(batch._state.guide_cache.keys))
+    for lowered in (refill, decode):
+        compiled = lowered.compile(compiler_options={"xla_disable_hlo_passes": ""})
+        copies = [line for line in compiled.as_text().splitlines() if f"= {words}" in line and " copy(" in line]
+        assert not copies, copies
+        donated = compiled.memory_analysis().alias_size_in_bytes
+        assert donated >= buffers * 4 * np.prod(shape)
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(max_new_tokens=11),
+            "prompt 1 has 16 tokens, which with max_new_tokens = 11 is more than the reference's",
+        ),
+        (dict(budget=N + 1), f"budget is {N + 1}; it must be in 0 .. max_new_tokens = {N}"),
+        (dict(rng=[1, 2]), f"rng has shape .* one for each of the {COUNT} rows"),
+        (dict(candidate_slots=9), "candidate_slots is 9; it must be above 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_decoded(changes, words):
+    if "max_new_tokens" in changes:
+        changes |= dict(budget=11)
+    with pytest.raises(UserError, match=words):
+        batch_of(**changes)
+
+
+def test_a_batch_with_more_rows_than_responses():
+    few = list(itertools.islice(((place, ()) for place in range(COUNT)), 2))
+    assert_same(run(rows=7, starts=few), plain(), places=[0, 1])
+    assert jax.live_arrays()

@@ -1,0 +1,320 @@
+"""Forecasts against numbers computed by hand and against the TPU compiler, refusals, and the plan as a user reads it."""
+
+import functools
+import json
+import math
+
+import jax
+import pytest
+from repository import ROOT
+from tpu_compiler import printed_by
+
+from qsharp_jax import cli, plan, train
+from qsharp_jax.models import value
+from qsharp_jax.plan import compiled
+from qsharp_jax.run import config as configs
+from qsharp_jax.system.errors import UserError
+
+CONFIG = ROOT / "configs" / "arithmetic.py"
+PRESETS = configs.presets(CONFIG)
+SIZES = dict(ref_size="llama3.1-8b", guide_size="llama3.2-1b")
+PAPER = [
+    "mesh=v5e_8", "dtype=bfloat16", "fit.optimizer.name=adamw", "fit.length_bucket=256", "generate.max_new_tokens=768",
+    "generate.prompt_bucket=256", "generate.top_k_candidates=20", "collect.batch_size=16",
+]  # fmt: skip
+GIB = 2**30
+
+# Llama 3.2 1B without an output head: 128,256 tokens 2,048 wide; 16 layers of queries and output 2,048 x 2,048, keys and
+# values 2,048 x 512, three of 2,048 x 8,192; two norms a layer and one at the end.
+TABLE, MATRICES = 128_256 * 2048, 2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192
+NORMS, HEAD = 16 * 2 * 2048 + 2048, 2048 + 1
+GUIDE = TABLE + 16 * MATRICES + NORMS + HEAD
+
+
+def config_of(*changes):
+    return configs.load(CONFIG, [f"--config.{change}" for change in [*PAPER, *changes]])
+
+
+@functools.cache
+def job_of(*changes, **sizes):
+    return plan.make(config_of(*changes), **SIZES | sizes)
+
+
+def part(forecast, what):
+    (line,) = (line for line in forecast.memory if line.what == what)
+    return line.amount
+
+
+# --- Against numbers by hand ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("adamw", 2), ("muon", 1), ("adafactor", 0)])
+def test_state_of_the_fit_on_one_chip_of_eight(name, numbers):
+    """Weights and gradients four bytes, AdamW two such numbers a weight, Muon one for the blocks' matrices."""
+    job = job_of(f"fit.optimizer.name={name}")
+    found = plan.fit(job, job.config.mesh)
+    small = 4 * (NORMS + HEAD)  # what eight chips may have whole
+    assert part(found, "weights") == pytest.approx(4 * GUIDE / 8, abs=small)
+    assert part(found, "gradients") == part(found, "weights")
+    expected = 4 * (numbers * GUIDE + (name == "muon") * (TABLE + NORMS + HEAD)) / 8
+    rows_and_columns = (name == "adafactor") * 4 * (16 * (12 * 8192 + 8 * 2048) + TABLE / 2048 + 2048)
+    assert part(found, "optimiser") == pytest.approx(expected, abs=2 * small + rows_and_columns)
+
+
+def test_activations_of_the_fit():
+    """Each remat's arrays of one row of 1,024 tokens, by their widths, in bfloat16; the last norm's come on top."""
+    widths = {"full": 2048, "dots": 2048 + 2048 + 2 * 512 + 2048 + 2 * 8192}
+    for remat, width in widths.items():
+        job = job_of(f"fit.remat={remat}", "fit.batch_size=8")
+        kept = part(plan.fit(job, job.config.mesh), "activations")
+        expected = 16 * 1024 * width * 2
+        assert expected < kept < expected + 40 * 1024 * 2048
+    twice = job_of("fit.batch_size=16", "fit.accumulate=2")  # rows of a part count
+    assert part(plan.fit(twice, twice.config.mesh), "activations") == part(plan.fit(job_of("fit.batch_size=8"), twice.config.mesh), "activations")  # fmt: skip
+
+
+def test_operations_of_a_step():
+    job = job_of("fit.remat=full", "fit.batch_size=8")
+    tokens, attention = 1024, 4 * 16 * 2048 * 1024
+    flops = plan.fit(job, job.config.mesh).flops
+    assert flops == pytest.approx(4 * tokens * (2 * 16 * MATRICES + attention), rel=1e-6)  # of one chip of eight
+
+
+def test_collectives_of_a_step():
+    """A layer's bfloat16 weights are gathered forwards and backwards, their float32 gradient scattered, over eight chips."""
+    job = job_of()
+    brought = plan.fit(job, job.config.mesh).collectives
+    gathered = 2 * 16 * MATRICES * 7 / 8
+    assert brought["all-gather"] == pytest.approx(2 * gathered, rel=1e-3)
+    assert brought["reduce-scatter"] == pytest.approx(2 * gathered, rel=1e-3)
+    assert brought["all-reduce"] == 0
+    tensor = job_of("mesh.fit.fsdp=1", "mesh.fit.tensor=8")
+    sums = 4 * 16 * 32 * 1024 * 2048 * 2
+    assert plan.fit(tensor, tensor.config.mesh).collectives == {"all-reduce": pytest.approx(sums * 2 * 7 / 8)}
+
+
+def test_what_crosses_slices_is_the_gradient_alone():
+    job = job_of("mesh=v5e_2x256", "fit.batch_size=128")
+    found = plan.fit(job, job.config.mesh)
+    assert found.slow == pytest.approx(2 * part(found, "weights") / 2)
+    seconds = {line.what: line.amount for line in found.times}
+    assert seconds["collectives"] > found.slow / job.config.mesh.dcn_bandwidth
+
+
+def test_decoding_on_one_chip_of_eight():
+    """Caches: 16 rows of so many positions, keys and values of 8 heads, 32 layers of 128 and 16 of 64, two bytes."""
+    job = job_of()
+    assert job.cache_size == 1024
+    found = plan.decode(job, job.config.mesh)
+    assert part(found, "reference's weights") == pytest.approx(2 * 8.03e9 / 8, rel=2e-3)
+    assert part(found, "guide's weights") == pytest.approx(4 * GUIDE / 8, rel=2e-3), "as it was fitted, in float32"
+    assert part(found, "reference's cache") == pytest.approx(16 * 1024 * 2 * 32 * 128 * 2, rel=1e-3)
+    assert part(found, "guide's cache") == pytest.approx(16 * 1024 * 2 * 16 * 64 * 2, rel=1e-3)
+    (memory,) = (line.amount for line in found.times if line.what == "memory")
+    read = 2 * (8.03e9 - TABLE * 2 + 16 * MATRICES) / 8 + 16 * 1024 * 4 * (32 * 128 + 16 * 64)
+    assert memory == pytest.approx(read / 819e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(("mesh", "kv_heads", "copied"), [("v5e_8", 32, 1), ("v5e_8", 8, 0), ("cuda_8", 32, 0)])
+def test_a_reference_without_grouped_queries_has_its_cache_copied_on_tpus(monkeypatch, mesh, kv_heads, copied):
+    sizes = plan.job.model_configs.SIZES
+    monkeypatch.setitem(sizes, "ungrouped", sizes["llama3.1-8b"] | dict(kv_heads=kv_heads))
+    job = plan.make(config_of(f"mesh={mesh}"), ref_size="ungrouped", guide_size="llama3.2-1b")
+    found = plan.decode(job, job.config.mesh)
+    assert part(found, "copies of caches") == copied * part(found, "reference's cache")
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    job = job_of()
+    for count, step in ((plan.fit, 8), (plan.decode, 1)):
+        rows = plan.largest(count, job, job.config.mesh, step)
+        limit = job.config.mesh.hbm_bytes
+        assert count(job, job.config.mesh, rows).bytes <= limit < count(job, job.config.mesh, rows + step).bytes
+    assert plan.largest(plan.fit, job, PRESETS["single"], 1) is None
+    huge = job_of(guide_size="llama3.1-70b")
+    assert plan.largest(plan.fit, huge, huge.config.mesh, 8) == 0
+
+
+def test_a_model_on_the_spot_is_counted_as_it_is_made(tmp_path):
+    """The main job's, against the parameters' own bytes."""
+    config = configs.load(CONFIG, [])
+    job = plan.make(config)
+    params = value.init(jax.random.key(0), job.guide.config)
+    state = train.init_state(params, train.make_optimizer(config.fit.optimizer))
+    found = plan.fit(job, config.mesh)
+    assert part(found, "weights") == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert part(found, "optimiser") == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_folders_need_their_config_alone(tmp_path):
+    entries = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=100, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, max_position_embeddings=4096, dtype="bfloat16",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    job = plan.make(configs.load(CONFIG, [f"--config.ref={tmp_path}"]))
+    assert job.ref.config.embed == 64 and job.guide.config.trunk.dtype == "bfloat16"
+
+
+# --- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("mesh=v5e_256",), r"^32 rows of the batch cannot be divided by the mesh's data 1 x fsdp 64.*=v5e_128$"),
+        (("fit.accumulate=8",), r"^4 rows of the batch .* fsdp 8; .*; the nearest preset that works is .*=v5e_4$"),
+        (
+            ("collect.batch_size=2000",),
+            r"^decoding with 2000 rows would take .* GiB a chip \(reference's cache .*has 16",
+        ),
+        (("fit.batch_size=2048", "fit.remat=none"), r"^a step of the fit with 2048 rows would take .*\(activations"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_with_one_that_can(changes, words):
+    job = job_of(*changes)
+    with pytest.raises(UserError, match=words):
+        plan.check(job, job.config.mesh, PRESETS)
+
+
+def test_devices_that_are_there_name_their_preset():
+    job = job_of()
+    with pytest.raises(UserError, match=r"v5e_8, of tpu devices, and those that are there are cpu; .* is .*=single$"):
+        plan.check(job, job.config.mesh, PRESETS, jax.devices()[:1])
+
+
+def test_heads_that_cannot_be_divided():
+    """28 heads on a host of 8 chips; on those of 4 they can."""
+    job = job_of(ref_size="qwen2.5-7b", guide_size="qwen2.5-1.5b")
+    with pytest.raises(UserError, match=r"^28 query heads cannot be divided by the mesh's tensor 8; .*=v5e_(4|16)$"):
+        plan.check(job, job.config.mesh, PRESETS)
+
+
+def test_the_nearest_preset_works_and_is_of_the_same_kind_if_one_is():
+    job = job_of("mesh=v5e_256")
+    assert plan.problem(job, PRESETS["v5e_128"]) is None and plan.problem(job, PRESETS["v5e_256"])
+    large = job_of(ref_size="llama3.1-70b", guide_size="llama3.2-3b")  # too large for a host of any v5e
+    with pytest.raises(UserError, match=r"reference's weights 16.43.* one of v5e_8 has 16.00; .*=(v5p_16|v6e_8)$"):
+        plan.check(large, large.config.mesh, PRESETS)
+
+
+def test_hosts_that_could_decode_together_are_named():
+    """70B in bfloat16 are 141 GB: more than a v6e host's four chips have, and a v5e's twice."""
+    for mesh, words in {
+        "v6e_16": "; 2 hosts that decode together have room, with --config.mesh.decode.tensor=8; the nearest preset",
+        "v5e_32": "; 4 hosts that decode .* with --config.mesh.decode.attention_data=2 --config.mesh.decode.tensor=8; ",
+    }.items():
+        large = job_of(f"mesh={mesh}", ref_size="llama3.1-70b", guide_size="llama3.2-3b")
+        with pytest.raises(UserError, match=words):
+            plan.check(large, large.config.mesh, PRESETS)
+    fits = job_of(
+        "mesh=v6e_16", "mesh.decode.tensor=8", "collect.batch_size=32", ref_size="llama3.1-70b", guide_size="llama3.2-3b"
+    )  # fmt: skip
+    plan.check(fits, fits.config.mesh, PRESETS)
+
+
+def test_devices_that_are_not_there():
+    job = job_of()
+    with pytest.raises(UserError, match="of tpu devices, and those that are there are cpu"):
+        plan.check(job, job.config.mesh, PRESETS, jax.devices())
+    plan.check(job, job.config.mesh, PRESETS)
+
+
+def test_contexts_and_sizes_that_cannot_be():
+    with pytest.raises(UserError, match="--ref-size llama3.1-8x is not known; did you mean 'llama3.1-8b'"):
+        job_of(ref_size="llama3.1-8x")
+    with pytest.raises(UserError, match="prompts of 200000 tokens with 768 new ones are more than the reference's"):
+        job_of(prompt_tokens=200_000)
+
+
+# --- On the command line --------------------------------------------------------------------------------------------
+
+
+def planned(capfd, *arguments):
+    """Exit code, standard output, the last line of standard error."""
+    code = cli.main(["plan", "--config", str(CONFIG), *arguments])
+    out, error = capfd.readouterr()
+    return code, out, (error.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("mesh", ["single", "cpu"])
+def test_the_main_job_s_plan(capfd, mesh):
+    code, out, _ = planned(capfd, f"--config.mesh={mesh}", "--config.mesh.hbm_bytes=1000000000")
+    assert code == 0
+    assert f"Mesh {mesh}: 1 x 1 x 1" in out and "Fit, a step: 32 rows of 120 tokens" in out
+    assert "Decoding, a token of each row: 250 rows of 104 positions" in out
+    assert "reference's cache" in out and "largest batch" in out and "ms" not in out, "of its speed nothing is known"
+
+
+def test_a_plan_of_named_sizes(capfd):
+    code, out, _ = planned(
+        capfd, "--config.mesh=v5p_64", "--ref-size", "llama3.1-70b", "--guide-size", "llama3.2-3b", "--prompt-tokens", "256"
+    )  # fmt: skip
+    assert code == 0
+    assert "Reference: 70.6e9 weights (80 layers" in out and "Guide: 3.21e9 weights" in out
+    assert "on data 1 x fsdp 16 x tensor 2" in out and "on data 1 x attention_data 1 x tensor 4" in out
+    assert out.count("of 95") == 2 and out.count("ms one after the other") == 2
+
+
+def test_what_is_too_much_is_shown_before_it_is_refused(capfd):
+    code, out, error = planned(
+        capfd, "--config.mesh=v5e_8", *"--ref-size llama3.1-70b --guide-size llama3.2-3b".split()
+    )
+    assert code == 2 and "WHICH IS TOO MUCH" in out and "largest batch" in out
+    assert error.startswith("qsharp: ") and "the nearest preset" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--compile"], "--compile is for TPU meshes, and single is none"),
+        (
+            [*"--config.mesh=v5e_8 --compile --ref-size llama3.1-8b --guide-size llama3.2-1b".split()],
+            "needs the TPU compiler",
+        ),
+        (["--config.seed=x"], "is not a whole number"),
+        (["--config.fit.accumulate=5"], "config.fit.accumulate is 5; it must divide"),
+    ],
+)
+def test_what_cannot_be_planned(capfd, monkeypatch, arguments, words):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    code, _, error = planned(capfd, *arguments)
+    assert code == 2 and words in error
+
+
+# --- Against the compiler -------------------------------------------------------------------------------------------
+
+
+def main():
+    """Forecasts and compilers' numbers of a model of 4 layers on eight chips, as a JSON object."""
+    from qsharp_jax.models import config as model_configs
+
+    shape = dict(layers=4, embed=1024, heads=8, kv_heads=8, head_dim=128, mlp=4096, vocab_size=32_000)
+    model_configs.SIZES["small"] = model_configs.SIZES["llama3.2-1b"] | shape
+    job = plan.make(config_of("collect.batch_size=64", "fit.length_bucket=512"), ref_size="small", guide_size="small")
+    found = {}
+    for use, rows in (("fit", 32), ("decode", 64)):
+        forecast, made = getattr(plan, use)(job, job.config.mesh), getattr(compiled, use)(job, job.config.mesh, rows)
+        found[use] = dict(
+            bytes=[forecast.bytes, made.bytes], flops=[forecast.flops, made.flops],
+            collectives=[forecast.collectives, made.collectives],
+        )  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+
+
+@pytest.mark.slow
+def test_forecasts_are_within_15_percent_of_the_compiler():
+    found = printed_by(__file__)
+    for use, numbers in found.items():
+        forecast, made = numbers["bytes"]
+        assert forecast == pytest.approx(made, rel=0.15), use
+    forecast, made = found["fit"]["flops"]
+    assert forecast == pytest.approx(made, rel=0.15)
+    forecast, made = found["fit"]["collectives"]
+    assert sum(forecast.values()) == pytest.approx(sum(made.values()), rel=0.05)
+    assert made["all-gather"] == pytest.approx(forecast["all-gather"], rel=0.05)
+    assert math.isclose(made["reduce-scatter"], forecast["reduce-scatter"], rel_tol=0.05)

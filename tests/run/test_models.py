@@ -1,0 +1,227 @@
+"""Runs whose reference and guide come out of folders: what they start from, what they leave alone, what is refused."""
+
+import datetime
+import json
+import os
+import shutil
+from pathlib import Path
+
+import bpe
+import helpers
+import jax
+import numpy as np
+import pytest
+from commands import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
+from helpers import quick_compilation  # noqa: F401
+
+from qsharp_jax import cli, train
+from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.models import hf, sharding, value
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
+from qsharp_jax.run import session as sessions
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
+
+FEW = [*SMALL, "--config.rounds=1", "--config.generate.max_new_tokens=7", "--config.fit.future_offsets=0"]
+ATOMS = (0.0, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """The folders "ref", "guide" and "categorical", of one tokenizer, which the tests leave as they are."""
+    root = tmp_path_factory.mktemp("folders")
+    made = helpers.session(root / "run")
+    made.workdir.close()
+    ref, tokenizer = helpers.reference(), made.text.for_other_programs()
+    hf.export_ref(ref, root / "ref", tokenizer=tokenizer, stop_ids=made.text.stop_ids)
+    hf.export_guide(helpers.random_guide(ref.config, seed=3), root / "guide", tokenizer=tokenizer)
+    categorical = helpers.random_guide(ref.config, seed=4, distribution="categorical", atoms=ATOMS)
+    hf.export_guide(categorical, root / "categorical", tokenizer=tokenizer)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folders) -> Path:
+    """A whole run of one round, of folders that were given by relative paths."""
+    workdir, before = folders / "workdir", Path.cwd()
+    os.chdir(folders)
+    try:
+        assert run(workdir, "ref=./ref", "guide=guide") == 0
+    finally:
+        os.chdir(before)
+    return workdir
+
+
+def run(workdir, *changes: str) -> int:
+    return cli.main(command(workdir, *changes))
+
+
+def command(workdir, *changes: str) -> list[str]:
+    given = [f"--config.{change}" for change in changes]
+    return ["run", "--config", CONFIG, "--workdir", str(workdir), *FEW, *given]
+
+
+def session(*changes: str) -> Session:
+    return Session(Workdir(Path(), configs.load(CONFIG, [*FEW, *(f"--config.{change}" for change in changes)])))
+
+
+@pytest.mark.slow
+def test_a_run_from_folders_ends_with_results_and_keeps_their_paths(finished, folders, capfd):
+    assert {("pi_ref", 0), ("qsharp", 1), ("cd", 1)} <= {(row["method"], row["round"]) for row in results(finished)}
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["ref"], config["guide"]) == (str(folders / "ref"), str(folders / "guide"))
+    assert not (finished / "ref").exists(), "no copy of the reference"
+    (line,) = stdout_lines(capfd, "generate", "--workdir", finished, PROMPT, "--eta", "0.1")
+    assert None not in line["ref_log_probs"]
+    out = finished / "exported"
+    assert cli.main(["export", "--workdir", str(finished), "--what", "guide", "--out", str(out)]) == 0
+    assert Text.load(out).entries == Text.load(folders / "ref").entries
+    sentence = refused(capfd, "export", "--workdir", finished, "--what", "ref", "--out", finished / "other")
+    assert f"this run's reference is that of the folder {folders / 'ref'}" in sentence
+
+
+def test_fit_starts_from_exactly_the_weights_of_the_guide_s_folder(finished, folders, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(workdir / "guide")
+    monkeypatch.setattr(train, "fit", lambda state, *_, **__: (_ for _ in ()).throw(StopAsyncIteration(state)))
+    with pytest.raises(StopAsyncIteration) as stopped:
+        cli.main(["fit", "--workdir", str(workdir)])
+    (state,) = stopped.value.args
+    want = hf.load_guide(folders / "guide", dtype="float32", unstacked=False).params
+    assert int(state.step) == 0
+    helpers.assert_trees_equal(state.params, want)
+
+
+@pytest.mark.parametrize("guide", ["ref", "folder"])
+def test_a_language_model_s_trunk_gets_a_head_of_zeros_and_float32_masters(folders, tmp_path, guide):
+    half = helpers.reference()
+    half = half.replace(params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), half.params))
+    tokenizer = Text.load(folders / "ref").tokenizer
+    hf.export_ref(half, tmp_path / "half", tokenizer=tokenizer)
+    changes = {"ref": (f"ref={tmp_path / 'half'}",), "folder": (f"ref={folders / 'ref'}", f"guide={tmp_path / 'half'}")}
+    made = session(*changes[guide])
+    params = made.first_guide(None)
+    trunk = {name: leaf for name, leaf in half.params.items() if name != "head"}
+    helpers.assert_trees_equal(params["trunk"], jax.tree.map(lambda leaf: leaf.astype("float32"), trunk))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["head"]))
+    assert made.guide_config.trunk.dtype == "bfloat16", "computed as the folder has it"
+    assert jax.tree.structure(params) == jax.tree.structure(value.abstract(made.guide_config))
+    assert session(*changes[guide], "dtype=float32").guide_config.trunk.dtype == "float32"
+
+
+@pytest.mark.parametrize("guide", ["ref", "guide"])
+def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
+    """Every leaf where the rules have it (the meshes have one device), with the values that it has without."""
+    workdir = helpers.session(tmp_path, f"ref={folders / 'ref'}", f"guide={folders / guide}").workdir
+    config, made = workdir.config, Session(workdir)
+    decode = sharding.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
+    fit = sharding.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
+    ref = models.load_ref(config, decode)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(ref)} == {decode}
+    helpers.assert_trees_equal(ref.params, models.load_ref(config).params)
+    first = [models.first_guide(config, made.guide_config, None, jax.random.key(0), mesh) for mesh in (fit, None)]
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(first[0]["trunk"])} == {fit}
+    helpers.assert_trees_equal(*first)
+
+
+def test_a_guide_from_scratch_has_the_shape_of_the_model_section(folders):
+    made = session(f"ref={folders / 'ref'}", "guide=scratch", "model.layers=2", "model.token_shift=false")
+    assert (made.ref_config.layers, made.guide_config.trunk.layers) == (1, 2)
+    assert jax.tree.leaves(made.first_guide(None)["trunk"]["layers"])[0].shape[0] == 2
+
+
+def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tmp_path):
+    hf.export_ref(helpers.random_model(320, max_positions=64), tmp_path, tokenizer=bpe.make(), stop_ids=[bpe.EOT])
+    for prompt_format in ("plain", "chat"):
+        made = session(f"ref={tmp_path}", f"prompt_format={prompt_format}")
+        sessions.check(made.config)
+        assert made.text.encode_prompt(PROMPT) == Text.load(tmp_path, prompt_format=prompt_format).encode_prompt(PROMPT)
+        settings = made.generation_settings()
+        assert settings["vocab_size"] == Text(bpe.make()).vocab_size < made.ref_config.vocab_size
+        assert bpe.EOT in settings["stop_ids"]
+
+
+def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
+    """On another day than it was begun on, by any command."""
+    template = "{{ strftime_now('%d %b %Y') }} " + bpe.TEMPLATE
+    hf.export_ref(helpers.random_model(320, max_positions=96), tmp_path / "ref", tokenizer=bpe.make(template=template))
+    config = session(f"ref={tmp_path / 'ref'}", "prompt_format=chat").config
+    for day in (5, 6):
+        with Workdir.open(tmp_path / "run", config, date=datetime.date(2026, 1, day)) as workdir:
+            text = Session(workdir).text
+            assert text.decode(text.encode_prompt(PROMPT)).startswith("05 Jan 2026 user")
+
+
+def test_with_both_folders_the_sections_of_what_is_made_on_the_spot_may_be_absent(folders):
+    config = session(f"ref={folders / 'ref'}", f"guide={folders / 'guide'}").config
+    with config.unlocked():
+        del config["model"], config["pretrain"]
+    sessions.check(config)
+    config.guide = "scratch"
+    with pytest.raises(UserError, match="lacks the setting model.size"):
+        sessions.check(config)
+    config.ref, config.guide = "pretrain", "ref"
+    with pytest.raises(UserError, match="lacks the setting pretrain.steps"):
+        sessions.check(config)
+
+
+def test_paths_are_made_absolute_and_words_left_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = session("ref=models/../ref", "guide=~/guide").config
+    models.make_absolute(config)
+    assert (config.ref, config.guide) == (str(tmp_path / "ref"), "/home/someone/guide")
+    config = session().config
+    models.make_absolute(config)
+    assert (config.ref, config.guide) == ("pretrain", "ref")
+
+
+def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp_path, capsys):
+    ref, guide = f"ref={folders / 'ref'}", f"guide={folders / 'guide'}"
+    light = shutil.copytree(folders / "guide", tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    other = tmp_path / "other"
+    hf.export_guide(helpers.random_guide(helpers.random_model(320).config), other, tokenizer=bpe.make())
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    small = tmp_path / "small"
+    hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
+    for changes, words in [
+        (("ref=pretrian",), "config.ref is 'pretrian', and there is no such folder; give pretrain, or the folder"),
+        ((ref, "guide=none"), "config.guide is 'none', and there is no such folder; give ref, scratch, or the folder"),
+        ((f"ref={tmp_path}",), "has no tokenizer"),
+        ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
+        ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),
+        ((f"ref={folders / 'guide'}",), "holds a guide or another token classifier"),
+        ((ref, f"guide={light}"), "has no weights; it needs model.safetensors"),
+        ((ref, f"guide={other}"), "the guide's vocabulary is not the reference's"),
+        ((f"guide={other}",), "the guide's vocabulary is not the reference's"),
+        ((ref, f"guide={small}"), "the guide has 5 tokens in its embedding"),
+        ((ref, guide, "value.type=q"), "config.value.type is 'q', and the guide in"),
+        ((ref, guide, "value.distribution=scalar"), "config.value.distribution is 'scalar', and the guide in"),
+        (
+            (ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,1"),
+            "config.value.atoms is (0.0, 1.0), and the guide in",
+        ),
+        ((ref, guide, "prompt_format=chat"), "has no chat template"),
+        (("prompt_format=chat",), "has no chat template"),
+        ((ref, guide, "dtype=float16"), "config.dtype is 'float16'"),
+        ((ref, guide, "generate.max_new_tokens=23"), "must be below the model's 23 positions"),
+    ]:
+        assert words in refused(capsys, *command(tmp_path / "new", *changes)), changes
+        assert not (tmp_path / "new").exists()
+    sessions.check(
+        session(ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,0.5,1").config
+    )
+
+
+def test_a_folder_that_changed_is_refused_by_every_command(finished, folders, capfd):
+    other = folders / "ref" / "added_tokens.json"
+    other.write_text("{}")
+    try:
+        for arguments in (["report"], ["generate", PROMPT]):
+            assert "added_tokens.json changed since" in refused(capfd, *arguments, "--workdir", finished)
+    finally:
+        other.unlink()
+    assert cli.main(["report", "--workdir", str(finished)]) == 0

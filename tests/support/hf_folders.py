@@ -1,0 +1,46 @@
+"""Small random models to be written into folders of `transformers`, and what a call refuses."""
+
+import dataclasses
+
+import pytest
+from numpy_decoder import random_params
+
+from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system.errors import UserError
+
+LLAMA = DecoderConfig(
+    vocab_size=23, embed=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=20, max_positions=32, rope_theta=100.0
+)
+TIED = dataclasses.replace(LLAMA, tied=True)
+GPT2 = DecoderConfig(
+    vocab_size=23, embed=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=20, max_positions=32, positions="learned",
+    norm="layer", activation="gelu", bias=True, tied=True,
+)  # fmt: skip
+UNTIED_GPT2 = dataclasses.replace(GPT2, tied=False)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
+CONFIGS = {"llama": LLAMA, "llama-tied": TIED, "gpt2": UNTIED_GPT2, "gpt2-tied": GPT2, "qwen3": QWEN3}
+
+
+def ref(config=LLAMA):
+    return LanguageModel(random_params(0, decoder.init, config), config)
+
+
+def guide(trunk=LLAMA, **changes):
+    config = ValueConfig(trunk, **changes)
+    return ValueModel(random_params(0, value.init, config), config)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
+
+
+def load_refusal(folder, load=hf.load_ref):
+    message = refusal(load, folder, dtype="float32")
+    assert str(folder) in message
+    assert message.count(". ") == 0 and "\n" not in message, "one sentence"
+    return message
