@@ -1,0 +1,92 @@
+"""The import rules: which packages each package may import, and that no package has a loose or circular import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+PACKAGE = ROOT / "qsharp_jax"
+
+# Every package, and those that it may import beside itself. Nothing imports `cli`.
+ALLOWED = {
+    "system": set(),
+    "values": set(),
+    "sampling": {"system"},
+    "guidance": {"values", "sampling"},
+    "models": {"system"},
+    "tasks": {"system"},
+    "data": {"system"},
+    "generate": {"system", "values", "sampling", "guidance", "models"},
+    "rollouts": {"system", "sampling", "models", "tasks", "data", "generate"},
+    "train": {"system", "values", "guidance", "sampling", "models", "data"},
+    "run": {"system", "values", "sampling", "models", "tasks", "data", "generate", "train"},
+    "evaluation": {"system", "values", "sampling", "models", "tasks", "data", "generate", "rollouts", "run"},
+    "algorithms": {
+        "system", "values", "guidance", "sampling", "models", "tasks", "data", "generate", "rollouts", "train", "run",
+        "evaluation",
+    },
+    "report": {"system", "data", "run", "evaluation", "algorithms"},
+    "plan": {"system", "sampling", "models", "tasks", "data", "generate", "train", "run"},
+    "experiments": {
+        "system", "models", "data", "generate", "train", "run", "evaluation", "algorithms", "report",
+    },
+    "cli": {
+        "system", "sampling", "models", "tasks", "data", "generate", "rollouts", "train", "run", "evaluation",
+        "algorithms", "report", "plan", "experiments",
+    },
+}  # fmt: skip
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, dotted, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qsharp_jax."):
+            package = node.module.removeprefix("qsharp_jax.")
+            names |= {full if (full := f"{package}.{alias.name}") in MODULES else package for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "qsharp_jax":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("qsharp_jax.") for alias in node.names}
+    return names & MODULES
+
+
+def room(path: Path) -> str:
+    return module(path).partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_package_may(path):
+    rooms = {name.partition(".")[0] for name in imports(path)} - {room(path)}
+    assert rooms <= ALLOWED[room(path)]
+
+
+def test_the_rules_have_no_circle():
+    """The table can be sorted so that every package comes after those that it imports."""
+    placed = set()
+    while rest := {name: uses - placed for name, uses in ALLOWED.items() if name not in placed}:
+        ready = {name for name, uses in rest.items() if not uses}
+        assert ready, f"a circle among {sorted(rest)}"
+        placed |= ready
+
+
+def test_modules_do_not_import_each_other():
+    uses = {module(path): imports(path) - {module(path)} for path in FILES}
+    while ready := {name for name, others in uses.items() if not others & uses.keys()}:
+        uses = {name: others for name, others in uses.items() if name not in ready}
+    assert not uses
+
+
+def test_few_modules_lie_loose_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
