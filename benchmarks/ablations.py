@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qsharp_jax import report
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import shard_path
 from qsharp_jax.evaluation import measure
 from qsharp_jax.evaluation.statistics import by_problem, over_seeds, seeds_in_words
 from qsharp_jax.experiments import compare, export, pipeline
@@ -159,7 +159,7 @@ def share(workdir: Workdir, changes: Changes) -> None:
     compare.copy_missing(shared / "samples", workdir.samples, "*.jsonl")
     collect = workdir.config.collect
     for shard in range(-(-collect.prompts * collect.samples // collect.shard_rows)):
-        name = dataset.shard_path(Path(), shard).name
+        name = shard_path(Path(), shard).name
         compare.copy_missing(shared / "rollouts" / "round_1", workdir.rollouts(1), name)
     if changes and all(change.startswith("generate.") for change in changes) and not workdir.guide.exists():
         half = workdir.path / "guide.half"

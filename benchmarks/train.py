@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import train
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig

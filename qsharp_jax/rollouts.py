@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Rollout
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.records import Rollout, shard_path, with_variation, write_shard
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel
@@ -69,7 +68,7 @@ def sample(
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
 
 
-def rewards(judge: Judge, text: Text, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
+def rewards(judge: Judge, text: Tokenizer, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
     """Judge responses to the problems beside them: [rows].
 
     Raises:
@@ -93,7 +92,7 @@ def collect(
     ref: LanguageModel,
     guide: ValueModel | None,
     judge: Judge,
-    text: Text,
+    text: Tokenizer,
     problems: Sequence[Problem],
     folder: Path,
     *,
@@ -129,7 +128,7 @@ def collect(
     step = max(1, shard_rows // samples)
     count = -(-len(problems) // step)
     # What the first process sees is missing, for those that decode together have to do the same.
-    missing = multihost.gather([[n for n in range(count) if not dataset.shard_path(folder, n).exists()]])[0]
+    missing = multihost.gather([[n for n in range(count) if not shard_path(folder, n).exists()]])[0]
     shards = {
         shard: range(shard * step, min((shard + 1) * step, len(problems)))
         for shard in multihost.share(missing, together)
@@ -172,7 +171,7 @@ def collect(
                 yield place, rollout(place, prompt, switch, response, draws[index])
 
     in_shards = {shard: range(some.start * samples, some.stop * samples) for shard, some in shards.items()}
-    write_shards(ended(), in_shards, functools.partial(dataset.write_shard, folder))
+    write_shards(ended(), in_shards, functools.partial(write_shard, folder))
     multihost.wait_for_all(f"rollouts of round {number}")
     totals = multihost.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
@@ -260,7 +259,7 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Of one round: rollouts, mean reward, mean response tokens, share finished, labelled share of response tokens, and
     share of the problems whose rollouts do not all have the same reward.
     """
-    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, dataset.with_variation(rollouts)))
+    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(rollouts)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
     labelled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
     return {

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsharp_jax import rollouts
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.generate import generate
 from qsharp_jax.system import files
 from qsharp_jax.tasks import star_graph
@@ -47,7 +46,7 @@ def collected(run, tmp_path_factory):
 
 
 def read(folder, number) -> list[Rollout]:
-    return dataset.read_rounds(folder, [number])
+    return read_rounds(folder, [number])
 
 
 def problem_of(run, row):

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from qsharp_jax.algorithms import policy, qsharp
 from qsharp_jax.algorithms.policy import PolicyBatch
-from qsharp_jax.data.dataset import Batches, Rollout, from_rollout
+from qsharp_jax.data.batches import Batches, from_rollout
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from qsharp_jax import rollouts, train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Batches, Rollout
+from qsharp_jax.data.batches import Batches, from_rollout
+from qsharp_jax.data.records import Rollout, read_rounds, with_variation
 from qsharp_jax.evaluation import score
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -46,7 +46,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             together=session.together,
             **session.generation_settings(),
         )
-    rollouts_ = dataset.read_rounds(session.workdir.path / "rollouts", [number])
+    rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
     answered = np.mean([session.task.parse(rollout.text) is not None for rollout in rollouts_])
     figures = rollouts.statistics(rollouts_) | {"answered": float(answered)}
     session.workdir.append_metrics(
@@ -59,13 +59,13 @@ def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> l
     """The rollouts of this round and all before it, of the problems that are to be learned from.
 
     Raises:
-      UserError: if none are left; and as `dataset.read_rounds`.
+      UserError: if none are left; and as `read_rounds`.
     """
     folder = session.workdir.path / "rollouts"
-    data = dataset.read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
+    data = read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
     if not session.config.collect.drop_no_variation:
         return data
-    if not (kept := dataset.with_variation(data)):
+    if not (kept := with_variation(data)):
         raise UserError(
             f"collect.drop_no_variation leaves none of {len(data)} rollouts: of every problem all rewards are"
             f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
@@ -125,7 +125,7 @@ def fit(
             " raise fit.holdout, or give 0"
         )
     batches = Batches(
-        [dataset.from_rollout(r) for r in learned],
+        [from_rollout(r) for r in learned],
         rows=config.batch_size,
         bucket=config.length_bucket,
         pack_length=config.pack_length,
@@ -135,7 +135,7 @@ def fit(
     def measure(params: train.Params) -> dict[str, float]:
         if not held_out:
             return {}
-        examples, ids = [dataset.from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
+        examples, ids = [from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
         guide = ValueModel(_without(params, beside), guide_config)
         return score.quality(
             guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket, projection=config.projection,

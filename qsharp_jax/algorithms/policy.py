@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import rollouts, train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example, Rollout
+from qsharp_jax.data.batches import Example, from_rollout, length_batches, make_packed_batch
+from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.models import decoder, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
@@ -47,7 +47,7 @@ Numbers = Mapping[str, np.ndarray]  # [N, M] each
 
 @flax.struct.dataclass
 class PolicyBatch:
-    """Rows of prompt and response, right-padded, as a `dataset.Batch`, and numbers about the response's tokens.
+    """Rows of prompt and response, right-padded, as a `Batch`, and numbers about the response's tokens.
 
     Attributes:
       tokens, segments, positions: [B, T] int32.
@@ -67,7 +67,7 @@ def make_batch(
 ) -> PolicyBatch:
     """Some of the examples, one a row, with their numbers; a row of None is padding, and so are those left over."""
     groups = [[] if index is None else [examples[index]] for index in indices]
-    batch = dataset.make_packed_batch(groups, rows, width)
+    batch = make_packed_batch(groups, rows, width)
     placed = {name: np.zeros((rows, width), np.float32) for name in numbers}
     for row, index in enumerate(indices):
         if index is None:
@@ -164,7 +164,7 @@ def score(session: Session, params: Params, examples: Sequence[Example]) -> tupl
     mask = np.arange(most) < np.asarray([len(example.response) for example in examples])[:, None]
     log_probs, values = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
     by, rows = scorer(session), sharding.round_rows(session.config.policy.batch_size)
-    for width, indices in dataset.length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
+    for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         multihost.stop_if_told()
         batch = sharding.place_rows(make_batch(examples, {}, indices, rows=rows, width=width))
         for numbers, found in zip((log_probs, values), _score(by, params, batch), strict=True):
@@ -292,8 +292,8 @@ def sample(
             )
         )
     if session.workdir.writes:
-        dataset.write_shard(session.workdir.rollouts(number), lot, records)
-    examples = [dataset.from_rollout(record) for record in records]
+        write_shard(session.workdir.rollouts(number), lot, records)
+    examples = [from_rollout(record) for record in records]
     mask, log_probs, values = score(session, params, examples)
     gap = float(np.abs(np.where(mask, log_probs - drawn["log_probs"], 0)).max())
     if not gap <= section.log_prob_limit:

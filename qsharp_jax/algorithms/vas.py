@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.algorithms import guides
 from qsharp_jax.algorithms.guides import aggregate
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run.session import Session

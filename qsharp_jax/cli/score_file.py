@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.data.dataset import Example
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.batches import Example
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.system import files
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.progress import Bar
@@ -73,8 +73,8 @@ def _has_texts(record: dict) -> bool:
     return all(isinstance(record.get(key), str) for key in ("prompt", "response"))
 
 
-def encode(records: Sequence[dict], text: Text, positions: int, *, first: int = 1) -> list[Example]:
-    """Token ids of the records; texts as `Text` encodes them, with the token that ends a response.
+def encode(records: Sequence[dict], text: Tokenizer, positions: int, *, first: int = 1) -> list[Example]:
+    """Token ids of the records; texts as `Tokenizer` encodes them, with the token that ends a response.
 
     Args:
       positions: the longest sequence that the models take, in tokens.

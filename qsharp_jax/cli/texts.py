@@ -122,7 +122,7 @@ def _stream(text, ref, guide, encoded: list[list[int]], **settings: Any) -> None
 
     blocks = stream(ref, guide, encoded, record=(), **settings)
     with _standard_output() as file:
-        for piece in text.pieces(rows[0] for rows in blocks):
+        for piece in text.decode_stream(rows[0] for rows in blocks):
             file.write(piece)
             file.flush()
         file.write("\n")

@@ -1,17 +1,14 @@
-"""A tokenizer out of a model's folder, and what stands there about how a text begins and a response ends.
-
-Knows nothing about prompts, models or tasks.
-"""
+"""Reading a tokenizer from a model's folder, and what the folder says about how texts begin and responses end."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from qsharp_jax.system.errors import UserError, warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _OWN = "tokenizer.json"
 _FILES = (_OWN, "tokenizer.model", "vocab.json")  # a tokenizer's folder has at least one of them
@@ -22,24 +19,27 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
-def read(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, with the ids of its tokenizer.json where there is one.
+def read(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """Read the tokenizer of a folder, with the ids of its tokenizer.json if it has one.
 
-    `AutoTokenizer` goes by the model's type: it makes every tokenizer of a Qwen 2 a byte-level one with Qwen's pattern,
-    of which the file gives no more than the vocabulary.
+    `AutoTokenizer` goes by the model's type: it turns every tokenizer of a Qwen 2 folder into a byte-level one with
+    Qwen's pattern, and takes only the vocabulary from the file.
 
     Raises:
       UserError: if the folder has no tokenizer, a damaged one, or files that contradict each other.
     """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the path of one with a model and its tokenizer")
     if not has_tokenizer(folder):
         raise UserError(
-            f"{folder} has no tokenizer, for none of {', '.join(_FILES)} is there; put the tokenizer's files beside"
-            " the weights"
+            f"{folder} has no tokenizer: none of {', '.join(_FILES)} exists; put the tokenizer's files next to the"
+            " weights"
         )
-    # No code from the folder is run, and nothing is looked for elsewhere.
+    # No code from the folder is run, and nothing is looked up elsewhere.
     options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     try:
         if not (folder / _OWN).is_file():
@@ -47,14 +47,14 @@ def read(folder: str | Path) -> PreTrainedTokenizerBase:
         own = Tokenizer.from_file(str(folder / _OWN))
         config = _read_json(folder / "tokenizer_config.json")
         listed = {int(token): entry["content"] for token, entry in (config.get("added_tokens_decoder") or {}).items()}
-        if listed:  # its copy of the added tokens would take the place of those in tokenizer.json
+        if listed:  # this copy of the added tokens would replace those of tokenizer.json
             options["added_tokens_decoder"] = {}
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
     except UserError:
         raise
     except Exception as error:  # the libraries below raise their own, down to a bare Exception
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer in {folder} cannot be read ({words}); put its files there anew") from error
+        raise UserError(f"cannot read the tokenizer in {folder} ({words}); download its files again") from error
     entries = {token: entry for entry, token in own.get_vocab().items()}
     if tokenizer.eos_token is None:  # GPT-2's folders name no special tokens
         tokenizer.eos_token = next((entries[stop] for stop in listed_stop_ids(folder) if stop in entries), None)
@@ -69,15 +69,15 @@ def read(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _check_tokens(
-    folder: Path, entries: Mapping[int, str], tokenizer: PreTrainedTokenizerBase, listed: Mapping[int, str]
+    folder: Path, entries: Mapping[int, str], tokenizer: "PreTrainedTokenizerBase", listed: Mapping[int, str]
 ) -> None:
     """Check that a folder's other files have no tokens that its tokenizer.json does not have.
 
-    Tokens for padding and the like are let pass: nothing here uses them.
+    Tokens for padding and the like are ignored: nothing here uses them.
 
     Args:
       entries: the tokens of tokenizer.json, by id.
-      tokenizer: what all files together say.
+      tokenizer: read from all files together.
       listed: the added tokens of tokenizer_config.json, by id.
 
     Raises:
@@ -87,19 +87,17 @@ def _check_tokens(
     more = sorted(tokenizer.get_vocab().keys() - {*entries.values()} - unused)
     differing = [token for token in sorted(listed) if entries.get(token) != listed[token]]
     if differing:
-        there = repr(entries[differing[0]]) if differing[0] in entries else "nothing"
-        what = f"id {differing[0]} is {listed[differing[0]]!r} in tokenizer_config.json and {there}"
+        own = repr(entries[differing[0]]) if differing[0] in entries else "nothing"
+        what = f"id {differing[0]} is {listed[differing[0]]!r} in tokenizer_config.json and {own} in {_OWN}"
     elif more:
-        what = f"{more[0]!r} is a token in its other files and none"
+        what = f"{more[0]!r} is a token in its other files and not in {_OWN}"
     else:
         return
-    raise UserError(
-        f"the tokenizer in {folder} contradicts itself: {what} in {_OWN}; put the files of one tokenizer there"
-    )
+    raise UserError(f"the tokenizer in {folder} contradicts itself: {what}; use the files of one tokenizer")
 
 
-def around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a tokenizer's own rule puts before and after every text."""
+def around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer's own rule puts before and after every text."""
     whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     for start in range(len(whole) - len(bare), -1, -1):
         if whole[start : start + len(bare)] == bare:
@@ -108,20 +106,20 @@ def around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[i
 
 
 def listed_stop_ids(folder: str | Path) -> list[int]:
-    """The eos_token_id, a number or a list of them, of the first of two files that has one."""
+    """Return the eos_token_id, one number or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         listed = _read_json(path).get("eos_token_id")
         if listed is not None:
             listed = listed if isinstance(listed, list) else [listed]
             if not all(type(token) is int for token in listed):
-                raise UserError(f"{path} has the eos_token_id {listed}; it must be a whole number or a list of them")
+                raise UserError(f"{path} has the eos_token_id {listed}; it must be an integer or a list of integers")
             return listed
     return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The entries of one of a folder's files; none where it is not there."""
+    """Read a JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -130,4 +128,4 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError
         return entries
     except ValueError:
-        raise UserError(f"{path} is damaged, for it is no JSON object; put it there anew") from None
+        raise UserError(f"{path} is damaged: it is not a JSON object; download it again") from None

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from qsharp_jax import rollouts
-from qsharp_jax.data.dataset import Example, length_batches
+from qsharp_jax.data.batches import Example, length_batches
 from qsharp_jax.evaluation import score
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import values
-from qsharp_jax.data.dataset import Batch, Example, length_batches, make_batch
+from qsharp_jax.data.batches import Batch, Example, length_batches, make_batch
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel

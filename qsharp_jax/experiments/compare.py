@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import algorithms, report, train
 from qsharp_jax.algorithms import dpo, qsharp
-from qsharp_jax.data import dataset
+from qsharp_jax.data.batches import from_rollout
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
@@ -119,7 +120,7 @@ def _share(shared: Session) -> tuple[float, dict[str, int]]:
     return budget(shared, qsharp.aggregate(shared, 1))
 
 
-def budget(shared: Session, data: Sequence[dataset.Rollout]) -> tuple[float, dict[str, int]]:
+def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, int]]:
     """The gradient FLOPs of a method, and the epochs that come nearest to them, by method.
 
     Args:
@@ -137,9 +138,9 @@ def budget(shared: Session, data: Sequence[dataset.Rollout]) -> tuple[float, dic
     return flops, {method: max(round(flops / cost), 1) for method, cost in of_epoch.items() if cost}
 
 
-def _flops(of_batch: train.Flops, data: Sequence[dataset.Rollout]) -> float:
+def _flops(of_batch: train.Flops, data: Sequence[Rollout]) -> float:
     """Of one gradient of all the rollouts."""
-    lengths = np.asarray([len(dataset.from_rollout(rollout)) for rollout in data])
+    lengths = np.asarray([len(from_rollout(rollout)) for rollout in data])
     return of_batch(SimpleNamespace(segments=np.arange(lengths.max(initial=0)) < lengths[:, None]))
 
 

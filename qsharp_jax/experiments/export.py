@@ -25,7 +25,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
     if what == "ref" and session.ref_folder:
         raise UserError(f"this run's reference is that of the folder {session.ref_folder}; use it as it is")
     hf.check_folder(folder)
-    tokenizer, rows = session.text.for_other_programs(), _results(session)
+    tokenizer, rows = session.text.for_export(), _results(session)
     if what == "ref":
         hf.export_ref(
             session.load_ref(),

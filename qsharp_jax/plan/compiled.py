@@ -19,7 +19,7 @@ import numpy as np
 
 import qsharp_jax.plan.program as program
 from qsharp_jax import generate, train
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import train
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params

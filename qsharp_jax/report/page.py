@@ -7,7 +7,7 @@ were made.
 import html
 from collections.abc import Sequence
 
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.report.examples import KINDS, Examples, Pair
 from qsharp_jax.report.names import NAMES
 from qsharp_jax.run.session import Session
@@ -104,7 +104,7 @@ def _example(
     after: Sequence[float | None] | None,
     name: str,
     scale: tuple[float, float],
-    text: Text,
+    text: Tokenizer,
 ) -> str:
     words, answer = _words(KINDS[pair.kind][0], name), html.escape(pair.before["answer"])
     prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
@@ -118,7 +118,7 @@ def _example(
 
 
 def _side(
-    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], text: Text
+    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], text: Tokenizer
 ) -> str:
     right = sample["reward"] > 0
     answer = "no answer" if sample["parsed"] is None else f"answer {sample['parsed']}"
@@ -140,10 +140,10 @@ def _side(
 
 
 def _tokens(
-    tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], text: Text
+    tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], text: Tokenizer
 ) -> str:
     """The response, a span a token; what a token holds back is shown with the one that completes it."""
-    *pieces, rest = text.pieces([token] for token in tokens)
+    *pieces, rest = text.decode_stream([token] for token in tokens)
     pieces[-1] += rest
     spans = []
     for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):

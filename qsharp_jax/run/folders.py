@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.data.tokenizer import Text, check_same_tokens
+from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.data.tokenizer_files import has_tokenizer
 from qsharp_jax.generate import Guide, guide_names
 from qsharp_jax.models import decoder, hf, value
@@ -28,7 +28,7 @@ class Folders:
       ref: the reference's folder, or None.
       guides: folders of guides; without a reference, of one.
       dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
-      prompt_format: "plain" or "chat", see `Text`.
+      prompt_format: "plain" or "chat", see `Tokenizer`.
       stop_ids: by default those of the reference's folder.
       date: what a chat template that writes the date takes for today; by default the day that it is.
 
@@ -48,9 +48,9 @@ class Folders:
         check_vocabulary(self.text, configs, self.guides if self.ref else (), f"the tokenizer in {self._first}")
 
     @functools.cached_property
-    def text(self) -> Text:
+    def text(self) -> Tokenizer:
         """The reference's tokenizer, or the guide's where it is alone."""
-        return Text.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
+        return Tokenizer.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
@@ -94,7 +94,7 @@ class Folders:
         return self.dtype or stored_dtype(folder)
 
 
-def check_vocabulary(text: Text, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
+def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
     """That models have the tokens of a text's tokenizer.
 
     Args:
@@ -112,7 +112,7 @@ def check_vocabulary(text: Text, configs: Mapping[str, DecoderConfig], guides: S
                 f" {text.vocab_size - 1}; put the model's own there"
             )
     for guide in filter(has_tokenizer, guides):
-        check_same_tokens(text, Text.load(guide))
+        check_same_tokens(text, Tokenizer.load(guide))
 
 
 def stored_dtype(folder: Path) -> str:

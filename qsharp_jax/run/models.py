@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, hf, sharding, value
@@ -44,29 +44,29 @@ def make_absolute(config: ConfigDict) -> None:
         config.task.data = os.path.abspath(os.path.expanduser(config.task.data))
 
 
-# --- Text and shapes ------------------------------------------------------------------------------------------------
+# --- Tokenizer and shapes -------------------------------------------------------------------------------------------
 
 
-def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None = None) -> Text:
+def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None = None) -> Tokenizer:
     """The reference's tokenizer: its folder's, or the task's own.
 
     Args:
       date: the run's, for chat templates that write it; by default today.
 
     Raises:
-      UserError: for a task that has none, and as `Text.load`.
+      UserError: for a task that has none, and as `Tokenizer.load`.
     """
     if ref := folder(config, "ref"):
-        return Text.load(ref, prompt_format=config.prompt_format, date=date)
+        return Tokenizer.load(ref, prompt_format=config.prompt_format, date=date)
     if task.FINITE:
         raise UserError(
             f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"
             " the folder of a language model"
         )
-    return Text(task.make_tokenizer(config.task), config.prompt_format)
+    return Tokenizer(task.make_tokenizer(config.task), config.prompt_format)
 
 
-def ref_config(config: ConfigDict, text: Text) -> DecoderConfig:
+def ref_config(config: ConfigDict, text: Tokenizer) -> DecoderConfig:
     """The reference's shape, to be computed in the config's dtype, which is the folder's own by default.
 
     Raises:
@@ -78,7 +78,7 @@ def ref_config(config: ConfigDict, text: Text) -> DecoderConfig:
     return _model_section(config, text.vocab_size)
 
 
-def guide_config(config: ConfigDict, text: Text) -> ValueConfig:
+def guide_config(config: ConfigDict, text: Tokenizer) -> ValueConfig:
     """The guide's shape, likewise.
 
     Raises:
@@ -136,7 +136,7 @@ def check_folders(config: ConfigDict) -> None:
             hf.check_no_adapter(path)
 
 
-def check(config: ConfigDict, text: Text) -> None:
+def check(config: ConfigDict, text: Tokenizer) -> None:
     """That the folders hold what the config takes them for, with one vocabulary, but for the weights' values.
 
     Raises:

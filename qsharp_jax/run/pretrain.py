@@ -7,7 +7,7 @@ import contextlib
 import functools
 
 from qsharp_jax import train
-from qsharp_jax.data.dataset import Batches, Example
+from qsharp_jax.data.batches import Batches, Example
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run.session import Session
@@ -27,7 +27,7 @@ def run(session: Session) -> LanguageModel:
     text = session.text
     if session.workdir.writes:
         with folder_of_this_machine(session.workdir.ref / "tokenizer") as folder:
-            text.tokenizer.save_pretrained(folder)
+            text.hf_tokenizer.save_pretrained(folder)
     texts = session.task.pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )

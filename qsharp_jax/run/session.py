@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qsharp_jax import tasks, train
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -239,7 +239,7 @@ class Session:
         return Judge(self.task)
 
     @functools.cached_property
-    def text(self) -> Text:
+    def text(self) -> Tokenizer:
         return models.make_text(self.config, self.task, self.workdir.date)
 
     @functools.cached_property

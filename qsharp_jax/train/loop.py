@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.system import multihost, sigterm

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from qsharp_jax import values
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig

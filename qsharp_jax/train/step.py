@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import Params
 

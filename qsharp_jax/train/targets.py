@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, values
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig

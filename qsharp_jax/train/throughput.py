@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsharp_jax.algorithms import dpo
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout
 
 BETA = 0.4
 

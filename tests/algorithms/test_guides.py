@@ -9,8 +9,7 @@ import pytest
 from helpers import assert_trees_equal
 
 from qsharp_jax.algorithms import guides
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.models import value
 
 
@@ -21,7 +20,7 @@ def write_rollouts(session, number, prompts=30):
     for index in range(prompts):
         response, name = [*rng.integers(3, 9, 4).tolist(), 2], f"p{number}-{index}"
         made.append(Rollout(name, number, [1, 3, 4], response, number - 1, float(response[0] % 2), True, 0.5, 0, ""))
-    dataset.write_shard(session.workdir.rollouts(number), 0, made)
+    write_shard(session.workdir.rollouts(number), 0, made)
 
 
 def test_the_fit_of_a_run(tmp_path):

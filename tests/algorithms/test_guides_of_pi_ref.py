@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import guidance
 from qsharp_jax.algorithms import cd, guides, qsharp, vas
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.system.errors import UserError
 
 
@@ -21,7 +20,7 @@ def write_rollouts(session, number, count=16):
                 np.inf, 0, "")
         for i in range(count)
     ]  # fmt: skip
-    dataset.write_shard(session.workdir.rollouts(number), 0, made)
+    write_shard(session.workdir.rollouts(number), 0, made)
 
 
 @pytest.mark.parametrize(

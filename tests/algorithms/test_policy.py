@@ -16,8 +16,8 @@ from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import algorithms, generate, report, tasks, train
 from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example, Rollout
+from qsharp_jax.data.batches import Example
+from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.evaluation import measure
 from qsharp_jax.system.errors import UserError
 
@@ -151,7 +151,7 @@ def test_the_regularised_optimum_is_nearly_reached(name):
     assert np.mean([line["objective"] for line in lots[-3:]]) > np.mean([line["objective"] for line in lots[:3]]) + 0.1
     assert max(line["log_prob_gap"] for line in lots) < 1e-4
     assert len(programs) == 20 and programs[0] == programs[-1], "new weights compile nothing"
-    assert len(dataset.read_rounds(session.workdir.path / "rollouts", [1])) == 1280
+    assert len(read_rounds(session.workdir.path / "rollouts", [1])) == 1280
     helpers.assert_trees_equal(session.load_guide(1).params, made.params)
 
 
@@ -205,7 +205,7 @@ def test_dpo_learns_from_pairs_of_two_rounds(tmp_path):
     session = bandit.session(tmp_path, "dpo", "rounds=2", "collect.prompts=40", "dpo.epochs=3")
     ref, kept = bandit.reference(session), {}
     made = run(session, ref, kept.__setitem__)
-    data = dataset.read_rounds(session.workdir.path / "rollouts", [1, 2])
+    data = read_rounds(session.workdir.path / "rollouts", [1, 2])
     assert len(data) == 2 * 40 * 4 and all(rollout.switch == 0 for rollout in data)
     pairs, skipped = dpo.make_pairs(data)
     *_, line = [line for line in session.workdir.read_metrics() if "pairs" in line]

@@ -22,7 +22,7 @@ from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
 from qsharp_jax import algorithms, rollouts, tasks
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import sharding
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
@@ -165,7 +165,7 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
         shares = [int(part.pop(count)) for part in parts]
         assert sum(shares) == expected.pop(count)
         assert 0 < max(shares) < sum(shares) or changes == ALONE or (name, count) == ("dpo", "sampled")
-    records = [dataset.read_rounds(folder / "0" / "rollouts", [1]) for folder in (one, two)]
+    records = [read_rounds(folder / "0" / "rollouts", [1]) for folder in (one, two)]
     assert records[0] == records[1] != []
     if changes == ALONE:  # a lot without a reward teaches rounding alone, of which the optimizer makes whole steps
         return

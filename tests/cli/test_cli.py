@@ -16,7 +16,7 @@ from helpers import quick_compilation  # noqa: F401
 from repository import ROOT
 
 from qsharp_jax import cli, train
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import memory
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train import checkpoint
@@ -27,7 +27,7 @@ def run(workdir, *changes: str) -> int:
 
 
 def records(workdir: Path) -> list:
-    return dataset.read_rounds(workdir / "rollouts", [1, 2])
+    return read_rounds(workdir / "rollouts", [1, 2])
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from text_models import USED, make_guide, make_ref
 
 from qsharp_jax import cli
 from qsharp_jax.cli import generate_file, texts
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import hf, memory
 from qsharp_jax.run.workdir import Workdir
 
@@ -81,7 +81,7 @@ def numpy_greedy(prompt_tokens, stop_ids) -> list[int]:
 def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, prompt_format):
     arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", "--prompt-format", prompt_format, *FEW)
     (line,) = stdout_lines(capfd, *arguments)
-    prompt_tokens = Text.load(models[0], prompt_format=prompt_format).encode_prompt(PROMPT)
+    prompt_tokens = Tokenizer.load(models[0], prompt_format=prompt_format).encode_prompt(PROMPT)
     expected = numpy_greedy(prompt_tokens, [bpe.EOS, bpe.EOT])
     assert list(line) == FIELDS and line["tokens"] == expected and line["prompt"] == PROMPT
     assert line["response"] == bpe.make().decode(expected, skip_special_tokens=True)
@@ -99,7 +99,7 @@ def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     pair = ("--ref", ref, "--guide", guide)
     made = stdout_lines(capfd, "generate", *pair, PROMPT, "--eta", "0.5,0.05", "--seed", "4", *FEW)
     assert [line["eta"] for line in made] == [0.5, 0.05]
-    prompt_tokens = Text.load(ref).encode_prompt(PROMPT)
+    prompt_tokens = Tokenizer.load(ref).encode_prompt(PROMPT)
     records = [{"prompt_tokens": prompt_tokens, "response_tokens": line["tokens"], "n": line["eta"]} for line in made]
     source, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
     assert cli.main([str(x) for x in ("score", *pair, "--input", source, "--output", output)]) == 0
@@ -274,7 +274,7 @@ def test_scores_of_texts_are_numpy_s(models, tmp_path, prompt_format):
     ref, guide = models
     arguments = ["--prompt-format", prompt_format, "--input", str(source), "--output", str(output)]
     assert cli.main(["score", "--ref", str(ref), "--guide", str(guide), *arguments]) == 0
-    text = Text.load(ref, prompt_format=prompt_format)
+    text = Tokenizer.load(ref, prompt_format=prompt_format)
     guide = make_guide()
     params = numpy_decoder.to_float64(guide.params)
     for record, line in zip(records, output.read_text().splitlines(), strict=True):
@@ -315,12 +315,12 @@ def test_a_template_s_date_is_given_or_today_s(models, tmp_path, capfd, command)
     source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": PROMPT, "response": "a"}]), tmp_path / "out.jsonl"
     for date in (None, datetime.date(2024, 2, 29)):
         options = ["--ref", ref, "--prompt-format", "chat", *(["--date", date] if date else [])]
-        prompt = Text.load(ref, prompt_format="chat", date=date).encode_prompt(PROMPT)
+        prompt = Tokenizer.load(ref, prompt_format="chat", date=date).encode_prompt(PROMPT)
         if command == "generate":
             (line,) = stdout_lines(capfd, command, *options, PROMPT, "--temperature", "0", *FEW)
         else:
             assert cli.main([str(x) for x in (command, *options, "--input", source, "--output", output)]) == 0
-            response = Text.load(ref, prompt_format="chat").encode_response("a")
+            response = Tokenizer.load(ref, prompt_format="chat").encode_response("a")
             line = json.loads(output.read_text()) | {"tokens": response}
             output.unlink()
         expected = numpy_log_probs([*prompt, *line["tokens"]])[len(prompt) - 1 : -1]

@@ -12,7 +12,7 @@ import pytest
 from helpers import ARITHMETIC, assert_trees_equal
 
 from qsharp_jax import cli
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import read_rounds
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -85,7 +85,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
     assert_trees_equal(*(run.load_ref().params for run in runs))
     for number in (1, 2):
         assert_trees_equal(*(run.load_guide(number).params for run in runs))
-    records = [dataset.read_rounds(path / "rollouts", [1, 2]) for path in (actual, expected)]
+    records = [read_rounds(path / "rollouts", [1, 2]) for path in (actual, expected)]
     assert records[0] == records[1]
     rows = [without_seconds(json.loads((path / "results.json").read_text())) for path in (actual, expected)]
     assert rows[0] == rows[1]

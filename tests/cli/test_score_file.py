@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from qsharp_jax.cli import score_file
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.system.errors import UserError
 
-TEXT = Text(bpe.make())
+TEXT = Tokenizer(bpe.make())
 ADDED = list(score_file.ADDED)
 RECORDS = [
     {"prompt": "How many eggs?", "response": " Twelve\u2028eggs, 日本."},

@@ -11,23 +11,23 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qsharp_jax import tasks
-from qsharp_jax.data.tokenizer import Text, check_same_tokens
+from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.system.errors import UserError
 
 CONFIGS = {
     "arithmetic": SimpleNamespace(max_events=3, equation_fraction=0.4, error_scale=1.0),
     "star_graph": SimpleNamespace(degree=2, path_length=3, num_nodes=12, pretrain_on="walks"),
 }
-TEXTS = {name: Text(tasks.get(name).make_tokenizer(config)) for name, config in CONFIGS.items()}
+TEXTS = {name: Tokenizer(tasks.get(name).make_tokenizer(config)) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_prompt_starts_with_bos_a_response_ends_with_eos_and_nothing_else_is_added(name):
     text, (prompt, response) = TEXTS[name], tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
-    bos, eos = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    bos, eos = text.hf_tokenizer.bos_token_id, text.hf_tokenizer.eos_token_id
     first, last = text.encode_prompt(prompt), text.encode_response(response)
     assert first[0] == bos and last[-1] == eos and text.stop_ids == (eos,)
-    special = set(text.tokenizer.all_special_ids)
+    special = set(text.hf_tokenizer.all_special_ids)
     assert special.isdisjoint(first[1:]) and special.isdisjoint(last[:-1])
     assert max(first + last) < text.vocab_size
 
@@ -36,12 +36,12 @@ def test_a_prompt_starts_with_bos_a_response_ends_with_eos_and_nothing_else_is_a
 def test_decoding_gives_the_text_back_without_special_tokens(name):
     """On hundreds of the task's own texts, whole, cut before the stop token, and with padding behind it."""
     text = TEXTS[name]
-    pad = text.tokenizer.pad_token_id
+    pad = text.hf_tokenizer.pad_token_id
     for prompt, response in tasks.get(name).pretraining_texts(CONFIGS[name], 200, seed=0):
         tokens = text.encode_response(response)
         assert text.decode(tokens) == text.decode(tokens[:-1]) == text.decode([*tokens, pad, pad]) == response
         assert text.decode(text.encode_prompt(prompt)) == prompt
-    assert text.encode_prompt("") == [text.tokenizer.bos_token_id] and text.decode([]) == ""
+    assert text.encode_prompt("") == [text.hf_tokenizer.bos_token_id] and text.decode([]) == ""
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_plain_prompt_is_what_the_tokenizer_itself_makes_of_it(tmp_path, bos):
-    text, own = Text.load(bpe.save(tmp_path, bos=bos)), bpe.make(bos=bos)
+    text, own = Tokenizer.load(bpe.save(tmp_path, bos=bos)), bpe.make(bos=bos)
     for sentence in SENTENCES:
         assert text.encode_prompt(sentence) == own(sentence)["input_ids"]
         assert text.encode_response(sentence) == [*own(sentence, add_special_tokens=False)["input_ids"], bpe.EOS]
@@ -94,7 +94,7 @@ def test_a_plain_prompt_is_what_the_tokenizer_itself_makes_of_it(tmp_path, bos):
 
 
 def test_a_chat_prompt_is_one_turn_and_its_response_ends_the_next(folder):
-    text, own = Text.load(folder, prompt_format="chat"), bpe.make()
+    text, own = Tokenizer.load(folder, prompt_format="chat"), bpe.make()
     written = "<|bos|><|role|>user\nSam has 12 eggs.<|eot|>\n<|role|>assistant\n"
     assert text.encode_prompt("Sam has 12 eggs.") == own(written, add_special_tokens=False)["input_ids"]
     assert text.encode_response("Yes.") == [*own("Yes.", add_special_tokens=False)["input_ids"], bpe.EOT]
@@ -105,17 +105,17 @@ def test_a_chat_prompt_is_one_turn_and_its_response_ends_the_next(folder):
 
 def test_bos_is_not_put_before_a_text_that_has_it_already(folder, capsys):
     """As a chat template's text has; said once, however many prompts there are."""
-    text, own = Text.load(folder), bpe.make(bos=False)
+    text, own = Tokenizer.load(folder), bpe.make(bos=False)
     written = own.apply_chat_template([{"role": "user", "content": "Sam"}], tokenize=False, add_generation_prompt=True)
     for prompt in (written, "<|bos|>", "<|bos|>a", "<|bos|><|bos|>"):
         assert text.encode_prompt(prompt) == own(prompt)["input_ids"]
     (line,) = capsys.readouterr().err.splitlines()
     assert "starts with '<|bos|>' already" in line
-    assert Text.load(folder, prompt_format="chat").encode_prompt("Sam") == text.encode_prompt(written)
+    assert Tokenizer.load(folder, prompt_format="chat").encode_prompt("Sam") == text.encode_prompt(written)
     for prompt in ("a<|bos|>", "<|eos|>", ""):
         assert text.encode_prompt(prompt) == [bpe.BOS, *own(prompt)["input_ids"]]
     assert capsys.readouterr().err == ""
-    without = Text(own, before=())
+    without = Tokenizer(own, prefix_ids=())
     assert without.encode_prompt("<|bos|>a") == own("<|bos|>a")["input_ids"] and capsys.readouterr().err == ""
 
 
@@ -130,14 +130,14 @@ def test_a_template_s_date_is_the_tokenizer_s_and_not_the_clock_s(tmp_path):
     bpe.save(tmp_path, template=DATED)
 
     def prompt(**changes) -> str:
-        text = Text.load(tmp_path, prompt_format="chat", **changes)
+        text = Tokenizer.load(tmp_path, prompt_format="chat", **changes)
         assert text.end_of_turn == bpe.EOT
         return text.decode(text.encode_prompt("Sam"))
 
     assert prompt(date=datetime.date(2024, 2, 29)) == "Today Date: 29 Feb 2024\nSam"
     today = datetime.date.today()
     assert prompt() in [f"Today Date: {day:%d %b %Y}\nSam" for day in (today, today + datetime.timedelta(1))]
-    own = Text.load(tmp_path).tokenizer  # which reads the clock
+    own = Tokenizer.load(tmp_path).hf_tokenizer  # which reads the clock
     assert prompt(date=today) == own.apply_chat_template([{"role": "user", "content": "Sam"}], tokenize=False)
     bpe.save(tmp_path, template="{{ strftime_now('%Y-%m-%dT%H:%M:%S %A') }}{{ messages[-1].content }}<|eot|>")
     assert prompt(date=datetime.date(2026, 1, 31)) == "2026-01-31T00:00:00 SaturdaySam"
@@ -158,8 +158,8 @@ def test_stop_ids_come_from_the_folder_the_tokenizer_and_the_chat_template(tmp_p
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     for prompt_format in ("plain", "chat"):
-        assert set(Text.load(tmp_path, prompt_format=prompt_format).stop_ids) == expected
-    assert Text.load(tmp_path, stop_ids=[5, 4]).stop_ids == (5, 4)
+        assert set(Tokenizer.load(tmp_path, prompt_format=prompt_format).stop_ids) == expected
+    assert Tokenizer.load(tmp_path, stop_ids=[5, 4]).stop_ids == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -173,61 +173,61 @@ def test_stop_ids_come_from_the_folder_the_tokenizer_and_the_chat_template(tmp_p
     ],
 )
 def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(template, end):
-    assert Text(bpe.make(template=template)).end_of_turn == end
+    assert Tokenizer(bpe.make(template=template)).end_of_turn == end
 
 
 def test_ids_are_counted_to_the_last_entry_added_ones_among_them():
     tokenizer = bpe.make()
-    before = Text(tokenizer).vocab_size
+    before = Tokenizer(tokenizer).vocab_size
     tokenizer.add_tokens(["<|new|>"])
-    text = Text(tokenizer)
+    text = Tokenizer(tokenizer)
     assert text.vocab_size == before + 1 == len(tokenizer) and text.encode_response("<|new|>")[0] == before
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 1), (5,), (100,)])
 def test_pieces_make_up_the_text_and_never_show_half_a_character(folder, sizes):
-    text = Text.load(folder)
+    text = Tokenizer.load(folder)
     for sentence in SENTENCES[:-1]:
         tokens, blocks, size = text.encode_response(sentence), [], itertools.cycle(sizes)
         while sum(map(len, blocks)) < len(tokens):
             begin = sum(map(len, blocks))
             blocks.append(tokens[begin : begin + next(size)])
-        pieces = list(text.pieces(blocks))
+        pieces = list(text.decode_stream(blocks))
         assert "".join(pieces) == text.decode(tokens) == sentence
         assert not any("\ufffd" in piece for piece in pieces)
         for count, _ in enumerate(blocks, start=1):  # as soon as it is sure
             sure = text.decode(sum(blocks[:count], [])).rstrip("\ufffd")
             assert "".join(pieces[:count]) == sure
-    assert "".join(text.pieces([text.encode_response("😀")[:2]])) == "\ufffd"  # cut for good
+    assert "".join(text.decode_stream([text.encode_response("😀")[:2]])) == "\ufffd"  # cut for good
 
 
 def test_pieces_of_a_word_level_text():
     text = TEXTS["star_graph"]
     tokens = text.encode_response("0,11,3")
-    assert "".join(text.pieces([token] for token in tokens)) == "0,11,3"
+    assert "".join(text.decode_stream([token] for token in tokens)) == "0,11,3"
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_task_s_tokenizer_saved_for_other_programs_puts_bos_by_itself(name, tmp_path):
     text = TEXTS[name]
     prompt = tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0][0]
-    text.for_other_programs().save_pretrained(tmp_path)
+    text.for_export().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(prompt)["input_ids"] == text.encode_prompt(prompt)
-    assert Text.load(tmp_path).encode_prompt(prompt) == text.encode_prompt(prompt)
-    assert text.tokenizer("")["input_ids"] == []  # the task's own is as it was
+    assert Tokenizer.load(tmp_path).encode_prompt(prompt) == text.encode_prompt(prompt)
+    assert text.hf_tokenizer("")["input_ids"] == []  # the task's own is as it was
     with pytest.raises(UserError, match="does not have"):
-        Text.load(tmp_path).encode_prompt(prompt + "Ω")
+        Tokenizer.load(tmp_path).encode_prompt(prompt + "Ω")
 
 
 def test_guides_go_with_the_reference_whose_tokens_they_know():
-    ref = Text(bpe.make())
-    check_same_tokens(ref, Text(bpe.make(bos=False, template=None)))
+    ref = Tokenizer(bpe.make())
+    check_same_tokens(ref, Tokenizer(bpe.make(bos=False, template=None)))
     more = bpe.make()
     more.add_tokens(["<pad>"])
-    check_same_tokens(ref, Text(more))
+    check_same_tokens(ref, Tokenizer(more))
     with pytest.raises(UserError) as caught:
-        check_same_tokens(Text(more), ref)
+        check_same_tokens(Tokenizer(more), ref)
     assert f"1 of {ref.vocab_size + 1} entries differ" in str(caught.value)
     assert f"id {ref.vocab_size} is '<pad>' in the reference and nothing in the guide" in str(caught.value)
 
@@ -242,7 +242,7 @@ LLAMA_TEMPLATE = (
 )
 
 
-def llama(special: list[str], *, names: dict[str, str] | None = None, **changes) -> Text:
+def llama(special: list[str], *, names: dict[str, str] | None = None, **changes) -> Tokenizer:
     """A tokenizer with special tokens from id 4 on, behind the four of `bpe`; `names` renames entries of the model."""
     core = json.loads(bpe.make(bos=False).backend_tokenizer.to_str())
     core["added_tokens"] = []
@@ -258,7 +258,7 @@ def llama(special: list[str], *, names: dict[str, str] | None = None, **changes)
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(core)), chat_template=LLAMA_TEMPLATE,
         bos_token="<|begin|>", eos_token="<|end|>",
     )  # fmt: skip
-    return Text(tokenizer, **changes)
+    return Tokenizer(tokenizer, **changes)
 
 
 def test_renamed_special_tokens_that_neither_model_uses_are_counted_in_one_line(capsys):
@@ -292,12 +292,12 @@ def test_tokens_of_texts_templates_and_ends_must_be_the_same(ref, guide, count, 
 
 
 def test_a_special_token_that_is_an_ordinary_one_of_the_guide_is_another():
-    ordinary, special = llama(NEW).tokenizer, llama(NEW).tokenizer
+    ordinary, special = llama(NEW).hf_tokenizer, llama(NEW).hf_tokenizer
     ordinary.add_tokens(["more"])
     special.add_special_tokens({"extra_special_tokens": ["<|more|>"]})
     for ref, guide in ((special, ordinary), (ordinary, special)):
         with pytest.raises(UserError, match="1 of"):
-            check_same_tokens(Text(ref), Text(guide))
+            check_same_tokens(Tokenizer(ref), Tokenizer(guide))
 
 
 def test_what_differs_is_named_but_not_all_of_it():
@@ -309,7 +309,7 @@ def test_what_differs_is_named_but_not_all_of_it():
     vocabulary[names[20]], vocabulary[names[21]] = 21, 20
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(core)))
     with pytest.raises(UserError) as caught:
-        check_same_tokens(Text(tokenizer), Text(other))
+        check_same_tokens(Tokenizer(tokenizer), Tokenizer(other))
     message = str(caught.value)
     assert f"id 10 is {names[10]!r} in the reference and {names[11]!r} in the guide" in message
     assert "id 11 is" in message and "id 20 is" in message and "id 21 is" not in message and "4 of" in message
@@ -318,7 +318,7 @@ def test_what_differs_is_named_but_not_all_of_it():
 def test_folders_that_cannot_be_are_one_sentence(folder, tmp_path):
     def sentence(**changes) -> str:
         with pytest.raises(UserError) as caught:
-            Text.load(tmp_path, **changes)
+            Tokenizer.load(tmp_path, **changes)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
         return str(caught.value)
 
@@ -326,16 +326,16 @@ def test_folders_that_cannot_be_are_one_sentence(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
     assert "has no tokenizer" in sentence()
     (tmp_path / "tokenizer.json").write_text("{")
-    assert "cannot be read" in sentence()
+    assert "cannot read the tokenizer" in sentence()
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     assert "no chat template" in sentence(prompt_format="chat")
     for content, words in [("{", "damaged"), ("[]", "damaged"), ('{"eos_token_id": "x"}', "eos_token_id")]:
         (tmp_path / "generation_config.json").write_text(content)
         assert words in sentence()
     with pytest.raises(UserError, match="there is no folder"):
-        Text.load(tmp_path / "none")
+        Tokenizer.load(tmp_path / "none")
     with pytest.raises(UserError, match="stop id 9999"):
-        Text.load(folder, stop_ids=[9999])
-    refusing = Text(bpe.make(template="{{ raise_exception('no users here') }}"), "chat")
+        Tokenizer.load(folder, stop_ids=[9999])
+    refusing = Tokenizer(bpe.make(template="{{ raise_exception('no users here') }}"), "chat")
     with pytest.raises(UserError, match="no users here"):
         refusing.encode_prompt("hello")

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import bpe
 import hf_folders
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import hf
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import arithmetic
@@ -25,7 +26,7 @@ SPECIAL = "<s>user\nHow many eggs?</s> <tool>x</tool>  <pad>y <s>"
 TRAINING = [*TEXTS, "Sam has twelve eggs, and Mia has none."] * 3
 
 
-def trained(core: Tokenizer, *special: str, alphabet=(), **options) -> Tokenizer:
+def trained(core: tokenizers.Tokenizer, *special: str, alphabet=(), **options) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=[*special], initial_alphabet=[*alphabet], show_progress=False, **options
     )
@@ -33,9 +34,9 @@ def trained(core: Tokenizer, *special: str, alphabet=(), **options) -> Tokenizer
     return core
 
 
-def llama3() -> Tokenizer:
+def llama3() -> tokenizers.Tokenizer:
     """Byte-level, with bos put by the post-processor, and numbers in groups of three."""
-    core = Tokenizer(models.BPE(ignore_merges=True))
+    core = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     pattern = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -48,14 +49,14 @@ def llama3() -> Tokenizer:
     return core
 
 
-def llama2(*, legacy: bool) -> Tokenizer:
+def llama2(*, legacy: bool) -> tokenizers.Tokenizer:
     """Sentencepiece's blanks, by a normalizer or by a pre-tokenizer, and bytes where the vocabulary ends."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     trained(core, "<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), limit_alphabet=40)
     plain = json.loads(core.to_str())  # the bytes are entries of the model, not added tokens
     plain["added_tokens"] = plain["added_tokens"][:3]
-    core = Tokenizer.from_str(json.dumps(plain))
+    core = tokenizers.Tokenizer.from_str(json.dumps(plain))
     if legacy:
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         core.pre_tokenizer = None
@@ -68,9 +69,9 @@ def llama2(*, legacy: bool) -> Tokenizer:
     return core
 
 
-def qwen() -> Tokenizer:
+def qwen() -> tokenizers.Tokenizer:
     """NFC, every digit its own token, no bos, and added tokens of which some are no special ones."""
-    core = Tokenizer(models.BPE())
+    core = tokenizers.Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -82,8 +83,8 @@ def qwen() -> Tokenizer:
     return core
 
 
-def unigram() -> Tokenizer:
-    core = Tokenizer(models.Unigram())
+def unigram() -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer(models.Unigram())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     core.decoder = decoders.Metaspace(prepend_scheme="never")
     trainer = trainers.UnigramTrainer(
@@ -100,11 +101,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def cores() -> dict[str, Tokenizer]:
+def cores() -> dict[str, tokenizers.Tokenizer]:
     return {name: make() for name, make in KINDS.items()}
 
 
-def save(folder, core: Tokenizer, family: str = "llama", **config):
+def save(folder, core: tokenizers.Tokenizer, family: str = "llama", **config):
     """A folder's files but for the weights."""
     core.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"model_type": family, "eos_token_id": core.token_to_id("</s>")}))
@@ -113,13 +114,13 @@ def save(folder, core: Tokenizer, family: str = "llama", **config):
 
 
 def assert_same_ids(folder, texts=TEXTS):
-    """What `Text` makes of texts is what `tokenizers` makes of the folder's file, there and back, in pieces or not."""
-    text, own = Text.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    """What `Tokenizer` makes of texts is what `tokenizers` makes of the folder's file, there and back, in pieces or not."""
+    text, own = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for written in texts:
         ids = own.encode(written, add_special_tokens=False).ids
         assert text.encode_response(written) == [*ids, own.token_to_id("</s>")], written
         assert text.encode_prompt(written) == own.encode(written).ids, written
-        assert text.decode(ids) == own.decode(ids) == "".join(text.pieces([token] for token in ids)), written
+        assert text.decode(ids) == own.decode(ids) == "".join(text.decode_stream([token] for token in ids)), written
     assert text.entries == {token: entry for entry, token in own.get_vocab().items()}
 
 
@@ -130,7 +131,7 @@ def test_ids_are_those_of_the_folder_s_own_file_in_every_family(tmp_path, cores,
     assert_same_ids(save(tmp_path, cores[kind], family, eos_token="</s>"), texts)
     if kind != "unigram":
         own = cores[kind].encode(SPECIAL, add_special_tokens=False).ids
-        assert Text.load(tmp_path).encode_response(SPECIAL)[:-1] == own
+        assert Tokenizer.load(tmp_path).encode_response(SPECIAL)[:-1] == own
         assert cores[kind].token_to_id("<s>") in own
 
 
@@ -145,9 +146,9 @@ def test_the_class_that_a_folder_names_does_not_matter(tmp_path, cores, name, fa
 
 @pytest.mark.parametrize("kind", ["qwen", "llama2", "metaspace"])
 def test_blanks_and_lines_are_kept_there_and_back(tmp_path, cores, kind):
-    text = Text.load(save(tmp_path, cores[kind], "qwen2", eos_token="</s>"))
+    text = Tokenizer.load(save(tmp_path, cores[kind], "qwen2", eos_token="</s>"))
     ids = text.encode_response("Sam has  54 eggs.\n 日本")
-    assert text.decode(ids) == "".join(text.pieces([token] for token in ids)) == "Sam has  54 eggs.\n 日本"
+    assert text.decode(ids) == "".join(text.decode_stream([token] for token in ids)) == "Sam has  54 eggs.\n 日本"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,16 +162,16 @@ def test_an_exported_model_s_tokenizer_comes_back(tmp_path, cores, family):
         hf.export_ref(hf_folders.ref(shape), tmp_path, tokenizer=tokenizer)
         assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
         assert_same_ids(tmp_path, ["Sam has 54 eggs.", " Mia has none."])
-        assert Text.load(tmp_path).encode_prompt("Sam has 54 eggs.") == core.encode("Sam has 54 eggs.").ids, kind
+        assert Tokenizer.load(tmp_path).encode_prompt("Sam has 54 eggs.") == core.encode("Sam has 54 eggs.").ids, kind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_task_s_words_are_read_as_words_in_every_family(tmp_path, family):
     task = SimpleNamespace(max_events=3, equation_fraction=0.4, error_scale=1.0)
-    text = Text(arithmetic.make_tokenizer(task))
-    text.for_other_programs().save_pretrained(tmp_path)
+    text = Tokenizer(arithmetic.make_tokenizer(task))
+    text.for_export().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    loaded = Text.load(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
     for prompt, response in arithmetic.pretraining_texts(task, 20, seed=0):
         assert loaded.encode_prompt(prompt) == text.encode_prompt(prompt)
         assert loaded.decode(loaded.encode_response(response)) == response
@@ -183,31 +184,31 @@ def test_a_task_s_words_are_read_as_words_in_every_family(tmp_path, family):
 
 def test_what_the_file_puts_before_a_text_counts_whatever_the_other_files_say(tmp_path, cores, capsys):
     for config in ({}, {"bos_token": "<s>"}, {"bos_token": "<s>", "add_bos_token": True}):
-        text = Text.load(save(tmp_path, cores["llama3"], **config))
+        text = Tokenizer.load(save(tmp_path, cores["llama3"], **config))
         assert text.encode_prompt("Sam") == cores["llama3"].encode("Sam").ids
-    assert text.before == (0,) and capsys.readouterr().err == ""
+    assert text.prefix_ids == (0,) and capsys.readouterr().err == ""
     for kind, adds, words in (("llama3", False, "a token"), ("qwen", True, "nothing")):
-        text = Text.load(save(tmp_path, cores[kind], bos_token="<s>", add_bos_token=adds))
+        text = Tokenizer.load(save(tmp_path, cores[kind], bos_token="<s>", add_bos_token=adds))
         assert text.encode_prompt("Sam") == cores[kind].encode("Sam").ids
         error = capsys.readouterr().err
         assert f"add_bos_token is {json.dumps(adds)}, but tokenizer.json puts {words} before a text" in error
 
 
 def test_what_the_file_puts_after_a_text_is_left_out_of_prompts_with_a_warning(tmp_path, cores, capsys):
-    core = Tokenizer.from_str(cores["qwen"].to_str())
+    core = tokenizers.Tokenizer.from_str(cores["qwen"].to_str())
     core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 0)])
-    text = Text.load(save(tmp_path, core))
+    text = Tokenizer.load(save(tmp_path, core))
     assert text.encode_prompt("Sam") == core.encode("Sam").ids[:-1]
-    assert "puts '</s>' after every text" in capsys.readouterr().err
+    assert "appends '</s>' to every text" in capsys.readouterr().err
 
 
 def test_eos_is_the_config_s_where_the_tokenizer_names_none(tmp_path, cores):
     """As in GPT-2's own folders."""
-    text = Text.load(save(tmp_path, cores["llama3"], "gpt2"))
-    assert text.tokenizer.eos_token == "</s>" and text.encode_response("Sam")[-1] == 1 and text.stop_ids == (1,)
+    text = Tokenizer.load(save(tmp_path, cores["llama3"], "gpt2"))
+    assert text.hf_tokenizer.eos_token == "</s>" and text.encode_response("Sam")[-1] == 1 and text.stop_ids == (1,)
     for listed in (None, [], -1, 2**40, [10**6, 1]):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": listed}))
-        assert Text.load(tmp_path).tokenizer.eos_token == ("</s>" if listed == [10**6, 1] else None)
+        assert Tokenizer.load(tmp_path).hf_tokenizer.eos_token == ("</s>" if listed == [10**6, 1] else None)
 
 
 def test_templates_are_those_of_their_files_or_of_the_config(tmp_path, cores):
@@ -215,10 +216,10 @@ def test_templates_are_those_of_their_files_or_of_the_config(tmp_path, cores):
     turn = [{"role": "user", "content": "Sam"}]
 
     def prompt() -> str:
-        text = Text.load(tmp_path, prompt_format="chat")
+        text = Tokenizer.load(tmp_path, prompt_format="chat")
         ids = text.encode_prompt("Sam")
-        assert ids == text.tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
-        return text.tokenizer.decode(ids)
+        assert ids == text.hf_tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+        return text.hf_tokenizer.decode(ids)
 
     assert prompt() == "<s>Sam"
     named = [{"name": "default", "template": "A{{ messages[0].content }}"}, {"name": "tool_use", "template": "B"}]
@@ -245,9 +246,9 @@ def test_the_config_s_copy_of_the_added_tokens_does_not_change_them(tmp_path, co
     }
     save(tmp_path, cores["qwen"], "qwen2", eos_token="</s>", pad_token="<pad>", added_tokens_decoder=listed)
     assert_same_ids(tmp_path)
-    text = Text.load(tmp_path)
+    text = Tokenizer.load(tmp_path)
     assert text.encode_response(SPECIAL)[:-1] == cores["qwen"].encode(SPECIAL).ids
-    assert text.tokenizer.pad_token == "<pad>" and not own[cores["qwen"].token_to_id("<tool>")].special
+    assert text.hf_tokenizer.pad_token == "<pad>" and not own[cores["qwen"].token_to_id("<tool>")].special
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_the_config_s_copy_of_the_added_tokens_does_not_change_them(tmp_path, co
     [
         (dict(added_tokens_decoder={"1": {"content": "<bos>"}}), "id 1 is '<bos>' in tokenizer_config.json and '<s>'"),
         (dict(added_tokens_decoder={"9999": {"content": "<x>"}}), "id 9999 is '<x>' in tokenizer_config.json and noth"),
-        (dict(eos_token="<end>"), "'<end>' is a token in its other files and none in tokenizer.json"),
+        (dict(eos_token="<end>"), "'<end>' is a token in its other files and not in tokenizer.json"),
         (dict(bos_token="<begin>"), "'<begin>' is a token in its other files"),
         (dict(extra_special_tokens=["<|role|>"]), "'<|role|>' is a token in its other files"),
     ],
@@ -263,13 +264,13 @@ def test_the_config_s_copy_of_the_added_tokens_does_not_change_them(tmp_path, co
 def test_files_that_contradict_each_other_are_refused(tmp_path, cores, config, words):
     save(tmp_path, cores["qwen"], "qwen2", **config)
     with pytest.raises(UserError) as caught:
-        Text.load(tmp_path)
+        Tokenizer.load(tmp_path)
     message = str(caught.value)
     assert words in message and str(tmp_path) in message and message.count(". ") == 0 and "\n" not in message
 
 
 def test_a_padding_token_that_is_nowhere_else_changes_no_text(tmp_path, cores):
-    text = Text.load(save(tmp_path, cores["qwen"], "qwen2", eos_token="</s>", pad_token="[PAD]"))
+    text = Tokenizer.load(save(tmp_path, cores["qwen"], "qwen2", eos_token="</s>", pad_token="[PAD]"))
     for written in TEXTS:
         assert text.encode_prompt(written) == cores["qwen"].encode(written).ids
 
@@ -282,6 +283,6 @@ def test_a_folder_without_a_file_of_its_own_is_read_by_its_family(tmp_path):
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": bpe.EOS}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
-    text, own = Text.load(tmp_path), bpe.make(bos=False)
+    text, own = Tokenizer.load(tmp_path), bpe.make(bos=False)
     for sentence in ("Sam has 12 eggs.", " two  blanks "):
         assert text.encode_response(sentence) == [*own(sentence)["input_ids"], bpe.EOS]

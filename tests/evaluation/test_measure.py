@@ -12,7 +12,7 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import tasks
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example
 from qsharp_jax.evaluation import measure, score, statistics
 from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run.session import check_settings

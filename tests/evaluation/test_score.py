@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qsharp_jax import rollouts
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example
 from qsharp_jax.evaluation import score
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import make as config_of

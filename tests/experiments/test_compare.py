@@ -12,7 +12,7 @@ from repository import CONFIGS
 
 from qsharp_jax import tasks
 from qsharp_jax.algorithms import policy
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.experiments import compare
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config, pretrain

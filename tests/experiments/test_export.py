@@ -10,7 +10,7 @@ from commands import stdout_lines
 from transformers import AutoTokenizer
 
 from qsharp_jax import cli
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import decoder, hf
 from qsharp_jax.train.checkpoint import Checkpoints
 
@@ -52,7 +52,7 @@ def test_a_reference_comes_back_with_its_prompts_stop_ids_and_card(session, tmp_
     helpers.assert_trees_equal(
         loaded.params, decoder.unstack(session.load_ref().params, transposed=decoder.transposed_here())
     )
-    text = Text.load(out)
+    text = Tokenizer.load(out)
     assert text.encode_prompt(PROMPT) == session.text.encode_prompt(PROMPT) == AutoTokenizer.from_pretrained(out)(
         PROMPT
     )["input_ids"]  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_run_of_qwen_2_s_shape_answers_out_of_its_folder_as_it_does_itself(tmp
     for name in ("response", "tokens"):
         assert [line[name] for line in folder] == [line[name] for line in itself]
     assert max(len(line["tokens"]) for line in itself) > 3
-    loaded = Text.load(tmp_path / "ref")
+    loaded = Tokenizer.load(tmp_path / "ref")
     assert [loaded.encode_prompt(prompt) for prompt in prompts] == [
         made.text.encode_prompt(prompt) for prompt in prompts
     ]

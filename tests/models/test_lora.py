@@ -10,13 +10,13 @@ import pytest
 
 from qsharp_jax import train
 from qsharp_jax.algorithms import qsharp
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Rollout
+from qsharp_jax.data.batches import make_batch
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.models import lora
 
 V, RANK, ALPHA = 11, 3, 6.0
 GUIDE = helpers.random_guide(helpers.random_model(V, seed=5, layers=2, qkv_bias=True).config)
-BATCH = dataset.make_batch(helpers.random_examples(np.random.default_rng(1)), rows=5, width=10)
+BATCH = make_batch(helpers.random_examples(np.random.default_rng(1)), rows=5, width=10)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from repository import ROOT
 from tpu_compiler import printed_by
 
 from qsharp_jax import generate, plan, train
-from qsharp_jax.data.dataset import Batch
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel

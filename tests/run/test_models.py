@@ -15,7 +15,7 @@ from commands import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import cli, train
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import hf, sharding, value
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
@@ -34,7 +34,7 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     made = helpers.session(root / "run")
     made.workdir.close()
-    ref, tokenizer = helpers.reference(), made.text.for_other_programs()
+    ref, tokenizer = helpers.reference(), made.text.for_export()
     hf.export_ref(ref, root / "ref", tokenizer=tokenizer, stop_ids=made.text.stop_ids)
     hf.export_guide(helpers.random_guide(ref.config, seed=3), root / "guide", tokenizer=tokenizer)
     categorical = helpers.random_guide(ref.config, seed=4, distribution="categorical", atoms=ATOMS)
@@ -77,7 +77,7 @@ def test_a_run_from_folders_ends_with_results_and_keeps_their_paths(finished, fo
     assert None not in line["ref_log_probs"]
     out = finished / "exported"
     assert cli.main(["export", "--workdir", str(finished), "--what", "guide", "--out", str(out)]) == 0
-    assert Text.load(out).entries == Text.load(folders / "ref").entries
+    assert Tokenizer.load(out).entries == Tokenizer.load(folders / "ref").entries
     sentence = refused(capfd, "export", "--workdir", finished, "--what", "ref", "--out", finished / "other")
     assert f"this run's reference is that of the folder {folders / 'ref'}" in sentence
 
@@ -98,7 +98,7 @@ def test_fit_starts_from_exactly_the_weights_of_the_guide_s_folder(finished, fol
 def test_a_language_model_s_trunk_gets_a_head_of_zeros_and_float32_masters(folders, tmp_path, guide):
     half = helpers.reference()
     half = half.replace(params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), half.params))
-    tokenizer = Text.load(folders / "ref").tokenizer
+    tokenizer = Tokenizer.load(folders / "ref").hf_tokenizer
     hf.export_ref(half, tmp_path / "half", tokenizer=tokenizer)
     changes = {"ref": (f"ref={tmp_path / 'half'}",), "folder": (f"ref={folders / 'ref'}", f"guide={tmp_path / 'half'}")}
     made = session(*changes[guide])
@@ -137,9 +137,9 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
     for prompt_format in ("plain", "chat"):
         made = session(f"ref={tmp_path}", f"prompt_format={prompt_format}")
         sessions.check(made.config)
-        assert made.text.encode_prompt(PROMPT) == Text.load(tmp_path, prompt_format=prompt_format).encode_prompt(PROMPT)
+        assert made.text.encode_prompt(PROMPT) == Tokenizer.load(tmp_path, prompt_format=prompt_format).encode_prompt(PROMPT)
         settings = made.generation_settings()
-        assert settings["vocab_size"] == Text(bpe.make()).vocab_size < made.ref_config.vocab_size
+        assert settings["vocab_size"] == Tokenizer(bpe.make()).vocab_size < made.ref_config.vocab_size
         assert bpe.EOT in settings["stop_ids"]
 
 

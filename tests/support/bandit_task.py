@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from tokenizers import Regex, decoders, pre_tokenizers
 
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_batch
 from qsharp_jax.models import decoder
 from qsharp_jax.tasks import Problem, base
 
@@ -53,7 +52,7 @@ def exact_objective(session, ref, policy):
     text, temperature, eta = session.text, session.config.generate.temperature, session.eta
     prompt = text.encode_prompt("?")
     every = np.arange(text.vocab_size)
-    batch = dataset.make_batch([Example(prompt, [token]) for token in every], len(every), len(prompt) + 1)
+    batch = make_batch([Example(prompt, [token]) for token in every], len(every), len(prompt) + 1)
 
     def laws(model):
         """Log-probabilities of the first token [V], and of the second after each first [V, V]."""

@@ -16,7 +16,7 @@ import pytest
 from repository import CONFIGS
 
 from qsharp_jax import train
-from qsharp_jax.data.dataset import Batches, Example
+from qsharp_jax.data.batches import Batches, Example
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig, make
 from qsharp_jax.models.decoder import LanguageModel

@@ -4,14 +4,14 @@ import bpe
 import helpers
 import numpy_decoder
 
-from qsharp_jax.data.tokenizer import Text
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
 SHAPE = helpers.TINY | dict(max_positions=64)
-USED = Text(bpe.make()).vocab_size
+USED = Tokenizer(bpe.make()).vocab_size
 
 
 def make_ref() -> LanguageModel:

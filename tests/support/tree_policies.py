@@ -9,7 +9,7 @@ import numpy as np
 
 from qsharp_jax.algorithms import policy
 from qsharp_jax.algorithms.policy import Sampled
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example
 
 
 class Sequences:

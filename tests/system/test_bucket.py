@@ -20,7 +20,7 @@ from repository import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsharp_jax import cli, train
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import Rollout, read_rounds, shard_path, write_shard
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files, lock
 from qsharp_jax.system.errors import UserError
@@ -141,16 +141,16 @@ def test_shards_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
         prompt_id="a", round=1, prompt_tokens=[1, 2], response_tokens=[3], switch=0, reward=1.0, finished=True,
         eta=0.5, seed=7, text="x",
     )  # fmt: skip
-    rollouts = [dataset.Rollout(**row), dataset.Rollout(**row | {"prompt_id": "b"})]
+    rollouts = [Rollout(**row), Rollout(**row | {"prompt_id": "b"})]
     folder = files.make_path(URL) / "rollouts"
     for place in (folder / "round_1", tmp_path / "round_1"):
-        dataset.write_shard(place, 0, rollouts[:1])
-        dataset.write_shard(place, 1, rollouts[1:])
-    assert dataset.read_rounds(folder, [1]) == dataset.read_rounds(tmp_path, [1]) == rollouts
-    assert dataset.shard_path(folder / "round_1", 1).exists() and not dataset.shard_path(folder / "round_1", 2).exists()
+        write_shard(place, 0, rollouts[:1])
+        write_shard(place, 1, rollouts[1:])
+    assert read_rounds(folder, [1]) == read_rounds(tmp_path, [1]) == rollouts
+    assert shard_path(folder / "round_1", 1).exists() and not shard_path(folder / "round_1", 2).exists()
     bucket.objects["runs/one/rollouts/round_1/shard-00001.parquet"] = b"damaged"
     with pytest.raises(UserError, match="shard-00001.parquet is damaged"):
-        dataset.read_rounds(folder, [1])
+        read_rounds(folder, [1])
 
 
 def make_state(step: int) -> train.TrainState:

@@ -21,7 +21,7 @@ from processes import free_port, start
 from repository import ROOT
 
 from qsharp_jax import rollouts
-from qsharp_jax.data import dataset
+from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
@@ -272,7 +272,7 @@ def test_two_processes_do_what_one_does(tmp_path, of_one, of_two):
 
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for number in (1, 2):
-        rollouts = [dataset.read_rounds(tmp_path / name / "rollouts", [number]) for name in ("one", "two")]
+        rollouts = [read_rounds(tmp_path / name / "rollouts", [number]) for name in ("one", "two")]
         assert rollouts[0] == rollouts[1]
     losses = []
     for name in ("one", "two"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import train
-from qsharp_jax.data.dataset import Batches, Example
+from qsharp_jax.data.batches import Batches, Example
 
 V, STEPS = 11, 40
 GUIDE = helpers.random_guide(helpers.random_model(V, seed=5, layers=2).config)

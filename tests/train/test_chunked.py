@@ -9,8 +9,7 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_packed_batch
 from qsharp_jax.train import chunked
 
 V = 11
@@ -28,7 +27,7 @@ def batch():
         [example(2, 13, reward=1.0)], [example(9, 4), example(1, 5, reward=1.0, first_label=3)],
         [example(7, 0)], [example(3, 6, reward=1.0, first_label=5)],
     ]  # fmt: skip
-    return dataset.make_packed_batch(groups, rows=5, width=20)
+    return make_packed_batch(groups, rows=5, width=20)
 
 
 def guide(**kind):

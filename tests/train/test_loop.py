@@ -17,8 +17,8 @@ import tabular
 from helpers import assert_trees_equal
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Batches, Example, Rollout
+from qsharp_jax.data.batches import Batches, Example, from_rollout, make_batch
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.models import value
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.system.errors import Stopped, UserError
@@ -289,7 +289,7 @@ def overfitting(folder, kill_at=None, stopped_measure=lambda: False, **changes):
 
     rng = np.random.default_rng(3)
     learned = helpers.random_examples(rng, count=5)
-    held_out = dataset.make_batch(helpers.random_examples(rng, count=40), rows=40, width=10)
+    held_out = make_batch(helpers.random_examples(rng, count=40), rows=40, width=10)
     batches = Batches(learned, rows=2, bucket=12, seed=1)
     nll = jax.jit(lambda params: bag_loss(params, held_out)[0])
     lines = []
@@ -453,7 +453,7 @@ def fitted_probabilities(rollouts, folder):
     """The guide's P(reward 1) after every sequence of tokens, fitted to rollouts as a run would."""
     model = helpers.random_model(BRANCHES + 1, max_positions=8, positions="learned", layers=2)
     config = ValueConfig(model.config)
-    batches = Batches([dataset.from_rollout(rollout) for rollout in rollouts], rows=256, bucket=4, seed=0)
+    batches = Batches([from_rollout(rollout) for rollout in rollouts], rows=256, bucket=4, seed=0)
     steps = 400
     settings = helpers.optimizer_config(
         learning_rate=0.01, weight_decay=0.0, schedule="cosine", end_fraction=0.01, clip=1.0
@@ -465,7 +465,7 @@ def fitted_probabilities(rollouts, folder):
         schedule=train.make_schedule(settings, steps), loop=make_loop(total_steps=steps, log_every=100, save_every=10**6),
     )  # fmt: skip
     leaves = list(itertools.product(range(BRANCHES), repeat=DEPTH))
-    batch = dataset.make_batch([Example([BOS], [t + 1 for t in leaf]) for leaf in leaves], rows=len(leaves), width=4)
+    batch = make_batch([Example([BOS], [t + 1 for t in leaf]) for leaf in leaves], rows=len(leaves), width=4)
     outputs, _ = value.forward(state.params, config, batch.tokens, batch.segments, batch.positions)
     p = 1 / (1 + np.exp(-np.asarray(outputs)[..., 0]))
     return {leaf[:length]: float(row[length]) for leaf, row in zip(leaves, p) for length in range(1, DEPTH + 1)}

@@ -12,8 +12,7 @@ import pytest
 from helpers import assert_trees_equal
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_batch, make_packed_batch, pack
 from qsharp_jax.models import decoder, value
 from qsharp_jax.system.errors import UserError
 
@@ -84,7 +83,7 @@ def jitted_value_loss(config):
 def test_value_loss_is_the_mean_nll_of_labelled_tokens(monkeypatch, kind):
     """Over all labelled tokens of the batch alike, whatever the head put out; a row of padding is no row."""
     rng = np.random.default_rng(1)
-    batch = dataset.make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
+    batch = make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
     config = make_guide("v", kind).config
     outputs = np.float32(3 * rng.normal(size=(5, 10, config.outputs)))
     monkeypatch.setattr(decoder, "forward", lambda *arguments, **_: (jnp.zeros((5, 10, 1)), None))
@@ -98,7 +97,7 @@ def test_value_loss_is_the_mean_nll_of_labelled_tokens(monkeypatch, kind):
 def test_the_value_of_a_token_is_read_where_it_belongs(type, kind):
     """The same through the model: V-type at the token itself, Q-type before it, in the token's own columns."""
     guide = make_guide(type, kind)
-    batch = dataset.make_batch(
+    batch = make_batch(
         helpers.random_examples(np.random.default_rng(1), rewards=REWARDS[kind]), rows=5, width=10
     )
     (loss, _), _ = jitted_value_loss(guide.config)(guide.params, batch)
@@ -110,7 +109,7 @@ def test_tokens_without_a_label_and_padding_change_nothing(type, kind):
     """Neither the reward-to-go that stands there, nor the padding's tokens: loss and gradient are the same bits."""
     guide = make_guide(type, kind)
     rng = np.random.default_rng(2)
-    batch = dataset.make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
+    batch = make_batch(helpers.random_examples(rng, rewards=REWARDS[kind]), rows=5, width=10)
     other = batch.replace(
         reward_to_go=np.where(batch.label_mask, batch.reward_to_go, rng.choice(REWARDS[kind], batch.tokens.shape)),
         tokens=np.where(batch.segments > 0, batch.tokens, rng.integers(1, V, batch.tokens.shape)),
@@ -128,7 +127,7 @@ def test_tokens_without_a_label_and_padding_change_nothing(type, kind):
 
 def test_a_batch_without_labels_has_loss_and_gradient_zero():
     guide = make_guide("v", "bernoulli")
-    batch = dataset.make_batch([], rows=5, width=10)
+    batch = make_batch([], rows=5, width=10)
     (loss, _), gradient = jitted_value_loss(guide.config)(guide.params, batch)
     assert loss == 0 and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
@@ -152,7 +151,7 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
 
 def test_language_model_loss_is_cross_entropy_of_response_tokens():
     """Each response token, the stop token and the first one among them, from the hidden state before it."""
-    batch = dataset.make_batch(helpers.random_examples(np.random.default_rng(4)), rows=5, width=10)
+    batch = make_batch(helpers.random_examples(np.random.default_rng(4)), rows=5, width=10)
     loss, metrics = jax.jit(functools.partial(train.language_model_loss, config=LM.config))(LM.params, batch)
     hidden, _ = decoder.forward(LM.params, LM.config, batch.tokens, batch.segments, batch.positions)
     log_p = log_softmax(np.float64(hidden) @ np.float64(LM.params["head"]))
@@ -174,7 +173,7 @@ def test_future_token_loss_predicts_later_response_tokens_of_successes(offsets):
         Example([5], [2], reward=1.0),  # nothing comes later
         Example([5], [6, 7], reward=-1.0),
     ]
-    batch = dataset.make_batch(examples, rows=6, width=8)
+    batch = make_batch(examples, rows=6, width=8)
     hidden, heads = rng.normal(size=(6, 8, 4)), rng.normal(size=(offsets, 4, V))
     losses = []
     for row, example in enumerate(examples):
@@ -188,7 +187,7 @@ def test_future_token_loss_predicts_later_response_tokens_of_successes(offsets):
 
 
 def test_without_a_success_there_is_nothing_to_predict():
-    batch = dataset.make_batch([Example([1], [2, 3, 4], reward=0.0)], rows=1, width=5)
+    batch = make_batch([Example([1], [2, 3, 4], reward=0.0)], rows=1, width=5)
     heads, hidden = jnp.ones((2, 3, V)), jnp.ones((1, 5, 3))
     loss, gradient = jax.jit(jax.value_and_grad(train.future_token_loss, (0, 1)))(heads, hidden, batch)
     assert loss == 0 and not any(leaf.any() for leaf in gradient)
@@ -197,7 +196,7 @@ def test_without_a_success_there_is_nothing_to_predict():
 def test_the_auxiliary_loss_is_added_with_its_weight(monkeypatch):
     """From the same hidden states as the value, which learn from both."""
     rng = np.random.default_rng(1)
-    batch = dataset.make_batch(helpers.random_examples(rng), rows=5, width=10)
+    batch = make_batch(helpers.random_examples(rng), rows=5, width=10)
     config = make_guide("v", "bernoulli").config
     # A "model" whose trunk is the hidden states themselves.
     monkeypatch.setattr(decoder, "forward", lambda trunk, *rest, **_: (trunk, None))
@@ -227,9 +226,9 @@ def packed_and_unpacked():
     """The same eight examples in three rows and in eight; a response begins and ends next to another example's."""
     rng = np.random.default_rng(7)
     examples = helpers.random_examples(rng, count=8, longest=6)
-    groups = [[examples[i] for i in group] for group in dataset.pack([len(e) for e in examples], 24)]
+    groups = [[examples[i] for i in group] for group in pack([len(e) for e in examples], 24)]
     assert max(map(len, groups)) > 2
-    return dataset.make_packed_batch(groups, 5, 24), dataset.make_batch(examples, 8, 12)
+    return make_packed_batch(groups, 5, 24), make_batch(examples, 8, 12)
 
 
 @pytest.mark.slow
@@ -255,7 +254,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_examples_apart(name):
 def test_the_first_token_of_a_segment_has_nothing_before_it():
     """Without a prompt: a Q-type reads zeros there, and a language model predicts nothing, packed or not."""
     examples = [Example([], [3, 4, 5], reward=1.0), Example([], [6, 7], reward=0.0)]
-    packed, apart = dataset.make_packed_batch([examples], 1, 6), dataset.make_batch(examples, 2, 3)
+    packed, apart = make_packed_batch([examples], 1, 6), make_batch(examples, 2, 3)
     guide = make_guide("q", "bernoulli")
     q_loss = jitted_value_loss(guide.config)
     np.testing.assert_allclose(q_loss(guide.params, packed)[0][0], q_loss(guide.params, apart)[0][0], rtol=1e-6)
@@ -272,7 +271,7 @@ def test_what_is_done_again_changes_memory_and_nothing_else():
     lm = helpers.random_model(V, seed=5, max_positions=64, layers=4)
     guide = helpers.random_guide(lm.config)
     examples = helpers.random_examples(np.random.default_rng(1), count=16, longest=30)
-    batch = dataset.make_batch(examples, rows=16, width=64)
+    batch = make_batch(examples, rows=16, width=64)
     found, memory = {}, {}
     for remat in ("none", "dots", "full"):
         loss = functools.partial(train.value_loss, config=guide.config, remat=remat)

@@ -19,7 +19,7 @@ from devices import fake_devices
 from repository import PYTHONPATH
 
 from qsharp_jax import cli, train
-from qsharp_jax.data.dataset import Batches
+from qsharp_jax.data.batches import Batches
 from qsharp_jax.models import hf, sharding
 from qsharp_jax.models.sharding import FIT
 from qsharp_jax.train.checkpoint import Best, Checkpoints

@@ -19,7 +19,7 @@ from devices import fake_devices
 from repository import PYTHONPATH
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
+from qsharp_jax.data.batches import make_batch
 from qsharp_jax.models import config, sharding
 from qsharp_jax.models.sharding import FIT
 from qsharp_jax.system.errors import UserError
@@ -58,7 +58,7 @@ def model(of: str):
 def batches():
     rng = np.random.default_rng(0)
     return [
-        dataset.make_batch(helpers.random_examples(rng, vocab_size=V, count=B, longest=T // 2 - 1), rows=B, width=T)
+        make_batch(helpers.random_examples(rng, vocab_size=V, count=B, longest=T // 2 - 1), rows=B, width=T)
         for _ in range(4)
     ]
 
@@ -179,4 +179,4 @@ def test_the_language_model_on_a_mesh():
 def test_a_mesh_that_does_not_divide_the_rows_is_refused():
     mesh = jax.sharding.AbstractMesh((3,), ("fsdp",))
     with pytest.raises(UserError, match="16 rows of the batch cannot be divided by the mesh's fsdp 3; .* are 1, 2"):
-        sharding.of_rows(dataset.make_batch([], rows=16, width=8), mesh, FIT)
+        sharding.of_rows(make_batch([], rows=16, width=8), mesh, FIT)

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_batch, make_packed_batch
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import make
 from qsharp_jax.models.value import ValueConfig
@@ -28,7 +27,7 @@ LM = random_model(V, seed=5, max_positions=64)
 def packed_batch(rng):
     """Rows of several segments, one behind the other, and padding."""
     examples = [random_examples(rng, count=3, rewards=(-1.0, 0.5, 2.0)) for _ in range(2)]
-    return dataset.make_packed_batch(examples, rows=3, width=32)
+    return make_packed_batch(examples, rows=3, width=32)
 
 
 def returns_by_hand(means, batch, decay):
@@ -61,7 +60,7 @@ def test_lambda_1_is_the_regression_on_the_reward_and_other_targets_have_no_grad
     """The same loss and gradient, bit for bit; and for lambda 0.5 those of the same numbers put in by hand."""
     guide = random_guide(LM.config, type="q", distribution="scalar")
     rng = np.random.default_rng(1)
-    batch = dataset.make_batch(random_examples(rng, rewards=(-3.0, 0.5, 7.0)), rows=4, width=10)
+    batch = make_batch(random_examples(rng, rewards=(-3.0, 0.5, 7.0)), rows=4, width=10)
     loss = functools.partial(train.value_loss, config=guide.config, error="squared")
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnames="targets")
 
@@ -86,7 +85,7 @@ def test_lambda_1_is_the_regression_on_the_reward_and_other_targets_have_no_grad
 
 def test_squared_error_is_of_the_mean_whatever_the_head():
     guide = random_guide(LM.config)  # Bernoulli
-    batch = dataset.make_batch(random_examples(np.random.default_rng(1)), rows=4, width=10)
+    batch = make_batch(random_examples(np.random.default_rng(1)), rows=4, width=10)
     loss, metrics = jax.jit(functools.partial(train.value_loss, config=guide.config, error="squared"))(
         guide.params, batch
     )
@@ -114,7 +113,7 @@ def table(monkeypatch):
         Example([0], [(c - TREE.first_child[p]).item() for p, c in zip(path, path[1:])], TREE.paid[path[-1]].item())
         for path in paths
     ]
-    batch = dataset.make_batch(examples, rows=len(examples), width=6)
+    batch = make_batch(examples, rows=len(examples), width=6)
     nodes = np.zeros(batch.tokens.shape, int)
     for row, path in enumerate(paths):
         nodes[row, : len(path)] = path

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Batch, Example, make_batch, make_packed_batch
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.value import ValueConfig
@@ -33,10 +32,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-def full_batch() -> dataset.Batch:
+def full_batch() -> Batch:
     """Every position a token of its row's one sequence, as XLA's count knows no padding."""
     tokens = np.random.default_rng(0).integers(1, 300, (ROWS, WIDTH)).tolist()
-    return dataset.make_batch([Example(row[:1], row[1:], 1.0) for row in tokens], ROWS, WIDTH)
+    return make_batch([Example(row[:1], row[1:], 1.0) for row in tokens], ROWS, WIDTH)
 
 
 def lowered_flops(loss_fn, make_params) -> float:
@@ -75,7 +74,7 @@ def test_a_guide_s_flops_are_nearly_all_that_xla_counts(kind, future):
 def test_llama_3_8b_has_its_published_parameters():
     """8,030,261,248 in all; neither the embedding nor the 65 norms are multiplied with tokens."""
     config = model_configs.make("llama3-8b")
-    batch = dataset.make_batch([Example([1], [2] * 999)], 1, 1024)
+    batch = make_batch([Example([1], [2] * 999)], 1, 1024)
     multiplied = 8_030_261_248 - 128_256 * 4096 - 65 * 4096
     expected = 6 * multiplied * 1000 + 12 * 32 * 4096 * 1000**2
     assert train.language_model_flops(config)(batch) == pytest.approx(expected, rel=1e-12)
@@ -84,7 +83,7 @@ def test_llama_3_8b_has_its_published_parameters():
 def test_packed_and_padded_rows_count_each_sequence_for_itself():
     rng = np.random.default_rng(0)
     groups = [helpers.random_examples(rng, count=count) for count in (1, 3, 0, 2)]
-    batch = dataset.make_packed_batch(groups, 5, 40)
+    batch = make_packed_batch(groups, 5, 40)
     lengths = [len(example) for group in groups for example in group]
     expected = sum(6 * 1000 * n + 12 * 50 * n * n for n in lengths)
     assert throughput.step_flops(batch, matmul_parameters=1000, attention=50) == expected
@@ -131,7 +130,7 @@ class Slow:
 
     def __getitem__(self, step):
         self._device.now += self._seconds
-        return dataset.make_batch([Example([1] * 4, [2] * 4)], 4, 8)
+        return make_batch([Example([1] * 4, [2] * 4)], 4, 8)
 
 
 def timed(monkeypatch, fetch: float, host: float, runs: float, compile: float = 20.0, steps: int = 10, flops=None):
@@ -202,7 +201,7 @@ def test_a_real_training_with_slow_batches_says_so(tmp_path):
     class Batches:
         def __getitem__(self, step):
             time.sleep(0.02)
-            return dataset.make_batch([Example([1] * 4, [2] * 4)], 1, 8)
+            return make_batch([Example([1] * 4, [2] * 4)], 1, 8)
 
     lines, optimizer = [], optax.sgd(0.1)
     train.fit(

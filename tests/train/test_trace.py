@@ -4,15 +4,14 @@ import jax
 import optax
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_batch
 from qsharp_jax.train import trace
 from qsharp_jax.train.checkpoint import Checkpoints
 
 
 def toy_fit(folder, widths, profile):
     """Steps on batches of these widths."""
-    batches = [dataset.make_batch([Example([1] * 4, [2] * 4)], 1, width) for width in widths]
+    batches = [make_batch([Example([1] * 4, [2] * 4)], 1, width) for width in widths]
     optimizer, lines = optax.sgd(0.1), []
     return train.fit(
         train.init_state({"x": jax.numpy.zeros((64, 64))}, optimizer), batches,

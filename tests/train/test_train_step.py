@@ -10,8 +10,7 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import train
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Example
+from qsharp_jax.data.batches import Example, make_batch
 
 V = 11
 LM = helpers.random_model(V, seed=5, max_positions=64)
@@ -25,7 +24,7 @@ def uneven_batch():
     long = [Example([1, 2], rng.integers(3, V, 12).tolist(), reward=float(i != 2)) for i in range(4)]
     short = [Example([4] * 9, rng.integers(3, V, 2).tolist(), reward=float(i == 0), first_label=i) for i in range(2)]
     short += [Example([5, 6], [], reward=1.0), Example([5], [7, 2], reward=1.0)]
-    return dataset.make_batch([example for pair in zip(long, short) for example in pair], rows=8, width=16)
+    return make_batch([example for pair in zip(long, short) for example in pair], rows=8, width=16)
 
 
 LOSSES = {
@@ -63,7 +62,7 @@ def test_the_step_on_parts_is_that_of_the_whole_batch(name):
 def test_the_activations_of_one_part_exist_at_a_time():
     """What the compiler sets aside for a step falls with the parts."""
     params, loss_fn = LOSSES["language model"]
-    batch = dataset.make_batch([Example([1, 2], [3] * 62)] * 64, rows=64, width=64)
+    batch = make_batch([Example([1, 2], [3] * 62)] * 64, rows=64, width=64)
 
     def temporary_bytes(accumulate):
         step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=SGD, accumulate=accumulate)

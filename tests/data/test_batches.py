@@ -1,204 +1,16 @@
-"""Shards on disk, whole or absent, and batches that follow from the seed and the step."""
+"""Fixed-shape batches: labels and masks by hand, every example once per epoch, a batch from the seed and the step."""
 
-import dataclasses
-import errno
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from helpers import assert_trees_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax.data import dataset
-from qsharp_jax.data.dataset import Batches, Example, Rollout
+from qsharp_jax.data.batches import Batches, Example, from_rollout, make_batch, make_packed_batch, pack
+from qsharp_jax.data.records import Rollout
 from qsharp_jax.system.errors import UserError
-
-ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
-ROLLOUTS = st.builds(
-    Rollout,
-    prompt_id=st.text(),
-    round=st.integers(1, 2**31 - 1),
-    prompt_tokens=ids,
-    response_tokens=ids,
-    switch=st.integers(0, 2**31 - 1),
-    reward=st.floats(width=32, allow_nan=False),
-    finished=st.booleans(),
-    eta=st.floats(width=32, min_value=0, exclude_min=True),  # inf among them
-    seed=st.integers(0, 2**32 - 1),
-    text=st.text(),
-)
-
-
-def make_rollout(number=0, **changes):
-    response, text = [4] * (number + 1), "54-12=42. é😀"
-    made = Rollout(f"p{number}", 1, [1, 2, 3], response, 0, 1.0, True, float("inf"), 2**32 - 1, text)
-    return dataclasses.replace(made, **changes)
-
-
-# --- Shards ---------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(ROLLOUTS, min_size=1, max_size=4))
-def test_a_shard_gives_back_every_field_as_it_was(tmp_path_factory, rollouts):
-    """Bit for bit: eta = inf, empty and non-ASCII texts, empty responses, seeds beyond 31 bits."""
-    folder = tmp_path_factory.mktemp("shards")
-    dataset.write_shard(folder, 3, rollouts)
-    assert dataset.read_shard(dataset.shard_path(folder, 3)) == rollouts
-    assert [path.name for path in folder.iterdir()] == ["shard-00003.parquet"]
-
-
-def test_rounds_are_read_in_the_order_of_collection(tmp_path):
-    """Round by round, shard by shard (the tenth after the second), row by row; and only the rounds asked for."""
-    rollouts = [make_rollout(number, round=1 + number // 24) for number in range(36)]
-    for shard in range(18):
-        part = rollouts[2 * shard : 2 * shard + 2]
-        dataset.write_shard(tmp_path / f"round_{part[0].round}", shard % 12, part)
-    assert dataset.read_rounds(tmp_path, [1, 2]) == rollouts
-    assert dataset.read_rounds(tmp_path, range(2, 3)) == rollouts[24:]
-
-
-@pytest.mark.parametrize("killed_at", ["to_parquet", "fsync", "replace"])
-def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch, killed_at):
-    """A write that ends anywhere leaves no shard, or the old one; the next write does not mind what was left."""
-    folder = tmp_path / "round_1"
-    old, new = [make_rollout(0)], [make_rollout(1), make_rollout(2)]
-    dataset.write_shard(folder, 0, old)
-
-    def half_written(self, file, **options):
-        file.write(b"PAR1 and then the power went")
-        file.flush()
-        raise KeyboardInterrupt
-
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if killed_at == "to_parquet":
-            patch.setattr(dataset.datasets.Dataset, "to_parquet", half_written)
-        elif killed_at == "fsync":
-            patch.setattr(os, "fsync", killed)
-        else:
-            patch.setattr(os, "replace", killed)
-        for index in (0, 1):
-            with pytest.raises(KeyboardInterrupt):
-                dataset.write_shard(folder, index, new)
-    assert [path.name for path in folder.iterdir() if path.suffix == ".parquet"] == ["shard-00000.parquet"]
-    assert dataset.read_rounds(tmp_path, [1]) == old  # whatever else lies there is no shard
-
-    dataset.write_shard(folder, 1, new)
-    assert dataset.read_rounds(tmp_path, [1]) == old + new
-
-
-def shard_bytes(folder):
-    rollouts = [make_rollout(number, switch=number) for number in range(5)]
-    dataset.write_shard(folder, 0, rollouts)
-    return rollouts, dataset.shard_path(folder, 0).read_bytes()
-
-
-def damaged(how, tmp_path):
-    """A file named as a shard, and not one."""
-    path = tmp_path / "round_1" / "shard-00000.parquet"
-    rollouts, whole = shard_bytes(tmp_path / "round_1")
-    table = pyarrow.parquet.read_table(path)
-    if how == "empty":
-        path.write_bytes(b"")
-    elif how == "no parquet":
-        path.write_text("prompt_id,round\n")
-    elif how == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif how == "page":  # the last byte of the column's last page
-        column = pyarrow.parquet.read_metadata(path).row_group(0).column(0)
-        place = column.dictionary_page_offset + column.total_compressed_size - 1
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    elif how == "footer":  # which no checksum covers: the column's name is no UTF-8 any more
-        place = whole.index(b"prompt_id", len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"))
-        path.write_bytes(whole[:place] + b"\xf0" + whole[place + 1 :])
-    elif how == "column missing":
-        pyarrow.parquet.write_table(table.drop_columns(["seed"]), path)
-    elif how == "column of another type":
-        texts = pyarrow.array([str(reward) for reward in table["reward"].to_pylist()])
-        pyarrow.parquet.write_table(table.set_column(table.column_names.index("reward"), "reward", texts), path)
-    return path
-
-
-DAMAGES = ("empty", "no parquet", "truncated", "page", "footer", "column missing", "column of another type")
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, how):
-    path = damaged(how, tmp_path)
-    with pytest.raises(UserError) as caught:
-        dataset.read_rounds(tmp_path, [1])
-    assert str(path) in str(caught.value)
-    assert "collect again" in str(caught.value) and "--skip-damaged" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ((Path, "read_bytes"), OSError(errno.EIO, "Input/output error")),
-        ((Path, "read_bytes"), OSError(errno.ESTALE, "Stale file handle")),
-        ((Path, "read_bytes"), OSError("503, Service Unavailable")),  # of a bucket
-        ((Path, "read_bytes"), TimeoutError()),
-        ((Path, "read_bytes"), PermissionError(errno.EACCES, "Permission denied")),
-        ((pyarrow.parquet, "read_table"), pyarrow.ArrowMemoryError("malloc of size 8 failed")),
-        ((pyarrow.parquet, "read_table"), MemoryError()),
-    ],
-    ids=repr,
-)
-def test_a_shard_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, where, error):
-    """Nor left out: the error is raised as it is."""
-
-    def fail(*arguments, **options):
-        raise error
-
-    shard_bytes(tmp_path / "round_1")
-    monkeypatch.setattr(*where, fail)
-    with pytest.raises(type(error)) as caught:
-        dataset.read_rounds(tmp_path, [1], skip_damaged=True)
-    assert caught.value is error
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_shard_is_left_out_only_when_told_to_and_aloud(tmp_path, capsys, how):
-    path = damaged(how, tmp_path)
-    others = [make_rollout(7), make_rollout(8)]
-    dataset.write_shard(tmp_path / "round_1", 1, others)
-    assert dataset.read_rounds(tmp_path, [1], skip_damaged=True) == others
-    assert str(path) in capsys.readouterr().out
-    dataset.shard_path(tmp_path / "round_1", 1).unlink()
-    with pytest.raises(UserError, match="no rollouts"):
-        dataset.read_rounds(tmp_path, [1], skip_damaged=True)
-
-
-def test_no_flipped_byte_is_read_as_other_rollouts(tmp_path):
-    """Wherever it lies: the shard is refused, or the byte was of no importance and the records are the same."""
-    rollouts, whole = shard_bytes(tmp_path)
-    path, refused = tmp_path / "shard-00001.parquet", 0
-    for place, mask in itertools.product(range(0, len(whole), 9), (0x01, 0x80)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
-        try:
-            assert dataset.read_shard(path) == rollouts, f"byte {place} ^ {mask:#x}"
-        except UserError:
-            refused += 1
-    assert refused > 100
-
-
-def test_a_round_without_rollouts_is_refused(tmp_path):
-    """Round 2 was not collected: to fit "round 2" to round 1 alone would be a silent mistake."""
-    with pytest.raises(UserError, match="no rollouts of round 1"):
-        dataset.read_rounds(tmp_path, [1])
-    dataset.write_shard(tmp_path / "round_1", 0, [make_rollout()])
-    (tmp_path / "round_2").mkdir()
-    with pytest.raises(UserError, match="no rollouts of round 2.*qsharp collect"):
-        dataset.read_rounds(tmp_path, [1, 2])
-
 
 # --- Labels and masks -----------------------------------------------------------------------------------------------
 
@@ -214,8 +26,8 @@ def test_a_round_without_rollouts_is_refused(tmp_path):
 )
 def test_labels_begin_at_the_last_roll_in_token(switch, labelled):
     """DESIGN, section 2: "only tokens at positions >= the last roll-in token carry labels"."""
-    rollout = make_rollout(4, switch=switch)
-    batch = dataset.make_batch([dataset.from_rollout(rollout)], rows=1, width=8)
+    rollout = Rollout("p", 1, [1, 2, 3], [4] * 5, switch, 1.0, True, float("inf"), 0, "")
+    batch = make_batch([from_rollout(rollout)], rows=1, width=8)
     places = [len(rollout.prompt_tokens) + at for at in labelled]
     assert np.flatnonzero(batch.label_mask[0]).tolist() == places
     assert (batch.reward_to_go[0, places] == np.float32(rollout.reward)).all()
@@ -224,7 +36,7 @@ def test_labels_begin_at_the_last_roll_in_token(switch, labelled):
 def test_a_batch_by_hand():
     """Two rows of unlike length and a row that is left over. Prompt p, response r, padding 0."""
     examples = [Example([11, 12], [13, 14, 2], reward=0.5, first_label=1), Example([15], [2], reward=-2.0)]
-    batch = dataset.make_batch(examples, rows=3, width=6)
+    batch = make_batch(examples, rows=3, width=6)
     #                     p   p   r   r   r
     assert batch.tokens.tolist() == [[11, 12, 13, 14, 2, 0], [15, 2, 0, 0, 0, 0], [0] * 6]
     assert batch.segments.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
@@ -329,7 +141,7 @@ def test_epochs_and_seeds_differ():
 @given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 80))
 def test_packed_groups_hold_everything_once_and_are_full(lengths, capacity):
     """Within the capacity; and no two groups would fit into one, which a packing that wastes half of it would have."""
-    groups = dataset.pack(lengths, capacity)
+    groups = pack(lengths, capacity)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     sums = sorted(sum(lengths[index] for index in group) for group in groups)
     assert all(total <= capacity for total in sums)
@@ -338,13 +150,13 @@ def test_packed_groups_hold_everything_once_and_are_full(lengths, capacity):
 
 def test_packing_by_hand():
     """Best fit, not first fit: the 1 goes to where 1 is left, not to the first group, where 3 are."""
-    assert dataset.pack([1, 5, 7, 4], capacity=10) == [[2], [1, 3, 0]]
+    assert pack([1, 5, 7, 4], capacity=10) == [[2], [1, 3, 0]]
 
 
 def test_a_packed_batch_by_hand():
     """Two examples share a row: segments 1 and 2, positions from 0 in each, labels and rewards each its own."""
     group = [Example([11, 12], [13, 14, 2], reward=0.5, first_label=1), Example([15], [16, 2], reward=-2.0)]
-    batch = dataset.make_packed_batch([group], rows=2, width=10)
+    batch = make_packed_batch([group], rows=2, width=10)
     assert batch.tokens.tolist() == [[11, 12, 13, 14, 2, 15, 16, 2, 0, 0], [0] * 10]
     assert batch.segments.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0] * 10]
     assert batch.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
