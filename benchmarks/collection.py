@@ -15,6 +15,7 @@ and writing left out.
 """
 
 import argparse
+import dataclasses
 import time
 
 import numpy as np
@@ -42,7 +43,7 @@ def main() -> None:
         ref = generate.for_decoding(pretrain.run(session))
         guide = generate.for_decoding(ValueModel(session.first_guide(session.load_ref()), session.guide_config))
         prompts = [session.text.encode_prompt(p.prompt) for p in session.train_problems(1)[: options.prompts]]
-        settings = session.generation_settings() | {"record": (), "samples": options.samples}
+        sampling = dataclasses.replace(session.sampling(), eta=config.collect.eta)
         draws = np.random.default_rng(0).integers(2**32, size=(len(prompts) * options.samples, 3), dtype=np.uint32)
         print("| round | rows | way | useful rows | seconds | tokens |\n| --- | --- | --- | --- | --- | --- |")
         for rows in map(int, options.batch.split(",")):
@@ -53,7 +54,7 @@ def main() -> None:
                     found = {}
                     for name, way in ways.items():
                         began = time.perf_counter()
-                        found[name] = way(ref, with_guide, prompts, draws, rows, config, settings)
+                        found[name] = way(ref, with_guide, prompts, draws, rows, config, sampling)
                         if turn:
                             seconds[name].append(time.perf_counter() - began)
                 assert found["static"][0] == found["refilled"][0], "the responses differ"
@@ -62,23 +63,21 @@ def main() -> None:
                     print(f"| {number} | {rows} | {name} | {tokens / row_steps:.3f} | {took} | {tokens} |", flush=True)
 
 
-def refilled(ref, guide, prompts, draws, rows, config, settings):
+def refilled(ref, guide, prompts, draws, rows, config, sampling):
     """All responses, the tokens that were decoded, and the row-steps that were computed."""
-    batches = []
-    eta = config.collect.eta
-    made = rollouts.responses(ref, guide, prompts, draws, batches, eta=eta, rows=rows, **settings)
+    batches, samples = [], len(draws) // len(prompts)
+    made = rollouts.responses(ref, guide, prompts, sampling, draws, batches, samples=samples, rows=rows)
     responses = {index: response for index, _, response in made}
     return responses, sum(batch.tokens for batch in batches), sum(batch.row_steps for batch in batches)
 
 
-def static(ref, guide, prompts, draws, rows, config, settings):
+def static(ref, guide, prompts, draws, rows, config, sampling):
     """The same; a batch is whole prompts, and a shard of `collect.shard_rows` is rolled in before it is rolled out."""
-    samples = settings["samples"]
-    settings = {name: value for name, value in settings.items() if name != "samples"}
+    samples = len(draws) // len(prompts)
     step = config.collect.shard_rows // samples
     responses, counts = {}, [0, 0]
 
-    def decode(guide, prompts, samples, seeds, budget, **changes):
+    def decode(guide, prompts, samples, seeds, budget):
         """Generated tokens of every row, in batches of prompts of like length."""
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         each, made = max(rows // samples, 1), {}
@@ -87,9 +86,10 @@ def static(ref, guide, prompts, draws, rows, config, settings):
             filled = np.resize(batch, each)
             places = (filled[:, None] * samples + np.arange(samples)).reshape(-1)
             kept = len(batch) * samples
+            budgets = np.where(np.arange(len(places)) < kept, budget[places], 0)
             run = generate.Run(
-                ref, guide, [prompts[prompt] for prompt in filled], samples=samples, rng=seeds[places],
-                budget=np.where(np.arange(len(places)) < kept, budget[places], 0), **settings, **changes,
+                ref, guide, [prompts[prompt] for prompt in filled], dataclasses.replace(sampling, budget=budgets),
+                samples=samples, rng=seeds[places], record=(),
             )  # fmt: skip
             state = generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
             counts[1] += int(state.step) * len(places)
@@ -101,10 +101,10 @@ def static(ref, guide, prompts, draws, rows, config, settings):
     for begin in range(0, len(prompts), step):
         asked = prompts[begin : begin + step]
         first, count = begin * samples, len(asked) * samples
-        mine, budget = draws[first : first + count], np.full(count, settings["max_new_tokens"])
+        mine, budget = draws[first : first + count], np.full(count, sampling.max_new_tokens)
         prefixes = [[]] * count
         if guide is not None:
-            whole = decode(guide, asked, samples, mine[:, 0], budget, eta=config.collect.eta)
+            whole = decode(guide, asked, samples, mine[:, 0], budget)
             lengths = np.asarray([len(response) for response in whole])
             switches = rollouts.draw_switches(lengths, mine[:, 2])
             prefixes = [response[:switch] for response, switch in zip(whole, switches, strict=True)]

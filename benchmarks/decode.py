@@ -28,6 +28,7 @@ from qsharp_jax.models import config, decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 CANDIDATES, ETA = 20, 0.1
 SLOTS = 4  # guide positions that a row has on average when candidates are packed
@@ -83,8 +84,9 @@ def ours(
     """Milliseconds of the prefill, and of one decode step, the mean of the first `steps` of the work."""
     began = time.perf_counter()
     run = generate.Run(
-        ref, guide, work.prompts().tolist(), eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots,
-        max_new_tokens=work.steps, rng=0, stop_ids=(), record=(),
+        ref, guide, work.prompts().tolist(),
+        Sampling(eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots, max_new_tokens=work.steps),
+        rng=0, record=(),
     )  # fmt: skip
     jax.block_until_ready(run.state)
     filled = time.perf_counter()

@@ -12,6 +12,7 @@ problems.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qsharp_jax.evaluation import statistics
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import OTHERS
+from qsharp_jax.sampling import OTHERS, Sampling
 from qsharp_jax.system.files import write_atomic
 
 Measured = dict[str, list[float]]  # by figure, one number per problem
@@ -45,30 +46,33 @@ def measure(
     prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::samples]]
     seeds = np.random.SeedSequence(session.seed("others")).generate_state(len(problems))
     size, path = session.config.evaluate.batch_size, session.workdir.path / "others.json"
-    settings = session.generation_settings() | {"record": ("kl",), "samples": samples}
+    sampling = session.sampling()
     known = json.loads(path.read_text()) if path.exists() else {}
 
-    def add(name: str, guide: Any, **changes: Any) -> None:
+    def add(name: str, guide: Any, sampling: Sampling) -> None:
         name = f"constant {name}" if constant and guide is not None else name
         if name in known:
             return
-        drawn = rollouts.sample(ref, guide, prompts, seeds=seeds, batch_size=size, name=name, **(settings | changes))
+        drawn = rollouts.sample(
+            ref, guide, prompts, sampling, seeds=seeds, batch_size=size, samples=samples, name=name, record=("kl",)
+        )
         texts = [session.text.decode(drawn.response(row)) for row in range(len(problems))]
         rewards = [judgement.reward for judgement in session.judge(problems, texts)]
         columns = {"reward": rewards, "kl": drawn.kl.sum(1), "kl_truncated": drawn.kl_truncated.sum(1)}
         known[name] = {key: np.reshape(x, (-1, samples)).mean(1).tolist() for key, x in columns.items()}
         write_atomic(path, json.dumps(known))
 
-    add("pi_ref||", None)
-    add("pi_ref, top-K||", None, top_k=settings["top_k_candidates"])
+    add("pi_ref||", None, sampling)
+    add("pi_ref, top-K||", None, replace(sampling, top_k=sampling.top_k_candidates))
     for eta in etas:
         for others in OTHERS:
-            add(f"Q#|{eta:g}|{others}", guide, eta=eta, others=others)
+            add(f"Q#|{eta:g}|{others}", guide, replace(sampling, eta=eta, others=others))
             if eta in cd_etas and not constant:
-                add(f"CD|{eta:g}|{others}", guide, eta=eta, others=others, mode="cd")
+                add(f"CD|{eta:g}|{others}", guide, replace(sampling, eta=eta, others=others, mode="cd"))
     if not constant:
         for others in OTHERS:
-            add(f"Q#, greedy|{etas[-1]:g}|{others}", guide, eta=etas[-1], others=others, temperature=0.0)
+            greedy = replace(sampling, eta=etas[-1], others=others, temperature=0.0)
+            add(f"Q#, greedy|{etas[-1]:g}|{others}", guide, greedy)
     return known
 
 

@@ -8,6 +8,7 @@ found no slot, a response. Every setting is run in turn in each round; seconds a
 """
 
 import argparse
+import dataclasses
 import time
 
 import numpy as np
@@ -32,17 +33,18 @@ def main() -> None:
         ref, guide = session.load_ref(), session.load_guide()
         problems = session.test_problems()
         prompts = [session.text.encode_prompt(problem.prompt) for problem in problems]
-        settings = session.generation_settings() | {
-            "eta": options.eta, "top_k_candidates": CANDIDATES, "candidate_threshold": THRESHOLD, "record": ("kl",),
-        }  # fmt: skip
+        sampling = dataclasses.replace(
+            session.sampling(), eta=options.eta, top_k_candidates=CANDIDATES, candidate_threshold=THRESHOLD
+        )
 
         def run(slots: float | None):
             seeds = np.arange(len(prompts), dtype=np.uint32)
             size = session.config.evaluate.batch_size
             began = time.perf_counter()
             generation = rollouts.sample(
-                ref, guide, prompts, seeds=seeds, batch_size=size, candidate_slots=slots, **settings
-            )
+                ref, guide, prompts, dataclasses.replace(sampling, candidate_slots=slots), seeds=seeds,
+                batch_size=size, record=("kl",),
+            )  # fmt: skip
             return generation, time.perf_counter() - began
 
         seconds = {slots: [] for slots in SLOTS}

@@ -10,6 +10,7 @@ runs together.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qsharp_jax import report, rollouts
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import Sampling
 
 SAMPLES = 2
 ETAS = (1.2, 1.0, 0.6, 0.5, 0.2, 0.14, 0.02)  # of Q#, whose tilt hardly changes any more below the last
@@ -34,10 +36,12 @@ def measure_run(session: Session) -> Found:
     prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::SAMPLES]]
     seeds = np.random.SeedSequence(session.seed("sharpening")).generate_state(len(problems))
     size = session.config.evaluate.batch_size
-    settings = session.generation_settings() | {"record": ("kl",), "samples": SAMPLES}
+    sampling = session.sampling()
 
-    def of(guide: Any, **changes: Any) -> Measured:
-        made = rollouts.sample(ref, guide, prompts, seeds=seeds, batch_size=size, **(settings | changes))
+    def of(guide: Any, sampling: Sampling) -> Measured:
+        made = rollouts.sample(
+            ref, guide, prompts, sampling, samples=SAMPLES, seeds=seeds, batch_size=size, record=("kl",)
+        )
         texts = [session.text.decode(made.response(row)) for row in range(len(problems))]
         rewards = [judgement.reward for judgement in session.judge(problems, texts)]
         return Measured(*(np.reshape(x, (-1, SAMPLES)).mean(1) for x in (rewards, made.kl.sum(1))))
@@ -45,12 +49,14 @@ def measure_run(session: Session) -> Found:
     samples = measure.read_samples(measure.samples_path(session, "pi_ref", 0))
     reward = np.asarray(statistics.by_problem(samples, "reward"))
     found = {("pi_ref", float("inf")): Measured(reward, np.zeros(len(reward)))}
-    found |= {("qsharp", f"eta {eta:g}"): of(guide, eta=eta) for eta in ETAS}
+    found |= {("qsharp", f"eta {eta:g}"): of(guide, replace(sampling, eta=eta)) for eta in ETAS}
     found |= {
-        ("qsharp", f"eta {ETAS[-1]:g}, power {weight:g}"): of((guide,), weights=[weight], eta=ETAS[-1])
+        ("qsharp", f"eta {ETAS[-1]:g}, power {weight:g}"): of(
+            (guide,), replace(sampling, weights=[weight], eta=ETAS[-1])
+        )
         for weight in WEIGHTS
     }
-    return found | {("cd", f"eta {eta:g}"): of(guide, eta=eta, mode="cd") for eta in CD_ETAS}
+    return found | {("cd", f"eta {eta:g}"): of(guide, replace(sampling, eta=eta, mode="cd")) for eta in CD_ETAS}
 
 
 def table(runs: list[Found]) -> str:

@@ -14,9 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax.sampling import MODES
 from qsharp_jax.values import Distribution
 
-MODES = ("qsharp", "cd", "expectation")
 GROUP = 128  # tokens that `sample` adds up before it chooses among them
 
 
@@ -207,7 +207,7 @@ def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     their digits at small temperatures.
 
     Args:
-      temperature: 0, or at least `limits.LEAST_TEMPERATURE`.
+      temperature: 0, or at least `sampling.LEAST_TEMPERATURE`.
     """
     chex.assert_rank([logits, temperature], [2, 1])
     chex.assert_type([logits, temperature], float)

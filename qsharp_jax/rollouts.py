@@ -7,7 +7,7 @@ than shards of rollouts.
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import numpy as np
 
 from qsharp_jax.data.records import Rollout, shard_path, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.generate import ContinuousBatch, Generation, Guide, for_decoding
+from qsharp_jax.generate import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost, sigterm
 from qsharp_jax.system.errors import Stopped
 from qsharp_jax.system.progress import Bar
@@ -31,21 +32,23 @@ def sample(
     ref: LanguageModel,
     guide: Guide | None,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
     seeds: np.ndarray,
     batch_size: int,
     samples: int = 1,
     name: str | None = None,
-    **settings: Any,
+    record: Collection[str] = RECORDED,
 ) -> Generation:
     """`generate` for any number of prompts, in a loop of some rows, where a row that ends is given to the next prompt.
 
     Args:
-      seeds: [rows], one a row; rows are the prompts' samples, a prompt's next to each other.
+      sampling: arrays have one entry per row; rows are the prompts' samples, a prompt's next to each other.
+      seeds: [rows].
       batch_size: rows of the loop, rounded to what a mesh divides.
       samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
-      settings: of `generate`; arrays have one entry a row.
+      record: as in `generate`.
 
     Raises:
       Stopped: if a process with devices in the mesh that is set was told to stop meanwhile.
@@ -53,8 +56,8 @@ def sample(
     count = len(prompts) * samples
     order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
     batch = ContinuousBatch(
-        ref, guide, prompts, samples=samples, rows=batch_size, rng=seeds,
-        starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)), **settings,
+        ref, guide, prompts, sampling, samples=samples, rows=batch_size, rng=seeds, record=record,
+        starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)),
     )  # fmt: skip
     rows: dict[str, np.ndarray] = {}
     with Bar(None, name, total=count, disable=name is None) as bar:
@@ -95,15 +98,14 @@ def collect(
     text: Tokenizer,
     problems: Sequence[Problem],
     folder: Path,
+    sampling: Sampling,
     *,
     number: int,
     samples: int,
-    eta: float,
     shard_rows: int,
     batch_size: int,
     seed: int,
     together: int = 1,
-    **settings: Any,
 ) -> dict[str, int]:
     """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
@@ -115,12 +117,11 @@ def collect(
 
     Args:
       guide: of the roll-in; None in round 1, where `pi_ref` generates everything.
+      sampling: of roll-in and roll-out alike; the eta is the roll-in's.
       number: of the round, from 1.
-      eta: of the roll-in.
       shard_rows: rollouts in a shard, rounded down to whole problems.
       batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, with half of them each.
       together: processes that decode as one, on the mesh that is set; one of them writes.
-      settings: of `generate`, for roll-in and roll-out alike.
 
     Returns:
       of all processes, the "row_steps" that were computed, and the "tokens" that came of them.
@@ -152,17 +153,14 @@ def collect(
             response_tokens=response,
             switch=switch,
             reward=judgement().reward,
-            finished=response[-1] in settings["stop_ids"],
-            eta=float("inf") if guide is None else eta,
+            finished=response[-1] in sampling.stop_ids,
+            eta=float("inf") if guide is None else sampling.eta,
             seed=int(draw[1]),
             text=written,
         )
 
     batches: list[ContinuousBatch] = []
-    made = responses(
-        ref, guide, prompts, np.asarray(draws), batches, samples=samples, eta=eta, rows=batch_size,
-        **settings | {"record": ()},
-    )  # fmt: skip
+    made = responses(ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size)
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
         for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
@@ -212,12 +210,12 @@ def responses(
     ref: LanguageModel,
     guide: ValueModel | None,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     draws: np.ndarray,
     batches: list[ContinuousBatch],
     *,
-    eta: float,
+    samples: int,
     rows: int,
-    **settings: Any,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Every response, as it ends: its index, its switch, and its tokens.
 
@@ -239,8 +237,14 @@ def responses(
     starts = None
     if guide is not None:
         rows, starts = max(rows // 2, 1), roll_in()
-        batches.append(ContinuousBatch(ref, guide, prompts, rng=draws[:, 0], eta=eta, rows=rows, **settings))
-    batches.append(ContinuousBatch(ref, None, prompts, rng=draws[:, 1], rows=rows, starts=starts, **settings))
+        batches.append(
+            ContinuousBatch(ref, guide, prompts, sampling, rng=draws[:, 0], rows=rows, samples=samples, record=())
+        )
+    batches.append(
+        ContinuousBatch(
+            ref, None, prompts, sampling, rng=draws[:, 1], rows=rows, samples=samples, starts=starts, record=()
+        )
+    )
     for indices, part in batches[-1]:
         for row, index in enumerate(indices.tolist()):
             prefix = begun.pop(index, [])

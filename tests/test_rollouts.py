@@ -1,6 +1,7 @@
 """Collection on a star graph with a small model: every record can be told from the seeds, and a kill loses nothing."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -31,8 +32,8 @@ def collect(run, folder, number):
     ref, guide, session = run
     rollouts.collect(
         ref, guide if number > 1 else None, session.judge, session.text, session.train_problems(1), folder,
-        number=number, samples=SAMPLES, eta=ETA, shard_rows=SHARD_ROWS, batch_size=8, seed=SEED,
-        **session.generation_settings(),
+        replace(session.sampling(), eta=ETA), number=number, samples=SAMPLES, shard_rows=SHARD_ROWS, batch_size=8,
+        seed=SEED,
     )  # fmt: skip
 
 
@@ -99,8 +100,8 @@ def test_round_1_is_pi_ref_alone(run, collected):
     assert all(record.switch == 0 and math.isinf(record.eta) and record.first_label == -1 for record in records)
     assert len({record.seed for record in records}) == len(records)
     again = generate(
-        ref, None, [record.prompt_tokens for record in records[:8]],
-        rng=np.asarray([record.seed for record in records[:8]]), **session.generation_settings(),
+        ref, None, [record.prompt_tokens for record in records[:8]], session.sampling(),
+        rng=np.asarray([record.seed for record in records[:8]]),
     )  # fmt: skip
     assert [again.response(row) for row in range(8)] == [record.response_tokens for record in records[:8]]
 
@@ -113,17 +114,17 @@ def test_later_rounds_roll_in_guided_and_finish_with_pi_ref(run, collected):
     """The first `switch` tokens are the guided policy's from the roll-in's seed; what follows is pi_ref's from the
     recorded seed, as a continuation of prompt and roll-in; 1 <= switch <= length of the roll-in - 1."""
     ref, guide, session = run
-    settings_, records = session.generation_settings(), read(collected, 2)
+    sampling, records = replace(session.sampling(), eta=ETA), read(collected, 2)
     lengths, differing, alone = [], 0, 0
     for begin in range(0, len(records), 8):
         part = records[begin : begin + 8]
         prompts = [record.prompt_tokens for record in part]
-        guided = generate(ref, guide, prompts, eta=ETA, rng=roll_in_seeds(range(begin, begin + len(part))), **settings_)
+        guided = generate(ref, guide, prompts, sampling, rng=roll_in_seeds(range(begin, begin + len(part))))
         prefixes = [record.response_tokens[: record.switch] for record in part]
         rests = generate(
             ref, None, [[*prompt, *prefix] for prompt, prefix in zip(prompts, prefixes)],
+            replace(sampling, budget=[BUDGET - record.switch for record in part]),
             rng=np.asarray([record.seed for record in part]),
-            budget=[BUDGET - record.switch for record in part], **settings_,
         )  # fmt: skip
         for row, record in enumerate(part):
             roll_in = guided.response(row)
@@ -239,7 +240,7 @@ def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):
     budget = np.asarray([7, 3, 7, 1, 7, 5, 7, 0, 7, 2, 7])
     eights, threes = (
         rollouts.sample(
-            ref, guide, prompts, seeds=seeds, batch_size=size, eta=eta, budget=budget, **session.generation_settings()
+            ref, guide, prompts, replace(session.sampling(), eta=eta, budget=budget), seeds=seeds, batch_size=size
         )
         for size in (8, 3)
     )

@@ -4,6 +4,7 @@ What the guide is fitted to, and by which loss, is the algorithm's to say. Every
 that was stopped anywhere goes on from there. It knows nothing about evaluation.
 """
 
+import dataclasses
 import functools
 import time
 import zlib
@@ -37,14 +38,13 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             session.text,
             session.train_problems(number),
             session.workdir.rollouts(number),
+            dataclasses.replace(session.sampling(), eta=session.config.collect.eta),
             number=number,
             seed=session.seed("collect"),
             samples=session.config.collect.samples,
-            eta=session.config.collect.eta,
             batch_size=session.config.collect.batch_size,
             shard_rows=session.config.collect.shard_rows,
             together=session.together,
-            **session.generation_settings(),
         )
     rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
     answered = np.mean([session.task.parse(rollout.text) is not None for rollout in rollouts_])

@@ -339,11 +339,11 @@ def _answer(
             ref,
             policy,
             prompts,
+            dataclasses.replace(session.sampling(), top_p=1.0, top_k=1 if greedy else 0),
             samples=samples,
             seeds=seeds,
             batch_size=rows,
             record=("log_probs", "kl"),
-            **session.generation_settings() | {"top_p": 1.0, "top_k": 1 if greedy else 0},
         )
     part = {name: getattr(drawn, name) for name in DRAWN}
     if multihost.leads(session.together):  # the others' rewards are not gathered

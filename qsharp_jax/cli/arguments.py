@@ -1,6 +1,7 @@
 """The commands' arguments: what may be given, with what by default, and what `--help` says about it."""
 
 import argparse
+import dataclasses
 import datetime
 import os
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import NoReturn
 
 import qsharp_jax.cli.runs as runs
 import qsharp_jax.cli.texts as texts
-from qsharp_jax.sampling import LEAST_ETA, OTHERS
+from qsharp_jax.sampling import LEAST_ETA, MODES, OTHERS, Sampling
 from qsharp_jax.system.errors import UserError
 
 DESCRIPTION = """\
@@ -258,7 +259,7 @@ def _add_folders(sub: argparse.ArgumentParser, *, several_guides: bool = False) 
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
-    d = texts.DEFAULTS
+    defaults = {field.name: field.default for field in dataclasses.fields(Sampling)}
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
     _add_folders(sub, several_guides=True)
     sub.add_argument(
@@ -276,13 +277,13 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--eta", type=_etas, metavar="LIST",
         help="weights of the KL, as 0.5,0.1: small is strong guidance, inf is the reference alone (eta null in the"
-        f" output); by default the run's collect.eta; on folders {d['eta']} with a guide, inf without",
+        f" output); by default the run's collect.eta; on folders {texts.ETA} with a guide, inf without",
     )  # fmt: skip
     sub.add_argument("--samples", type=_whole(1), default=1, metavar="N", help="responses to each prompt at each eta")
     sub.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="the same seed gives the same responses")
 
     def default(name: str) -> str:
-        return f"by default the run's; on folders {d[name]}"
+        return f"by default the run's; on folders {defaults[name]}"
 
     sub.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy; {default('temperature')}")
     sub.add_argument("--top-p", type=float, metavar="P", help=f"in (0, 1]; {default('top_p')}")
@@ -304,7 +305,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         " the tokenizer's eos and the end of a turn in its chat template",
     )  # fmt: skip
     sub.add_argument(
-        "--mode", choices=("qsharp", "cd", "expectation"),
+        "--mode", choices=MODES,
         help="how values tilt: log E exp(z/eta), E z/eta, or log E z; by default as the run's algorithm does,"
         " and qsharp for folders",
     )  # fmt: skip

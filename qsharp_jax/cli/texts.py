@@ -3,6 +3,7 @@
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -12,33 +13,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import files
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.settings import check
 
-# Of `generate` on folders; a run has its own. The eta is that of the paper's experiments.
-DEFAULTS = dict(eta=0.1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, top_k_candidates=20, others="mass")
+ETA = 0.1  # with a guide in a folder, as in the paper's experiments
 BATCH_ROWS = 16
 
-_CHANGES = ("temperature", "top_p", "top_k", "max_new_tokens", "top_k_candidates", "others")
+OPTIONS = ("temperature", "top_p", "top_k", "max_new_tokens", "top_k_candidates", "others")  # fields of `Sampling`
 
 
 def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
     """Every prompt with every eta, as JSON lines, or one as text while it comes."""
     import numpy as np
 
-    given = _generation_settings(options)
+    changes = _changes(options)
     prompts = _read_prompts(options)
     etas = _etas(workdir, options)
     if options.stream and (len(prompts), len(etas), options.samples, options.output) != (1, 1, 1, None):
         raise UserError("--stream prints one response: give one prompt, one eta, --samples 1, and no --output")
     models = _models(workdir, options)
-    settings = _all_settings(models, workdir, given)
     guided = not all(map(math.isinf, etas))
-    settings["weights"] = options.weights if guided else None
-    settings["mode"] = options.mode or _mode(workdir)
-    encoded = _encode(models, prompts, settings["max_new_tokens"], guided)
+    sampling = dataclasses.replace(
+        _sampling(models, workdir, changes),
+        weights=options.weights if guided else None,
+        mode=options.mode or _mode(workdir),
+    )
+    encoded = _encode(models, prompts, sampling.max_new_tokens, guided)
     if options.output:
         _check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
@@ -52,15 +55,15 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         generate_file.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
         for (row, eta), seed in zip(plan, seeds, strict=True)
     ]
-    described = _described(models, workdir, options, names, settings)
+    described = _described(models, workdir, options, names, sampling)
 
     @functools.cache
     def load() -> tuple:
-        _check_memory(models, names, rows, max(map(len, encoded)), settings)
+        _check_memory(models, names, rows, max(map(len, encoded)), sampling)
         return models.load_ref(), models.load_guide() if guided else None
 
     if options.stream:
-        _stream(models.text, *load(), encoded, eta=etas[0], rng=seeds, **settings)
+        _stream(models.text, *load(), encoded, dataclasses.replace(sampling, eta=etas[0]), seeds)
         return
 
     def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -69,8 +72,8 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         from qsharp_jax.system.progress import Bar
 
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
-            *load(), encoded, samples=len(plan) // len(prompts), rows=rows, rng=seeds,
-            starts=((place, ()) for place in places), eta=np.asarray([eta for _, eta in plan], np.float32), **settings,
+            *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
+            samples=len(plan) // len(prompts), rows=rows, rng=seeds, starts=((place, ()) for place in places),
         )  # fmt: skip
         hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
         with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
@@ -99,7 +102,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 
 def _described(
-    models, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], settings: dict
+    models, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], sampling: Sampling
 ) -> dict[str, Any]:
     """Describe how a line was generated: all that the responses depend on but prompt and eta, as JSON has it.
 
@@ -113,14 +116,16 @@ def _described(
     else:
         source = {"workdir": str(workdir.path), "round": models.fitted_rounds() if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
-    others = {name: item for name, item in settings.items() if name not in ("vocab_size", "prompt_bucket")}
-    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | others))
+    settings = {name: getattr(sampling, name) for name in (*OPTIONS, "stop_ids")}
+    settings["weights"] = None if sampling.weights is None else sampling.weights.tolist()
+    settings["mode"] = sampling.mode
+    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | settings))
 
 
-def _stream(text, ref, guide, encoded: list[list[int]], **settings: Any) -> None:
+def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
     from qsharp_jax.generate import stream
 
-    blocks = stream(ref, guide, encoded, record=(), **settings)
+    blocks = stream(ref, guide, encoded, sampling, rng=seeds, record=())
     with _standard_output() as file:
         for piece in text.decode_stream(rows[0] for rows in blocks):
             file.write(piece)
@@ -242,36 +247,35 @@ def _guides(options: argparse.Namespace) -> list[Path]:
 # --- What `generate` is given ---------------------------------------------------------------------------------------
 
 
-def _generation_settings(options: argparse.Namespace) -> dict:
-    """Those of the settings that the arguments change."""
-    given = {name: getattr(options, name) for name in _CHANGES}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        passes, words = configs.RULES[f"generate.{name}"]
-        if not passes(value):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
-    return given
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Sampling` that the arguments set."""
+    rules = {field.name: field.metadata["rule"] for field in dataclasses.fields(Sampling)}
+    changes = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    for name, value in changes.items():
+        check(f"--{name.replace('_', '-')}", value, rules[name])
+    return changes
 
 
-def _all_settings(models, workdir: Workdir | None, given: dict) -> dict:
-    """The settings of `generate`, but for eta and mode: the run's or the defaults, changed by the arguments."""
+def _sampling(models, workdir: Workdir | None, changes: dict[str, Any]) -> Sampling:
+    """The run's settings or the defaults, with the changes by the arguments; without eta, weights and mode."""
     vocab_size = models.text.vocab_size
-    if given.get("top_k_candidates", 0) > vocab_size:
+    if changes.get("top_k_candidates", 0) > vocab_size:
         raise UserError(
-            f"--top-k-candidates is {given['top_k_candidates']}; it must be at most {vocab_size}, the vocabulary's size"
+            f"--top-k-candidates is {changes['top_k_candidates']}; it must be at most {vocab_size}, the vocabulary's"
+            " size"
         )
     if workdir is not None:
-        return models.generation_settings() | given
-    settings = {name: DEFAULTS[name] for name in _CHANGES}
-    settings["top_k_candidates"] = min(settings["top_k_candidates"], vocab_size)
-    return settings | given | {"stop_ids": models.text.stop_ids, "vocab_size": vocab_size}
+        return dataclasses.replace(models.sampling(), **changes)
+    sampling = Sampling(stop_ids=models.text.stop_ids, vocab_size=vocab_size)
+    candidates = min(sampling.top_k_candidates, vocab_size)
+    return dataclasses.replace(sampling, **{"top_k_candidates": candidates} | changes)
 
 
 def _etas(workdir: Workdir | None, options: argparse.Namespace) -> list[float]:
     if workdir is not None:
         return options.eta or [workdir.config.collect.eta]
     if options.guide:
-        return options.eta or [DEFAULTS["eta"]]
+        return options.eta or [ETA]
     for eta in options.eta or []:
         if math.isfinite(eta):
             raise UserError(f"--eta {eta:g} needs a guide; give --guide, or leave --eta out")
@@ -294,17 +298,17 @@ def _encode(models, prompts: list[str], max_new_tokens: int, guided: bool) -> li
     return encoded
 
 
-def _check_memory(models, names: Sequence[str], rows: int, longest: int, settings: dict) -> None:
+def _check_memory(models, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
     """That the weights and the caches of the models that run fit, before any weight is read.
 
     Args:
       rows: of a batch.
       longest: tokens of the longest prompt.
     """
-    from qsharp_jax.generate import PROMPT_BUCKET, cache_size, caches
+    from qsharp_jax.generate import cache_size, caches
     from qsharp_jax.models import memory
 
-    size = cache_size(longest, settings["max_new_tokens"], settings.get("prompt_bucket", PROMPT_BUCKET))
+    size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
     weights = {f"the {name}'s weights": models.weights[name] for name in names}
     memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
 

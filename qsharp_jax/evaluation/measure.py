@@ -6,6 +6,7 @@ bootstrap over problems.
 It knows nothing about training.
 """
 
+import dataclasses
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -50,40 +51,38 @@ def evaluate(
       mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
     """
     config, last = session.config.evaluate, max(guides, default=0)
+    sampling = session.sampling()
+    greedy = dataclasses.replace(sampling, temperature=0.0)
+    # As few tokens as the guide scores, or fewer where top_k leaves fewer.
+    top_k = dataclasses.replace(sampling, top_k=min(k for k in (sampling.top_k, sampling.top_k_candidates) if k))
     made: Made = {
-        ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, number=0, samples=config.samples),
-        ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, number=0, temperature=0.0),
+        ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, sampling, number=0, samples=config.samples),
+        ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, greedy, number=0),
         ("pi_ref_top_k", 0): sample_method(
-            session, "pi_ref_top_k", ref, None, number=0, samples=config.guided_samples, top_k=_candidates(session)
+            session, "pi_ref_top_k", ref, None, top_k, number=0, samples=config.guided_samples
         ),
     }
-    method, changes = session.algorithm, {} if session.trains_policy else {"mode": mode}
+    method = session.algorithm
+    if not session.trains_policy:
+        sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     for number, guide in guides.items():
         every = full and number == last and not session.trains_policy
         etas = list(config.etas) if every else [session.eta]
         made[method, number] = sample_method(
-            session, method, ref, guide, number=number, etas=etas, samples=config.guided_samples, **changes
+            session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )
     if full and guides:
-        greedy = f"{method}_greedy"
-        made[greedy, last] = sample_method(
-            session, greedy, ref, guides[last], number=last, etas=[session.eta], temperature=0.0, **changes
-        )
+        name = f"{method}_greedy"
+        made[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[session.eta])
     if full and guides and method == "qsharp":
         made["cd", last] = sample_method(
-            session, "cd", ref, guides[last], number=last, etas=list(config.etas), samples=config.guided_samples,
-            mode="cd",
+            session, "cd", ref, guides[last], dataclasses.replace(sampling, mode="cd"), number=last,
+            etas=list(config.etas), samples=config.guided_samples,
         )  # fmt: skip
     scored = None
     if full and guides and not session.trains_policy:
         scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
     return _write_results(session, made, last, scored)
-
-
-def _candidates(session: Session) -> int:
-    """How many of the likeliest tokens a guide scores, or fewer where top_k leaves fewer."""
-    settings = session.generation_settings()
-    return min(k for k in (settings["top_k"], settings["top_k_candidates"]) if k)
 
 
 def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:

@@ -4,6 +4,7 @@ While a method is under way its samples are in shards, each whole or absent, in 
 evaluation that was stopped goes on from them. Several processes share the shards. It knows nothing about figures.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run.session import Session
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
@@ -42,11 +44,11 @@ def sample_method(
     method: str,
     ref: LanguageModel,
     guide: Guide | None,
+    sampling: Sampling,
     *,
     number: int,
     etas: Sequence[float] = (math.inf,),
     samples: int = 1,
-    **changes: Any,
 ) -> list[dict]:
     """Responses to every test problem, `samples` for each of `etas`, all of them in the same batches.
 
@@ -55,8 +57,8 @@ def sample_method(
     Args:
       method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
       guide: a policy is sampled in the guide's place.
+      sampling: with any eta.
       number: of the round that fitted the guide; 0 for pi_ref.
-      changes: to the config's settings of `generate`.
     """
     text, problems = session.text, session.test_problems()
     each = len(etas) * samples
@@ -72,13 +74,12 @@ def sample_method(
             ref,
             guide,
             prompts,
+            dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             samples=each,
             rows=rows,
             rng=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
             starts=((place, ()) for place in order),
-            eta=np.asarray([eta for _, eta, _ in plan], np.float32),
             record=("kl", "values") if gives_values(guide) else ("kl",),
-            **(session.generation_settings() | changes),
         )
         name = f"evaluate {method}" + (f", round {number}" if number else "")
         with Bar(None, name, total=len(order)) as bar:

@@ -5,7 +5,6 @@ It takes and gives token ids; it knows nothing about text, tasks or rewards.
 """
 
 from qsharp_jax.generate.api import (
-    PROMPT_BUCKET,
     Run,
     cache_size,
     caches,
@@ -32,7 +31,6 @@ from qsharp_jax.generate.step import decode_one_token
 
 __all__ = [
     "BLOCK",
-    "PROMPT_BUCKET",
     "RECORDED",
     "ContinuousBatch",
     "Controls",

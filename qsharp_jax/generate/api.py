@@ -9,10 +9,8 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import guidance, sampling
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (
     RECORDED,
@@ -30,10 +28,10 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
-PROMPT_BUCKET = 16  # the shortest padded length of prompts, see `padded_length`
 
 
 def for_decoding(model: Any) -> Any:
@@ -47,15 +45,23 @@ def for_decoding(model: Any) -> Any:
     return model.replace(params=unstack(model.params, transposed=decoder.transposed_here()))
 
 
-def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence[int]], **settings: Any) -> Generation:
-    """Samples responses to prompts from the guided policy.
+def generate(
+    ref: LanguageModel,
+    guide: Guide | None,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    rng: Any,
+    samples: int = 1,
+    record: Collection[str] = RECORDED,
+) -> Generation:
+    """Sample responses to prompts from the guided policy.
 
     As in the paper's program and in Hugging Face's order, the tilt comes first, then temperature, then top-k and top-p.
-    A row's result depends on its own prompt, settings and seed only, up to rounding (and but for shared slots that do
-    not suffice); in bfloat16 rounding may change a token, see `ContinuousBatch`. Every
-    program is compiled once per number of rows, padded prompt length, `max_new_tokens` and `Settings`; eta,
-    temperature, top-p, top-k, budget and seeds are data. Rows are the prompts' samples, a prompt's next to each other:
-    what may be given one a row has len(prompts) * samples entries.
+    A row's result depends on its own prompt, settings and seed only, up to rounding (and except for shared slots that
+    do not suffice); in bfloat16 rounding may change a token, see `ContinuousBatch`. Every program is compiled once per
+    number of rows, padded prompt length, `max_new_tokens` and static part of `sampling`. Rows are the prompts' samples,
+    a prompt's next to each other: what may be given per row has len(prompts) * samples entries.
 
     Args:
       ref: the frozen reference model.
@@ -64,45 +70,31 @@ def generate(ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence
         model in its place is a policy of its own: its logits are sampled, whatever eta is, with the reference beside it
         for its log-probabilities and the KL. Its weights are data: they may change from call to call.
       prompts: B lists of token ids, each of at least one token.
-      weights: of several guides, one number each, or [rows, guides] with such numbers for each row.
-      eta: weight of the KL to the reference, at least 1e-6, in units of reward; a number or one per row. Small is
-        strong guidance. By default inf.
-      temperature: 0 takes the most probable token; else at least 1e-6. A number or one per row, by default 1.
-      top_k_candidates: how many of the likeliest tokens under the reference the guide scores at each step, by default
-        20.
-      top_p: in (0, 1], a number or one a row, by default 1.
-      top_k: 0 for no limit, which is the default, a number or one a row.
-      max_new_tokens: length of the response at most, the stop token included; a static size.
-      budget: tokens that each row may have, at most `max_new_tokens`, which is the default.
-      rng: one seed a row, or an integer from which they are drawn.
-      stop_ids: a response ends at the first of these.
-      samples: responses to each prompt, by default 1; they share one prefill.
-      mode: "qsharp" (the default), "cd" or "expectation", see `guidance.log_weights`.
-      others: log-weight of the tokens that are not scored: "mass" (the default), under which the scored ones keep
-        their mass under the reference; "prefix", that of the guide's own distribution at the pending token (a Q-type
-        scores all tokens); or "zero", that of reward 0, with which even a constant guide is a top-K filter. See
-        `limits.OTHERS`.
-      vocab_size: ids from here on are rows that pad the reference's embedding, and never drawn; by default none are.
-      candidate_slots: guide positions that a row has on average, for a V-type: all rows' candidates share so many times
-        the rows, the most probable first. By default None: each has `top_k_candidates` of its own.
-      candidate_threshold: least reference probability of a candidate that may have a shared slot, by default 1e-3.
-      record: which of log-probabilities, KL and values to keep, by default all of `RECORDED`; others cost nothing.
-      prompt_bucket: shortest padded length of prompts, in tokens, by default 16; see `padded_length`.
+      rng: one seed per row, or an integer from which they are drawn.
+      samples: responses to each prompt; they share one prefill.
+      record: which of log-probabilities, KL and values to keep; what is not kept costs nothing.
 
     Raises:
-      UserError: for settings out of range, ids outside the vocabulary, prompts that do not fit the model's context, or
-        caches that do not fit into memory.
+      UserError: for arrays of the wrong length, ids outside the vocabulary, prompts that do not fit the model's
+        context, or caches that do not fit into memory.
     """
-    run = Run(ref, guide, prompts, **settings)
+    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record)
     state = decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
     return run.generation(state)
 
 
 def stream(
-    ref: LanguageModel, guide: Guide | None, prompts: Sequence[Sequence[int]], **settings: Any
+    ref: LanguageModel,
+    guide: Guide | None,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    rng: Any,
+    samples: int = 1,
+    record: Collection[str] = RECORDED,
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
-    run = Run(ref, guide, prompts, **settings)
+    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record)
     state, shown, until, going_on = run.state, np.zeros(len(run.controls.seed), int), 0, True
     while going_on:
         until += BLOCK
@@ -114,9 +106,9 @@ def stream(
 
 
 class Run:
-    """The checked arguments of `generate` as the loop's arrays, prompts prefilled: `decode` goes on from `state`.
+    """The arguments of `generate`, checked, as the loop's arrays, prompts prefilled: `decode` continues from `state`.
 
-    Arguments and errors as of `generate`. `ref` and `guide` are in the decoding form; `guide` is None where none runs.
+    `ref` and `guide` are in the decoding form; `guide` is None where none runs.
     """
 
     def __init__(
@@ -124,27 +116,20 @@ class Run:
         ref: LanguageModel,
         guide: Guide | None,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        max_new_tokens: int,
+        rng: Any,
         samples: int = 1,
-        prompt_bucket: int = PROMPT_BUCKET,
-        **settings: Any,
+        record: Collection[str] = RECORDED,
     ):
         rows = len(prompts) * samples
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = sampling.max_new_tokens
         guide, self.controls, self.settings = checked(
-            ref,
-            guide,
-            prompts,
-            samples=samples,
-            rows=rows,
-            max_new_tokens=max_new_tokens,
-            prompt_bucket=prompt_bucket,
-            **settings,
+            ref, guide, prompts, sampling, rng=rng, samples=samples, rows=rows, record=record
         )
-        padded, start = pad(prompts, prompt_bucket)
-        steps = _steps(max_new_tokens)
-        size = cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
+        padded, start = pad(prompts, sampling.prompt_bucket)
+        steps = _steps(sampling.max_new_tokens)
+        size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
         self.ref, self.guide = for_decoding(ref), value.each(for_decoding, guide)
         check_memory(self.ref, self.guide, rows, size)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
@@ -168,93 +153,79 @@ def checked(
     ref: LanguageModel,
     guide: Guide | None,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    weights: Any = None,
-    eta: Any = jnp.inf,
-    temperature: Any = 1.0,
-    top_k_candidates: int = 20,
-    top_p: Any = 1.0,
-    top_k: Any = 0,
-    max_new_tokens: int,
-    budget: Any = None,
     rng: Any,
-    stop_ids: Sequence[int],
     samples: int,
     rows: int,
-    mode: str = "qsharp",
-    others: str = "mass",
-    vocab_size: int | None = None,
-    candidate_slots: float | None = None,
-    candidate_threshold: float = 1e-3,
-    record: Collection[str] = RECORDED,
-    prompt_bucket: int,
+    record: Collection[str],
 ) -> tuple[Guide | None, Controls, Settings]:
-    """The guide, None where none runs, and the loop's controls and settings from the arguments of `generate`.
+    """Check the arguments of `generate` against each other, and split `sampling` for the loop.
 
     `rows` are those of the loop; controls have an entry for each of the prompts' samples.
+
+    Returns:
+      the guide, None where none runs, and what is data of the compiled program and what is part of it.
     """
-    for name, count in dict(max_new_tokens=max_new_tokens, prompt_bucket=prompt_bucket, samples=samples).items():
-        if count < 1:
-            raise UserError(f"{name} is {count}; it must be at least 1")
-    if mode not in guidance.MODES:
-        raise UserError(f"mode is {mode!r}; it must be one of {', '.join(guidance.MODES)}")
-    if others not in sampling.OTHERS:
-        raise UserError(f"others is {others!r}; it must be one of {', '.join(sampling.OTHERS)}")
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1")
+    vocab_size = ref.config.vocab_size if sampling.vocab_size is None else sampling.vocab_size
     responses = len(prompts) * samples
-    least_eta, least_temperature = np.float32(sampling.LEAST_ETA), np.float32(sampling.LEAST_TEMPERATURE)
-    controls = Controls(
-        eta=_per_row(
-            "eta", eta, responses, np.float32, lambda x: x >= least_eta, f"at least {sampling.LEAST_ETA:g}"
-        ),
-        temperature=_per_row(
-            "temperature", temperature, responses, np.float32,
-            lambda x: (x == 0) | (least_temperature <= x) & np.isfinite(x),
-            f"0, which is greedy, or a finite number of at least {sampling.LEAST_TEMPERATURE:g}",
-        ),
-        top_p=_per_row("top_p", top_p, responses, np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
-        top_k=_per_row("top_k", top_k, responses, np.int32, lambda x: x >= 0, "0 or more"),
-        threshold=_per_row(
-            "candidate_threshold", candidate_threshold, responses, np.float32, lambda x: (0 <= x) & (x < 1), "in [0, 1)"
-        ),
-        budget=_per_row(
-            "budget",
-            max_new_tokens if budget is None else budget,
-            responses,
-            np.int32,
-            lambda x: (x >= 0) & (x <= max_new_tokens),
-            f"in 0 .. max_new_tokens = {max_new_tokens}",
-        ),
-        seed=_per_row(
-            "rng",
-            row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng,
-            responses,
-            np.int64,
-            lambda x: (0 <= x) & (x < 2**32),
-            "0 or more, and less than 2^32 where it is one a row",
-        ).astype(np.uint32),
-    )
-    weights = _checked_weights(guide, weights, responses, mode)
+    controls, settings = split(sampling, rng, responses, rows, vocab_size, record)
+    weights = _checked_weights(guide, sampling.weights, responses, sampling.mode)
     if not isinstance(guide, LanguageModel) and np.isinf(controls.eta).all():
         guide = None
-    vocab_size = ref.config.vocab_size if vocab_size is None else vocab_size
     for member in members(guide):
         if isinstance(member, ValueModel):
-            _check_guide(member.config, mode, vocab_size, top_k_candidates, candidate_slots)
+            _check_guide(member.config, sampling, vocab_size)
         _check_vocabulary(ref, member, vocab_size)
     if guide is not None:
         controls = controls.replace(weights=weights)
     _check_prompts(ref, guide, prompts, controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
+    return guide, controls, settings
+
+
+def split(
+    sampling: Sampling, rng: Any, responses: int, rows: int, vocab_size: int, record: Collection[str]
+) -> tuple[Controls, Settings]:
+    """Split the settings into the per-response arrays and what is compiled in, for a loop of `rows` rows.
+
+    Raises:
+      UserError: for an array that has not one entry per response, or seeds out of range.
+    """
+
+    def per_row(name: str, value: Any, dtype: Any) -> np.ndarray:
+        array = np.asarray(value, dtype)
+        if array.ndim > 1 or (array.ndim == 1 and array.shape != (responses,)):
+            raise UserError(
+                f"{name} has shape {array.shape}; give one number, or one for each of the {responses} rows"
+            )
+        return np.broadcast_to(array, (responses,))
+
+    seeds = per_row("rng", row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng, np.int64)
+    if not np.all((0 <= seeds) & (seeds < 2**32)):
+        raise UserError(f"rng is {rng}; it must be 0 or more, and less than 2^32 where it is one per row")
+    controls = Controls(
+        eta=per_row("eta", sampling.eta, np.float32),
+        temperature=per_row("temperature", sampling.temperature, np.float32),
+        top_p=per_row("top_p", sampling.top_p, np.float32),
+        top_k=per_row("top_k", sampling.top_k, np.int32),
+        threshold=per_row("candidate_threshold", sampling.candidate_threshold, np.float32),
+        budget=per_row("budget", sampling.max_new_tokens if sampling.budget is None else sampling.budget, np.int32),
+        seed=seeds.astype(np.uint32),
+    )
+    slots = 0 if sampling.candidate_slots is None else math.ceil(sampling.candidate_slots * rows)
     settings = Settings(
-        stop_ids=tuple(stop_ids),
+        stop_ids=tuple(sampling.stop_ids),
         vocab_size=vocab_size,
-        candidates=top_k_candidates,
-        slots=0 if candidate_slots is None else min(math.ceil(candidate_slots * rows), rows * top_k_candidates),
-        mode=mode,
-        others=others,
+        candidates=sampling.top_k_candidates,
+        slots=min(slots, rows * sampling.top_k_candidates),
+        mode=sampling.mode,
+        others=sampling.others,
         truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
         record=tuple(name for name in RECORDED if name in record),
     )
-    return guide, controls, settings
+    return controls, settings
 
 
 def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarray, np.ndarray]:
@@ -331,15 +302,6 @@ def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[s
 def row_seeds(seed: int, rows: int) -> np.ndarray:
     """[rows] uint32 seeds drawn from one."""
     return np.random.SeedSequence(int(seed)).generate_state(rows)
-
-
-def _per_row(name: str, given: Any, rows: int, dtype: Any, allowed: Any, words: str) -> np.ndarray:
-    array = np.asarray(given, dtype)
-    if array.ndim > 1 or (array.ndim == 1 and array.shape != (rows,)):
-        raise UserError(f"{name} has shape {array.shape}; give one number, or one for each of the {rows} rows")
-    if not np.all(allowed(array)):
-        raise UserError(f"{name} is {given}; it must be {words}")
-    return np.broadcast_to(array, (rows,))
 
 
 def members(guide: Guide | None) -> tuple[ValueModel | LanguageModel, ...]:
@@ -421,16 +383,14 @@ def _check_vocabulary(ref: LanguageModel, guide: Guide, vocab_size: int) -> None
         )
 
 
-def _check_guide(guide: ValueConfig, mode: str, vocab_size: int, candidates: int, slots: float | None) -> None:
+def _check_guide(guide: ValueConfig, sampling: Sampling, vocab_size: int) -> None:
     never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
-    if mode == "expectation" and not never_negative:
+    if sampling.mode == "expectation" and not never_negative:
         raise UserError(
             'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
             " bernoulli guide, or a categorical one with atoms of 0 and more"
         )
-    if not 1 <= candidates <= vocab_size:
-        raise UserError(f"top_k_candidates is {candidates}; it must be in 1 .. {vocab_size}")
-    if slots is not None and not 0 < slots <= candidates:
-        raise UserError(f"candidate_slots is {slots}; it must be above 0, at most top_k_candidates = {candidates}")
-    if slots is not None and guide.type == "q":
+    if sampling.top_k_candidates > vocab_size:
+        raise UserError(f"top_k_candidates is {sampling.top_k_candidates}; it must be in 1 .. {vocab_size}")
+    if sampling.candidate_slots is not None and guide.type == "q":
         raise UserError("a Q-type guide reads all candidates at one position: leave candidate_slots out")

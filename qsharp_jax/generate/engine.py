@@ -7,7 +7,7 @@ of `generate/` it takes and gives token ids. (Yu et al., "Orca", OSDI 2022, call
 import collections
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -17,12 +17,13 @@ import numpy as np
 
 from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
-from qsharp_jax.generate.state import Controls, Generation, Guide, Settings, State, first_state, gives_values
+from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import decoder, kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.sampling import Sampling
 
 BLOCK = 2  # steps between two looks at how many rows are free
 FREE = 16  # one in so many rows is free before the loop stops for them
@@ -130,15 +131,15 @@ class ContinuousBatch:
         ref: LanguageModel,
         guide: Guide | None,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
+        rng: Any,
         rows: int,
-        starts: Iterable[tuple[int, Sequence[int]]] | None = None,
-        max_new_tokens: int,
         samples: int = 1,
-        prompt_bucket: int = api.PROMPT_BUCKET,
-        **settings: Any,
+        starts: Iterable[tuple[int, Sequence[int]]] | None = None,
+        record: Collection[str] = RECORDED,
     ):
-        """Arguments and errors as of `generate`, with one entry a response where something may be given one a row, and:
+        """Arguments and errors as of `generate`, and:
 
         Args:
           rows: of the loop, rounded to what the mesh that is set divides.
@@ -147,19 +148,18 @@ class ContinuousBatch:
         """
         self._rows = rows = sharding.round_rows(rows)
         self._guide, controls, self._settings = api.checked(
-            ref, guide, prompts, samples=samples, rows=rows, max_new_tokens=max_new_tokens,
-            prompt_bucket=prompt_bucket, **settings,
-        )  # fmt: skip
+            ref, guide, prompts, sampling, rng=rng, samples=samples, rows=rows, record=record
+        )
         self._controls = jax.tree.map(np.asarray, controls)
         self._ref = api.for_decoding(ref)
         self._guide = value.each(api.for_decoding, self._guide)
-        self._bucket, self._new = prompt_bucket, max_new_tokens
-        size = api.cache_size(max(map(len, prompts)), max_new_tokens, prompt_bucket)
+        self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
+        size = api.cache_size(max(map(len, prompts)), self._new, self._bucket)
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
         api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
-            ref.config, trunk, rows, size, max_new_tokens, self._settings,
+            ref.config, trunk, rows, size, self._new, self._settings,
             positions_last=decoder.positions_last(self._ref.params, rows),
         )  # fmt: skip
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free

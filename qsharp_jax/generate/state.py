@@ -33,7 +33,7 @@ class Settings:
       candidates: K, how many tokens a step the guide scores.
       slots: guide positions that the candidates of all rows share in a step; 0 gives every row its own K.
       mode: how the guide's distribution becomes a tilt, see `guidance.log_weights`.
-      others: log-weight of the tokens that the guide does not score, of `limits.OTHERS`.
+      others: log-weight of the tokens that the guide does not score, of `sampling.OTHERS`.
       truncate: some row has top_p < 1, top_k > 0 or temperature 0.
       record: which of `RECORDED` are kept; what is not is not computed.
     """

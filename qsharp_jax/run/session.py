@@ -26,6 +26,7 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.tasks import Problem
 from qsharp_jax.tasks.judging import Judge
@@ -350,11 +351,11 @@ class Session:
         except ValueError as error:
             raise UserError(f"{self.config.task.name}: {error}") from None
 
-    def generation_settings(self) -> dict:
-        """The config's settings of `generate`, for collection and evaluation alike."""
+    def sampling(self) -> Sampling:
+        """The config's section `generate`, with the tokenizer's stop ids and vocabulary."""
         settings = dict(self.config.generate)
         settings["top_k_candidates"] = min(settings["top_k_candidates"], self.text.vocab_size)
-        return settings | {"stop_ids": self.text.stop_ids, "vocab_size": self.text.vocab_size}
+        return Sampling(**settings, stop_ids=self.text.stop_ids, vocab_size=self.text.vocab_size)
 
     def guide_folder(self, number: int) -> Path:
         """Where the checkpoints of a round's guide lie, or of its policy."""

@@ -277,9 +277,9 @@ def test_a_stopped_evaluation_goes_on_with_the_method_it_was_at(evaluated, monke
     path.unlink()
     modes, batch = [], ContinuousBatch
 
-    def noted(*arguments, mode, **options):
-        modes.append(mode)
-        return batch(*arguments, mode=mode, **options)
+    def noted(ref, guide, prompts, sampling, **options):
+        modes.append(sampling.mode)
+        return batch(ref, guide, prompts, sampling, **options)
 
     monkeypatch.setattr("qsharp_jax.evaluation.samples.ContinuousBatch", noted)
     again = measure.evaluate(session, ref, guides, full=True)
@@ -294,17 +294,17 @@ def test_samples_at_other_etas_are_made_anew(evaluated, monkeypatch):
     session, ref, guides, _ = evaluated
     made = []
     for etas in ((0.2,), (0.2, 0.3), (math.inf, 0.2)):
-        rows = measure.sample_method(session, "extra", ref, guides[2], number=2, etas=etas)
+        rows = measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas)
         assert [row["eta"] for row in rows] == [None if math.isinf(eta) else eta for eta in etas] * 10
         made.append(rows)
         with monkeypatch.context() as patch:
             forbid_sampling(patch)
-            assert measure.sample_method(session, "extra", ref, guides[2], number=2, etas=etas) == rows
+            assert measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas) == rows
     free = [row for row in made[-1] if row["eta"] is None]
     assert not any(row["kl"] for row in free) and all(row["kl"] > 0 for row in made[0])
     with pytest.raises(AssertionError, match="samples again"):
         forbid_sampling(monkeypatch)
-        measure.sample_method(session, "extra", ref, guides[2], number=2, etas=etas, samples=2)
+        measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas, samples=2)
 
 
 # --- Judged again ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def models(session):
 
 
 def sample(session, ref, guide, etas=ETAS):
-    return samples.sample_method(session, "qsharp", ref, guide, number=1, etas=etas, samples=2, mode="qsharp")
+    return samples.sample_method(session, "qsharp", ref, guide, session.sampling(), number=1, etas=etas, samples=2)
 
 
 def stop_judging(patch, session, after: int, error: BaseException):
@@ -180,7 +180,7 @@ def test_shards_that_a_kill_left_beside_the_whole_file_are_removed(stoppable, mo
 def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypatch):
     """Batch by batch of like length; the end is that of one that was never stopped."""
     session, ref, guide = stoppable
-    rows = samples.sample_method(session, "pi_ref", ref, None, number=0, samples=3)
+    rows = samples.sample_method(session, "pi_ref", ref, None, session.sampling(), number=0, samples=3)
     straight = helpers.session(tmp_path / "straight")
     expected = samples.score_samples(straight, guide, rows, number=2)
     scorer, calls = score.score, []

@@ -20,6 +20,7 @@ from qsharp_jax.evaluation import score
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import make as config_of
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.sampling import Sampling
 
 examples = hypothesis_settings(deadline=None, max_examples=60)
 ATOMS = (-0.5, 0.25, 1.0)
@@ -31,8 +32,9 @@ def sampled(guide, vocab_size, rows=8):
     rng = np.random.default_rng(0)
     prompts = [[1, *rng.integers(3, vocab_size, length)] for length in rng.integers(1, 15, rows)]
     generation = rollouts.sample(
-        ref, guide, prompts, seeds=np.arange(rows), batch_size=rows, eta=0.3, max_new_tokens=7, stop_ids=(2,),
-        top_k_candidates=4, prompt_bucket=24,
+        ref, guide, prompts,
+        Sampling(eta=0.3, max_new_tokens=7, stop_ids=(2,), top_k_candidates=4, prompt_bucket=24),
+        seeds=np.arange(rows), batch_size=rows,
     )  # fmt: skip
     made = [Example(prompt, generation.response(row)) for row, prompt in enumerate(prompts)]
     return made, [generation.values[row, : generation.lengths[row]] for row in range(rows)]

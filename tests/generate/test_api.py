@@ -31,6 +31,7 @@ from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 # --- pi_ref itself --------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def test_eta_infinite_for_all_rows_is_pi_ref_and_runs_no_guide(eta):
     broken = guide.replace(params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), guide.params))
     want = run(guided=False, rng=SEEDS, **UNGUIDED)
     programs = module.decode._cache_size(), module.prefill._cache_size()
-    got = generate(ref, broken, PROMPTS, eta=eta, rng=SEEDS, **COMMON, **UNGUIDED)
+    got = generate(ref, broken, PROMPTS, Sampling(eta=eta, **COMMON, **UNGUIDED), rng=SEEDS)
     assert (module.decode._cache_size(), module.prefill._cache_size()) == programs
     for name, array in vars(want).items():
         np.testing.assert_array_equal(getattr(got, name), array, err_msg=name)
@@ -116,7 +117,7 @@ def test_prompt_and_response_may_fill_the_context_to_its_last_position():
 
 def test_models_may_come_with_stacked_layers():
     ref, guide = models("v-bernoulli")
-    got = generate(ref, guide, PROMPTS, rng=SEEDS, **COMMON, **MIXED)
+    got = generate(ref, guide, PROMPTS, Sampling(**COMMON, **MIXED), rng=SEEDS)
     want = run(rng=SEEDS, **MIXED)
     for name in vars(want):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
@@ -166,7 +167,7 @@ def test_what_is_not_recorded_is_none_and_the_rest_the_same(record):
 def test_a_stream_gives_the_tokens_of_generate_as_they_come():
     ref, guide = decoding_models("v-bernoulli")
     want, blocks = run(rng=SEEDS, **MIXED), []
-    running = module.stream(ref, guide, PROMPTS, rng=SEEDS, **COMMON, **MIXED)
+    running = module.stream(ref, guide, PROMPTS, Sampling(**COMMON, **MIXED), rng=SEEDS)
     while True:
         try:
             blocks.append(next(running))
@@ -218,7 +219,7 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
     config = ValueConfig(make("tiny"), distribution="scalar")
     ref = LanguageModel({}, config.trunk)
     with pytest.raises(UserError, match="must not give negative ones"):
-        generate(ref, ValueModel({}, config), [[1]], eta=0.1, max_new_tokens=1, rng=0, stop_ids=[], mode="expectation")
+        generate(ref, ValueModel({}, config), [[1]], Sampling(eta=0.1, max_new_tokens=1, mode="expectation"), rng=0)
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
@@ -227,19 +228,19 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(eta=0), "eta is 0; it must be at least 1e-06"),
-        (dict(eta=[0.1, 0.1, -1, 0.1, 0.1, 0.1]), "eta is .*-1.*; it must be at least 1e-06"),
+        (dict(eta=0), "eta is 0; it must be a number, at least 1e-06"),
+        (dict(eta=[0.1, 0.1, -1, 0.1, 0.1, 0.1]), "eta is .*-1.*; it must be a number, at least 1e-06"),
         (dict(eta=np.nan), "eta is nan"),
         (dict(eta=[0.1, 0.2]), r"eta has shape \(2,\); give one number, or one for each of the 6 rows"),
         (dict(eta=np.ones((6, 1))), r"eta has shape \(6, 1\)"),
-        (dict(temperature=-0.1), "temperature is -0.1; it must be 0, which is greedy, or a finite number of at least 1e-06"),
-        (dict(top_p=0), r"top_p is 0; it must be in \(0, 1\]"),
+        (dict(temperature=-0.1), "temperature is -0.1; it must be 0, which is greedy, or a finite number, at least 1e-06"),
+        (dict(top_p=0), r"top_p is 0; it must be a number above 0, at most 1"),
         (dict(top_p=1.1), "top_p is 1.1"),
-        (dict(top_k=-1), "top_k is -1; it must be 0 or more"),
-        (dict(budget=N + 1), f"budget is {N + 1}; it must be in 0 .. max_new_tokens = {N}"),
+        (dict(top_k=-1), "top_k is -1; it must be a whole number, at least 0"),
+        (dict(budget=N + 1), f"budget is {N + 1}; it must be at most max_new_tokens = {N}"),
         (dict(budget=-1), "budget is -1"),
-        (dict(max_new_tokens=0), "max_new_tokens is 0; it must be at least 1"),
-        (dict(max_new_tokens=-1), "max_new_tokens is -1; it must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0; it must be a whole number, at least 1"),
+        (dict(max_new_tokens=-1), "max_new_tokens is -1; it must be a whole number, at least 1"),
         (dict(prompts=[]), "there are no prompts"),
         (dict(prompts=[[1], [], [2], [3], [4], [5]]), "prompt 1 is empty; a prompt needs at least one token"),
         (dict(prompts=[[1], [V], [2], [3], [4], [5]]), f"prompt 1 has token ids outside the .*vocabulary of {V}"),
@@ -251,13 +252,13 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
         (dict(rng=-1), "rng is -1; it must be 0 or more"),
         (dict(rng=[0, 1, 2, 3, 4, 2**32]), "rng is .*; it must be 0 or more, and less than 2"),
         (dict(mode="dpo"), "mode is 'dpo'; it must be one of qsharp, cd, expectation"),
-        (dict(prompt_bucket=0), "prompt_bucket is 0; it must be at least 1"),
+        (dict(prompt_bucket=0), "prompt_bucket is 0; it must be a whole number, at least 1"),
         (dict(samples=0), "samples is 0; it must be at least 1"),
         (dict(samples=2, eta=[0.1] * 6), r"eta has shape \(6,\); give one number, or one for each of the 12 rows"),
-        (dict(candidate_slots=0), "candidate_slots is 0; it must be above 0, at most top_k_candidates = 4"),
-        (dict(candidate_slots=5), "candidate_slots is 5; it must be above 0"),
+        (dict(candidate_slots=0), "candidate_slots is 0; it must be a finite number above 0, or none"),
+        (dict(candidate_slots=5), "candidate_slots is 5; it must be at most top_k_candidates = 4"),
         (dict(candidate_slots=2, case="q-categorical"), "a Q-type guide reads all candidates at one position"),
-        (dict(candidate_slots=2, candidate_threshold=1), r"candidate_threshold is 1; it must be in \[0, 1\)"),
+        (dict(candidate_slots=2, candidate_threshold=1), r"candidate_threshold is 1; it must be a number, at least 0 and below 1"),
         (dict(vocab_size=V + 1), f"the guide's vocabulary has {V} entries, the reference's {V}, of which {V + 1}"),
     ],
 )  # fmt: skip
@@ -274,9 +275,9 @@ def test_a_guide_of_another_vocabulary_or_a_shorter_context_is_refused():
         return guide.replace(config=dataclasses.replace(guide.config, trunk=trunk))
 
     with pytest.raises(UserError, match=f"the guide's vocabulary has 15 entries, the reference's {V}, of which {V}"):
-        generate(ref, guide_with(vocab_size=15), PROMPTS, eta=0.1, rng=0, **COMMON)
+        generate(ref, guide_with(vocab_size=15), PROMPTS, Sampling(eta=0.1, **COMMON), rng=0)
     with pytest.raises(UserError, match="prompt 1 has 16 tokens, .* is more than the guide's 20 positions"):
-        generate(ref, guide_with(max_positions=20), PROMPTS, eta=0.1, rng=0, **COMMON)
+        generate(ref, guide_with(max_positions=20), PROMPTS, Sampling(eta=0.1, **COMMON), rng=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -27,6 +27,7 @@ from qsharp_jax.generate import ContinuousBatch, generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 REF = LanguageModel(numpy_decoder.random_params(0, decoder.init, DEEP), DEEP)
@@ -48,8 +49,8 @@ ETA = np.array([0.2, 0.5, 0.5, 0.3, np.inf, 1.0])
 
 
 def run(type, prompts=PROMPTS, **changes):
-    settings = dict(COMMON, rng=SEEDS, eta=ETA, weights=WEIGHTS) | changes
-    return generate(module.for_decoding(REF), GUIDES[type], prompts, **settings)
+    sampling = Sampling(**dict(COMMON, eta=ETA, weights=WEIGHTS) | changes)
+    return generate(module.for_decoding(REF), GUIDES[type], prompts, sampling, rng=SEEDS)
 
 
 def policies(type, mode, tokens, weights, eta):
@@ -94,14 +95,15 @@ def test_log_weights_are_added_by_each_rows_weights(type, mode):
 
 def test_one_guide_alone_is_what_the_weights_0_and_1_make():
     got = run("v", weights=[0.0, 1.0], eta=0.3)
-    want = generate(REF, GUIDES["v"][1], PROMPTS, **COMMON, rng=SEEDS, eta=0.3)
+    want = generate(REF, GUIDES["v"][1], PROMPTS, Sampling(**COMMON, eta=0.3), rng=SEEDS)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.kl, want.kl, atol=1e-5)
 
 
 def test_rows_that_are_refilled_keep_their_weights():
     want = run("v")
-    batch = ContinuousBatch(REF, GUIDES["v"], PROMPTS, rows=2, rng=SEEDS, eta=ETA, weights=WEIGHTS, **COMMON)
+    sampling = Sampling(eta=ETA, weights=WEIGHTS, **COMMON)
+    batch = ContinuousBatch(REF, GUIDES["v"], PROMPTS, sampling, rows=2, rng=SEEDS)
     found = {place: part.response(row) for places, part in batch for row, place in enumerate(places.tolist())}
     assert found == {row: want.response(row) for row in range(len(PROMPTS))}
 
@@ -128,11 +130,11 @@ def test_what_cannot_be_composed_is_refused(changes, words):
     guides = changes.pop("guides", ("v", 0, "v", 1))
     guides = tuple(GUIDES[type][place] for type, place in zip(guides[::2], guides[1::2]))
     with pytest.raises(UserError, match=words):
-        generate(REF, guides, PROMPTS, **dict(COMMON, rng=SEEDS, eta=0.3, weights=[0.5, 0.5]) | changes)
+        generate(REF, guides, PROMPTS, Sampling(**dict(COMMON, eta=0.3, weights=[0.5, 0.5]) | changes), rng=SEEDS)
 
 
 def test_weights_of_one_guide_or_a_policy_among_guides_are_refused():
     with pytest.raises(UserError, match="must be V-types, or Q-types, all of them"):
-        generate(REF, (GUIDES["v"][0], REF), PROMPTS, **COMMON, rng=SEEDS, eta=0.3, weights=[1.0, 1.0])
+        generate(REF, (GUIDES["v"][0], REF), PROMPTS, Sampling(**COMMON, eta=0.3, weights=[1.0, 1.0]), rng=SEEDS)
     with pytest.raises(UserError, match="weights are of several guides"):
-        generate(REF, GUIDES["v"][0], PROMPTS, **COMMON, rng=SEEDS, eta=0.3, weights=[1.0])
+        generate(REF, GUIDES["v"][0], PROMPTS, Sampling(**COMMON, eta=0.3, weights=[1.0]), rng=SEEDS)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, STOPS, K, N, brute_force, decoding_models
 
-from qsharp_jax.generate import ContinuousBatch, engine, generate
+from qsharp_jax.generate import RECORDED, ContinuousBatch, engine, generate
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 SAMPLES = 4
@@ -18,10 +19,18 @@ MANY = {name: np.tile(x, SAMPLES) for name, x in MIXED.items()}
 MANY_SEEDS = np.concatenate([SEEDS + np.uint32(10 * i) for i in range(SAMPLES)])
 
 
-def batch_of(case="v-bernoulli", *, guided=True, rows=3, **changes):
+def sampling(case, **changes):
+    return Sampling(**dict(COMMON, mode=CASES[case][2], **MANY) | changes)
+
+
+def batch_of(
+    case="v-bernoulli", *, guided=True, rows=3, rng=MANY_SEEDS, starts=None, record=RECORDED, **changes
+):
     ref, guide = decoding_models(case)
-    settings = dict(COMMON, mode=CASES[case][2], samples=SAMPLES, rng=MANY_SEEDS, **MANY) | changes
-    return ContinuousBatch(ref, guide if guided else None, PROMPTS, rows=rows, **settings)
+    return ContinuousBatch(
+        ref, guide if guided else None, PROMPTS, sampling(case, **changes), rng=rng, rows=rows, samples=SAMPLES,
+        starts=starts, record=record,
+    )  # fmt: skip
 
 
 def run(*arguments, **options):
@@ -34,10 +43,12 @@ def run(*arguments, **options):
     return found
 
 
-def plain(case="v-bernoulli", *, guided=True, **changes):
+def plain(case="v-bernoulli", *, guided=True, record=RECORDED, **changes):
     ref, guide = decoding_models(case)
-    settings = dict(COMMON, mode=CASES[case][2], samples=SAMPLES, rng=MANY_SEEDS, **MANY) | changes
-    return generate(ref, guide if guided else None, PROMPTS, **settings)
+    return generate(
+        ref, guide if guided else None, PROMPTS, sampling(case, **changes), rng=MANY_SEEDS, samples=SAMPLES,
+        record=record,
+    )  # fmt: skip
 
 
 def assert_same(found, want, places=range(COUNT)):
@@ -55,7 +66,7 @@ def assert_same(found, want, places=range(COUNT)):
 def test_in_bfloat16_responses_may_differ_by_rounding_alone():
     """Up to the first token that differs, the same tokens have nearly the same log-probabilities in 3 rows and in 7."""
     ref, guide = (model.replace(config=in_bfloat16(model.config)) for model in decoding_models("v-bernoulli"))
-    settings = dict(COMMON, samples=SAMPLES, rng=MANY_SEEDS, eta=0.2)
+    settings = dict(sampling=Sampling(eta=0.2, **COMMON), samples=SAMPLES, rng=MANY_SEEDS)
     few, many = (
         {place: (part, row) for places, part in batch for row, place in enumerate(places.tolist())}
         for batch in (ContinuousBatch(ref, guide, PROMPTS, rows=rows, **settings) for rows in (3, 7))
@@ -151,16 +162,20 @@ def test_a_response_that_has_begun_is_finished_within_its_budget():
     begun = {0: [9], 4: [1, 1, 1, 1, 1, 1], 5: [7] * (N - 1), 9: [3] * N, 13: [8, STOPS[0]], 20: [], 22: [4, 4, 4]}
     budget = np.full(COUNT, N)
     budget[20] = 3
-    controls = dict(rng=MANY_SEEDS, samples=SAMPLES, eta=0.3, budget=budget, **COMMON)
+    batch = ContinuousBatch(
+        ref, guide, PROMPTS, Sampling(eta=0.3, budget=budget, **COMMON), rng=MANY_SEEDS, samples=SAMPLES, rows=2,
+        starts=begun.items(),
+    )  # fmt: skip
     found = {}
-    for places, part in ContinuousBatch(ref, guide, PROMPTS, rows=2, starts=begun.items(), **controls):
+    for places, part in batch:
         found |= {place: part.response(row) for row, place in enumerate(places.tolist())}
     assert found[9] == found[13] == []
     for place, start in begun.items():
         if place not in (9, 13):
             want = generate(
-                ref, guide, [[*PROMPTS[place // SAMPLES], *start]], rng=MANY_SEEDS[place : place + 1], eta=0.3,
-                budget=min(N, budget[place]) - len(start), **COMMON,
+                ref, guide, [[*PROMPTS[place // SAMPLES], *start]],
+                Sampling(eta=0.3, budget=min(N, budget[place]) - len(start), **COMMON),
+                rng=MANY_SEEDS[place : place + 1],
             )  # fmt: skip
             assert found[place] == want.response(0), place
     assert len(found[5]) == 1 and len(found[20]) <= 3
@@ -243,9 +258,9 @@ def test_the_caches_are_updated_in_place():
             dict(max_new_tokens=11),
             "prompt 1 has 16 tokens, which with max_new_tokens = 11 is more than the reference's",
         ),
-        (dict(budget=N + 1), f"budget is {N + 1}; it must be in 0 .. max_new_tokens = {N}"),
+        (dict(budget=N + 1), f"budget is {N + 1}; it must be at most max_new_tokens = {N}"),
         (dict(rng=[1, 2]), f"rng has shape .* one for each of the {COUNT} rows"),
-        (dict(candidate_slots=9), "candidate_slots is 9; it must be above 0"),
+        (dict(candidate_slots=9), "candidate_slots is 9; it must be at most top_k_candidates = 4"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_decoded(changes, words):

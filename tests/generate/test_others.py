@@ -1,5 +1,7 @@
 """Tokens that the guide does not score: a guide without information changes nothing, whatever is asked of it."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, K, V, assert_is_br
 
 from qsharp_jax import guidance
 from qsharp_jax.generate import ContinuousBatch, generate
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 ETA = [0.2, 0.05, 1e-6, 0.5, 1.0, np.inf]
@@ -40,7 +43,7 @@ def test_a_constant_guide_is_pi_ref_exactly(case, others):
     last = "expectation" if guide.config.distribution == "bernoulli" else "qsharp"
     for mode, k in [("qsharp", 1), ("cd", K), (last, V)]:
         settings = COMMON | {"top_k_candidates": k, "mode": mode, "others": others}
-        got = generate(ref, constant(guide), PROMPTS, rng=SEEDS, **settings, **MIXED | {"eta": ETA})
+        got = generate(ref, constant(guide), PROMPTS, Sampling(**settings, **MIXED | {"eta": ETA}), rng=SEEDS)
         assert_is_pi_ref(got, want)
 
 
@@ -48,18 +51,18 @@ def test_a_constant_guide_is_pi_ref_exactly(case, others):
 def test_constant_guides_are_pi_ref_where_they_share_slots_and_where_they_are_composed(others):
     ref, guide = decoding_models("v-bernoulli")
     want = run(guided=False, rng=SEEDS, **UNGUIDED)
-    settings = COMMON | MIXED | {"eta": ETA, "others": others}
+    sampling = Sampling(**COMMON | MIXED | {"eta": ETA, "others": others})
     for slots in (0.5, 2):
-        got = generate(ref, constant(guide), PROMPTS, rng=SEEDS, candidate_slots=slots, **settings)
+        got = generate(ref, constant(guide), PROMPTS, replace(sampling, candidate_slots=slots), rng=SEEDS)
         assert_is_pi_ref(got, want)
-    got = generate(ref, (constant(guide),) * 2, PROMPTS, rng=SEEDS, weights=[1.7, -0.4], **settings)
+    got = generate(ref, (constant(guide),) * 2, PROMPTS, replace(sampling, weights=[1.7, -0.4]), rng=SEEDS)
     assert_is_pi_ref(got, want)
 
 
 def test_a_constant_guide_is_pi_ref_in_rows_that_are_refilled():
     ref, guide = decoding_models("v-bernoulli")
     want = run(guided=False, rng=SEEDS)
-    batch = ContinuousBatch(ref, constant(guide), PROMPTS, rows=2, rng=SEEDS, eta=0.1, **COMMON)
+    batch = ContinuousBatch(ref, constant(guide), PROMPTS, Sampling(eta=0.1, **COMMON), rows=2, rng=SEEDS)
     for places, part in batch:
         np.testing.assert_array_equal(part.kl, 0)
         for row, place in enumerate(places.tolist()):
@@ -79,7 +82,7 @@ def test_the_kl_of_equal_logits_is_zero_over_a_large_vocabulary_too():
 def test_the_papers_zero_makes_a_constant_guide_a_filter():
     """At eta 0.02 a guide that gives 1 / 2 everywhere leaves the K candidates, with pi_ref's proportions."""
     ref, guide = decoding_models("v-bernoulli")
-    got = generate(ref, constant(guide), PROMPTS, rng=SEEDS, eta=0.02, others="zero", **COMMON)
+    got = generate(ref, constant(guide), PROMPTS, Sampling(eta=0.02, others="zero", **COMMON), rng=SEEDS)
     top_k = run(guided=False, rng=SEEDS, top_k=K)
     np.testing.assert_array_equal(got.tokens, top_k.tokens)
     np.testing.assert_allclose(got.kl, top_k.kl_truncated, atol=1e-4)
@@ -143,7 +146,7 @@ def test_smaller_temperatures_than_float32_can_tell_apart_are_refused(temperatur
 
 @pytest.mark.parametrize("eta", [1e-8, 0.0, -1.0, np.nan])
 def test_smaller_etas_than_float32_can_tell_apart_are_refused(eta):
-    with pytest.raises(UserError, match="eta is .*; it must be at least 1e-06"):
+    with pytest.raises(UserError, match="eta is .*; it must be a number, at least 1e-06"):
         run(eta=eta)
 
 

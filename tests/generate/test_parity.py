@@ -10,6 +10,7 @@ from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 torch = pytest.importorskip("torch", reason="parity is judged by PyTorch, which the test extra installs")
 
@@ -55,7 +56,8 @@ def test_every_step_is_that_of_two_full_passes_in_pytorch(models, in_torch):
     """The policy's and pi_ref's log-probability of every token that was drawn, the KL, and the guide's values."""
     rows, samples = len(PROMPTS), 4
     eta = np.repeat(ETA, samples)
-    got = generate(*models, PROMPTS, samples=samples, eta=eta, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K, others="zero")
+    sampling = Sampling(eta=eta, max_new_tokens=N, top_k_candidates=K, others="zero")
+    got = generate(*models, PROMPTS, sampling, samples=samples, rng=0)
     for row in range(rows * samples):
         response = got.response(row)
         for place, token in enumerate(response):

@@ -17,6 +17,7 @@ from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 V, K, N, SAMPLES = 60, 6, 12, 2
 SHAPES = {
@@ -83,9 +84,8 @@ def teacher_forced(ref, guide, prompts, responses):
 @pytest.mark.parametrize("name", SHAPES)
 def test_log_probabilities_and_kl_are_those_of_teacher_forcing(name, dtype):
     ref, guide = models(name, dtype)
-    got = generate(
-        ref, guide, PROMPTS, samples=SAMPLES, eta=ETA, rng=0, max_new_tokens=N, stop_ids=(), top_k_candidates=K, others="zero"
-    )
+    sampling = Sampling(eta=ETA, max_new_tokens=N, top_k_candidates=K, others="zero")
+    got = generate(ref, guide, PROMPTS, sampling, samples=SAMPLES, rng=0)
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
     policy, ref_policy = teacher_forced(ref, guide, prompts, got.tokens)
     kl = (np.exp(policy) * (policy - ref_policy)).sum(-1)

@@ -28,6 +28,7 @@ from qsharp_jax import generate as module
 from qsharp_jax.generate import ContinuousBatch, generate
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 CONTROLS = {name: x for name, x in MIXED.items() if name != "eta"}
@@ -40,7 +41,7 @@ def policy(seed=5) -> LanguageModel:
 
 def sample(model, prompts=PROMPTS, **changes):
     ref, _ = decoding_models("v-bernoulli")
-    return generate(ref, model, prompts, rng=SEEDS, **{**COMMON, **CONTROLS, **changes})
+    return generate(ref, model, prompts, Sampling(**{**COMMON, **CONTROLS, **changes}), rng=SEEDS)
 
 
 def log_probs(model, tokens, temperature):
@@ -110,7 +111,7 @@ def test_a_policy_of_another_vocabulary_or_a_shorter_context_is_refused():
 
 def test_rows_that_are_refilled_sample_it_alike():
     want, ref = sample(policy()), decoding_models("v-bernoulli")[0]
-    for places, part in ContinuousBatch(ref, policy(), PROMPTS, rows=2, rng=SEEDS, **{**COMMON, **CONTROLS}):
+    for places, part in ContinuousBatch(ref, policy(), PROMPTS, Sampling(**COMMON, **CONTROLS), rows=2, rng=SEEDS):
         np.testing.assert_array_equal(part.tokens, want.tokens[places])
         np.testing.assert_allclose(part.kl_truncated, want.kl_truncated[places], atol=1e-4)
         assert np.isnan(part.values).all()

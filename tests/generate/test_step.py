@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 from qsharp_jax.generate import Run, decode, generate
 from qsharp_jax.models import value
+from qsharp_jax.sampling import Sampling
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,7 +46,7 @@ def test_one_row_is_the_loop_without_a_cache_too_and_its_cache_is_not_copied():
     got = run(case, prompts, rng=seeds, eta=[0.1])
     assert_is_brute_force(got, case, prompts, seeds, dict(eta=[0.1]))
 
-    whole = Run(*decoding_models(case), prompts, rng=seeds, eta=0.1, **COMMON)
+    whole = Run(*decoding_models(case), prompts, Sampling(eta=0.1, **COMMON), rng=seeds)
     program = decode.lower(whole.ref, whole.guide, whole.state, whole.controls, settings=whole.settings).compile()
     for cache in (whole.state.ref_cache, whole.state.guide_cache):
         shape = ",".join(map(str, cache.keys[0].shape[1:]))
@@ -185,8 +186,8 @@ def samples():
     ref, guide = decoding_models("tiny")
     rows = {name: np.repeat([group[name] for group in GROUPS], SAMPLES) for name in GROUPS[0]}
     return generate(
-        ref, guide, [TINY_PROMPT] * len(rows["eta"]), rng=0, max_new_tokens=TINY_N, stop_ids=[TINY_STOP],
-        top_k_candidates=3, prompt_bucket=2, **rows,
+        ref, guide, [TINY_PROMPT] * len(rows["eta"]),
+        Sampling(max_new_tokens=TINY_N, stop_ids=[TINY_STOP], top_k_candidates=3, prompt_bucket=2, **rows), rng=0,
     )  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def test_bfloat16_models_decode_with_float32_records_near_those_of_float32():
     half_ref = ref.replace(config=dataclasses.replace(ref.config, dtype="bfloat16"))
     trunk = dataclasses.replace(guide.config.trunk, dtype="bfloat16")
     half_guide = guide.replace(config=dataclasses.replace(guide.config, trunk=trunk))
-    got = generate(half_ref, half_guide, PROMPTS, rng=SEEDS, mode="cd", **COMMON, **MIXED)
+    got = generate(half_ref, half_guide, PROMPTS, Sampling(mode="cd", **COMMON, **MIXED), rng=SEEDS)
     assert {getattr(got, name).dtype for name in ("log_probs", "kl", "values")} == {np.dtype("float32")}
     want = run("q-categorical", rng=SEEDS, **MIXED)
     same = got.tokens[:, 0] == want.tokens[:, 0]

@@ -20,6 +20,7 @@ from qsharp_jax.generate import generate
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 torch = pytest.importorskip("torch", reason="parity is judged by PyTorch, which the test extra installs")
 torch.set_num_threads(1)  # the models are small
@@ -153,10 +154,8 @@ def test_64_greedy_tokens_are_those_of_transformers(name, folders):
         hf.load_ref(folders(name), dtype="float32"),
         None,
         prompts,
-        temperature=0.0,
-        max_new_tokens=64,
+        Sampling(temperature=0.0, max_new_tokens=64),
         rng=0,
-        stop_ids=[],
     )
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])

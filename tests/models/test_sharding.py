@@ -24,13 +24,14 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.sharding import DECODE, FIT
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 PROMPTS = [[1, 5, 7], [2], [3, 4, 9, 9, 2], [8, 1], [6, 6, 6], [30, 31], [17], [1, 2, 3, 4]]
 SETTINGS = dict(
     eta=[0.1, 0.2, 0.5, jnp.inf, 0.1, 0.1, 0.3, 0.2], temperature=[1, 1, 0.7, 1, 0, 1, 1.3, 1],
     top_p=[1, 0.9, 0.8, 0.9, 1, 0.7, 0.9, 1], top_k=[0, 0, 5, 0, 0, 0, 7, 0], top_k_candidates=4, max_new_tokens=12,
-    rng=3, stop_ids=[0],
+    stop_ids=[0],
 )  # fmt: skip
 MESHES = {
     "tensor 2": {"tensor": 2},
@@ -56,7 +57,7 @@ def models():
 
 
 def decoded(ref, guide, **changes):
-    made = generate.generate(ref, guide, PROMPTS, **SETTINGS | changes)
+    made = generate.generate(ref, guide, PROMPTS, Sampling(**SETTINGS | changes), rng=3)
     names = ("tokens", "lengths", "dropped", "log_probs", "ref_log_probs", "kl", "kl_truncated", "values")
     return {name: np.nan_to_num(getattr(made, name), nan=-9).tolist() for name in names}
 

@@ -29,6 +29,7 @@ from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 ROWS, PROMPT, NEW = 64, 1024, 1024  # of decoding: caches that do not fit into a chip's fast memory all at once
 FIT_ROWS, LENGTH = 8, 256  # of training
@@ -83,9 +84,9 @@ def compile_decode(mesh):
 
     ref = LanguageModel(jax.eval_shape(decoder.unstack, abstract(decoder.init, REF, jnp.bfloat16)), REF)
     guide = ValueModel(jax.eval_shape(value.unstack, abstract(value.init, GUIDE, jnp.bfloat16)), GUIDE)
-    settings = dict(eta=0.1, top_p=0.9, max_new_tokens=NEW, rng=0, stop_ids=[2])
+    sampling = Sampling(eta=0.1, top_p=0.9, max_new_tokens=NEW, stop_ids=[2])
     with mock.patch.multiple(generate.api, prefill=prefill, decode=decode), pytest.raises(Called) as called:
-        generate.generate(ref, guide, [[1] * PROMPT] * ROWS, **settings)
+        generate.generate(ref, guide, [[1] * PROMPT] * ROWS, sampling, rng=0)
     arguments, settings = called.value.args
     arguments = sharded(mesh, arguments, ROWS)
     state = arguments[2]

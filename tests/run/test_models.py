@@ -138,9 +138,9 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
         made = session(f"ref={tmp_path}", f"prompt_format={prompt_format}")
         sessions.check(made.config)
         assert made.text.encode_prompt(PROMPT) == Tokenizer.load(tmp_path, prompt_format=prompt_format).encode_prompt(PROMPT)
-        settings = made.generation_settings()
-        assert settings["vocab_size"] == Tokenizer(bpe.make()).vocab_size < made.ref_config.vocab_size
-        assert bpe.EOT in settings["stop_ids"]
+        sampling = made.sampling()
+        assert sampling.vocab_size == Tokenizer(bpe.make()).vocab_size < made.ref_config.vocab_size
+        assert bpe.EOT in sampling.stop_ids
 
 
 def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):

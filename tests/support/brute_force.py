@@ -13,11 +13,12 @@ import scipy.special
 
 from qsharp_jax import generate as module
 from qsharp_jax import guidance
-from qsharp_jax.generate import api, generate
+from qsharp_jax.generate import RECORDED, api, generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.sampling import Sampling
 
 V, K, N = 19, 4, 10
 STOPS = (2, 5)
@@ -71,10 +72,11 @@ def decoding_models(case):
     return tuple(map(module.for_decoding, models(case)))
 
 
-def run(case="v-bernoulli", prompts=PROMPTS, *, guided=True, rng=0, **changes):
+def run(case="v-bernoulli", prompts=PROMPTS, *, guided=True, rng=0, samples=1, record=RECORDED, **changes):
+    """`generate` with the models of a case; `changes` are of the fields of `Sampling`."""
     ref, guide = decoding_models(case)
-    settings = {"mode": ALL[case][2], **COMMON, **changes}
-    return generate(ref, guide if guided else None, prompts, rng=rng, **settings)
+    sampling = Sampling(**{"mode": ALL[case][2], **COMMON, **changes})
+    return generate(ref, guide if guided else None, prompts, sampling, rng=rng, samples=samples, record=record)
 
 
 # --- The same policy, by brute force --------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import config as configs
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.multihost import Place, find_place
@@ -70,8 +71,9 @@ def decoded() -> dict[str, list]:
     ref, guide = (sharding.move(model, mesh, sharding.DECODE) for model in (ref, guide))
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         found = rollouts.sample(
-            ref, guide, [[3 + n, 7, *range(n)] for n in range(9)], samples=2, seeds=np.arange(18), batch_size=4, eta=0.05,
-            max_new_tokens=10, top_k_candidates=5, stop_ids=(1,),
+            ref, guide, [[3 + n, 7, *range(n)] for n in range(9)],
+            Sampling(eta=0.05, max_new_tokens=10, top_k_candidates=5, stop_ids=(1,)),
+            samples=2, seeds=np.arange(18), batch_size=4,
         )  # fmt: skip
     return {name: getattr(found, name).tolist() for name in ("tokens", "lengths", "kl", "log_probs")}
 
