@@ -21,7 +21,7 @@ import statistics
 import time
 from pathlib import Path
 
-from qsharp_jax import tasks
+from qsharp_jax.tasks import finite, registry
 from qsharp_jax.tasks.judging import Judge
 
 
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    task, folder = tasks.get("gsm8k"), os.environ["QSHARP_DATA"]
+    task, folder = registry.get("gsm8k"), os.environ["QSHARP_DATA"]
     lines = (Path(folder) / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").split("\n")[: options.answers]
     rows = [json.loads(line) for line in lines if line]
-    problems = [problem for row in rows for problem in task.of_row(("a row", row))]
+    problems = [problem for row in rows for problem in task.to_problems(finite.Row("a row", row))]
     worked = [row["answer"].rpartition("\n#### ") for row in rows]
     steps, answers = [before for before, _, _ in worked], [answer for _, _, answer in worked]
     decorated = [

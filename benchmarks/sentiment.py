@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from qsharp_jax import tasks
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks import registry
+from qsharp_jax.tasks.base import Problem
 
 CONFIG = Path(__file__).parents[1] / "configs" / "arithmetic.py"
 LAYERS = 10  # of the guide
@@ -58,7 +58,7 @@ def reward(problem: Problem, response: str) -> float:
     return float(score["compound"] > 0.3)
 
 
-tasks.TASKS["sentiment"] = types.SimpleNamespace(
+registry.TASKS["sentiment"] = types.SimpleNamespace(
     FINITE=False, SYMBOLIC=False, check=lambda config: None, problems=problems, parse=lambda response: response,
     reward=reward,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost, sigterm
 from qsharp_jax.system.errors import Stopped
 from qsharp_jax.system.progress import Bar
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge
 
 

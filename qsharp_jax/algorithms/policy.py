@@ -32,7 +32,7 @@ from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.run.session import Session
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.train.checkpoint import Checkpoints
 from qsharp_jax.train.chunked import at_labelled
 

@@ -14,7 +14,7 @@ from qsharp_jax.evaluation import statistics
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 from qsharp_jax.system.progress import Bar
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge, Judgement
 
 

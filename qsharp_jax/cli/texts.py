@@ -172,11 +172,11 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 def judge(workdir: None, options: argparse.Namespace) -> None:
     """The rewards of given responses, as JSON lines."""
-    from qsharp_jax import tasks
     from qsharp_jax.cli import judge_file
+    from qsharp_jax.tasks import registry
 
     try:
-        task = tasks.get(options.task)
+        task = registry.get(options.task)
     except ValueError as error:
         raise UserError(str(error)) from None
     records, problems = judge_file.read(options.input, task, options.data)

@@ -30,7 +30,7 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 

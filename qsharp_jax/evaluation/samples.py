@@ -28,7 +28,7 @@ from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
 from qsharp_jax.system.progress import Bar
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 
 SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
     "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",

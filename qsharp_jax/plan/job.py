@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from qsharp_jax import generate, tasks, train
+from qsharp_jax import generate, train
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, lora, sharding, value
 from qsharp_jax.models.config import DecoderConfig
@@ -21,6 +21,7 @@ from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError, nearest
+from qsharp_jax.tasks import registry
 
 WITH_A_SIZE = "bfloat16"  # of models that are given by a size alone, where the config does not say
 
@@ -99,7 +100,7 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         ref = _sized("--ref-size", ref_size, dtype)
     else:
         models.check_folders(config)
-        text = None if in_folder else models.make_text(config, tasks.get(config.task.name))
+        text = None if in_folder else models.make_text(config, registry.get(config.task.name))
         ref = models.ref_config(config, text)
     section = config.value
     kind = dict(type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))

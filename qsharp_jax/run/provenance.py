@@ -16,7 +16,7 @@ from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.progress import Bar
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 
 # Of a model's folder: weights, configs, tokenizer. What else lies there, as a README, changes nothing.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qsharp_jax import tasks, train
+from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import decoder, sharding, value
 from qsharp_jax.models.config import DecoderConfig
@@ -28,7 +28,8 @@ from qsharp_jax.run import models
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError, nearest
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks import registry
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge
 from qsharp_jax.train.checkpoint import Checkpoints
 
@@ -93,7 +94,7 @@ def check_settings(config: ConfigDict) -> None:
     if algorithm in configs.POLICY_METHODS:
         _check_policy(config)
     try:
-        tasks.get(config.task.name).check(config.task)
+        registry.get(config.task.name).check(config.task)
     except ValueError as error:
         raise UserError(str(error)) from None
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
@@ -233,7 +234,7 @@ class Session:
 
     @functools.cached_property
     def task(self) -> ModuleType:
-        return tasks.get(self.config.task.name)
+        return registry.get(self.config.task.name)
 
     @functools.cached_property
     def judge(self) -> Judge:

@@ -1,8 +1,8 @@
 r"""Word problems of one to three steps, small enough for a language model that is trained on the spot.
 
 "Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam have?" is answered "54-12=42. \boxed{42}". In the
-pre-training corpus a step may take the wrong operation; what follows is computed rightly. Such a reading error shows
-in the response given the prompt, so a value model can learn to see it, and a guide to avoid it.
+pre-training corpus a step may take the wrong operation; what follows is computed correctly from there. Prompt and
+response together show such a reading error, so a value model can learn to see it, and a guide to avoid it.
 
 config: max_events         a story has 1..max_events events after its opening; at most 3
         equation_fraction  share of the pre-training texts that are bare equations, without a prompt
@@ -16,17 +16,17 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from tokenizers import Regex, decoders, pre_tokenizers
-
-import qsharp_jax.tasks.base as base
+from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FINITE = SYMBOLIC = False
 
-# Every equation of this world: sums and differences within 0..99, the multiplication table to 9x9 and its inverse.
+# Every equation that exists here: sums and differences within 0..99, the multiplication table to 9x9, its inverse.
 RESULT = {
     **{("+", a, b): a + b for a in range(100) for b in range(100 - a)},
     **{("-", a, b): a - b for a in range(100) for b in range(a + 1)},
@@ -36,11 +36,11 @@ RESULT = {
 _STEPS = {op: [step for step in RESULT if step[0] == op] for op in "+-*/"}
 _BARE_EQUATIONS = 6  # in a bare text, which makes it nearly as long as a problem with its response
 
-_COUNTS = range(1, 98)  # what a story may count; from each of these, some event can be read rightly and wrongly
+_COUNTS = range(1, 98)  # values of a story's count; at each, some event can be read correctly and wrongly
 
 MISREAD = {"+": "-", "-": "+", "*": "+", "/": "-"}  # the operation that a reading error takes instead
 
-# What an event's numbers may be. Two numbers are multiplied first: 3 boxes of 8 eggs are 24 eggs.
+# Possible numbers of an event. Two numbers are multiplied first: 3 boxes of 8 eggs are 24 eggs.
 _ONE = tuple((n,) for n in range(2, 100))
 _TWO = tuple(itertools.product(range(2, 10), repeat=2))
 
@@ -51,13 +51,13 @@ class Kind:
 
     Attributes:
       name: for the problem's identity.
-      op: takes the count before the event and the event's number to the count after it.
+      op: operation on the count before the event and the event's number that gives the count after it.
       misread: probability of a reading error in each of its steps.
       text: the sentence, with the number or numbers as {0} and {1}.
-      numbers: what they may be, where the result allows.
-      question: a kind with a question of its own ends the story.
-      what: what is counted from here on, where that changes.
-      passes_on: from here on the count is the other person's.
+      numbers: their possible values, if the result is one of `_COUNTS`.
+      question: if not empty, the story ends with this event and asks this.
+      what: the thing counted from here on; empty if that does not change.
+      passes_on: from here on the count is that of the other person.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Kind:
     passes_on: bool = False
 
 
-# At these rates 44% of a corpus's responses are right. All are below a half: the likeliest reading is the right one.
+# At these rates 44% of a corpus's responses are correct. All are below 1/2: the likeliest reading is the correct one.
 KINDS = (
     Kind("boxes", "+", 0.2, "{who} buys {0} boxes of {1} {what}.", _TWO),
     Kind("buy", "+", 0.15, "{who} buys {0} {what}."),
@@ -92,15 +92,15 @@ _QUESTION = "How many {what} does {who} have?"
 _NAMES = ("Ana", "Ben", "Mia", "Sam")
 _THINGS = ("apples", "cards", "coins", "eggs", "shells")
 
-# A word takes the space before it, and the space after it where a number or the box follows; so does a full stop.
-# Every space is then part of a token, and a digit is the same token wherever it stands.
+# A word includes the space before it, and the space after it if a number or the box follows; so does a full stop.
+# Every space is then part of a token, and a digit is the same token everywhere.
 _PIECE = r"\\boxed\{|(?: ?[A-Za-z]+|\.)(?: (?=[0-9\\]))?|."
 
 _Events = list[tuple[Kind, tuple[int, ...]]]
 
 
 def check(config: Any) -> None:
-    # A person enters the story with each event at most, and the names must last.
+    # Each event may bring a new person into the story, who needs a name.
     if not 1 <= config.max_events < len(_NAMES):
         raise ValueError(f"max_events is {config.max_events}; it must be in 1..{len(_NAMES) - 1}")
     if not 0 <= config.equation_fraction <= 1:
@@ -110,8 +110,10 @@ def check(config: Any) -> None:
         raise ValueError(f"error_scale is {config.error_scale}; it must be in [0, 1]")
 
 
-def make_tokenizer(config: Any) -> transformers.PreTrainedTokenizerFast:
-    """About 70 tokens: the digits, the signs and the words of the sentences above."""
+def make_tokenizer(config: Any) -> "PreTrainedTokenizerFast":
+    """Build a tokenizer of about 70 tokens: the digits, the signs and the words of the sentences above."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+
     check(config)
     later = (_QUESTION, *(text for kind in KINDS for text in (kind.text, kind.question) if text))
     things = (*_THINGS, *(kind.what for kind in KINDS if kind.what))
@@ -130,7 +132,7 @@ def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
 
 
 def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str]]:
-    """Stories with responses that may misread them, mixed with bare equations, which are always right."""
+    """Return stories with responses that may misread them, mixed with bare equations, which are always correct."""
     check(config)
     rng = base.generator("arithmetic", "pretraining", seed)
     bare = round(count * config.equation_fraction)
@@ -142,9 +144,9 @@ def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str
 
 
 def parse(response: str) -> str | None:
-    r"""The number in the last \boxed{...}, without leading zeros; None if that box is unclosed or holds anything else.
+    r"""Return the number in the last \boxed{...}, without leading zeros.
 
-    Whatever stands before and after that box is ignored.
+    None if that box is not closed or holds anything else; text before and after it is ignored.
     """
     _, box, rest = response.rpartition(r"\boxed{")
     number = re.match(r"([0-9]+)\}", rest) if box else None
@@ -152,20 +154,20 @@ def parse(response: str) -> str | None:
 
 
 def reward(problem: Problem, response: str) -> float:
-    """1.0 where the last box holds the answer, whatever steps led there."""
+    """Return 1.0 if the last box holds the answer, regardless of the steps."""
     return float(parse(response) == problem.answer)
 
 
 def _stories(config: Any, rng: random.Random) -> Iterator[tuple[Problem, tuple[int, _Events]]]:
-    """Endless stories, each as its problem and the opening number with the events."""
+    """Yield endless stories: the problem, and the opening number with the events."""
     while True:
         what = rng.choice(_THINGS)
         who, *others = rng.sample(_NAMES, len(_NAMES))
-        # Counts that multiply, counts that divide, and any: else products and quotients would be rare.
+        # Counts to multiply, counts to divide, and any: otherwise products and quotients would be rare.
         opening = value = rng.choice((rng.randint(2, 9), math.prod(rng.choice(_TWO)), rng.randint(10, _COUNTS[-1])))
         sentences = [_OPENING.format(opening, who=who, what=what)]
         events: _Events = []
-        length = max(rng.randint(1, config.max_events) for _ in range(2))  # the longer, the likelier
+        length = max(rng.randint(1, config.max_events) for _ in range(2))  # longer stories are likelier
         while len(events) < length:
             kind = rng.choice(_KINDS_OF[rng.choice("+-*/")])  # so that no operation is rare
             choices = _choices(kind, value)
@@ -178,16 +180,16 @@ def _stories(config: Any, rng: random.Random) -> Iterator[tuple[Problem, tuple[i
             what = kind.what or what
             who = other if kind.passes_on else who
         sentences.append((kind.question or _QUESTION).format(who=who, what=what))
-        # Names and things are dress: the same events about other people are the same problem.
+        # The same events about other people or things are the same problem.
         content = f"{opening} {[(kind.name, *numbers) for kind, numbers in events]}"
         yield Problem(base.content_id(content), " ".join(sentences), str(value)), (opening, events)
 
 
 @functools.cache
 def _choices(kind: Kind, value: int) -> list[tuple[int, ...]]:
-    """The numbers with which such an event takes `value` to another of `_COUNTS`.
+    """Return the numbers with which such an event takes `value` to another of `_COUNTS`.
 
-    The wrong operation has an equation with them too, so that the kind alone decides how likely an error is.
+    The wrong operation has an equation with them too, so the kind alone decides how likely an error is.
     """
     return [
         numbers
@@ -198,9 +200,9 @@ def _choices(kind: Kind, value: int) -> list[tuple[int, ...]]:
 
 
 def _response(rng: random.Random, opening: int, events: _Events, error_scale: float) -> str:
-    """The events as equations, each with a reading error at its kind's probability, and the result in a box."""
+    """Write the events as equations, each with a reading error at its kind's probability, and the result in a box."""
     value = None
-    while value is None:  # errors led to a step that has no equation: once more from the start
+    while value is None:  # errors led to a step that has no equation: start again
         value, equations = opening, []
         for kind, numbers in events:
             misread = kind.misread * error_scale
@@ -212,9 +214,9 @@ def _response(rng: random.Random, opening: int, events: _Events, error_scale: fl
 def _step(
     rng: random.Random, equations: list[str], op: str, left: int | None, right: int | None, misread: float
 ) -> int | None:
-    """Adds the equation of one step and returns its result, or None where there is no equation to add.
+    """Append the equation of one step and return its result; None, and nothing is appended, if there is no equation.
 
-    An operation that the table has not here gives way to the other one.
+    If the chosen operation has no equation with these numbers, the other one is taken.
     """
     ops = (MISREAD[op], op) if rng.random() < misread else (op, MISREAD[op])
     for step in ((op, left, right) for op in ops):

@@ -1,31 +1,33 @@
-"""What every task shares: the problem, its split, and a word-level tokenizer made on the spot.
+"""Shared by all tasks: the problem, its split, random streams, and word-level tokenizers.
 
 A problem's identity and split come from a hash of its content, so train and test are disjoint for every seed and count.
-It knows nothing about any task's text, and like all tasks nothing about models.
 """
 
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
-import transformers
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "test")
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 _TEST_SHARE = 5  # one problem in five is a test problem
-_PATIENCE = 20_000  # draws in a row that may bring nothing new before a split counts as exhausted
+_PATIENCE = 20_000  # draws in a row without a new problem before a split counts as exhausted
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Attributes:
-    problem_id: the same for the same content, in every call and process.
-    prompt: the text that the model sees.
-    answer: the right final answer, in the form that the task's `parse` returns.
+    """One problem of a task.
+
+    Attributes:
+      problem_id: the same for the same content, in every call and process.
+      prompt: the text that the model sees.
+      answer: the correct final answer, in the form that the task's `parse` returns.
     """
 
     problem_id: str
@@ -34,7 +36,7 @@ class Problem:
 
 
 def content_id(content: str) -> str:
-    """Stable identity of a problem: 16 hex digits of a hash of what makes it this problem and no other."""
+    """Return 16 hex digits of a hash of what makes a problem this one and no other."""
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -42,19 +44,26 @@ def split_of(problem_id: str) -> str:
     return "test" if int(problem_id, 16) % _TEST_SHARE == 0 else "train"
 
 
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+
+
 def generator(*name: Any) -> random.Random:
-    """A random stream of its own for each name, the same in every process."""
+    """Return the random stream of a name, the same in every process."""
     return random.Random("/".join(map(str, name)))
 
 
-def take(draws: Iterable[tuple[Problem, Any]], split: str, count: int, *, distinct: bool) -> list[tuple[Problem, Any]]:
-    """The first `count` of the endless `draws` that belong to `split`, without repeats where `distinct`.
+def take(draws: Iterator[tuple[Problem, Any]], split: str, count: int, *, distinct: bool) -> list[tuple[Problem, Any]]:
+    """Take the first `count` of the endless `draws` that belong to `split`, without repeats if `distinct`.
 
-    A draw is a problem with whatever else its task needs to write about it.
+    Args:
+      draws: problems, each with whatever else its task needs to write about it.
+
+    Raises:
+      ValueError: for an unknown split, or if there are not enough problems.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    draws = iter(draws)
+    check_split(split)
     taken, seen, fruitless = [], set(), 0
     while len(taken) < count:
         problem, rest = next(draws)
@@ -65,7 +74,7 @@ def take(draws: Iterable[tuple[Problem, Any]], split: str, count: int, *, distin
                 seen.add(problem.problem_id)
         elif (fruitless := fruitless + 1) == _PATIENCE:
             raise ValueError(
-                f"found {len(taken)} {'distinct ' if distinct else ''}{split} problems, not the {count} asked for: "
+                f"found {len(taken)} {'distinct ' if distinct else ''}{split} problems, not the {count} asked for; "
                 f"ask for fewer, or widen the task's settings"
             )
     return taken
@@ -73,14 +82,17 @@ def take(draws: Iterable[tuple[Problem, Any]], split: str, count: int, *, distin
 
 def word_level_tokenizer(
     pieces: Iterable[str],
-    pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer,
-    decoder: tokenizers.decoders.Decoder,
-) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer with one token for each of `pieces`; ids follow their order, after the special tokens.
+    pre_tokenizer: "tokenizers.pre_tokenizers.PreTokenizer",
+    decoder: "tokenizers.decoders.Decoder",
+) -> "PreTrainedTokenizerFast":
+    """Build a tokenizer with one token per piece; ids follow their order, after the special tokens.
 
-    A piece that is not listed becomes <unk>, which callers refuse. Encoding adds no special tokens, and takes away the
-    blanks around a text.
+    A piece that is not listed becomes <unk>, which callers refuse. Encoding adds no special tokens and strips blanks
+    around a text.
     """
+    import tokenizers
+    import transformers
+
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL_TOKENS.values(), *pieces])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, SPECIAL_TOKENS["unk_token"]))
     core.normalizer = tokenizers.normalizers.Strip()

@@ -1,22 +1,20 @@
-r"""Tasks whose answer stands in \boxed{...} share this: the paper's prompt, and which boxes are the answer.
+r"""Shared by tasks that are answered in \boxed{...}: the paper's prompt, and which boxes form the answer.
 
-The last box is, together with those before it that it is joined to. Two boxes are joined if nothing stands between
-them but signs of mathematics and layout, a unit, a comma, semicolon, "and" or "or", a label as (b), and the symbol that
-the second is the value of, as in "x = \boxed{2} and x = \boxed{3}" or "\boxed{2}, and the other root is \boxed{3}". Any
-other words, signs or sentences between two boxes part them, as in "\boxed{2}. Wait, \boxed{3}", "\boxed{2} + \boxed{3}
-= \boxed{5}" or "\boxed{2}, so that we have \boxed{4}": the boxes before are then steps, or corrected.
-
-It knows nothing of what is in a box.
+The answer is the last box, together with the boxes before it that it is joined to. Two boxes are joined if only these
+are between them: math and layout commands, a unit, a comma, semicolon, "and" or "or", a label like (b), and the name of
+the second box's value, as in "x = \boxed{2} and x = \boxed{3}" or "\boxed{2}, and the other root is \boxed{3}". Other
+words, signs or sentences separate them, as in "\boxed{2}. Wait, \boxed{3}", "\boxed{2} + \boxed{3} = \boxed{5}" or
+"\boxed{2}, so that we have \boxed{4}": the boxes before are then steps, or corrected.
 """
 
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
-_BARE = re.compile(r"[^$\n{}]+")  # \boxed 5$, as MATH's solutions have it here and there
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_BARE = re.compile(r"[^$\n{}]+")  # \boxed 5$, as in some of MATH's solutions
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # escaped braces are skipped
 
 _FARTHEST = 120  # characters between two boxes that may be joined
-_SIGNS = re.compile(  # of mathematics, of layout and of Markdown, which part nothing
+_SIGNS = re.compile(  # of math, layout and Markdown, which separate nothing
     r"\\[()\[\],;:! ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm|textbf|mbox)(?=\s*\{)|\\\\|[$&{}*~]|\s"
     r"|\\(?:begin|end)\{[a-z]+\*?\}"
 )
@@ -34,25 +32,25 @@ _JOINED = re.compile(
 
 
 def prompt(question: str) -> str:
-    """The paper's, one user turn."""
+    """Return the paper's prompt, one user turn."""
     return f"Problem:\n\n{question} Write your answer inside \\boxed{{}}.\n\nSolution:"
 
 
 def answer(response: str) -> str | None:
-    r"""Content of the boxes that are the answer, with commas between; None if the last is empty or not closed.
+    r"""Return the contents of the boxes that form the answer, comma-separated; None if the last is empty or not closed.
 
-    Equal boxes that are joined count once. Time is linear in the text's length, whatever it holds.
+    Equal boxes that are joined count once. Time is linear in the length of the text.
     """
     boxes = answers(response)
     return ", ".join(boxes) if boxes else None
 
 
 def answers(response: str) -> list[str]:
-    """The same, box by box; none if the last is empty or not closed."""
+    """Return the same as a list of boxes, empty if the last is empty or not closed."""
     joined, following = [], len(response)  # from the last to the first
     for box in reversed(list(_BOX.finditer(response))):
         content, end = _content(response, box.end(), following)
-        braced = response.startswith("{", box.end())  # else nobody knows where it ends
+        braced = response.startswith("{", box.end())  # otherwise its end is uncertain
         if not content or (joined and not (braced and _are_joined(response[end:following]))):
             break
         joined.append(content)
@@ -61,9 +59,9 @@ def answers(response: str) -> list[str]:
 
 
 def last_box(response: str) -> str | None:
-    r"""What the last \boxed{...} holds, without blanks around it; None if there is none, or it is empty or not closed.
+    r"""Return the content of the last \boxed{...}, stripped; None if there is none, or it is empty or not closed.
 
-    Time is linear in the text's length, whatever it holds.
+    Time is linear in the length of the text.
     """
     end = None
     for box in _BOX.finditer(response):
@@ -72,7 +70,7 @@ def last_box(response: str) -> str | None:
 
 
 def _content(response: str, begin: int, limit: int) -> tuple[str | None, int]:
-    """Content of the box whose brace is at `begin`, if it is closed before `limit`, and where it ends."""
+    """Return the content of the box whose brace is at `begin`, None if not closed before `limit`, and its end."""
     if not response.startswith("{", begin):
         bare = _BARE.match(response, begin, limit)
         return ((bare and bare[0].strip()) or None), bare.end() if bare else begin

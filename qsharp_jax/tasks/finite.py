@@ -1,11 +1,9 @@
-"""What tasks over a fixed data set share: its rows, from JSON lines or from the hub, and its splits.
+"""Shared by tasks over a fixed data set: its rows, from JSON lines or from the Hugging Face hub, and its splits.
 
-config: data         folder with the data set's files; "hub": Hugging Face's; "": the folder that QSHARP_DATA names, or
-                     the hub if it names none
+config: data         folder with the data set's files; "hub": from the Hugging Face hub; "": the folder that the
+                     environment variable QSHARP_DATA names, or the hub if it is not set
         evaluate_on  the held-out problems: "test", or "validation", a tenth of the training problems
-        split_seed   says which tenth
-
-It knows no data set's fields.
+        split_seed   selects that tenth
 """
 
 import collections
@@ -24,8 +22,43 @@ from qsharp_jax.tasks.base import Problem
 VARIABLE = "QSHARP_DATA"
 _HELD_OUT = 0.1  # share of the training problems that are for validation, as in the paper
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its fields
-Make = Callable[[Row], list[Problem]]  # the problems of a row
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a file.
+
+    Attributes:
+      place: where it is, for messages.
+      fields: by name.
+    """
+
+    place: str
+    fields: dict[str, Any]
+
+    def text(self, field: str) -> str:
+        """Return a required field that is a text and not blank.
+
+        Raises:
+          UserError: naming the row.
+        """
+        if field not in self.fields:
+            names = ", ".join(self.fields) or "none at all"
+            raise UserError(f"{self.place}: there is no field {field!r}, but {names}; add it")
+        value = self.fields[field]
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{self.place}: the field {field!r} is {value!r}; it must be a text")
+        return value
+
+    def problem(self, problem_id: str, prompt: str, gold: Callable[[str], str], answer: str) -> Problem:
+        """Return the problem whose answer is `gold(answer)`.
+
+        Raises:
+          UserError: naming the row and the problem, for a ValueError of `gold`.
+        """
+        try:
+            return Problem(problem_id, prompt, gold(answer))
+        except ValueError as error:
+            raise UserError(f"{self.place}, problem {problem_id}: {error}; fix it, or remove the line") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +66,16 @@ class Source:
     """One file of a data set.
 
     Attributes:
-      file: below the data folder, JSON lines in the hub's fields.
-      hub: the data set's name there, or the address of a file of JSON lines.
-      split: its name there.
-      parts: its configurations there; their rows follow each other.
+      file: path below the data folder, of JSON lines with the hub's fields.
+      hub: name of the data set on the hub, or URL of a file of JSON lines.
+      to_problems: function of a row that returns its problems.
+      split: name of the split on the hub.
+      parts: configurations on the hub; their rows follow each other.
     """
 
     file: str
     hub: str
+    to_problems: Callable[[Row], list[Problem]]
     split: str = "train"
     parts: tuple[str | None, ...] = (None,)
 
@@ -51,34 +86,34 @@ def check(config: Any) -> None:
     if config.evaluate_on not in ("test", "validation"):
         raise ValueError(f"evaluate_on is {config.evaluate_on!r}; it must be test or validation")
     if type(config.split_seed) is not int:
-        raise ValueError(f"split_seed is {config.split_seed!r}; it must be a whole number")
+        raise ValueError(f"split_seed is {config.split_seed!r}; it must be an integer")
 
 
-def choose(
+def problems(
     config: Any,
     split: str,
     count: int,
     seed: int,
     *,
-    train: tuple[Source, Make],
-    test: tuple[Source, Make],
+    train: Source,
+    test: Source,
     group: Callable[[Problem], str] = lambda problem: problem.problem_id,
 ) -> list[Problem]:
-    """`count` problems of a split, drawn without replacement by the seed.
+    """Draw `count` problems of a split without replacement.
 
     Args:
-      split: "train" or "test"; the latter is what `config.evaluate_on` says.
+      split: "train" or "test"; `config.evaluate_on` says what the latter is.
       train: divided into the problems to learn from and those for validation.
-      group: problems of one are not divided.
+      group: function of a problem; problems with the same group stay together.
 
     Raises:
-      ValueError: for another split, or if there are fewer problems; UserError: as `read`.
+      ValueError: for an unknown split, or if there are fewer problems.
+      UserError: as `read`.
     """
     check(config)
-    if split not in base.SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(base.SPLITS)}")
+    base.check_split(split)
     name = split if split == "train" else config.evaluate_on
-    chosen = read(*(test if name == "test" else train), config.data)
+    chosen = read(test if name == "test" else train, config.data)
     if name != "test":
         groups = sorted({group(problem) for problem in chosen})
         random.Random(f"validation/{config.split_seed}").shuffle(groups)
@@ -90,66 +125,29 @@ def choose(
     return chosen[:count]
 
 
-def read(source: Source, make: Make, data: str) -> list[Problem]:
-    """One file's problems. Of several with one id, as a data set may hold a problem twice, the later get new ones.
+def read(source: Source, data: str) -> list[Problem]:
+    """Read one file's problems; a repeated problem gets an id of its own, ending in -2, -3, ...
 
     Args:
       data: as in the config.
 
     Raises:
-      UserError: as `read_rows`, and for fields that are not as they should be.
+      UserError: if there is no such file or the hub cannot be reached, naming the file to provide; for a line that is
+        not a JSON object; for wrong fields; if there are no rows.
     """
+    folder = data or os.environ.get(VARIABLE) or "hub"
+    path = Path(folder).expanduser() / source.file
+    rows = _hub_rows(source) if folder == "hub" else _local_rows(source, path)
+    if not rows:
+        where = source.hub if folder == "hub" else path
+        raise UserError(f"{where} has no problems; put the data set's rows there, as JSON lines")
     problems, times = [], collections.Counter()
-    for problem in (problem for row in read_rows(source, data) for problem in make(row)):
+    for problem in (problem for row in rows for problem in source.to_problems(row)):
         times[problem.problem_id] += 1
         if times[problem.problem_id] > 1:
             problem = dataclasses.replace(problem, problem_id=f"{problem.problem_id}-{times[problem.problem_id]}")
         problems.append(problem)
     return problems
-
-
-# --- Rows and their fields ------------------------------------------------------------------------------------------
-
-
-def read_rows(source: Source, data: str) -> list[Row]:
-    """The rows of one file, at least one.
-
-    Raises:
-      UserError: if there is no such file, or the hub cannot be reached, naming the file that would do; for a line that
-        is no JSON object; if there are no rows.
-    """
-    folder = data or os.environ.get(VARIABLE) or "hub"
-    rows = _hub_rows(source) if folder == "hub" else _local_rows(source, Path(folder).expanduser() / source.file)
-    if not rows:
-        where = source.hub if folder == "hub" else Path(folder).expanduser() / source.file
-        raise UserError(f"{where} holds no problems; put the data set's rows there, as JSON lines")
-    return rows
-
-
-def text(row: Row, field: str) -> str:
-    """A field that has to be there, as a text that is not blank.
-
-    Raises:
-      UserError: naming the row.
-    """
-    where, fields = row
-    if field not in fields:
-        raise UserError(f"{where}: there is no field {field!r}, but {', '.join(fields) or 'none at all'}; add it")
-    if not isinstance(fields[field], str) or not fields[field].strip():
-        raise UserError(f"{where}: the field {field!r} is {fields[field]!r}; it must be a text")
-    return fields[field]
-
-
-def gold(row: Row, problem_id: str, parse: Callable[[str], str], answer: str) -> str:
-    """The gold answer as `parse` gives it.
-
-    Raises:
-      UserError: naming the row and the problem, for a ValueError of `parse`.
-    """
-    try:
-        return parse(answer)
-    except ValueError as error:
-        raise UserError(f"{row[0]}, problem {problem_id}: {error}; mend it, or leave the line out") from None
 
 
 def _local_rows(source: Source, path: Path) -> list[Row]:
@@ -158,10 +156,10 @@ def _local_rows(source: Source, path: Path) -> list[Row]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no file {path}; put the JSON lines of {source.hub} (split {source.split}) there, or give"
-            " --config.task.data=hub to load them from there"
+            " --config.task.data=hub to load them from the hub"
         ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8; put the data set's JSON lines there anew") from None
+        raise UserError(f"{path} is not UTF-8 text; download the data set's JSON lines again") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -171,13 +169,13 @@ def _local_rows(source: Source, path: Path) -> list[Row]:
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}, is no JSON object; mend it, or put the file there anew")
-        rows.append((f"{path}, line {number}", fields))
+            raise UserError(f"{path}, line {number}, is not a JSON object; fix it, or download the file again")
+        rows.append(Row(f"{path}, line {number}", fields))
     return rows
 
 
 def _hub_rows(source: Source) -> list[Row]:
-    import datasets  # of seconds
+    import datasets  # takes seconds
 
     try:
         if "://" in source.hub:
@@ -187,8 +185,8 @@ def _hub_rows(source: Source) -> list[Row]:
     except Exception as error:  # of the hub's client, of the network below it, or of `datasets`
         words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"{source.hub} cannot be loaded ({words}); put its JSON lines at DIR/{source.file} and set"
+            f"cannot load {source.hub} ({words}); put its JSON lines at DIR/{source.file} and set"
             f" {VARIABLE}=DIR, or give --config.task.data=DIR"
         ) from error
     rows = [dict(row) for part in parts for row in part]
-    return [(f"{source.hub}, {source.split}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [Row(f"{source.hub}, {source.split}, row {number}", row) for number, row in enumerate(rows, start=1)]

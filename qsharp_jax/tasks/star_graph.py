@@ -1,26 +1,26 @@
 r"""Path finding on star graphs, from "The pitfalls of next-token prediction" (Bachmann & Nagarajan 2024).
 
 G(d, l): d arms leave the start node, each path has l nodes counting the start, the goal ends one arm. The prompt lists
-the d*(l-1) edges shuffled, "a,b|c,d|.../start,goal="; the response is the path "start,...,goal". Whoever learns only
-to follow edges is right once in d. One token a node, and none for the comma: it is implied between two nodes.
+the d*(l-1) edges shuffled, "a,b|c,d|.../start,goal="; the response is the path "start,...,goal". A model that only
+learns to follow edges is correct with probability 1/d. Each node is one token; commas have none.
 
-config: degree       d, arms, at least 2
-        path_length  l, nodes on a path, at least 2
+config: degree       d, number of arms, at least 2
+        path_length  l, number of nodes on a path, at least 2
         num_nodes    node ids are drawn from 0..num_nodes-1 (the paper: 50)
-        pretrain_on  "paths": right paths (the paper's setting); "walks": down an arm chosen uniformly at random
+        pretrain_on  "paths": correct paths (the paper's setting); "walks": down an arm chosen uniformly at random
 """
 
 import itertools
 import random
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from tokenizers import Regex, decoders, pre_tokenizers
-
-import qsharp_jax.tasks.base as base
+from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FINITE = SYMBOLIC = False
 
@@ -42,12 +42,14 @@ def check(config: Any) -> None:
         raise ValueError(f"pretrain_on is {config.pretrain_on!r}; it must be one of {', '.join(_PRETRAIN_ON)}")
 
 
-def make_tokenizer(config: Any) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(config: Any) -> "PreTrainedTokenizerFast":
+    from tokenizers import Regex, decoders, pre_tokenizers
+
     check(config)
     pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(",", "removed"), pre_tokenizers.Split(Regex("[0-9]+|[|/=]"), "isolated")]
     )
-    # The comma goes back in front of every number, then away again where no number stands before it.
+    # Put a comma before every number, then remove it where no number precedes it.
     decoder = decoders.Sequence(
         [
             decoders.Replace(Regex("^(?=[0-9])"), ","),
@@ -74,24 +76,24 @@ def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str
 
 
 def parse(response: str) -> str | None:
-    """The response itself if it is a list of nodes, which is the canonical form already."""
+    """Return the response itself if it is a list of nodes, else None."""
     return response if re.fullmatch(r"[0-9]+(,[0-9]+)*", response) else None
 
 
 def reward(problem: Problem, response: str) -> float:
-    """1.0 for exactly the path from start to goal."""
+    """Return 1.0 for exactly the path from start to goal."""
     return float(response == problem.answer)
 
 
 def _graphs(config: Any, rng: random.Random) -> Iterator[tuple[Problem, list[str]]]:
-    """Endless graphs, each as its problem and the paths from the start down every arm, the right one first."""
+    """Yield endless graphs: the problem, and the paths from the start down every arm, the correct one first."""
     steps = config.path_length - 1
     while True:
         start, *nodes = rng.sample(range(config.num_nodes), 1 + config.degree * steps)
         arms = [[start, *nodes[i : i + steps]] for i in range(0, len(nodes), steps)]
         edges = [f"{a},{b}" for arm in arms for a, b in itertools.pairwise(arm)]
         query = f"/{start},{arms[0][-1]}="
-        # Sorted, the edges are the graph whatever order the prompt lists them in.
+        # Sorted: the order in which the prompt lists the edges does not change the graph.
         content = "|".join(sorted(edges)) + query
         rng.shuffle(edges)
         paths = [",".join(map(str, arm)) for arm in arms]

@@ -14,12 +14,13 @@ import numpy_decoder
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import algorithms, generate, report, tasks, train
+from qsharp_jax import algorithms, generate, report, train
 from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.evaluation import measure
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
 
 # --- Scores and batches ---------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def test_a_step_on_a_batch_in_parts_is_that_of_the_whole(name):
 @pytest.fixture(autouse=True, scope="module")
 def bandit_is_a_task():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, "bandit", bandit.TASK)
+        patch.setitem(registry.TASKS, "bandit", bandit.TASK)
         yield
 
 

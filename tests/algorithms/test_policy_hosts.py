@@ -21,7 +21,7 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
-from qsharp_jax import algorithms, rollouts, tasks
+from qsharp_jax import algorithms, rollouts
 from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import sharding
 from qsharp_jax.run import config as configs
@@ -30,7 +30,8 @@ from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import multihost, sigterm
 from qsharp_jax.system.errors import Stopped
 from qsharp_jax.system.multihost import Place
-from qsharp_jax.tasks import Problem, judging
+from qsharp_jax.tasks import judging, registry
+from qsharp_jax.tasks.base import Problem
 
 TASK = types.SimpleNamespace(
     **vars(bandit.TASK)
@@ -57,7 +58,7 @@ SLOW = ("collect.prompts=4000", "policy.prompts=4000", "collect.samples=1")
 
 def main(count: int, port: int, index: int, act: str, folder: Path, *settings: str) -> None:
     """Runs the session's algorithm, as one of two processes with a device each, or as the one with two."""
-    tasks.TASKS["bandit"] = TASK
+    registry.TASKS["bandit"] = TASK
     meet = multihost.joined(Place("localhost", port, 2, index), 200, explain)
     with meet if count == 2 else contextlib.nullcontext(sigterm.Peers()) as peers:
         session = bandit.session(folder / str(index), *settings)

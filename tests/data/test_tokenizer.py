@@ -10,20 +10,20 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qsharp_jax import tasks
 from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
 
 CONFIGS = {
     "arithmetic": SimpleNamespace(max_events=3, equation_fraction=0.4, error_scale=1.0),
     "star_graph": SimpleNamespace(degree=2, path_length=3, num_nodes=12, pretrain_on="walks"),
 }
-TEXTS = {name: Tokenizer(tasks.get(name).make_tokenizer(config)) for name, config in CONFIGS.items()}
+TEXTS = {name: Tokenizer(registry.get(name).make_tokenizer(config)) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_prompt_starts_with_bos_a_response_ends_with_eos_and_nothing_else_is_added(name):
-    text, (prompt, response) = TEXTS[name], tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
+    text, (prompt, response) = TEXTS[name], registry.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
     bos, eos = text.hf_tokenizer.bos_token_id, text.hf_tokenizer.eos_token_id
     first, last = text.encode_prompt(prompt), text.encode_response(response)
     assert first[0] == bos and last[-1] == eos and text.stop_ids == (eos,)
@@ -37,7 +37,7 @@ def test_decoding_gives_the_text_back_without_special_tokens(name):
     """On hundreds of the task's own texts, whole, cut before the stop token, and with padding behind it."""
     text = TEXTS[name]
     pad = text.hf_tokenizer.pad_token_id
-    for prompt, response in tasks.get(name).pretraining_texts(CONFIGS[name], 200, seed=0):
+    for prompt, response in registry.get(name).pretraining_texts(CONFIGS[name], 200, seed=0):
         tokens = text.encode_response(response)
         assert text.decode(tokens) == text.decode(tokens[:-1]) == text.decode([*tokens, pad, pad]) == response
         assert text.decode(text.encode_prompt(prompt)) == prompt
@@ -46,7 +46,7 @@ def test_decoding_gives_the_text_back_without_special_tokens(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_blanks_around_a_task_s_prompt_do_not_matter(name):
-    text, (prompt, response) = TEXTS[name], tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
+    text, (prompt, response) = TEXTS[name], registry.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0]
     assert text.encode_prompt(f" {prompt}\n ") == text.encode_prompt(prompt)
     assert text.encode_response(f"\t{response} ") == text.encode_response(response)
     with pytest.raises(UserError, match="at character 2 of"):
@@ -210,7 +210,7 @@ def test_pieces_of_a_word_level_text():
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_task_s_tokenizer_saved_for_other_programs_puts_bos_by_itself(name, tmp_path):
     text = TEXTS[name]
-    prompt = tasks.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0][0]
+    prompt = registry.get(name).pretraining_texts(CONFIGS[name], 1, seed=3)[0][0]
     text.for_export().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(prompt)["input_ids"] == text.encode_prompt(prompt)

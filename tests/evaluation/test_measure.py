@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import tasks
 from qsharp_jax.data.batches import Example
 from qsharp_jax.evaluation import measure, score, statistics
 from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run.session import check_settings
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.judging import Judge
 
 # --- Figures by hand ------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_the_figures_of_a_method_by_hand():
 
 def test_answers_that_are_the_same_mathematics_vote_together():
     """Two ways to write a half outvote a third, which each of them would only draw with."""
-    session = SimpleNamespace(judge=Judge(tasks.get("math"), workers=1))
+    session = SimpleNamespace(judge=Judge(registry.get("math"), workers=1))
     samples = [
         make_sample("p", reward, parsed) | {"prompt": "", "answer": "1/2"}
         for parsed, reward in (("0.5", 1.0), ("1/3", 0.0), (r"\frac12", 1.0), (r"\frac{1}{3}", 0.0), ("1/2", 1.0))

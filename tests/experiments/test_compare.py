@@ -10,7 +10,6 @@ from helpers import quick_compilation  # noqa: F401
 from ml_collections import ConfigDict
 from repository import CONFIGS
 
-from qsharp_jax import tasks
 from qsharp_jax.algorithms import policy
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.experiments import compare
@@ -18,11 +17,12 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config, pretrain
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
 
 
 @pytest.fixture(autouse=True)
 def bandit_is_a_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "bandit", bandit.TASK)
+    monkeypatch.setitem(registry.TASKS, "bandit", bandit.TASK)
 
 
 def comparison(tmp_path, *changes, methods=("qsharp", "reinforce"), seeds=(0,), **of_methods) -> ConfigDict:

@@ -9,7 +9,8 @@ from tokenizers import Regex, decoders, pre_tokenizers
 
 from qsharp_jax.data.batches import Example, make_batch
 from qsharp_jax.models import decoder
-from qsharp_jax.tasks import Problem, base
+from qsharp_jax.tasks import base
+from qsharp_jax.tasks.base import Problem
 
 ARMS = {"a": 1.0, "b": 0.7, "c": 0.2, "d": 0.0, "e": 0.0, "f": 0.0}
 

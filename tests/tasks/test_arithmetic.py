@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qsharp_jax import tasks
-from qsharp_jax.tasks import Problem, arithmetic
+from qsharp_jax.tasks import arithmetic, registry
+from qsharp_jax.tasks.base import Problem
 
 CONFIG = types.SimpleNamespace(max_events=3, equation_fraction=0.4, error_scale=1.0)
 WRONG = {"+": "-", "-": "+", "*": "+", "/": "-"}
@@ -346,9 +346,9 @@ def test_good_settings_pass():
     arithmetic.check(CONFIG)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", registry.TASKS)
 def test_every_task_in_the_table_has_all_functions(name):
-    task = tasks.get(name)
+    task = registry.get(name)
     functions = ["check", "problems", "parse"]
     functions += ["every_problem", "gold"] if task.FINITE else ["make_tokenizer", "pretraining_texts"]
     functions += [] if task.SYMBOLIC else ["reward"]
@@ -358,8 +358,8 @@ def test_every_task_in_the_table_has_all_functions(name):
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
     with pytest.raises(ValueError, match="unknown task 'star-graph'; the tasks are .*; did you mean 'star_graph'"):
-        tasks.get("star-graph")
+        registry.get("star-graph")
     with pytest.raises(
         ValueError, match="unknown task 'zzz'; the tasks are arithmetic, star_graph, gsm8k, math, aime, quality$"
     ):
-        tasks.get("zzz")
+        registry.get("zzz")

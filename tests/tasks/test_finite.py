@@ -46,7 +46,7 @@ def test_splits_are_disjoint_and_do_not_depend_on_the_runs_seed(task_and_folder)
     validation_config = settings(folder)
     validation_config.evaluate_on = "validation"
     source = math if task is aime else task
-    everything = finite.read(source.TRAIN, source.of_row, str(folder))
+    everything = finite.read(source.TRAIN, str(folder))
     size = len(everything)
     held_out = round(0.1 * size)
     train = task.problems(config, "train", size - held_out, 1)
@@ -98,7 +98,7 @@ def test_two_writers_of_an_article_are_in_one_split(tmp_path):
 def test_a_problem_that_is_there_twice_has_two_ids(tmp_path):
     row = small_data.gsm8k_row(1, 2)
     small_data.write_lines(tmp_path / "gsm8k" / "test.jsonl", [row, small_data.gsm8k_row(5, 6), row])
-    first, _, second = finite.read(gsm8k.TEST, gsm8k.of_row, str(tmp_path))
+    first, _, second = finite.read(gsm8k.TEST, str(tmp_path))
     assert second.problem_id == first.problem_id + "-2" and second.prompt == first.prompt
 
 
@@ -141,7 +141,7 @@ def test_a_hub_that_cannot_be_reached_says_which_file_would_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.delenv("QSHARP_DATA", raising=False)
     message = refusal(gsm8k.problems, settings(""), "test", 1, 0)
-    assert "openai/gsm8k cannot be loaded (Couldn't reach 'openai/gsm8k' on the Hub)" in message
+    assert "cannot load openai/gsm8k (Couldn't reach 'openai/gsm8k' on the Hub)" in message
     assert "DIR/gsm8k/test.jsonl" in message and "--config.task.data=DIR" in message and "QSHARP_DATA=DIR" in message
 
 
@@ -161,13 +161,13 @@ GOOD = json.dumps(small_data.gsm8k_row(1, 2))
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ([GOOD, "", GOOD[:-5]], ", line 3, is no JSON object"),
-        ([GOOD, "[1, 2]"], ", line 2, is no JSON object"),
+        ([GOOD, "", GOOD[:-5]], ", line 3, is not a JSON object"),
+        ([GOOD, "[1, 2]"], ", line 2, is not a JSON object"),
         ([GOOD, '{"question": "How many?"}'], ", line 2: there is no field 'answer', but question"),
         (["{}"], ", line 1: there is no field 'question', but none at all"),
         (['{"question": 5, "answer": "#### 5"}'], ", line 1: the field 'question' is 5; it must be a text"),
         (['{"question": " ", "answer": "#### 5"}'], ", line 1: the field 'question' is ' '; it must be a text"),
-        ([" ", ""], " holds no problems"),
+        ([" ", ""], " has no problems"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, lines, expected):
@@ -178,7 +178,7 @@ def test_a_bad_line_is_named(tmp_path, lines, expected):
 def test_a_gold_answer_that_is_none_is_refused_with_its_problem(tmp_path):
     row = small_data.gsm8k_row(1, 2) | {"answer": "It is three.\n#### three"}
     message, path = read_lines(tmp_path, GOOD, json.dumps(row))
-    (problem,) = finite.read(gsm8k.TEST, lambda row: gsm8k.of_row((row[0], json.loads(GOOD))), str(tmp_path))[:1]
+    (problem,) = gsm8k.to_problems(finite.Row("", json.loads(GOOD)))
     assert f"{path}, line 2, problem {problem.problem_id}: " in message and "three' does not end in a number" in message
 
 
@@ -188,14 +188,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     assert "EleutherAI/hendrycks_math" in message and "--config.task.data=hub" in message
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "train.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert "is no text in UTF-8" in refusal(math.problems, settings(tmp_path), "train", 1, 0)
+    assert "is not UTF-8 text" in refusal(math.problems, settings(tmp_path), "train", 1, 0)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (dict(evaluate_on="dev"), "evaluate_on is 'dev'; it must be test or validation"),
-        (dict(split_seed=0.5), "split_seed is 0.5; it must be a whole number"),
+        (dict(split_seed=0.5), "split_seed is 0.5; it must be an integer"),
         (dict(data=None), "data is None; it must be a folder, hub, or empty"),
     ],
 )

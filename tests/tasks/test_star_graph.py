@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qsharp_jax.tasks import Problem, star_graph
+from qsharp_jax.tasks import star_graph
+from qsharp_jax.tasks.base import Problem
 
 CONFIG = types.SimpleNamespace(degree=3, path_length=4, num_nodes=50, pretrain_on="paths")
 

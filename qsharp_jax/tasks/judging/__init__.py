@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import units
 from qsharp_jax.tasks.judging.dress import Answer, undress
 from qsharp_jax.tasks.judging.pool import Pool

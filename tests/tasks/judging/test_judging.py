@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import REAL, needs_real_data
 
-from qsharp_jax import tasks
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks import finite, registry
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge, Judgement
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge(tasks.get("math"), workers=2)
+    return Judge(registry.get("math"), workers=2)
 
 
 def boxes(*answers):
@@ -41,7 +41,7 @@ def without_workers(monkeypatch) -> Judge:
         raise AssertionError("asks a worker")
 
     monkeypatch.setattr("qsharp_jax.tasks.judging.pool._Worker.__init__", start)
-    return Judge(tasks.get("gsm8k"))
+    return Judge(registry.get("gsm8k"))
 
 
 @settings(deadline=None)
@@ -113,7 +113,7 @@ def test_classes(judge):
 )
 def test_classes_are_closed_under_sameness(answers, pairs):
     """What is the same by way of others is one class, against a walk over the graph; right answers are not drawn in."""
-    judge, first = Judge(tasks.get("math")), {answer: place for place, answer in reversed([*enumerate(answers)])}
+    judge, first = Judge(registry.get("math")), {answer: place for place, answer in reversed([*enumerate(answers)])}
     same = {tuple(sorted(pair, key=lambda answer: first.get(answer, 99))) for pair in pairs}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
@@ -151,7 +151,7 @@ def test_classes_are_those_of_the_values(answers):
         assert (one == other) == (values[a] == values[b])
 
 
-SHARED = Judge(tasks.get("math"), workers=2)
+SHARED = Judge(registry.get("math"), workers=2)
 
 
 # --- The real data --------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ SHARED = Judge(tasks.get("math"), workers=2)
 
 def solutions(name: str, split: str = "test"):
     """Each problem with its row's own solution."""
-    task, file = tasks.get(name), {"gsm8k": f"gsm8k/{split}", "math": "math500/test", "aime": "aime24/test"}[name]
+    task, file = registry.get(name), {"gsm8k": f"gsm8k/{split}", "math": "math500/test", "aime": "aime24/test"}[name]
     rows = [json.loads(line) for line in (REAL / f"{file}.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    problems = [problem for row in rows for problem in task.of_row((file, row))]
+    problems = [problem for row in rows for problem in task.to_problems(finite.Row(file, row))]
     return problems, [row["answer" if name == "gsm8k" else "solution"] for row in rows]
 
 

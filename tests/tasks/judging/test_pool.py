@@ -138,7 +138,7 @@ def test_workers_end_with_their_process():
     """Killed, it leaves none behind."""
     code = """
 import os, signal
-from qsharp_jax.judging import Pool
+from qsharp_jax.tasks.judging import Pool
 pool = Pool(1)
 assert pool.same("1", "1.0").result()
 worker = pool._idle.get()

@@ -5,8 +5,8 @@ import json
 import pytest
 from small_data import REAL
 
-from qsharp_jax import tasks
-from qsharp_jax.tasks import Problem
+from qsharp_jax.tasks import registry
+from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge
 
 CASES = REAL.parent / "cases"
@@ -70,7 +70,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def judge():
-    judge = Judge(tasks.get("math"), workers=2)
+    judge = Judge(registry.get("math"), workers=2)
     yield judge
     judge.close()
 
@@ -108,7 +108,7 @@ def test_the_shared_cases(judge):
     """At most six in 154 are judged wrongly."""
     rows, wrong = 0, []
     for name in ("judge_math", "judge_gsm8k", "several_boxes"):
-        task = tasks.get("gsm8k" if name == "judge_gsm8k" else "math")
+        task = registry.get("gsm8k" if name == "judge_gsm8k" else "math")
         lines = (CASES / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         cases = [json.loads(line) for line in lines if line]
         problems = [Problem("p", "", task.gold(case["answer"])) for case in cases]
