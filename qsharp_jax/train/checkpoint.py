@@ -1,7 +1,7 @@
 """Checkpoints of training state through Orbax: written while training goes on, atomic, resumable on any mesh.
 
 A folder holds the last steps of one training as `STEP/`, and in `best/STEP/` the best parameters that they refer to.
-With several processes every one of them calls every method. It knows nothing about what is trained.
+With several processes every one of them calls every method.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from qsharp_jax.system.errors import Stopped, UserError, os_error_number
 from qsharp_jax.train.damage import DamagedError, is_damage, root_cause
 
 KEEP = 2  # the last, and the one before in case the last is damaged later
-PAUSES = (0, 1, 4, 15)  # seconds between reads that fail; the first error may be of a moment
+PAUSES = (0, 1, 4, 15)  # seconds between reads that fail; the first error may pass at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class _ReferredTo:
-    """Orbax's policy for `best/`: the newest is kept, and those that a checkpoint refers to."""
+    """Orbax's policy for `best/`: keep the newest, and those that a checkpoint refers to."""
 
     steps: Callable[[], set[int]]
 
@@ -63,7 +63,7 @@ class Checkpoints:
 
     @property
     def _best(self) -> ocp.CheckpointManager:
-        """Made when it is needed: most trainings keep no best parameters."""
+        """Created when it is needed: most trainings keep no best parameters."""
         if self._best_manager is None:
             policy = _ReferredTo(lambda: {best.step for step in self._manager.all_steps() if (best := self.best(step))})
             options = ocp.CheckpointManagerOptions(preservation_policy=policy)
@@ -73,29 +73,29 @@ class Checkpoints:
     # --- Writing ----------------------------------------------------------------------------------------------------
 
     def save(self, state: Any, *, final: bool = False, best: Best | None = None) -> None:
-        """Saves a state with `params` and `step`, once what was being saved before is on disk.
+        """Save a state with `params` and `step`, once the save before is on disk.
 
-        It returns when the state is copied; `wait` tells of an error that comes after that.
+        Returns when the state is copied; `wait` raises an error of the writing that follows.
 
         Args:
           final: the training is finished.
           best: refers to parameters that `save_best` was given.
 
         Raises:
-          OSError: naming the folder, if it cannot be written; the checkpoints before stay.
+          OSError: naming the folder, if it cannot be written; earlier checkpoints stay.
         """
         self.wait()
         number = int(state.step)
         if number in self._manager.all_steps():
             if not final:
                 return  # of one training, so it is this state
-            number += 1  # to make way for the final one, the last that is whole would have to go first
+            number += 1  # to overwrite it would leave a moment without a whole checkpoint
         training = {"opt_state": state.opt_state, "step": state.step}
         progress = {"final": final, "best": best and dataclasses.asdict(best)}
         self._save(self._manager, number, progress, params=state.params, training=training)
 
     def save_best(self, params: Any, best: Best) -> None:
-        """Saves the best parameters so far, once what was being saved before is on disk.
+        """Save the best parameters so far, once the save before is on disk.
 
         Raises:
           OSError: as `save`.
@@ -104,18 +104,18 @@ class Checkpoints:
         self._save(self._best, best.step, {"loss": best.loss}, params=params)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk.
+        """Wait until all that was saved is on disk.
 
         Raises:
-          OSError: naming the folder, if it could not be written; the checkpoints before stay.
+          OSError: naming the folder, if it could not be written; earlier checkpoints stay.
         """
-        with self._explained():
+        with self._named_errors():
             for manager in (self._manager, self._best_manager):
                 if manager is not None:
                     manager.wait_until_finished()
 
     def _save(self, manager: ocp.CheckpointManager, step: int, progress: dict, **trees: Any) -> None:
-        # Orbax's writers, once they meet a full disk, go on complaining from threads of their own. No bucket is full.
+        # Checked first: on a full disk, Orbax's writer threads would go on logging errors. A bucket is never full.
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         enough = files.is_remote(self._folder) or shutil.disk_usage(self._folder).free >= size
         if not multihost.everywhere(enough):
@@ -123,11 +123,12 @@ class Checkpoints:
         progress |= {"sums": {name: int(_sum_of_bits(tree)) for name, tree in trees.items()}}
         progress |= {"crc32": _crc32(progress)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with self._explained():
+        with self._named_errors():
             manager.save(step, args=ocp.args.Composite(progress=ocp.args.JsonSave(progress), **items), force=True)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
+        """Raise errors of the operating system, in whatever type they come, as OSErrors that name the folder."""
         try:
             with _silence():
                 yield
@@ -139,53 +140,55 @@ class Checkpoints:
     # --- Reading ----------------------------------------------------------------------------------------------------
 
     def finished(self) -> bool:
-        """Whether the last checkpoint is of a finished training.
+        """Return whether the last checkpoint is of a finished training.
 
         Raises:
-          DamagedError: if it does not say so or otherwise.
+          DamagedError: if the checkpoint cannot be read.
         """
-        return self._last() is not None and self._advised(self._progress, self._last())["final"]
+        return (step := self._last()) is not None and self._read_last(step)["progress"]["final"]
 
     def best(self, step: int | None = None) -> Best | None:
-        """The best so far as the last checkpoint has it, or that of a step.
+        """Return what the checkpoint of a step, by default the last, says of the best parameters.
 
         Raises:
           DamagedError: if the checkpoint cannot be read.
         """
         step = self._last() if step is None else step
-        found = None if step is None else self._progress(step)["best"]
-        return found and Best(**found)
+        best = None if step is None else self._read(self._manager, step)["progress"]["best"]
+        return best and Best(**best)
 
     def restore(self, state: Any) -> Any:
-        """The last saved state that can be read, shaped and placed like `state`; `state` itself if none was saved.
+        """Return the last saved state that can be read, shaped and placed like `state`; `state` itself if none exists.
 
-        Later ones that are damaged or of another model are named on standard error and renamed: training will write
-        those steps again.
+        Later checkpoints that are damaged or of another model are named on standard error and renamed: training will
+        write those steps again. Best parameters of later steps are deleted for the same reason.
 
         Raises:
           UserError: if there are checkpoints and none of them can be read.
           OSError: if those that are damaged cannot be renamed.
         """
-        unread: dict[int, str] = {}
-        training = {"opt_state": state.opt_state, "step": state.step}
+        unreadable: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 if (best := self.best(step)) and best.step not in self._best.all_steps():
                     raise DamagedError(f"the checkpoint {self._folder / str(step)} lacks its best parameters")
+                training = {"opt_state": state.opt_state, "step": state.step}
                 saved = self._read(self._manager, step, params=state.params, training=training)
             except DamagedError as error:
-                unread[step] = str(error)
+                unreadable[step] = str(error)
                 continue
-            self._set_aside(unread, step)
+            self._set_aside(unreadable, step)
+            self._forget_best_after(step)
             return state.replace(params=saved["params"], **saved["training"])
-        if unread:
-            newest, *others = unread.values()
+        if unreadable:
+            newest, *others = unreadable.values()
             before = "none of those before it can be read" if others else "there is none before it"
             raise UserError(f"{newest}, and {before}; delete {self._folder} to train anew")
+        self._forget_best_after(int(state.step))
         return state
 
     def restore_params(self, params: Any) -> Any:
-        """The last saved parameters, shaped and placed like `params`: arrays, or `jax.ShapeDtypeStruct`s.
+        """Return the last saved parameters, shaped and placed like `params`: arrays, or `jax.ShapeDtypeStruct`s.
 
         Those without a sharding are placed on this process's first device, whatever mesh they were saved from.
 
@@ -193,12 +196,12 @@ class Checkpoints:
           DamagedError: if they are damaged or of another model.
           UserError: if there are none.
         """
-        if self._last() is None:
+        if (step := self._last()) is None:
             raise UserError(f"there is no checkpoint in {self._folder}")
-        return self._advised(self._read, self._manager, self._last(), params=params)["params"]
+        return self._read_last(step, params=params)["params"]
 
     def restore_best(self, best: Best, params: Any) -> Any:
-        """The parameters that `save_best` was given, shaped and placed like `params`.
+        """Return the parameters that `save_best` was given, shaped and placed like `params`.
 
         Raises:
           DamagedError: if they are damaged.
@@ -213,21 +216,18 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
-    def _advised(self, read: Callable[..., Any], *arguments: Any, **trees: Any) -> Any:
-        """What is read, for whoever wants the last checkpoint and no other."""
+    def _read_last(self, step: int, **trees: Any) -> dict[str, Any]:
+        """`_read`, for callers that need the last checkpoint and no other."""
         try:
-            return read(*arguments, **trees)
+            return self._read(self._manager, step, **trees)
         except DamagedError as error:
-            raise DamagedError(f"{error}; run its training again, which goes on from the one before") from None
-
-    def _progress(self, step: int) -> dict:
-        return self._read(self._manager, step)["progress"]
+            raise DamagedError(f"{error}; run its training again, which resumes from the one before") from None
 
     def _read(self, manager: ocp.CheckpointManager, step: int, **trees: Any) -> dict[str, Any]:
-        """The items of one checkpoint, shaped and placed like the trees, and "progress".
+        """Read the items of one checkpoint, shaped and placed like the trees, and "progress".
 
-        Two reads that find damage make it damaged. After any other error it is read again, some seconds later each
-        time, and the last error is raised as it is.
+        A checkpoint counts as damaged if two reads find damage. Any other error is retried after each of `PAUSES`, and
+        the last one is raised as it is.
         """
         path = files.make_path(manager.directory) / str(step)
         for attempt, pause in enumerate((*PAUSES, None)):
@@ -245,34 +245,42 @@ class Checkpoints:
             if pause is None or (damaged and attempt > 0):
                 break
             if error is not None and not damaged:
-                print(f"{path} could not be read ({_words(error)}); trying again in {pause} s", file=sys.stderr)
+                print(f"{path} could not be read ({_first_line(error)}); trying again in {pause} s", file=sys.stderr)
             error = None
             _forget_reads()
             time.sleep(pause)
-        if damaged:
-            problem, error = _problem(error), None
-            _forget_reads()
-            raise DamagedError(f"the checkpoint {path} {problem}")
-        raise error or RuntimeError(f"{path} could not be read by another process")
+        if not damaged:
+            raise error or RuntimeError(f"{path} could not be read by another process")
+        if error is None:
+            problem = "cannot be read by another process"
+        else:
+            problem = str(error) if isinstance(error, DamagedError) else f"is damaged ({_first_line(error)})"
+        error = None
+        _forget_reads()
+        raise DamagedError(f"the checkpoint {path} {problem}")
 
-    def _set_aside(self, unread: dict[int, str], step: int) -> None:
-        """Renames what could not be read, saying so, and forgets best parameters from after the step."""
-        for number, what in unread.items():
+    def _set_aside(self, unreadable: dict[int, str], step: int) -> None:
+        """Rename the checkpoints that could not be read, and print a line about each."""
+        if not unreadable:
+            return
+        for number, problem in unreadable.items() if multihost.is_first() else ():
             path = self._folder / str(number)
             aside = path.with_name(f"{number}.damaged")
-            if jax.process_index() == 0:
-                tries = 1
-                while aside.exists():
-                    tries += 1
-                    aside = path.with_name(f"{number}.damaged-{tries}")
-                files.rename_folder(path, aside)
-                print(f"{what}; it is kept as {aside}, and training goes on from step {step}", file=sys.stderr)
-        if unread:
-            multihost.everywhere(True)  # the others wait for the first
-            self._manager.reload()
+            tries = 1
+            while aside.exists():
+                tries += 1
+                aside = path.with_name(f"{number}.damaged-{tries}")
+            files.rename_folder(path, aside)
+            print(f"{problem}; it is kept as {aside}, and training resumes from step {step}", file=sys.stderr)
+        multihost.wait_for_all("damaged checkpoints are renamed")
+        self._manager.reload()
+
+    def _forget_best_after(self, step: int) -> None:
+        """Delete best parameters of later steps: training will save them again."""
         if (self._folder / "best").exists():
-            for number in [number for number in self._best.all_steps() if number > step]:
-                self._best.delete(number)  # training will come by there again
+            for number in self._best.all_steps():
+                if number > step:
+                    self._best.delete(number)
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------
@@ -280,8 +288,8 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Orbax logs what goes wrong, with a traceback for each of its threads, before it raises it; and reads that it gave
-    up complain when they end or are collected.
+    """Keep Orbax quiet: it logs errors, with a traceback for each of its threads, before it raises them, and reads that
+    were given up complain when they end or are collected.
     """
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [log.level for log in logs], sys.unraisablehook
@@ -296,51 +304,41 @@ def _silence() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _read_items(manager: ocp.CheckpointManager, path: Path, trees: dict[str, Any]) -> dict[str, Any]:
-    """One read of a checkpoint.
-
-    Raises:
-      DamagedError: with what is wrong with it, if its shapes or sums are not those that they should be.
-    """
-    step = int(path.name)
-    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-    items = {"progress": _checked(progress)}
-    differences = [line for name, tree in trees.items() for line in _differences(path / name, tree)]
-    if differences:
-        raise DamagedError(f"is of another model ({differences[0]})")
-    if trees:
-        restores = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
-        items |= dict(manager.restore(step, args=ocp.args.Composite(**restores)))
-        sums = items["progress"]["sums"]
-        if any(int(_sum_of_bits(items[name])) != sums[name] for name in trees if sums):
-            raise DamagedError("is damaged (its numbers are not those that were written)")
-    return items
-
-
 def _forget_reads() -> None:
-    """Frees what was still being read when a read failed; what never began to be read complains."""
+    """Free what was still being read when a read failed; coroutines that never began complain."""
     with _silence(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         gc.collect()
 
 
-def _problem(error: Exception | None) -> str:
-    """Describe what is wrong with a damaged checkpoint.
+def _read_items(manager: ocp.CheckpointManager, path: Path, trees: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint once.
 
-    Args:
-      error: of this process; None if only others met one.
+    Raises:
+      DamagedError: saying what is wrong, if shapes, sums or the progress are not those that were written.
     """
-    if error is None:
-        return "cannot be read by another process"
-    return str(error) if isinstance(error, DamagedError) else f"is damaged ({_words(error)})"
+    step = int(path.name)
+    progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    if progress.pop("crc32", None) != _crc32(progress):
+        raise DamagedError("is damaged (its progress is not what was written)")
+    differences = [line for name, tree in trees.items() for line in _differences(path / name, tree)]
+    if differences:
+        raise DamagedError(f"is of another model ({differences[0]})")
+    items = {"progress": progress}
+    if trees:
+        restores = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in trees.items()}
+        items |= dict(manager.restore(step, args=ocp.args.Composite(**restores)))
+        if any(int(_sum_of_bits(items[name])) != progress["sums"][name] for name in trees):
+            raise DamagedError("is damaged (its numbers are not those that were written)")
+    return items
 
 
-def _words(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     error = root_cause(error)
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _abstract(tree: Any) -> Any:
-    """Shape, dtype and place of every leaf."""
+    """Return the shape, dtype and sharding of every leaf."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
@@ -349,7 +347,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _differences(path: Path, tree: Any) -> list[str]:
-    """In which leaves a saved tree differs from another, in words."""
+    """Say in which leaves a saved tree differs from another."""
 
     def leaves(tree: Any) -> dict[str, str]:
         return {
@@ -357,11 +355,11 @@ def _differences(path: Path, tree: Any) -> list[str]:
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
 
-    saved, asked = leaves(ocp.StandardCheckpointHandler().metadata(path).tree), leaves(tree)
+    saved, wanted = leaves(ocp.StandardCheckpointHandler().metadata(path).tree), leaves(tree)
     return [
-        f"{name} is {saved.get(name, 'absent')} there, {asked.get(name, 'absent')} here"
-        for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name)
+        f"{name} is {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
     ]
 
 
@@ -369,20 +367,11 @@ def _crc32(progress: dict) -> int:
     return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
 
 
-def _checked(progress: dict) -> dict:
-    """Raises DamagedError for what was not written so."""
-    if progress.keys() == {"final"}:  # of the first version, which had no sums
-        return progress | {"best": None, "sums": {}}
-    if progress.pop("crc32", None) != _crc32(progress):
-        raise DamagedError("is damaged (its progress is not what was written)")
-    return progress
-
-
 @jax.jit
 def _sum_of_bits(tree: Any) -> jax.Array:
-    """The leaves' bits, as unsigned integers, summed modulo 2^32: the same however the leaves are divided over devices.
+    """Sum the leaves' bits, as unsigned integers, modulo 2^32: the same for every sharding.
 
-    Not all that TensorStore stores is under a checksum of its own.
+    TensorStore's own checksums do not cover all that it stores.
     """
 
     def of_leaf(leaf: jax.Array) -> jax.Array:

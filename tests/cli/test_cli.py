@@ -342,7 +342,7 @@ def test_a_run_goes_on_from_the_checkpoints_before_damaged_ones_and_ends_the_sam
         shutil.rmtree(last / "params")
     shutil.rmtree(copied / "samples")
     assert run(copied) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "training goes on from step" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "training resumes from step" in line]
     assert len(said) == 2 and str(copied / "ref") in said[0] and str(copied / "guide" / "round_2") in said[1]
     assert results(copied) == results(finished)
 

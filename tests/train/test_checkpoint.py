@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal round trips, and what becomes of damaged, half-written and foreign ones."""
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -109,6 +110,33 @@ def test_the_best_that_a_checkpoint_refers_to_are_kept_and_no_others(tmp_path):
     again = Checkpoints(tmp_path)
     assert int(again.restore(make_state(0)).step) == 9 and again.best() == best
     assert saved_best(tmp_path) == [7]
+
+
+@pytest.mark.parametrize("checkpoint_before", [False, True])
+@pytest.mark.parametrize("half_written", [False, True])
+def test_best_parameters_that_a_kill_left_are_saved_again(tmp_path, monkeypatch, checkpoint_before, half_written):
+    """Killed while or after the best parameters of step 7 were written, and before a checkpoint of that step."""
+
+    def killed():
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path)
+    if checkpoint_before:
+        checkpoints.save(make_state(5))
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        checkpoints.wait()
+        if half_written:
+            block_renames(patch, killed)
+        checkpoints.save_best(make_state(3).params, Best(7, 0.5))
+        checkpoints.wait()
+    assert len(list((tmp_path / "best").iterdir())) == 1
+    again = Checkpoints(tmp_path)
+    assert int(again.restore(make_state(0)).step) == (5 if checkpoint_before else 0)
+    again.save_best(make_state(7).params, Best(7, 0.5))
+    again.save(make_state(8), best=Best(7, 0.5))
+    again.wait()
+    assert saved_best(tmp_path) == [7]
+    assert_trees_equal(Checkpoints(tmp_path).restore_best(Best(7, 0.5), make_state(0).params), make_state(7).params)
 
 
 def test_finished_is_said_by_the_last_checkpoint(tmp_path):
@@ -249,7 +277,7 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_is_used(tmp_path,
     (line,) = capfd.readouterr().err.splitlines()
     aside = tmp_path / "9.damaged"
     assert line.startswith(f"the checkpoint {tmp_path / '9'} is damaged (")
-    assert line.endswith(f"; it is kept as {aside}, and training goes on from step 5")
+    assert line.endswith(f"; it is kept as {aside}, and training resumes from step 5")
     assert {path.name: path.read_bytes() for path in files_of(aside)} == before
     checkpoints.save(make_state(9))
     checkpoints.wait()
