@@ -5,7 +5,6 @@ that was stopped goes on behind what is there; when the last line has come, they
 It knows nothing of models.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qsharp_jax.generate import Generation
-from qsharp_jax.system import files
+from qsharp_jax.system import files, lock
 from qsharp_jax.system.errors import UserError
 
 BEGINNING = b'{"prompt": '  # of every line
@@ -97,10 +96,8 @@ def write(
       UserError: if another process writes there, or the file holds something else, see `_resume`.
     """
     with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-        except BlockingIOError:
-            raise UserError(f"another process writes to {path}; wait for it to end, or give another --output") from None
+        if not lock.lock_file(file):
+            raise UserError(f"another process writes to {path}; wait for it to end, or give another --output")
         spans = _resume(path, requests, settings)
         kept, end = len(spans), max((end for _, end in spans.values()), default=0)
         missing = [place for place in range(len(requests)) if place not in spans]

@@ -1,12 +1,12 @@
 """How much memory arrays will take, against what the devices have, before any is made. Knows nothing about models."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from qsharp_jax.system import machine
 from qsharp_jax.system.errors import UserError
 
 GB = 1e9
@@ -55,14 +55,7 @@ def available(device: jax.Device) -> int | None:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
-    try:
-        with open("/proc/meminfo") as lines:  # counts the file cache, which gives way, as free
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (ValueError, OSError, AttributeError):
-            return None
+    return machine.free_memory()
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:

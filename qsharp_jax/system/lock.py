@@ -1,9 +1,5 @@
-"""Who may write in a workdir: one process at a time, on a disk by the kernel's lock, in a bucket by an object.
+"""Locks: one process at a time writes in a workdir, by the kernel's lock on a disk, by an object in a bucket."""
 
-It knows nothing of what is written.
-"""
-
-import fcntl
 import json
 import os
 import socket
@@ -11,10 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from qsharp_jax.system import files
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HEARTBEAT = 15.0  # seconds between two signs of life of the holder of a bucket's lock
 STALE = 75.0  # seconds without one, after which it may be taken over
@@ -22,18 +23,38 @@ STALE = 75.0  # seconds without one, after which it may be taken over
 
 class Lock(Protocol):
     def check(self) -> None:
-        """Raises UserError if another process has taken it over."""
+        """Raise UserError if another process has taken it over."""
 
     def release(self) -> None:
-        """Gives it back; twice does no harm."""
+        """Release it; twice does no harm."""
 
 
 def take(path: Path) -> Lock:
-    """The lock of the workdir `path`.
+    """Take the lock of the workdir `path`.
 
-    Raises UserError, naming who has it, if it is another process's.
+    Raises:
+      UserError: naming the holder, if another process has it.
     """
     return _ObjectLock(path) if files.is_remote(path) else _FileLock(path)
+
+
+def lock_file(file: IO) -> bool:
+    """Lock an open file until it is closed or the process ends; False if another process has locked it.
+
+    Where the system has no `fcntl` (Windows) nothing is locked, and a warning says so.
+
+    Raises:
+      OSError: naming the file, if its file system has no locks.
+    """
+    if fcntl is None:
+        warn(f"{file.name} cannot be locked on this system; make sure that no other process writes there")
+        return True
+    try:
+        with files.named(file.name):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _in_use(path: Path, holder: str) -> UserError:
@@ -41,18 +62,15 @@ def _in_use(path: Path, holder: str) -> UserError:
 
 
 class _FileLock:
-    """The kernel frees it when the process ends, however it ends."""
+    """The locked file `lock`, which holds the holder's pid. The kernel unlocks it when the process ends, in any way."""
 
     def __init__(self, path: Path):
         self._file = open(path / "lock", "a+")
-        try:
-            with files.named(path / "lock"):  # not every file system has locks
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(self._file):
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
-            raise _in_use(path, f"process {holder or 'unknown'}") from None
+            raise _in_use(path, f"process {holder or 'unknown'}")
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
@@ -62,17 +80,19 @@ class _FileLock:
 
     def release(self) -> None:
         if not self._file.closed:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone leaves it with any child that was forked meanwhile
+            if fcntl:  # closing alone would leave it with any child that was forked meanwhile
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
 
 class _ObjectLock:
-    """Objects `lock/000001`, `lock/000002`, ...: the last is the holder's, and each is made only if it was absent.
+    """Objects `lock/000001`, `lock/000002`, ...: the last is the holder's, and each is created only if it is absent.
 
-    So two that want the lock at once never both get it. Its holder writes a new number into it every `HEARTBEAT`
-    seconds, and at its end that it is free. One that was killed leaves it as it is: whoever wants it watches it, and
-    takes the next once it did not change for `STALE` seconds of its own clock: clocks are not compared. A holder that
-    was taken for dead, as when its network was gone for that long, finds that there is a later one, and stops.
+    So two processes that want the lock at once never both get it. The holder writes a new number into its object every
+    `HEARTBEAT` seconds, and at its end that it is free. A killed holder leaves it as it is: a process that wants the
+    lock takes the next number once the last did not change for `STALE` seconds of its own clock (clocks are not
+    compared). A holder that was taken for dead, for example when its network was gone for that long, finds a later
+    number, and stops.
     """
 
     def __init__(self, path: Path):
@@ -123,19 +143,23 @@ class _ObjectLock:
         return json.dumps({"holder": self._holder, "beat": self._beat, "free": free}).encode()
 
     def _wait_for(self, number: int) -> None:
-        """Returns if the lock is free or its holder dead; raises UserError if it lives."""
-        seen, began = self._store.cat_file(self._name(number)), time.monotonic()
-        held = json.loads(seen)
-        if held["free"]:
+        """Return if the lock is free or its holder dead.
+
+        Raises:
+          UserError: if the holder lives.
+        """
+        first, began = self._store.cat_file(self._name(number)), time.monotonic()
+        lock = json.loads(first)
+        if lock["free"]:
             return
-        print(f"{self._path} is held by {held['holder']}: waiting {STALE:g} s for a sign of life", file=sys.stderr)
+        print(f"{self._path} is locked by {lock['holder']}: waiting {STALE:g} s for a sign of life", file=sys.stderr)
         while time.monotonic() - began < STALE:
             time.sleep(HEARTBEAT / 5)
             now = self._store.cat_file(self._name(number))
             if json.loads(now)["free"]:
                 return
-            if now != seen:
-                raise _in_use(self._path, held["holder"])
+            if now != first:
+                raise _in_use(self._path, lock["holder"])
 
     def _give_signs_of_life(self) -> None:
         while not self._ended.wait(HEARTBEAT):

@@ -1,18 +1,19 @@
 """SIGTERM, which clouds send some seconds before they take a machine away, ends the process with exit code 0.
 
 At once, as a rule: a workdir's files are whole or absent at any moment. Code that has something to save runs inside
-`deferred`, asks `requested` now and then, saves, and raises `Stopped`. Ctrl-C (SIGINT) does the same there, with exit
+`deferred`, checks `requested` regularly, saves, and raises `Stopped`. Ctrl-C (SIGINT) does the same there, with exit
 code 130; elsewhere it raises KeyboardInterrupt as usual.
 
-Senders repeat themselves: `timeout` signals its child and then the group the child is in, SLURM a job that is preempted
-and then one whose grace time is over. Signals within `REPEATED` seconds of the first are the same request. A later one
-ends the process without saving, and says what is lost. Signals belong to the process, and so does the state here.
+Senders repeat themselves: `timeout` signals its child and then the child's group, SLURM a job that is preempted and
+then one whose grace time is over. Signals within `REPEATED` seconds of the first are the same request. A later one ends
+the process without saving, and says what is lost. Signals belong to the process, and so does the state here.
 """
 
 import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -52,11 +53,11 @@ _state = _State()
 
 
 def leave(code: int, sentence: str) -> None:
-    """End this process at once, though its main thread may wait for another process, or a device, for ever."""
+    """End this process at once, even if its main thread waits for another process, or a device, forever."""
     try:
         sys.stdout.flush()
         print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
-    finally:  # whoever read the output may have gone
+    finally:  # the reader of the output may have gone
         os._exit(code)
 
 
@@ -75,19 +76,19 @@ class Peers:
 
 @contextlib.contextmanager
 def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[None]:
-    """From here on SIGTERM calls `end`, which has to end the process (see `leave`), but where it is `deferred`.
+    """Call `end`, which has to end the process (see `leave`), at a SIGTERM inside the block that is not `deferred`.
 
-    A thread waits for it: Python's own handlers wait until the main thread comes back from the device, which may take
-    longer than the cloud does. For the main thread alone. After a signal the handlers stay when the block is left: the
-    process is about to exit, and a repeated signal must not change its exit code.
+    A thread waits for the signal: Python's own handlers wait until the main thread comes back from the device, which
+    may take longer than the cloud waits. For the main thread only. After a signal the handlers stay when the block is
+    left: the process is about to exit, and a repeated signal must not change its exit code.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    reader, writer = socket.socketpair()  # of which Windows can make a signal's wakeup, not of pipes
+    writer.setblocking(False)
     _reset()
     # Shells start background jobs with SIGINT ignored; it stays so.
     taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, _raise_where_allowed) for number in taken}
-    wakeup = signal.set_wakeup_fd(writer)
+    wakeup = signal.set_wakeup_fd(writer.fileno())
     threading.Thread(target=_wait, args=(reader, end, peers), daemon=True).start()
     try:
         yield
@@ -96,15 +97,15 @@ def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[No
         if not requested():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        os.close(writer)  # which ends the thread
+        writer.close()  # which ends the thread
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While this is entered, SIGTERM and Ctrl-C are only noted, for `requested`.
+    """Only note SIGTERM and Ctrl-C inside the block, for `requested`.
 
     Raises:
-      Stopped: at the end, if there was one and nobody asked.
+      Stopped: at the end, if there was one and nobody checked.
     """
     _state.deferred = True
     try:
@@ -118,7 +119,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside `deferred`: SIGTERM and Ctrl-C raise `Stopped` here.
+    """Raise `Stopped` at SIGTERM and Ctrl-C in this part of a `deferred` block.
 
     Not in one of several processes: the others would wait for it.
     """
@@ -164,9 +165,9 @@ def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
         raise Stopped if _state.deferred else KeyboardInterrupt
 
 
-def _wait(reader: int, end: Callable[[], None], peers: Peers) -> None:
-    with open(reader, "rb", buffering=0) as signals:
-        while number := signals.read(1):
+def _wait(reader: socket.socket, end: Callable[[], None], peers: Peers) -> None:
+    with reader:
+        while number := reader.recv(1):
             if number[0] in SIGNALS:
                 _receive(number[0], time.monotonic(), end, peers)
 

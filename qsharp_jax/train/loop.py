@@ -6,7 +6,6 @@ It knows nothing about tasks, sampling or where the batches come from.
 import dataclasses
 import functools
 import math
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ import optax
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import Params
-from qsharp_jax.system import multihost, sigterm
+from qsharp_jax.system import machine, multihost, sigterm
 from qsharp_jax.system.errors import Stopped, UserError
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.train.checkpoint import Best, Checkpoints
@@ -220,5 +219,5 @@ def device_memory() -> dict[str, int]:
     """Peak bytes in use on the first device; where the device is the host, those of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+        return {"peak_bytes": machine.peak_memory()}
     return {"peak_bytes": stats["peak_bytes_in_use"]}

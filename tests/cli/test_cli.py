@@ -261,7 +261,7 @@ def test_attention_of_other_devices_is_refused_before_anything_is_computed(comma
 
 def test_a_workdir_in_use_is_refused_until_its_process_is_dead(finished, capsys):
     hold = (
-        "import sys, time; from qsharp_jax.workdir import Workdir;"
+        "import sys, time; from qsharp_jax.run.workdir import Workdir;"
         "held = Workdir.open(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", hold, str(finished)], cwd=ROOT, stdout=subprocess.PIPE)

@@ -128,7 +128,7 @@ def test_paths(tmp_path):
 HOLD = """
 import sys
 from ml_collections import ConfigDict
-from qsharp_jax.workdir import Workdir
+from qsharp_jax.run.workdir import Workdir
 workdir = Workdir.open(sys.argv[1], ConfigDict({"seed": 0}))
 print("held", flush=True)
 sys.stdin.read()

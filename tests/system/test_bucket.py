@@ -250,7 +250,7 @@ HOLD = """
 import sys, fsspec
 sys.path.insert(0, {root!r})
 from ml_collections import ConfigDict
-from qsharp_jax import files, lock
+from qsharp_jax.system import files, lock
 lock.HEARTBEAT, lock.STALE = 0.05, 0.6
 path = files.make_path({url!r})
 fsspec.config.conf["gcs"]["token"] = "anon"

@@ -17,8 +17,8 @@ import ctypes, os, signal, sys, time
 
 import jax.experimental.multihost_utils  # `interruptible` imports JAX: not in the time that is measured
 
-from qsharp_jax import interrupt
-from qsharp_jax.errors import Stopped
+from qsharp_jax.system import sigterm
+from qsharp_jax.system.errors import Stopped
 
 def ready():
     print("ready", flush=True)
@@ -30,33 +30,33 @@ def at_once():
     ctypes.CDLL(None).usleep(30_000_000)
 
 def asked():
-    with interrupt.deferred():
+    with sigterm.deferred():
         ready()
-        while not interrupt.requested():
+        while not sigterm.requested():
             time.sleep(0.01)
         print("saved")
         raise Stopped
 
 def slow():
-    with interrupt.deferred():
+    with sigterm.deferred():
         ready()
-        while not interrupt.requested():
+        while not sigterm.requested():
             time.sleep(0.01)
         time.sleep(1)
         print("saved")
         raise Stopped
 
 def never_asked():
-    with interrupt.deferred():
+    with sigterm.deferred():
         ready()
         time.sleep(0.5)
         print("done")
     print("too late")
 
 def in_an_evaluation():
-    with interrupt.deferred():
+    with sigterm.deferred():
         try:
-            with interrupt.interruptible():
+            with sigterm.interruptible():
                 ready()
                 for _ in range(3000):  # a signal just before the sleep does not end it
                     time.sleep(0.01)
@@ -65,15 +65,15 @@ def in_an_evaluation():
             raise
 
 def before_an_evaluation():
-    with interrupt.deferred():
+    with sigterm.deferred():
         ready()
         time.sleep(0.5)
-        with interrupt.interruptible():
+        with sigterm.interruptible():
             print("too late")
 
 def deaf():
-    with interrupt.deferred():
-        interrupt.unsaved("step 7")
+    with sigterm.deferred():
+        sigterm.unsaved("step 7")
         ready()
         # As a fit in a long step: nothing of Python's runs in the main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -88,12 +88,12 @@ def busy():
         print("cleaned up")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own shell may have had ignored
-interrupt.REPEATED = float(sys.argv[2])
+sigterm.REPEATED = float(sys.argv[2])
 try:
-    with interrupt.sigterm_ends(lambda: interrupt.leave(0, "told to end")):
+    with sigterm.sigterm_ends(lambda: sigterm.leave(0, "told to end")):
         globals()[sys.argv[1]]()
 except Stopped:
-    print("stopped by Ctrl-C" if interrupt.by_ctrl_c() else "stopped")
+    print("stopped by Ctrl-C" if sigterm.by_ctrl_c() else "stopped")
 except KeyboardInterrupt:
     print("interrupted")
 sys.stdout.flush()
@@ -221,9 +221,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qsharp_jax import interrupt, train
-from qsharp_jax.checkpoint import Checkpoints
-from qsharp_jax.errors import Stopped
+from qsharp_jax import train
+from qsharp_jax.system import sigterm
+from qsharp_jax.train.checkpoint import Checkpoints
+from qsharp_jax.system.errors import Stopped
 
 folder = Path(sys.argv[1])
 optimizer = optax.sgd(0.1)
@@ -241,14 +242,14 @@ def log(line):
     print(line["step"], flush=True)
 
 loop = train.Loop(name="toy", total_steps=10**9, log_every=100, save_every=10**9, log=log)
-with interrupt.sigterm_ends(lambda: interrupt.leave(0, "told to end")):
+with sigterm.sigterm_ends(lambda: sigterm.leave(0, "told to end")):
     try:
         train.fit(
             train.init_state({"x": jnp.ones(3)}, optimizer), Batches(), optimizer=optimizer, loop=loop,
             loss_fn=lambda params, batch: (jnp.sum((params["x"] - batch.x) ** 2), {}), checkpoints=Checkpoints(folder),
         )
     except Stopped:
-        interrupt.leave(0, "saved")
+        sigterm.leave(0, "saved")
 """
 
 

@@ -8,12 +8,13 @@ import functools
 import json
 import os
 import queue
-import select
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from qsharp_jax.system import machine
 from qsharp_jax.system.errors import UserError
 
 SECONDS = 5.0  # of processor time for one pair; MATH's own answers take milliseconds
@@ -30,7 +31,7 @@ class Pool:
     """
 
     def __init__(self, workers: int | None = None, *, seconds: float = SECONDS, memory: int = MEMORY):
-        workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        workers = workers or min(machine.cores(), MOST_WORKERS)
         self._start = functools.partial(_Worker, seconds, memory)
         self._threads = ThreadPoolExecutor(workers, "judge")
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
@@ -79,8 +80,9 @@ class _Worker:
             env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # a Ctrl-C is not theirs
         )
-        self._poll = select.poll()
-        self._poll.register(self._process.stdout, select.POLLIN)
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._queue_lines, daemon=True)
+        self._reader.start()
         word = self._read(START)
         if word != "ready":
             self.kill()
@@ -93,21 +95,26 @@ class _Worker:
         """None if the worker broke, or was killed for taking too long."""
         try:
             self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-        except BrokenPipeError:
+        except OSError:  # it has ended: a broken pipe, on Windows an invalid argument
             return None
         return {"1": True, "0": False}.get(self._read(PATIENCE))
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._reader.join()
         self._process.stdin.close()
         self._process.stdout.close()
 
+    def _queue_lines(self) -> None:
+        """Pass on each line of the process, and at its end what it wrote of the next one."""
+        while line := self._process.stdout.readline():
+            self._lines.put(line)
+        self._lines.put(b"")
+
     def _read(self, seconds: float) -> str:
-        """One line; what there is of it at the process's end, or after so many seconds."""
-        line = b""
-        while not line.endswith(b"\n") and self._poll.poll(seconds * 1000):
-            if not (more := os.read(self._process.stdout.fileno(), 4096)):
-                break
-            line += more
-        return line.decode().strip()
+        """Return the next line; an empty one if the process ends, or after so many seconds."""
+        try:
+            return self._lines.get(timeout=seconds).decode().strip()
+        except queue.Empty:
+            return ""

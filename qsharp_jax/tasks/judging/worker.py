@@ -15,9 +15,13 @@ import itertools
 import json
 import os
 import re
-import resource
 import signal
 import sys
+
+try:
+    import resource
+except ImportError:  # Windows, where neither memory nor processor time can be limited
+    resource = None
 
 seconds, memory = float(sys.argv[1]), int(sys.argv[2])
 replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -207,11 +211,14 @@ def same(gold: str, answer: str) -> bool:
 
 grader.sympy_numeric_eq = equal
 same("1", "2")  # what is loaded at first use is loaded now
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+if resource:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 replies.write("ready\n")
 for line in sys.stdin:
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process, in the middle of a long product too
+    if resource:
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process, in the middle of a long product too
     verdict = same(*json.loads(line))
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    if resource:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     replies.write(f"{verdict:d}\n")

@@ -1,0 +1,31 @@
+"""What this machine has: cores, free memory, and the most memory that this process has used."""
+
+import os
+import sys
+
+import psutil
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Return how many bytes can still be allocated; the file cache, which gives way, counts as free."""
+    return psutil.virtual_memory().available
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory."""
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # in KiB on Linux
