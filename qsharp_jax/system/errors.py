@@ -1,7 +1,4 @@
-"""The error that is the user's to mend, the hint that goes with it, and the end that is asked for.
-
-It knows nothing of any file, config or model.
-"""
+"""Errors that a user can fix, with a sentence that says how, and the end of a process that was told to stop."""
 
 import difflib
 import errno
@@ -13,26 +10,26 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend: a bad config, a missing file, a damaged shard.
+    """An error the user can fix: a bad config, a missing file, a damaged shard.
 
-    The message is one sentence that says what was wrong, where, and what to do; the command line prints it without
-    a traceback and exits with code 2.
+    The message is one sentence that says what is wrong, where, and what to do; the command line prints it without a
+    traceback and exits with code 2.
     """
 
 
 class Stopped(Exception):
-    """The process was told to end, and what was worth keeping is saved; the same command goes on from there."""
+    """The process was told to stop, and has saved its work; the same command resumes it."""
 
 
 def warn(sentence: str) -> None:
-    """Print one line to standard error about something that goes on, but that the user should know."""
+    """Print one line to standard error about something that does not stop the command."""
     print(f"qsharp: {sentence}", file=sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "did you mean 'eta'?", or all that is known if nothing is near."""
+    """Return the end of a message about an unknown name: "did you mean 'eta'?", or a list of all known names."""
     known = sorted(known)
-    # A dotted name may be right but for its section.
+    # A dotted name may be right except for its section.
     last = name.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known)
     if near:
@@ -53,21 +50,21 @@ _NUMBER_IN_TEXT = re.compile(r"os[ _]error(?:_code)?[ =]'?([0-9]+)")
 
 
 def os_error_number(e: Exception) -> int | None:
-    """The operating system's number for what went wrong; None if it was something else."""
+    """Return the operating system's number for an error; None for other errors."""
     if isinstance(e, OSError):
         return e.errno
-    found = _NUMBER_IN_TEXT.search(str(e))
-    return int(found[1]) if found else None
+    match = _NUMBER_IN_TEXT.search(str(e))
+    return int(match[1]) if match else None
 
 
 def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str | None:
-    """The sentence for an error of the operating system that the user can mend; None for others.
+    """Return the sentence for an error of the operating system that the user can fix; None for other errors.
 
-    That is a full disk, a quota, a read-only or forbidden file wherever it is, named if it is known, and any error on
-    a path that the user gave.
+    These are a full disk, a quota, and a read-only or forbidden file anywhere, and any error on a path that the user
+    gave.
 
     Args:
-      paths: what the user gave: options, and paths.
+      paths: options and the paths that the user gave them.
     """
     number, name, option = os_error_number(e), getattr(e, "filename", None), None
     if isinstance(name, str):
@@ -82,7 +79,7 @@ def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str
 
 
 def _option(name: str, paths: Sequence[tuple[str, str]]) -> tuple[str | None, str]:
-    """The option whose path a file is at, or below, or on the way to; and the file, or in the last case the path."""
+    """Return the option whose path a file is at or below, and the file; or, on the way to a path, that path."""
     file = Path(os.path.abspath(name))
     for option, path in paths:
         place = Path(os.path.abspath(path))

@@ -1,7 +1,7 @@
-"""Files of this machine and objects of a bucket (gs://...), written so that a kill loses nothing that was there.
+"""Files on this machine and objects in a bucket (gs://...), written so that a kill loses nothing that was there.
 
-On a disk a file is made whole under another name, synced and renamed, and grows by appending. An object is there whole
-or not at all, and cannot be appended to or renamed: it grows by being written anew. It knows nothing of runs.
+On a disk a file is written whole under another name, synced and renamed, or grows by appending. An object exists whole
+or not at all, and cannot be appended to or renamed: it grows by being written again.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ from qsharp_jax.system.errors import UserError
 
 
 def make_path(text: str | Path) -> Path:
-    """A `Path` of this machine, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
+    """Return a `Path` on this machine, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
 
-    Raises UserError for another URL, or a bucket's where gcsfs is not installed.
+    Raises:
+      UserError: for another URL, or for a bucket where gcsfs is not installed.
     """
     if not is_remote(text):
         return Path(text)
@@ -36,7 +37,7 @@ def make_path(text: str | Path) -> Path:
     import fsspec
     from etils import epath
 
-    # TensorStore writes checkpoints behind its back: what gcsfs remembers of a folder would be out of date.
+    # TensorStore writes checkpoints past gcsfs, whose cached listings would be out of date.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(str(text))
 
@@ -50,7 +51,11 @@ def absolute(path: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Raises UserError if the path is a bucket's, and that cannot be reached."""
+    """Return whether a file or an object exists.
+
+    Raises:
+      UserError: if the path is in a bucket that cannot be reached.
+    """
     if not is_remote(path):
         return path.is_file()
     try:
@@ -67,7 +72,7 @@ def is_file(path: Path) -> bool:
 
 
 def store(path: Path) -> Any:
-    """The fsspec file system of a bucket's path, for what `epath` has no name for."""
+    """Return the fsspec file system of a path in a bucket, for what `epath` cannot do."""
     import fsspec
 
     return fsspec.core.url_to_fs(str(path))[0]
@@ -75,7 +80,7 @@ def store(path: Path) -> Any:
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """An OSError inside that names no file, as that of a write to an open one, gets this name."""
+    """Give an OSError inside that names no file, such as one of a write to an open file, this name."""
     try:
         yield
     except OSError as e:
@@ -91,17 +96,19 @@ def named(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, whose content is at `path` at the end of the `with`: all of it, or nothing of it.
+    """Open a binary file to write, whose content is at `path` when the block ends: all of it, or nothing of it.
 
-    A reader, or a kill at any moment, meets the old content or the new one. Raises OSError, with the file's name, if
-    it cannot be written; nothing is left behind then.
+    A reader, or a kill at any moment, finds the old content or the new one.
+
+    Raises:
+      OSError: naming the file, if it cannot be written; nothing is left behind then.
     """
     if is_remote(path):
         content = io.BytesIO()
         yield content
         store(path).pipe_file(str(path), content.getvalue())
         return
-    if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout, which a file is not to replace
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout, must not be replaced
         with named(path), open(path, "wb") as file:
             yield file
         return
@@ -120,7 +127,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Writes a text as `writing` does."""
+    """Write a text, all of it or nothing; see `writing`."""
     with writing(make_path(path)) as file:
         file.write(text.encode())
 
@@ -131,7 +138,7 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_of_this_machine(path: Path) -> Iterator[Path]:
-    """For libraries that write files by themselves: `path`, or a stand-in whose files are in the bucket at the end."""
+    """Give `path`, or for a bucket a temporary folder that is uploaded at the end, for libraries that write files."""
     if not is_remote(path):
         yield path
         return
@@ -144,7 +151,7 @@ def folder_of_this_machine(path: Path) -> Iterator[Path]:
 
 
 def rename_folder(path: Path, target: Path) -> None:
-    """Moves a folder beside itself; in a bucket object by object, without their coming here."""
+    """Move a folder beside itself; in a bucket object by object, without downloading them."""
     if is_remote(path):
         store(path).mv(str(path), str(target), recursive=True)
     else:
@@ -152,7 +159,7 @@ def rename_folder(path: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and everything in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     if not path.exists():
         return
     if is_remote(path):
@@ -167,25 +174,26 @@ def remove_folder(path: Path) -> None:
 
 
 class Growing:
-    """A file of one writer, that only grows.
+    """A file that one writer appends to.
 
-    An object is written anew with everything in it each time: for what comes every few seconds and stays at some MB.
+    An object is written again with all its content each time: for what comes every few seconds and stays at some MB.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self._held: bytes | None = None  # of an object
+        self._content: bytes | None = None  # of an object
 
     def append(self, data: bytes) -> None:
-        """Adds to the end; the file is made, with its folder, if it is new.
+        """Add to the end; a new file is created, with its folder.
 
-        Raises OSError, with the file's name, if it cannot be written.
+        Raises:
+          OSError: naming the file, if it cannot be written.
         """
         if is_remote(self._path):
-            if self._held is None:
-                self._held = self._path.read_bytes() if is_file(self._path) else b""
-            self._held += data
-            store(self._path).pipe_file(str(self._path), self._held)
+            if self._content is None:
+                self._content = self._path.read_bytes() if is_file(self._path) else b""
+            self._content += data
+            store(self._path).pipe_file(str(self._path), self._content)
             return
         with named(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +201,7 @@ class Growing:
                 file.write(data)
 
     def append_line(self, line: str) -> None:
-        """Adds a line to lines; half a line that a kill left at the end of a file is cut off first."""
+        """Add a line to lines, once half a line that a kill left at the end of the file is cut off."""
         if not is_remote(self._path) and self._path.exists():
             with named(self._path), open(self._path, "a+b") as file:
                 _cut_half_line(file)
@@ -201,7 +209,7 @@ class Growing:
 
 
 def whole_lines(data: bytes) -> bytes:
-    """Without the half line that a kill may have left at the end."""
+    """Return the data without the half line that a kill may have left at the end."""
     return data[: data.rfind(b"\n") + 1]
 
 

@@ -1,7 +1,6 @@
-"""Metrics as TensorBoard shows them: event files, in which each phase is a run with its own steps.
+"""Event files for TensorBoard, in which each phase of a run has its own steps.
 
-An event file is a TFRecord file of `Event` protocol buffers; TensorBoard's own writer encodes them. It knows nothing of
-what the numbers mean.
+An event file is a TFRecord file of `Event` protocol buffers, which TensorBoard's own writer encodes.
 """
 
 import io
@@ -16,53 +15,46 @@ from qsharp_jax.system.files import Growing
 
 
 class EventFiles:
-    """The event files of one workdir: `FOLDER/PHASE/events.out.tfevents...`, one file a phase and process.
+    """The event files of one workdir: `FOLDER/PHASE/events.out.tfevents...`, one file per phase and process.
 
-    A phase that goes on in another process is written to another file, which begins by saying at which step: what an
-    earlier process logged of that step and later ones, TensorBoard then leaves out.
+    A phase that another process resumes gets another file, which begins with the step that it starts at: TensorBoard
+    then leaves out what an earlier process logged of that step and later ones.
     """
 
     def __init__(self, folder: Path):
         self._folder, self._files = folder, {}
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics at its "step" (0 without one) in its "phase"; what is no number is left out.
+        """Write the numbers of one line of metrics at its "step" (0 without one) in its "phase".
 
         Raises:
           OSError: if the file cannot be written.
         """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # half a second, and only for who logs
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # takes half a second, only when logging
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        phase, step = metrics.get("phase", ""), metrics.get("step", 0)
-        now = time.time()
-        numbers = {
-            name: number
-            for name, number in metrics.items()
-            if isinstance(number, int | float) and not isinstance(number, bool) and name != "step"
-        }
+        phase, step, now = metrics.get("phase", ""), metrics.get("step", 0), time.time()
         events = []
         if phase not in self._files:
             self._files[phase] = Growing(self._folder / _folder_name(phase) / _file_name(now))
             events.append(Event(wall_time=now, file_version="brain.Event:2"))
             events.append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))
-        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        values = [
+            Summary.Value(tag=name, simple_value=number)
+            for name, number in metrics.items()
+            if isinstance(number, int | float) and not isinstance(number, bool) and name != "step"
+        ]
         events.append(Event(wall_time=now, step=step, summary=Summary(value=values)))
-        self._files[phase].append(_records(events))
-
-
-def _records(events: list) -> bytes:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    written = io.BytesIO()
-    writer = RecordWriter(written)
-    for event in events:
-        writer.write(event.SerializeToString())
-    return written.getvalue()
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._files[phase].append(records.getvalue())
 
 
 def _folder_name(phase: str) -> str:
-    """ "round 1: fit" as round_1_fit: the name of a folder everywhere."""
+    """Turn "round 1: fit" into round_1_fit, a valid folder name everywhere."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", phase)
 
 

@@ -45,7 +45,7 @@ def main(port: int, index: int, act: str) -> None:
         rows = {"x": np.full((index, 2), 1 / 3), "n": np.arange(index) + 2**40} if index else {}
         print({name: array.tolist() for name, array in multihost.gather_rows(rows).items()}, flush=True)
         print(multihost.gather([index, {"of": index}]), multihost.share(range(5)), flush=True)
-        print(multihost.gather([index], together=2), multihost.share(range(5), together=2), flush=True)
+        print(multihost.gather([index], hosts_per_group=2), multihost.share(range(5), hosts_per_group=2), flush=True)
         what, _, who = act.partition(" ")
         if act == "decode together":
             print(json.dumps(decoded()), flush=True)
