@@ -135,7 +135,7 @@ def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[
 
 # --- The connections ------------------------------------------------------------------------------------------------
 
-# A message is a line of JSON: `_STOP`, or the exit code and the sentence that a process ends with ("" for a normal end).
+# A message is a line of JSON: `_STOP`, or the exit code and the sentence that a process ends with ("": normally).
 _STOP = "stop"  # a SIGTERM came to the sender
 _ALL_END = "; all processes of the run end"
 _PATIENCE = 45  # seconds without a sign of a host until it counts as dead
