@@ -23,6 +23,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from decode_program import REDUCTIONS, DecodeProgram, count, is_write_back  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import generate  # noqa: E402
@@ -34,7 +35,7 @@ from qsharp_jax.models import (  # noqa: E402
 )
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
-from qsharp_jax.plan import program  # noqa: E402
+from qsharp_jax.plan.program import result_bytes  # noqa: E402
 
 ROWS, POSITIONS, NEW, CANDIDATES, VOCABULARY = 16, 2048, 1024, 20, 128_256
 HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}  # bytes a chip
@@ -87,7 +88,7 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
     done = time.monotonic()
 
     memory = compiled.memory_analysis()
-    read = program.Program(compiled.as_text())
+    read = DecodeProgram(compiled.as_text())
     caches = [cache.keys + cache.values for cache in (state.ref_cache, state.guide_cache)]
     kernels = [leaf for leaf in jax.tree.leaves((ref, guide)) if leaf.ndim == 2 and min(_shard(leaf)) > 1]
     copies = read.copies({_shard(leaf) for leaf in jax.tree.leaves(caches) + kernels})
@@ -102,13 +103,13 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         cache=_bytes(caches),
-        copies=[i.text[:200] for i in copies if not program.write_back(i)],
-        write_backs=[i.text[:200] for i in copies if program.write_back(i)],
-        write_back_bytes=sum(i.results[0].bytes for i in copies if program.write_back(i)),
+        copies=[i.text[:200] for i in copies if not is_write_back(i)],
+        write_backs=[i.text[:200] for i in copies if is_write_back(i)],
+        write_back_bytes=sum(i.results[0].bytes for i in copies if is_write_back(i)),
         layers=ref_config.layers + guide_config.trunk.layers,
-        reductions=[f"{i.source}: {i.text[:200]}" for i in collectives if i.kind in program.REDUCTIONS],
-        collectives=program.count(collectives),
-        collective_bytes=sum(map(program.result_bytes, collectives)),
+        reductions=[f"{i.source}: {i.text[:200]}" for i in collectives if i.kind in REDUCTIONS],
+        collectives=count(collectives),
+        collective_bytes=sum(map(result_bytes, collectives)),
         outside_layers=collections.Counter(f"{i.kind} {i.source}" for i in collectives if "Block" not in i.source),
         repeated=len(read.repeated_collectives()),
         hbm_bytes=read.hbm_bytes(),
@@ -161,7 +162,7 @@ def _bytes(tree: Any) -> int:
 
 def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
     gib, mb = lambda size: f"{size / 2**30:.2f}", lambda size: f"{size / 1e6:.0f}"
-    others = {kind: count for kind, count in facts["collectives"].items() if kind not in program.REDUCTIONS}
+    others = {kind: count for kind, count in facts["collectives"].items() if kind not in REDUCTIONS}
     return [
         name,
         case.topology,
