@@ -30,6 +30,7 @@ from qsharp_jax import generate  # noqa: E402
 from qsharp_jax.models import (  # noqa: E402
     config,
     decoder,
+    meshes,
     sharding,  # noqa: E402
     value,
 )
@@ -69,7 +70,7 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
     """What the table says of a case, by column, and the facts that the tests check."""
     began = time.monotonic()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
-    mesh = sharding.make_mesh(case.mesh, sharding.DECODE, devices)
+    mesh = meshes.make_mesh(case.mesh, sharding.DECODE, devices)
     changes = dict(dtype="bfloat16") | ({} if layers is None else dict(layers=layers))
     ref_config, guide_config = config.make(case.ref, **changes), ValueConfig(config.make(case.guide, **changes))
     ref = LanguageModel(_abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)

@@ -23,7 +23,7 @@ from qsharp_jax.generate.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.models import decoder, kv_cache, memory, sharding, value
+from qsharp_jax.models import cpu_form, decoder, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -37,12 +37,12 @@ CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps 
 def for_decoding(model: Any) -> Any:
     """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through.
 
-    On a CPU the weights are transposed as well, see `decoder.unstack`.
+    On a CPU the weights are transposed as well, see `cpu_form.py`.
     """
     if isinstance(value.trunk(model).params["layers"], list):
         return model
     unstack = value.unstack if isinstance(model, ValueModel) else decoder.unstack
-    return model.replace(params=unstack(model.params, transposed=decoder.transposed_here()))
+    return model.replace(params=unstack(model.params, transposed=cpu_form.here()))
 
 
 def generate(

@@ -19,7 +19,7 @@ from qsharp_jax.generate import api
 from qsharp_jax.generate.loop import of_caches, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token
-from qsharp_jax.models import decoder, kv_cache, sharding, value
+from qsharp_jax.models import cpu_form, kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -108,7 +108,7 @@ def decode_until_free(
 
     if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.while_loop(going_on, block, state)
-    return of_caches(kv_cache.with_rows, jax.lax.while_loop(going_on, block, of_caches(kv_cache.without_rows, state)))
+    return of_caches(cpu_form.with_rows, jax.lax.while_loop(going_on, block, of_caches(cpu_form.without_rows, state)))
 
 
 class ContinuousBatch:
@@ -160,7 +160,7 @@ class ContinuousBatch:
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
             ref.config, trunk, rows, size, self._new, self._settings,
-            positions_last=decoder.positions_last(self._ref.params, rows),
+            positions_last=cpu_form.positions_last(self._ref.params, rows),
         )  # fmt: skip
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._budget = np.zeros(rows, np.int32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qsharp_jax.generate.state import Controls, Guide, Settings, State
 from qsharp_jax.generate.step import decode_one_token
-from qsharp_jax.models import decoder, kv_cache, sharding
+from qsharp_jax.models import cpu_form, decoder, kv_cache, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 
@@ -40,7 +40,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
     if not isinstance(kept, list):
         kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
     kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
-    cache = kv_cache.from_prefill(kept, start, size, positions_last=decoder.positions_last(params, len(start)))
+    cache = kv_cache.from_prefill(kept, start, size, positions_last=cpu_form.positions_last(params, len(start)))
     return sharding.constrain_rows(cache)
 
 
@@ -77,8 +77,8 @@ def decode(
 
     if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.while_loop(going_on, block, state)
-    state = jax.lax.while_loop(going_on, block, of_caches(kv_cache.without_rows, state))
-    return of_caches(kv_cache.with_rows, state)
+    state = jax.lax.while_loop(going_on, block, of_caches(cpu_form.without_rows, state))
+    return of_caches(cpu_form.with_rows, state)
 
 
 def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:

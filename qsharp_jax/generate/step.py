@@ -161,7 +161,7 @@ def advance(
     # On a mesh: what all rows share a slot of is not divided by row.
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
-    turn, block = decoder.rotation(positions, config), decoder.Block(config)
+    turn = decoder.rotation(positions, config)
     new, written = [], []
     for layer, *buffers in zip(params["layers"], cache.keys, cache.values, strict=True):
 
@@ -173,7 +173,7 @@ def advance(
             form = cache.ring, cache.positions_last
             return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, *form)), (pair, after)
 
-        x, (pair, after) = block.apply({"params": layer}, x, turn, attend)
+        x, (pair, after) = decoder.block(layer, config, x, turn, attend)
         x = sharding.constrain(x, *stream)
         new.append(pair)
         written.append(after)
@@ -187,7 +187,7 @@ def advance(
     x, written = _ordered(write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
     keys, values_ = map(list, zip(*written, strict=True))
     cache = cache.replace(keys=keys, values=values_, index=cache.index + 1)
-    return unpack(decoder.normalise(params, config, x)), cache
+    return unpack(decoder.final_norm(params, config, x)), cache
 
 
 def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *operands: Any) -> Any:

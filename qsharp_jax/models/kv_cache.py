@@ -1,9 +1,9 @@
 """The static key-value cache of decoding: one buffer a layer, one write index for all rows.
 
 Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
-A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed to end where the others end, so that
-every row writes at the same index and a step's write is one `dynamic_update_slice`. In a ring position p lies in slot
-p % S, so that the index goes on for ever, and `refill` gives a row to another prompt. Of a model it knows the shape.
+A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed so that all end at the same position,
+every row writes at the same index, and a step's write is one `dynamic_update_slice`. In a ring, position p lies in slot
+p % S: the index grows without end, and `refill` gives a row to another prompt.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import sharding
+from qsharp_jax.models import cpu_form, sharding
 from qsharp_jax.models.config import DecoderConfig
 
 VALUE_AXIS = -2  # of the positions in a buffer of values
@@ -23,11 +23,11 @@ VALUE_AXIS = -2  # of the positions in a buffer of values
 @flax.struct.dataclass
 class KVCache:
     """Attributes:
-    keys, values: a [B, G, S, E] buffer a layer; [G, S, E] within a loop over one row, see `without_rows`.
+    keys, values: a [B, G, S, E] buffer per layer; [G, S, E] within a loop over one row, see `cpu_form.without_rows`.
     start: [B] int32, position of each row's first token.
     index: int32 scalar, the next position to be written.
     ring: positions wrap around at S; a row must not be longer.
-    positions_last: the buffers of keys are [B, G, E, S], the faster form on CPUs, see `attend`.
+    positions_last: the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`.
     """
 
     keys: list[jax.Array]
@@ -39,7 +39,7 @@ class KVCache:
 
     @property
     def slot(self) -> jax.Array:
-        """Where in the buffers position `index` lies."""
+        """The place of position `index` in the buffers."""
         return self.index % self.values[0].shape[VALUE_AXIS] if self.ring else self.index
 
     @property
@@ -51,7 +51,7 @@ class KVCache:
 def from_prefill(
     kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int, *, positions_last: bool = False
 ) -> KVCache:
-    """A cache of `size` positions from the prompts' keys and values, a ([B, T, G, E], [B, T, G, E]) pair a layer."""
+    """A cache of `size` positions from the prompts' keys and values, a ([B, T, G, E], [B, T, G, E]) pair per layer."""
     keys, values = zip(*kept, strict=True)
     length = keys[0].shape[1]
     cache = KVCache(
@@ -75,7 +75,7 @@ def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
 
 
 def abstract(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
-    """The cache of a decoder with `size` positions as `jax.ShapeDtypeStruct`s, to count its bytes before it is made."""
+    """The cache of a decoder with `size` positions as `jax.ShapeDtypeStruct`s."""
     shape = (rows, config.kv_heads, size, config.head_dim)
     value = jax.ShapeDtypeStruct(shape, config.compute_dtype)
     key = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), config.compute_dtype) if positions_last else value
@@ -95,14 +95,14 @@ def empty_ring(config: DecoderConfig, rows: int, size: int, *, positions_last: b
 
 
 def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
-    """A ring of which some rows begin anew, with a prompt that ends where the others are.
+    """A ring in which some rows start again with a prompt that ends at the current position.
 
-    A row is written as a whole, for what it held is of no use: what it holds besides the prompt is never seen.
+    A row is written as a whole; what it holds besides the prompt is never read.
 
     Args:
       cache: the ring, of S positions.
-      prompts: a cache of U prompts and W positions, each of which ends at its last one and is not longer than S.
-      source: [B], the prompt that the row gets; -1: the row goes on.
+      prompts: a cache of U prompts and W positions; each prompt ends at the last one and is not longer than S.
+      source: [B], the prompt that the row gets; -1 for a row that continues.
     """
     size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
     chex.assert_shape(source, cache.start.shape)
@@ -126,7 +126,7 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
 
         return jax.lax.fori_loop(0, jnp.sum(source >= 0), write_row, buffers)
 
-    # Each device writes its own rows, of which it has another number than the others.
+    # Each device writes its own rows; devices differ in how many they write.
     write_rows = sharding.on_each_device(
         write_rows, sharding.CACHE, (None, *sharding.CACHE[1:]), sharding.CACHE[:1], ()
     )
@@ -136,22 +136,8 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
 
 
 def each(change: Callable[..., Any], *caches: Any) -> Any:
-    """What `change` makes of a cache; of each of several, as a tuple; and of none, None."""
+    """Apply `change` to a cache, to each of a tuple of caches, or to none (None)."""
     return jax.tree.map(change, *caches, is_leaf=lambda x: isinstance(x, KVCache))
-
-
-def without_rows(cache: KVCache) -> KVCache:
-    """The cache of one row as buffers [G, S, E], which a CPU updates in place.
-
-    XLA leaves a dimension of 1 out of the products that read a buffer, not out of the write, and so takes the two for
-    different arrays: it copied each buffer twice a step.
-    """
-    return cache.replace(**{name: [buffer[0] for buffer in getattr(cache, name)] for name in ("keys", "values")})
-
-
-def with_rows(cache: KVCache) -> KVCache:
-    """The inverse of `without_rows`."""
-    return cache.replace(**{name: [buffer[None] for buffer in getattr(cache, name)] for name in ("keys", "values")})
 
 
 def write_pair(
@@ -165,7 +151,7 @@ def write_pair(
 
 
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:
-    """`buffer` (of one row also without its dimension) with `new` [B, 1, G, E] at position `index` of every row."""
+    """The buffer, with or without a dimension of rows, with `new` [B, 1, G, E] at position `index` of every row."""
     new = jnp.moveaxis(new, 1, axis).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(new.shape[-buffer.ndim :]), index, axis)
 
@@ -183,12 +169,8 @@ def attend(
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
-    Token 0 is the pending one; the buffers may hold its key and value already or not. Tokens 1.. are
-    candidates for the position after it: each sees the cache, the pending token and itself, not the other candidates.
-
-    With `positions_last` both products with a buffer go along its last dimension and sum over another, as XLA's library
-    for CPUs has them fastest; and those of one query are written as sums, for it divides sums, and products of
-    matrices, among the cores, not products with a vector.
+    Token 0 is the pending one; the buffers may or may not hold its key and value already. Tokens 1.. are candidates for
+    the position after it: each sees the cache, the pending token and itself, but no other candidate.
 
     Args:
       query: [B, Q, H, E].
@@ -224,23 +206,23 @@ def attend(
         return rows(jnp.broadcast_to(x[:, :, :, None], (batch, tokens, groups, shared, width)))
 
     def with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
-        """The product of [B, G, N, C] and [B, G, C, ...], float32 [B, G, N, ...]; subscripts are of `jnp.einsum`."""
-        if positions_last and x.shape[2] == 1:
-            return (x.swapaxes(2, 3).astype(jnp.float32) * buffer).sum(2, keepdims=True)
+        """The product of [B, G, N, C] and a buffer, float32 [B, G, N, ...]; subscripts are of `jnp.einsum`."""
+        if positions_last:
+            return cpu_form.product_with_buffer(subscripts, x, buffer)
         return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
 
     query = rows((query * width**-0.5).reshape(batch, tokens, groups, shared, width))
     scores = with_buffer("bgne,bges->bgns" if positions_last else "bgne,bgse->bgns", query, keys)
     positions = jnp.arange(size)
     if ring:
-        positions = index - 1 - (index - 1 - positions) % size  # the last before `index` that lies in the slot
+        positions = index - 1 - (index - 1 - positions) % size  # the last one before `index` in each slot
     seen = (positions >= start[:, None]) & (positions < index)  # [B, S]
     scores += jnp.where(seen, 0, -jnp.inf)[:, None, None]
     pending = jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
     own = jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
-    own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # that of token 0 is `pending`
+    own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # token 0's is `pending`
 
-    # The softmax over the three parts; its division comes last, on [B, G, N, E] in place of [B, G, N, S].
+    # The softmax over the three parts; its division comes last, on [B, G, N, E] rather than [B, G, N, S].
     largest = jnp.maximum(jnp.maximum(scores.max(-1), pending), own)
     scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
     total = scores.sum(-1) + pending + own

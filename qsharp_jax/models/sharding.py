@@ -1,10 +1,8 @@
-"""Where arrays lie on a mesh of devices: logical axes of every leaf, rules from logical to mesh axes, shardings.
+"""Where arrays lie on a mesh of devices: rules from logical to mesh axes, as data, and the shardings that follow.
 
-A leaf's name gives its logical axes (`PARAMETERS`, `CACHE`); one table a use (`DECODE`, `FIT`) gives the mesh axes that
-divide each of them. Mesh axes: `data` divides the rows, `tensor` a layer's heads, hidden units and the vocabulary,
-`fsdp` (in fitting) the rows and the weights' `embed`, `attention_data` (in decoding) the rows of the caches as `data`
-does and the hidden units and the vocabulary as `tensor` does: for more chips than there are kv heads. Models are known
-here by their leaves' names and a few numbers of their configs alone.
+`leaves.py` gives the logical axes of every parameter, `CACHE` those of a cache; `DECODE` and `FIT` say which mesh axes
+divide each of them. `meshes.py` makes the meshes. An array's entries along its first axis are called rows where each
+belongs to one sequence.
 """
 
 import math
@@ -13,63 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qsharp_jax.system.errors import UserError, nearest
+from qsharp_jax.models import leaves
+from qsharp_jax.models.leaves import Axes
+from qsharp_jax.system.errors import UserError
 
-Axes = tuple[str | None, ...]  # one logical axis a dimension; None is never divided
 Rules = Mapping[str, tuple[str, ...]]
 
-# By a leaf's own name, or with the name above it. Leaves below "layers" have the layers before these unless unstacked.
-PARAMETERS: Mapping[str, Axes] = {
-    "embedding": ("vocab", "embed"),
-    "positions": (None, "embed"),
-    "token_shift": (None,),
-    "query.kernel": ("embed", "heads"),
-    "key.kernel": ("embed", "kv"),
-    "value.kernel": ("embed", "kv"),
-    "query.bias": ("heads",),
-    "key.bias": ("kv",),
-    "value.bias": ("kv",),
-    "output.kernel": ("heads", "embed"),
-    "output.bias": (None,),
-    "up.kernel": ("embed", "mlp"),
-    "gate.kernel": ("embed", "mlp"),
-    "up.bias": ("mlp",),
-    "gate.bias": ("mlp",),
-    "down.kernel": ("mlp", "embed"),
-    "down.bias": (None,),
-    "head": ("embed", "vocab"),  # of a language model
-    "future": (None, "embed", "vocab"),  # heads of the auxiliary loss
-    "head_weight": ("vocab", "embed"),  # this and the following are those of the transposed form
-    "query.weight": ("heads", "embed"),
-    "key.weight": ("kv", "embed"),
-    "value.weight": ("kv", "embed"),
-    "output.weight": ("embed", "heads"),
-    "up.weight": ("mlp", "embed"),
-    "gate.weight": ("mlp", "embed"),
-    "down.weight": ("embed", "mlp"),
-    "head.kernel": ("embed", "outputs"),  # of a guide
-    "head.bias": ("outputs",),
-    "value_head.kernel": ("embed", None),  # of a policy while it is trained
-    "value_head.bias": (None,),
-    "scale": (None,),  # of every norm
-    "attention_norm.bias": (None,),
-    "mlp_norm.bias": (None,),
-    "final_norm.bias": (None,),
-}
-# A LoRA's parts beside a block's kernel: the one reads as the kernel does, the other writes as it does.
-PARAMETERS = PARAMETERS | {
-    f"{name.removesuffix('kernel')}{part}": axes
-    for name, kernel in PARAMETERS.items()
-    if name.endswith(".kernel") and name not in ("head.kernel", "value_head.kernel")
-    for part, axes in {"lora_a": (kernel[0], None), "lora_b": (None, kernel[1]), "lora_scale": ()}.items()
-}
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
-# Beside the arrays' axes there are those of what is computed: `stream` is the batch of the residual stream, `rows` that
-# of what one device does with a row's whole vocabulary.
+_UNDIVIDED: Rules = dict.fromkeys(("layers", "positions", "width", "head_dim"), ())
+# `stream` is the batch of the residual stream, `rows` the batch where one device has a row's whole vocabulary.
 DECODE: Rules = {
     "batch": ("data", "attention_data"),
     "stream": ("data",),
@@ -80,7 +34,7 @@ DECODE: Rules = {
     "vocab": ("tensor", "attention_data"),
     "outputs": ("tensor", "attention_data"),
     "embed": (),
-    "layers": (),
+    **_UNDIVIDED,
 }
 FIT: Rules = {
     "batch": ("data", "fsdp"),
@@ -90,108 +44,22 @@ FIT: Rules = {
     "vocab": ("tensor",),
     "outputs": ("tensor",),
     "embed": ("fsdp",),
-    "layers": (),
+    **_UNDIVIDED,
 }
-# The axes of a preset's meshes; the last has the devices that are nearest to each other.
-MESH_AXES = {"fit": ("data", "fsdp", "tensor"), "decode": ("data", "attention_data", "tensor")}
-# Left whole on every device where the mesh does not divide them. A kv head cut in two would have its whole cache
-# copied in every step.
+# Axes that stay whole on every device where the mesh does not divide them evenly. A kv head cut in two would have its
+# whole cache copied in every step.
 WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
-
-
-def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the named axes, for `jax.set_mesh`. The last axis has the devices that are nearest to each other.
-
-    Args:
-      sizes: devices along each mesh axis, such as {"data": 2, "tensor": 4}.
-      rules: `DECODE` or `FIT`.
-      devices: by default all.
-
-    Raises:
-      UserError: for an axis that the rules do not know, or sizes that do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    known = {axis for axes in rules.values() for axis in axes}
-    for name in sizes:
-        if name not in known:
-            raise UserError(f"the mesh has an axis {name!r}, which no rule uses; {nearest(name, known)}")
-    if math.prod(sizes.values()) != len(devices):
-        words = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UserError(f"a mesh of {words} needs {math.prod(sizes.values())} devices, and there are {len(devices)}")
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+# How messages call the axes that must be divided evenly.
+_NAMES = {"heads": "query heads", "batch": "rows of the batch", "mlp": "hidden units of the mlp"}
 
 
 def rules_of(mesh: Any) -> Rules:
-    """`FIT` for a mesh with the axis `fsdp`, be it of one device; `DECODE` for others, which have none."""
+    """`FIT` for a mesh with an axis `fsdp`, even of one device; `DECODE` for others."""
     return FIT if "fsdp" in mesh.shape else DECODE
 
 
-def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh of a config's section `mesh`, as configs/meshes.py has them; None where that is one device.
-
-    A mesh for fitting is over all devices. One for decoding is over those of as many hosts as its sizes multiply to,
-    this one and others next to it, where each such group of hosts has one of its own. Only `data` goes from one slice
-    to another.
-
-    Args:
-      section: the section; None is one device of any kind.
-      use: "fit" or "decode".
-      devices: all that there are, by default `jax.devices()`.
-
-    Raises:
-      UserError: for devices that are not those of the preset, or sizes that do not multiply to them.
-    """
-    if section is None:
-        return None
-    devices = list(jax.devices() if devices is None else devices)
-    count = section["slices"] * section["hosts"] * section["devices_per_host"]
-    # On other platforms a slice is what JAX calls a host.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if section["platform"] not in ("any", devices[0].platform):
-        raise UserError(
-            f"config.mesh is {section['name']}, of {section['platform']} devices, and those that are there are"
-            f" {devices[0].platform}; give another --config.mesh"
-        )
-    if count == jax.process_count() == 1:
-        return None
-    if (count, section["slices"]) != (len(devices), slices):
-        raise UserError(
-            f"config.mesh is {section['name']}, {_counted(section['slices'], 'slice')} with {count} devices in all, and"
-            f" there are {_counted(slices, 'slice')} with {len(devices)}; give another --config.mesh"
-        )
-    axes = MESH_AXES[use]
-    sizes = [section[use][axis] for axis in axes]
-    total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
-    hosts, here = section["hosts"], section["devices_per_host"]
-    # By the devices of a group of hosts that decodes by itself, its hosts: groups of one size make up a slice.
-    groups = {n * here: n for n in range(1, hosts + 1) if hosts % n == 0} if use == "decode" else {}
-    if total in groups and total != count:
-        together = groups[total]
-        group = jax.process_index() // together
-        devices, slices = [device for device in devices if device.process_index // together == group], 1
-    if total != len(devices) or sizes[0] % slices:
-        allowed = " or ".join(map(str, sorted({*groups, count})))
-        divided = f", and a data that {_counted(slices, 'slice')} divide" if slices > 1 else ""
-        raise UserError(
-            f"config.mesh.{use} is {words}, {total} devices; on {section['name']} give sizes that multiply to"
-            f" {allowed}{divided}"
-        )
-    # Physical axes may be split: a tensor axis of 4 is then a part of a ring of 16.
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    else:
-        within, across = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
-        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number > 1)}"
-
-
 def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
-    """The mesh axes of each dimension; those that the mesh does not have divide nothing.
+    """The mesh axes that divide each dimension; axes that the mesh lacks divide nothing.
 
     Raises:
       ValueError: for a logical axis that is not in the rules, or a mesh axis that would divide two dimensions.
@@ -208,8 +76,8 @@ def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
 def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings for a `LanguageModel` or `ValueModel`, a tree like it; its leaves may be abstract, stacked or not.
 
-    The `params` of the result are what `hf.load_ref(..., shardings=)` takes and what a restore aims at. The model is
-    cut at whole heads; kv heads that the mesh does not divide are on every device, as is an uneven vocabulary.
+    The `params` of the result are what `hf.load_ref(..., shardings=)` and a restore take. Heads are never cut; kv heads
+    and a vocabulary that the mesh does not divide evenly are whole on every device.
 
     Raises:
       UserError: for query heads or hidden units that the mesh does not divide.
@@ -221,7 +89,7 @@ def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def move(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
-    """A model to where `of_model` says, from wherever it lies; abstract leaves get the shardings. No mesh: as it is."""
+    """The model laid out as `of_model` says; abstract leaves get the shardings. Without a mesh it stays as it is."""
     if mesh is None:
         return model
     shardings = of_model(model, mesh, rules)
@@ -235,9 +103,9 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shardings for what has an entry a row, a tree like it: a decode loop's `State`, its `Controls`, a batch.
+    """Shardings for arrays with one entry per row, a tree like them: a decode loop's `State` and `Controls`, a batch.
 
-    Buffers of a KV cache, under `keys` and `values`, are cut by row and kv head; other arrays by row; scalars not.
+    Buffers of a KV cache, under `keys` and `values`, are divided by row and kv head; other arrays by row; scalars not.
 
     Raises:
       UserError: for a number of rows that the mesh does not divide.
@@ -246,7 +114,7 @@ def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def place_rows(tree: Any) -> Any:
-    """Puts what has an entry a row where `of_rows` says for the mesh that is set; without one it stays as it is.
+    """Lay arrays with one entry per row out as `of_rows` says for the mesh that is set, if one is.
 
     Raises:
       UserError: as `of_rows`.
@@ -256,10 +124,9 @@ def place_rows(tree: Any) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays, of this process (the same in every one, if there are several) or of all, with other shardings.
+    """Lay arrays out anew. They lie on this process' devices (with the same values in every process), or on all.
 
-    Nothing goes over a disk. What is to be moved from or to the devices of several processes passes through the memory
-    of each host, one array at a time.
+    Arrays that move from or to the devices of several processes pass through each host's memory, one at a time.
     """
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -276,14 +143,14 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def round_rows(rows: int) -> int:
-    """The nearest number of rows that the mesh that is set divides: less, if that leaves any."""
+    """The largest number of rows up to `rows`, and at least one per part, that the mesh that is set divides."""
     mesh = jax.sharding.get_mesh()
     parts = 1 if mesh.empty else _parts("batch", rules_of(mesh), mesh)
     return max(rows // parts, 1) * parts
 
 
 def to_host(tree: Any) -> Any:
-    """The whole of arrays, whichever processes their devices belong to; then each of these has to ask for it."""
+    """Fetch whole arrays. If their devices belong to several processes, each of these has to call this."""
 
     def gathered(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -294,7 +161,7 @@ def to_host(tree: Any) -> Any:
 
 
 def anywhere(condition: bool) -> bool:
-    """Return true if it holds in any process with devices in the mesh that is set; all of them have to call this."""
+    """Return true if the condition holds in any process of the mesh that is set; all of them have to call this."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty or not mesh.is_multi_process:
         return condition
@@ -303,7 +170,7 @@ def anywhere(condition: bool) -> bool:
 
 
 def abstract_rows(tree: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s of what has an entry a row, with the shardings that `place_rows` would give it.
+    """`jax.ShapeDtypeStruct`s of arrays with one entry per row, with the shardings that `place_rows` would give them.
 
     Raises:
       UserError: as `of_rows`.
@@ -315,68 +182,73 @@ def abstract_rows(tree: Any) -> Any:
 # --- Inside jit; without a mesh these do nothing --------------------------------------------------------------------
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays an array out as `DECODE` says for these logical axes."""
+def _mesh(rules: Rules | None = None) -> Any:
+    """The mesh that is set; None without one, or where it is not for the given rules."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, DECODE, mesh))
+    return None if mesh.empty or rules not in (None, rules_of(mesh)) else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay an array out as `DECODE` says for these logical axes."""
+    mesh = _mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, DECODE, mesh))
 
 
 def constrain_sequences(x: jax.Array) -> jax.Array:
-    """In fitting, lays an array with a row for each sequence out by rows: what is divided otherwise is gathered."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or rules_of(mesh) is DECODE:
+    """In fitting, divide an array with one row per sequence by rows alone: other divisions are gathered."""
+    mesh = _mesh(FIT)
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(("batch", *(None,) * (x.ndim - 1)), FIT, mesh))
 
 
 def constrain_looked_up(x: jax.Array) -> jax.Array:
-    """In fitting, lays what was looked up in an embedding, [B, T, D], out as the table: its width over `fsdp`.
+    """In fitting, lay rows of an embedding [B, T, D] out as the table: their width over `fsdp`.
 
-    Each device then looks all the rows' tokens up in its own part, and an all-to-all makes whole rows of them. Were the
-    table gathered instead, it and its gradient would be whole on every device.
+    Each device then looks all tokens up in its own part of the table, and an all-to-all makes whole rows of them.
+    Gathering the table instead would put it and its gradient whole on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or rules_of(mesh) is DECODE:
+    mesh = _mesh(FIT)
+    if mesh is None:
         return x
-    rules = FIT | {"batch": ("data",)}
-    return jax.lax.with_sharding_constraint(x, spec(("batch", None, "embed"), rules, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(("batch", None, "embed"), FIT | {"batch": ("data",)}, mesh))
 
 
 def gather_weights(tree: Any, trunk: Any) -> Any:
-    """In fitting, a part of a decoder's parameters as it is used: whole over `fsdp`, still divided over `tensor`.
+    """In fitting, gather a part of a decoder's parameters over `fsdp`; they stay divided over `tensor`.
 
-    Asked for where a layer is used, one layer's weights are whole at a time, and their gradient is scattered again.
+    Called where a layer is used, so that one layer's weights are whole at a time and their gradient is scattered again.
 
     Args:
       trunk: the decoder's config.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or rules_of(mesh) is DECODE:
+    mesh = _mesh(FIT)
+    if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, _specs_of_weights(tree, mesh, FIT | {"embed": ()}, _units(trunk)))
 
 
 def constrain_rows(tree: Any) -> Any:
-    """Lays out what has an entry a row as `of_rows` does."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, _specs_of_rows(tree, mesh, DECODE))
+    """Lay arrays with one entry per row out as `of_rows` does."""
+    mesh = _mesh()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _specs_of_rows(tree, mesh, DECODE))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Lays [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _whole_rows(x.shape[0], mesh))
+    """Lay [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows."""
+    mesh = _mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _whole_rows(x.shape[0], mesh))
 
 
 def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays with B rows each, every row for itself, so that devices need not wait for each other.
+    """A function of arrays with B rows each, computed on each device for its own rows.
 
-    The compiler divides other operations by row by itself, but has all devices agree before each turn of a loop.
+    The compiler would divide the operations by row too, but make all devices agree before each turn of a loop.
     """
 
     def mapped(*arrays: jax.Array) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        mesh = _mesh()
+        if mesh is None:
             return function(*arrays)
         rows = _whole_rows(arrays[0].shape[0], mesh)
         return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
@@ -388,13 +260,13 @@ def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., A
     """A function that every device computes for its own part of the arrays, laid out as `DECODE` says.
 
     Args:
-      function: gives a tree like its first argument.
+      function: returns a tree like its first argument.
       axes: logical axes of each argument's leaves.
     """
 
     def mapped(*arguments: Any) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        mesh = _mesh()
+        if mesh is None:
             return function(*arguments)
         specs = tuple(
             jax.tree.map(lambda leaf, names=names: _fitting_spec(leaf.shape, names, mesh, DECODE, {}), argument)
@@ -405,27 +277,27 @@ def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., A
     return mapped
 
 
+# --- Specs ----------------------------------------------------------------------------------------------------------
+
+
 def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
     return spec(("batch" if rows % _parts("rows", DECODE, mesh) else "rows",), DECODE, mesh)
 
 
 def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
-    """Into how many the mesh divides a logical axis."""
+    """The number of parts into which the mesh divides a logical axis."""
     return math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
 
 
 def _units(trunk: Any) -> dict[str, int]:
-    """How many pieces the logical axes of a decoder's weights consist of that cannot be cut anywhere."""
+    """The number of pieces that may not be cut, of those logical axes of a decoder's weights that consist of some."""
     return {"heads": trunk.heads, "kv": trunk.kv_heads}
 
 
 def _specs_of_weights(tree: Any, mesh: Any, rules: Rules, units: Mapping[str, int]) -> Any:
     def place(path: Any, leaf: Any) -> PartitionSpec:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        axes = next((PARAMETERS[n] for n in (".".join(names[-2:]), names[-1]) if n in PARAMETERS), None)
-        if axes is None:
-            raise ValueError(f"no logical axes are known for parameter {'.'.join(names)}")
-        if "layers" in names and leaf.ndim == len(axes) + 1:
+        axes = leaves.find(path).axes
+        if "layers" in _names(path) and leaf.ndim == len(axes) + 1:
             axes = ("layers", *axes)
         return _fitting_spec(leaf.shape, axes, mesh, rules, units)
 
@@ -434,28 +306,39 @@ def _specs_of_weights(tree: Any, mesh: Any, rules: Rules, units: Mapping[str, in
 
 def _specs_of_rows(tree: Any, mesh: Any, rules: Rules) -> Any:
     def place(path: Any, leaf: Any) -> PartitionSpec:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         rows = ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
-        return _fitting_spec(leaf.shape, CACHE if {"keys", "values"} & set(names) else rows, mesh, rules, {})
+        return _fitting_spec(leaf.shape, CACHE if {"keys", "values"} & _names(path) else rows, mesh, rules, {})
 
     return jax.tree.map_with_path(place, tree)
 
 
+def _names(path: Any) -> set[str]:
+    return set(jax.tree_util.keystr(path, simple=True, separator=".").split("."))
+
+
 def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, units: Mapping[str, int]) -> PartitionSpec:
-    """`spec` for an array of this shape. `units`: how many pieces a logical axis consists of, by default its length."""
+    """`spec` for an array of this shape.
+
+    Args:
+      units: the number of pieces that an axis consists of, by default its length.
+
+    Raises:
+      UserError: for an axis that the mesh must divide evenly and does not.
+    """
     if len(axes) != len(shape):
         raise ValueError(f"an array of shape {tuple(shape)} has axes {axes}")
-    whole = []
+    divided: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
         pieces = units.get(axis, size)
-        uneven = pieces % _parts(axis, rules, mesh)
-        whole.append(None if uneven and axis in WHOLE_IF_UNEVEN else axis)
-        if uneven and axis not in WHOLE_IF_UNEVEN:
+        if pieces % _parts(axis, rules, mesh) == 0:
+            divided.append(axis)
+        elif axis in WHOLE_IF_UNEVEN:
+            divided.append(None)
+        else:
             over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[axis] if a in mesh.shape)
             fits = ", ".join(str(n) for n in range(1, mesh.size + 1) if pieces % n == 0)
-            what = {"heads": "query heads", "batch": "rows of the batch", "mlp": "hidden units of the mlp"}
             raise UserError(
-                f"{pieces} {what.get(axis, axis)} cannot be divided by the mesh's {over};"
+                f"{pieces} {_NAMES.get(axis, axis)} cannot be divided by the mesh's {over};"
                 f" sizes that divide them are {fits}"
             )
-    return spec(tuple(whole), rules, mesh)
+    return spec(tuple(divided), rules, mesh)

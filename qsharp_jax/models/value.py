@@ -2,7 +2,7 @@
 
 V-type (the default): M numbers read at the position of the appended token itself. Q-type: M numbers for each of the V
 tokens of the vocabulary, read at the position before. Shapes: B batch, T length, D embed, V vocabulary, M outputs.
-It returns the head's raw outputs and knows nothing about what they parametrise (that is in `values.py`).
+The head's outputs are raw; `values.py` says which distribution they parametrize.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import decoder
+from qsharp_jax.models import decoder, leaves
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 
@@ -44,30 +44,37 @@ class ValueConfig:
 
     @property
     def outputs(self) -> int:
-        """M: numbers that parametrise one distribution."""
+        """M: the numbers that parametrize one distribution."""
         return len(self.atoms) if self.distribution == "categorical" else 1
 
     def computed_in(self, dtype: str | None) -> "ValueConfig":
-        """The same with another dtype of the trunk's products; None leaves it."""
+        """The same config with another dtype of the trunk's products; None leaves it."""
         return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
 
 
 @flax.struct.dataclass
 class ValueModel:
-    """Weights {"trunk", "head"} with the shape they belong to."""
+    """Weights {"trunk", "head"} and their shape."""
 
     params: Params
     config: ValueConfig = flax.struct.field(pytree_node=False)
 
 
 def trunk(model: ValueModel | LanguageModel) -> LanguageModel:
-    """The decoder below a value model's head; of a language model itself."""
+    """The decoder below a value model's head; a language model is its own."""
     return LanguageModel(model.params["trunk"], model.config.trunk) if isinstance(model, ValueModel) else model
 
 
 def each(change: Callable[[Any], Any], models: Any) -> Any:
-    """What `change` makes of a model; of each of several, as a tuple; and of none, None."""
+    """Apply `change` to a model, to each of a tuple of models, or to none (None)."""
     return jax.tree.map(change, models, is_leaf=lambda x: isinstance(x, ValueModel | LanguageModel))
+
+
+def _head_leaves(config: ValueConfig) -> tuple[dict[str, Any], dict[str, int]]:
+    """The head's entries in the table of leaves, nested as the parameters, and the lengths of their axes."""
+    table = leaves.V_HEAD if config.type == "v" else leaves.Q_HEAD
+    outputs = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
+    return leaves.tree(table, config.trunk), {"embed": config.trunk.embed, "outputs": outputs}
 
 
 def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
@@ -77,20 +84,24 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
     models have it.
 
     Args:
-      trunk: decoder parameters to start from (those of `pi_ref`); fresh ones are drawn from `key` without it.
+      trunk: decoder parameters to start from (those of `pi_ref`); drawn from `key` without it.
     """
-    width = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
+    table, sizes = _head_leaves(config)
+    head = jax.tree.map(lambda leaf: leaf.init(key, leaf.shape(sizes), config.trunk), table)
     trunk = decoder.init(key, config.trunk) if trunk is None else trunk
-    head = {"kernel": jnp.zeros((config.trunk.embed, width), jnp.float32)}
-    if config.type == "v":
-        head["bias"] = jnp.zeros((width,), jnp.float32)
-    return {"trunk": {name: leaf for name, leaf in trunk.items() if name != "head"}, "head": head}  # no next tokens
+    return {"trunk": _without_head(trunk)} | head
 
 
 def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
     """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+    table, sizes = _head_leaves(config)
+    head = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape(sizes), jnp.dtype(dtype)), table)
+    return {"trunk": _without_head(decoder.abstract(config.trunk, dtype))} | head
+
+
+def _without_head(trunk: Params) -> Params:
+    """A decoder's parameters without those that predict next tokens."""
+    return {name: leaf for name, leaf in trunk.items() if name != "head"}
 
 
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
@@ -132,14 +143,14 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
 
-    Arguments as in `decoder.forward`. A Q-type reads them before the token; a segment's first token has none (zeros).
+    Arguments as in `decoder.forward`. A Q-type's are read before the token; a segment's first token gets zeros.
     """
     hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
     return read(params, config, read_from(config, hidden, tokens, segments), tokens), hidden
 
 
 def read_from(config: ValueConfig, hidden: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """The hidden states [B, T, D] that the head reads for every token: its own, or with a Q-type those before it."""
+    """The hidden states [B, T, D] that the head reads for every token: its own, or the one before it for a Q-type."""
     if config.type == "v":
         return hidden
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -147,7 +158,7 @@ def read_from(config: ValueConfig, hidden: jax.Array, tokens: jax.Array, segment
 
 
 def read(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Outputs [B, T, M] of tokens, from what `read_from` gave for them."""
+    """Outputs [B, T, M] of tokens, from the hidden states that `read_from` returned for them."""
     return outputs(params, config, hidden) if config.type == "v" else outputs_at(params, config, hidden, tokens)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 import qsharp_jax.plan.forecast as forecast
-from qsharp_jax.models import sharding
+from qsharp_jax.models import meshes
 from qsharp_jax.plan.job import Job
 from qsharp_jax.system.errors import UserError
 
@@ -55,8 +55,8 @@ def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None)
     """Why a run cannot be on a mesh; None if it can."""
     try:
         if devices is not None:
-            for use in sharding.MESH_AXES:
-                sharding.preset_mesh(section, use, devices)
+            for use in meshes.MESH_AXES:
+                meshes.preset_mesh(section, use, devices)
         steps = {"a step of the fit": forecast.fit(job, section), "decoding": forecast.decode(job, section)}
     except UserError as error:
         return str(error)

@@ -20,7 +20,7 @@ import numpy as np
 import qsharp_jax.plan.program as program
 from qsharp_jax import generate, train
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.plan.job import Job, learned
@@ -69,7 +69,7 @@ def devices(section: Any) -> list[Any]:
 def fit(job: Job, section: Any, rows: int) -> Compiled:
     """One step of the guide's fit, its state updated in place."""
     config, guide = job.config.fit, job.guide.config
-    mesh = sharding.preset_mesh(section, "fit", devices(section))
+    mesh = meshes.preset_mesh(section, "fit", devices(section))
     params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
     optimizer = train.make_optimizer(config.optimizer)
     changed, frozen = learned(job, params)
@@ -102,7 +102,7 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
 def decode(job: Job, section: Any, rows: int) -> Compiled:
     """The decode loop with its caches, of `rows` rows; flops and collectives are those of one step."""
     config = job.config
-    mesh = sharding.preset_mesh(section, "decode", devices(section))
+    mesh = meshes.preset_mesh(section, "decode", devices(section))
     # Not by `generate.for_decoding`, which makes the form for the devices that are here.
     ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
     guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))

@@ -16,7 +16,7 @@ import numpy as np
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.models import kv_cache, sharding, value
+from qsharp_jax.models import kv_cache, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.sharding import placed
@@ -81,7 +81,7 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     optimizer = train.make_optimizer(config.optimizer)
     changed, _ = learned(job, params)
     moments = placed(jax.eval_shape(optimizer.init, changed), train.state_shardings(changed, optimizer).opt_state)
-    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES["fit"])
+    data, fsdp, tensor = (mesh.shape[axis] for axis in meshes.MESH_AXES["fit"])
     part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
 
     weights, optimiser = chip_bytes(params), chip_bytes(moments)
@@ -236,7 +236,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
       UserError: if the mesh does not divide a model's heads.
     """
     config, mesh = job.config, abstract_mesh(section, "decode")
-    data, beside, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES["decode"])
+    data, beside, tensor = (mesh.shape[axis] for axis in meshes.MESH_AXES["decode"])
     rows = config.collect.batch_size if rows is None else rows
     rows = -(-rows // (data * beside)) * data * beside
     ref, guide = (placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide))

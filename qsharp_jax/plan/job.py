@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import generate, train
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, lora, sharding, value
+from qsharp_jax.models import decoder, lora, meshes, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -122,7 +122,7 @@ def _sized(option: str, size: str, dtype: str) -> DecoderConfig:
 
 def abstract_mesh(section: Any, use: str) -> AbstractMesh:
     """The mesh of a section, without devices."""
-    axes = sharding.MESH_AXES[use]
+    axes = meshes.MESH_AXES[use]
     return AbstractMesh(tuple(section[use][axis] for axis in axes), axes, (AxisType.Auto,) * len(axes))
 
 

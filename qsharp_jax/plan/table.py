@@ -8,7 +8,7 @@ import jax
 
 import qsharp_jax.plan.compiled as compiled
 import qsharp_jax.plan.forecast as forecast
-from qsharp_jax.models import sharding
+from qsharp_jax.models import meshes
 from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job
@@ -31,9 +31,9 @@ def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
     }
     for use, (count, compile_one, parts, row, made) in uses.items():
         sizes = section[use]
-        step = math.prod(sizes[axis] for axis in sharding.MESH_AXES[use] if axis != "tensor") * parts
+        step = math.prod(sizes[axis] for axis in meshes.MESH_AXES[use] if axis != "tensor") * parts
         found = count(job, section)
-        where = " x ".join(f"{axis} {sizes[axis]}" for axis in sharding.MESH_AXES[use])
+        where = " x ".join(f"{axis} {sizes[axis]}" for axis in meshes.MESH_AXES[use])
         name = "Fit, a step" if use == "fit" else "Decoding, a token of each row"
         yield f"\n{name}: {found.rows} rows of {row} on {where}"
         yield from _forecast(found, section, made, forecast.largest(count, job, section, step))

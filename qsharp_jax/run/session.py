@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -259,11 +259,11 @@ class Session:
 
     @functools.cached_property
     def fit_mesh(self) -> Mesh | None:
-        return sharding.preset_mesh(self.config.get("mesh"), "fit")
+        return meshes.preset_mesh(self.config.get("mesh"), "fit")
 
     @functools.cached_property
     def decode_mesh(self) -> Mesh | None:
-        return sharding.preset_mesh(self.config.get("mesh"), "decode")
+        return meshes.preset_mesh(self.config.get("mesh"), "decode")
 
     @property
     def together(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import optax
 import optax.contrib
 
+from qsharp_jax.models import leaves
 from qsharp_jax.models.decoder import Params
 
 Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
@@ -72,8 +73,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Params) -> Params:
-    names = ("kernel", "embedding", "positions", "head", "future", "lora_a", "lora_b")
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
+    return jax.tree.map_with_path(lambda path, _: leaves.find(path).decay, params)
 
 
 def _is_block_matrix(params: Params) -> Params:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from qsharp_jax import cli
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.models import decoder, hf
+from qsharp_jax.models import cpu_form, decoder, hf
 from qsharp_jax.train.checkpoint import Checkpoints
 
 PROMPT = "0,1|1,2|0,3|3,4/0,2="
@@ -50,7 +50,7 @@ def test_a_reference_comes_back_with_its_prompts_stop_ids_and_card(session, tmp_
     assert export(session, "ref", out) == 0
     loaded = hf.load_ref(out, dtype="float32")
     helpers.assert_trees_equal(
-        loaded.params, decoder.unstack(session.load_ref().params, transposed=decoder.transposed_here())
+        loaded.params, decoder.unstack(session.load_ref().params, transposed=cpu_form.here())
     )
     text = Tokenizer.load(out)
     assert text.encode_prompt(PROMPT) == session.text.encode_prompt(PROMPT) == AutoTokenizer.from_pretrained(out)(

@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_trees_equal, random_model
 
 from qsharp_jax.models import config as configs
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import cpu_form, decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
 
@@ -123,7 +123,7 @@ def test_transposed_weights_give_the_same_hidden_states_and_logits(family, tied)
     config = dataclasses.replace(config, tied=tied)
     params = decoder.init(jax.random.key(1), config)
     turned = decoder.unstack(params, transposed=True)
-    assert decoder.is_transposed(turned) and not decoder.is_transposed(decoder.unstack(params))
+    assert cpu_form.is_transposed(turned) and not cpu_form.is_transposed(decoder.unstack(params))
     assert {path[-1].key for path, _ in jax.tree.leaves_with_path(turned)}.isdisjoint({"kernel", "head"})
     expected, _ = forward(params, config, TOKENS, SEGMENTS, POSITIONS)
     actual, _ = forward(turned, config, TOKENS, SEGMENTS, POSITIONS)
@@ -279,7 +279,7 @@ def test_caches_of_several_rows_have_the_keys_positions_last_where_the_weights_a
     params = random_model(11).params
     for transposed in (False, True):
         for rows in (1, 2):
-            made = decoder.positions_last(decoder.unstack(params, transposed=transposed), rows)
+            made = cpu_form.positions_last(decoder.unstack(params, transposed=transposed), rows)
             assert made == (transposed and rows > 1)
 
 

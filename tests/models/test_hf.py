@@ -17,7 +17,7 @@ from helpers import assert_trees_equal
 from numpy_decoder import random_params
 
 from qsharp_jax.generate import generate
-from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models import cpu_form, decoder, hf, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
@@ -223,7 +223,7 @@ def test_an_exported_reference_is_the_one_that_was_loaded_bit_by_bit(name, folde
     assert_trees_equal(again.params, model.params)
 
     stacked = hf.load_ref(folder, dtype=dtype, unstacked=False)
-    assert_trees_equal(decoder.unstack(stacked.params, transposed=decoder.transposed_here()), model.params)
+    assert_trees_equal(decoder.unstack(stacked.params, transposed=cpu_form.here()), model.params)
     hf.export_ref(stacked, tmp_path)
     assert_trees_equal(hf.load_ref(tmp_path, dtype=dtype).params, model.params)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax.models import kv_cache
+from qsharp_jax.models import cpu_form, kv_cache
 
 B, S, Q, H, G, E = 3, 9, 4, 6, 2, 5
 START, INDEX = np.array([0, 2, 6]), 6  # the last row's only token is the pending one
@@ -58,9 +58,9 @@ def test_nothing_before_the_start_or_from_the_index_on_matters():
 def test_a_row_without_its_dimension_is_the_same_row():
     query, key, value, keys, values = (x[1:2] for x in step())
     cache = kv_cache.KVCache(keys=[keys], values=[values], start=START[1:2], index=INDEX)
-    bare = kv_cache.without_rows(cache)
+    bare = cpu_form.without_rows(cache)
     assert bare.keys[0].shape == bare.values[0].shape == (G, S, E)
-    jax.tree.map(np.testing.assert_array_equal, kv_cache.with_rows(bare), cache)
+    jax.tree.map(np.testing.assert_array_equal, cpu_form.with_rows(bare), cache)
     new = key[:, :1] + 1
     written = kv_cache.write(keys, new, INDEX)
     np.testing.assert_array_equal(kv_cache.write(bare.keys[0], new, INDEX), written[0])

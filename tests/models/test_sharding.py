@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from repository import PYTHONPATH
 
 from qsharp_jax import generate
-from qsharp_jax.models import config, decoder, memory, sharding, value
+from qsharp_jax.models import config, decoder, memory, meshes, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.sharding import DECODE, FIT
@@ -70,7 +70,7 @@ def main(*meshes: str):
     for name in meshes:
         sizes = MESHES[name]
         devices = jax.devices()[: np.prod(list(sizes.values()))]
-        mesh = sharding.make_mesh(sizes, DECODE, devices)
+        mesh = meshes.make_mesh(sizes, DECODE, devices)
         placed = [jax.device_put(model, sharding.of_model(model, mesh, DECODE)) for model in (ref, guide)]
         with jax.set_mesh(mesh):
             for variant, changes in variants.items():
@@ -215,7 +215,7 @@ def test_caches_are_divided_by_row_and_kv_head():
 
 
 def test_memory_is_counted_where_the_caches_will_lie():
-    mesh = sharding.make_mesh({"data": 1, "tensor": 1}, DECODE, jax.devices()[:1])
+    mesh = meshes.make_mesh({"data": 1, "tensor": 1}, DECODE, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache())
     assert sharding.abstract_rows(zeros) is zeros, "no mesh is set"
     with jax.set_mesh(mesh):
@@ -236,8 +236,8 @@ def test_an_uneven_vocabulary_is_on_every_device():
         (lambda: sharding.of_model(abstract_ref(heads=24), mesh_of(tensor=16), DECODE), "24 query heads .* tensor 16; .* 1, 2, 3, 4, 6, 8, 12$"),
         (lambda: sharding.of_model(abstract_ref(mlp=8190), mesh_of(tensor=4), DECODE), "8190 hidden units of the mlp .* tensor 4"),
         (lambda: sharding.of_rows(cache(rows=6), mesh_of(data=4), DECODE), "6 rows of the batch .* data 4; .* 1, 2, 3$"),
-        (lambda: sharding.make_mesh({"data": 1, "fsdp": 1}, DECODE), "axis 'fsdp', which no rule uses"),
-        (lambda: sharding.make_mesh({"data": 2}, DECODE, jax.devices()[:1]), "a mesh of data 2 needs 2 devices, and there are 1"),
+        (lambda: meshes.make_mesh({"data": 1, "fsdp": 1}, DECODE), "axis 'fsdp', which no rule uses"),
+        (lambda: meshes.make_mesh({"data": 2}, DECODE, jax.devices()[:1]), "a mesh of data 2 needs 2 devices, and there are 1"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(refused, words):

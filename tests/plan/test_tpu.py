@@ -25,7 +25,7 @@ from tpu_compiler import printed_by
 
 from qsharp_jax import generate, plan, train
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -112,7 +112,7 @@ def compile_fit(mesh):
 def compile_splash(devices):
     """One training step with splash attention, rows over two chips and heads over two."""
     guide = dataclasses.replace(GUIDE, trunk=dataclasses.replace(GUIDE.trunk, heads=8, kv_heads=4))
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, sharding.FIT, devices)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, sharding.FIT, devices)
     places = sharding.of_model(ValueModel(value.abstract(guide), guide), mesh, sharding.FIT).params
     params = plan.job.placed(value.abstract(guide), places)
     optimizer = optax.adamw(1e-4)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from repository import CONFIGS
 from tpu_compiler import printed_by
 
-from qsharp_jax.models import sharding
+from qsharp_jax.models import meshes
 from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError
 
@@ -35,7 +35,7 @@ class Device:
 def made(name, use, **changes):
     """A preset's mesh on devices as many as it has; not TPUs, whose places in space are looked at."""
     preset = PRESETS[name] | dict(platform="cpu") | changes
-    return sharding.preset_mesh(preset, use, devices_of(preset))
+    return meshes.preset_mesh(preset, use, devices_of(preset))
 
 
 def devices_of(preset):
@@ -81,10 +81,10 @@ def test_a_preset_is_a_section_that_the_rules_allow(name):
 
 
 def test_one_device_has_no_mesh():
-    assert sharding.preset_mesh(None, "fit") is None
+    assert meshes.preset_mesh(None, "fit") is None
     for name in ("single", "cpu"):
-        assert sharding.preset_mesh(PRESETS[name], "fit") is None
-        assert sharding.preset_mesh(ConfigDict(PRESETS[name]), "decode") is None
+        assert meshes.preset_mesh(PRESETS[name], "fit") is None
+        assert meshes.preset_mesh(ConfigDict(PRESETS[name]), "decode") is None
 
 
 def test_fitting_is_on_all_devices_and_decoding_on_one_host():
@@ -133,7 +133,7 @@ def test_the_order_of_the_axes_is_not_that_of_the_section():
 def test_devices_that_are_not_the_preset_s_are_refused(changes, words):
     devices = devices_of(PRESETS["v6e_8"])
     with pytest.raises(UserError) as caught:
-        sharding.preset_mesh(PRESETS["v6e_16"] | changes, "fit", devices)
+        meshes.preset_mesh(PRESETS["v6e_16"] | changes, "fit", devices)
     assert words in str(caught.value)
 
 
@@ -149,7 +149,7 @@ def main():
         if not preset["topology"]:
             continue
         devices = compiled.devices(preset)
-        fit, decode = (sharding.preset_mesh(preset, use, devices) for use in ("fit", "decode"))
+        fit, decode = (meshes.preset_mesh(preset, use, devices) for use in ("fit", "decode"))
         slices = lambda grid: len({getattr(device, "slice_index", None) for device in grid.flat})  # noqa: E731
         found[name] = dict(
             devices=len(devices),

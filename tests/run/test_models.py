@@ -16,7 +16,7 @@ from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import cli, train
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.models import hf, sharding, value
+from qsharp_jax.models import hf, meshes, sharding, value
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run import session as sessions
@@ -116,8 +116,8 @@ def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
     """Every leaf where the rules have it (the meshes have one device), with the values that it has without."""
     workdir = helpers.session(tmp_path, f"ref={folders / 'ref'}", f"guide={folders / guide}").workdir
     config, made = workdir.config, Session(workdir)
-    decode = sharding.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
-    fit = sharding.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
+    decode = meshes.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
+    fit = meshes.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
     ref = models.load_ref(config, decode)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(ref)} == {decode}
     helpers.assert_trees_equal(ref.params, models.load_ref(config).params)

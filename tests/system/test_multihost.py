@@ -23,7 +23,7 @@ from repository import ROOT
 from qsharp_jax import rollouts
 from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import config as configs
@@ -67,7 +67,7 @@ def decoded() -> dict[str, list]:
     here = dict(hosts=jax.process_count(), devices_per_host=jax.local_device_count())
     decode = dict(data=jax.process_count(), attention_data=1, tensor=jax.local_device_count())
     preset = configs.presets(ROOT / "configs" / "arithmetic.py")["cpu"] | here | dict(decode=decode)
-    mesh = sharding.preset_mesh(preset, "decode")
+    mesh = meshes.preset_mesh(preset, "decode")
     ref, guide = (sharding.move(model, mesh, sharding.DECODE) for model in (ref, guide))
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         found = rollouts.sample(

@@ -20,7 +20,7 @@ from repository import PYTHONPATH
 
 from qsharp_jax import cli, train
 from qsharp_jax.data.batches import Batches
-from qsharp_jax.models import hf, sharding
+from qsharp_jax.models import hf, meshes, sharding
 from qsharp_jax.models.sharding import FIT
 from qsharp_jax.train.checkpoint import Best, Checkpoints
 
@@ -37,7 +37,7 @@ def model():
 def mesh_of(devices: int) -> jax.sharding.Mesh:
     """To be set; an empty one for one device."""
     sizes = MESHES[devices]
-    return sharding.make_mesh(sizes, FIT, jax.devices()[:devices]) if sizes else jax.sharding.get_mesh()
+    return meshes.make_mesh(sizes, FIT, jax.devices()[:devices]) if sizes else jax.sharding.get_mesh()
 
 
 def placed(made, devices: int):

@@ -20,7 +20,7 @@ from repository import PYTHONPATH
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import make_batch
-from qsharp_jax.models import config, sharding
+from qsharp_jax.models import config, meshes, sharding
 from qsharp_jax.models.sharding import FIT
 from qsharp_jax.system.errors import UserError
 
@@ -71,7 +71,7 @@ def fitted(of: str, optimizer: str, sizes: dict[str, int] | None) -> dict:
     if sizes is None:
         state, step_fn, mesh = train.init_state(made.params, rule), jax.jit(step_fn), jax.sharding.get_mesh()
     else:
-        mesh = sharding.make_mesh(sizes, FIT, jax.devices()[: math.prod(sizes.values())])
+        mesh = meshes.make_mesh(sizes, FIT, jax.devices()[: math.prod(sizes.values())])
         params = sharding.place(made.params, sharding.of_model(made, mesh, FIT).params)
         state = train.init_state(params, rule)
         places = train.state_shardings(params, rule)

@@ -22,7 +22,7 @@ import qsharp_jax.models.hf.files as files
 import qsharp_jax.models.hf.names as names
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.hf.names import Place
+from qsharp_jax.models.leaves import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.system.errors import UserError
 

@@ -18,11 +18,11 @@ import numpy as np
 
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.names as names
-from qsharp_jax.models import decoder, memory, value
+from qsharp_jax.models import cpu_form, decoder, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf.files import DTYPES, Tensors
-from qsharp_jax.models.hf.names import Place
+from qsharp_jax.models.leaves import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.system.errors import UserError
 
@@ -167,7 +167,7 @@ def _load(asked: _Asked, unstacked: bool, shardings: Any) -> Params:
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), asked.shapes)
         if unstacked:
             unstack = value.unstack if "trunk" in target else decoder.unstack
-            target = jax.eval_shape(functools.partial(unstack, transposed=decoder.transposed_here()), target)
+            target = jax.eval_shape(functools.partial(unstack, transposed=cpu_form.here()), target)
         if shardings is not None:
             target = jax.tree.map(
                 lambda sharding, tree: jax.tree.map(

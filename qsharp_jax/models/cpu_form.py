@@ -1,0 +1,155 @@
+"""Forms of weights, caches and attention that are faster on a CPU.
+
+- Weights as [out, in], the left factor of each product.
+- Caches whose keys have the positions last, for several rows; caches without the dimension of the rows, for one row.
+- Attention over whole sequences in blocks of queries.
+
+Shapes: B batch, T length, H heads, G kv heads, R query heads per kv head, E head_dim.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qsharp_jax.models import memory
+
+QUERY_BLOCK = 128  # of the masked half of the scores, a block computes its own triangle only
+_MASKED = -1e30  # as a score; -inf would make a row in which all is masked a nan
+
+
+def here() -> bool:
+    """Return true if models are decoded in this form on the default device."""
+    return memory.default_device().platform == "cpu"
+
+
+# --- Weights --------------------------------------------------------------------------------------------------------
+
+
+def transpose(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Put "weight" [out, in] in place of each layer's "kernel" [in, out], and "head_weight" [V, D] in place of "head".
+
+    Args:
+      params: of a decoder, layers as a list.
+    """
+
+    def module(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "weight" if name == "kernel" else name: leaf.T if name == "kernel" else leaf
+            for name, leaf in leaves.items()
+        }
+
+    transposed = {name: leaf for name, leaf in params.items() if name != "head"}
+    if "head" in params:
+        transposed["head_weight"] = params["head"].T
+    transposed["layers"] = [{name: module(leaves) for name, leaves in layer.items()} for layer in params["layers"]]
+    return transposed
+
+
+def is_transposed(params: Mapping[str, Any]) -> bool:
+    """Return true if a decoder's weights are in the form of `transpose`."""
+    return isinstance(params.get("layers"), list) and "weight" in params["layers"][0]["output"]
+
+
+def product(weight: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """[..., out] from a weight [out, in] and x [..., in].
+
+    XLA's library for CPUs multiplies a few rows by a matrix about twice as fast with the matrix on the left as with the
+    matrix on the right, in either orientation.
+    """
+    y = jax.lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=dtype)
+    return jnp.moveaxis(y, 0, -1)
+
+
+# --- Caches ---------------------------------------------------------------------------------------------------------
+
+
+def positions_last(params: Mapping[str, Any], rows: int) -> bool:
+    """Return true if the caches of so many rows keep the keys' positions last, see `product_with_buffer`.
+
+    With one row, whose dimension XLA leaves out, that is far slower.
+    """
+    return is_transposed(params) and rows > 1
+
+
+def product_with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
+    """The product of x [B, G, N, C] and a buffer [B, G, C, ...] whose last dimension is kept: float32 [B, G, N, ...].
+
+    For one query it is written as a sum: XLA's library for CPUs divides sums and products of matrices among the cores,
+    but not products with a vector.
+
+    Args:
+      subscripts: of `jnp.einsum`.
+    """
+    if x.shape[2] == 1:
+        return (x.swapaxes(2, 3).astype(jnp.float32) * buffer).sum(2, keepdims=True)
+    return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
+
+
+def without_rows(cache: Any) -> Any:
+    """The `KVCache` of one row with buffers [G, S, E], which a CPU updates in place.
+
+    XLA drops a dimension of 1 from the products that read a buffer but not from the write, takes the two for different
+    arrays, and would copy each buffer twice per step.
+    """
+    return cache.replace(keys=[buffer[0] for buffer in cache.keys], values=[buffer[0] for buffer in cache.values])
+
+
+def with_rows(cache: Any) -> Any:
+    """The inverse of `without_rows`."""
+    return cache.replace(keys=[buffer[None] for buffer in cache.keys], values=[buffer[None] for buffer in cache.values])
+
+
+# --- Attention in blocks of queries ---------------------------------------------------------------------------------
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Causal attention of query [B, T, H, E] to key and value [B, T, G, E] within segments [B, T]: [B, T, H, E]."""
+    batch, length, heads, size = query.shape
+    kv_heads = key.shape[2]
+    query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, G, T, E]
+    blocks = []
+    for begin in range(0, length, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, length)
+        causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
+        mask = causal & (segments[:, begin:end, None] == segments[:, None, :end])
+        blocks.append(_block(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], mask))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+@jax.custom_vjp
+def _block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of scaled queries [B, G, R, N, E] to keys [B, G, S, E] under a mask [B, N, S].
+
+    The gradient is written out: it keeps only the exponentials of the scores' size, and divides arrays of the queries'
+    size.
+    """
+    return _block_forward(query, key, value, mask)[0]
+
+
+def _block_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
+    scores = jnp.einsum("bgrne,bgse->bgrns", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    # Fused into its users, each would compute the exponentials again.
+    weights, total = jax.lax.optimization_barrier((weights.astype(value.dtype), weights.sum(-1, keepdims=True)))
+    mixed = jnp.einsum("bgrns,bgse->bgrne", weights, value, preferred_element_type=jnp.float32)
+    attention = (mixed / total).astype(query.dtype)
+    return attention, (query, key, value, weights, total, attention)
+
+
+def _block_backward(kept: tuple, cotangent: jax.Array) -> tuple:
+    query, key, value, weights, total, attention = kept
+    divided = (cotangent / total).astype(value.dtype)
+    mean = (divided.astype(jnp.float32) * attention).sum(-1, keepdims=True)
+    value_cotangent = jnp.einsum("bgrns,bgrne->bgse", weights, divided)
+    difference = jnp.einsum("bgrne,bgse->bgrns", divided, value, preferred_element_type=jnp.float32) - mean
+    score_cotangent = jax.lax.optimization_barrier((weights * difference).astype(query.dtype))
+    query_cotangent = jnp.einsum("bgrns,bgse->bgrne", score_cotangent, key)
+    key_cotangent = jnp.einsum("bgrns,bgrne->bgse", score_cotangent, query)
+    return query_cotangent, key_cotangent, value_cotangent, None
+
+
+_block.defvjp(_block_forward, _block_backward)

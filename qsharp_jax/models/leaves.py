@@ -1,0 +1,282 @@
+"""The table of parameter leaves: one entry per leaf.
+
+An entry says a leaf's logical axes, initializer, weight decay and tensor in a Hugging Face checkpoint. From it come the
+abstract tree and `init` (`decoder.py`, `value.py`), the shardings (`sharding.py`), the optimizer's decay mask and the
+names in folders (`hf/names.py`). To add a leaf, add its entry here and the line that computes with it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from qsharp_jax.models.config import DecoderConfig
+
+Axes = tuple[str | None, ...]  # one logical axis per dimension; None is never divided
+# of (key, shape, config) -> float32 array
+Init = Callable[[jax.Array, tuple[int, ...], DecoderConfig], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a checkpoint stores a leaf, or one layer of it.
+
+    A `Linear` of PyTorch is stored [out, in]; GPT-2's `Conv1D` is stored [in, out], with query, key and value side by
+    side in one tensor.
+
+    Attributes:
+      name: of the tensor, with {} for the layer.
+      transposed: the tensor's axes are the leaf's in reverse.
+      part, parts: the leaf is this one of several equal parts of the tensor's last axis.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, from the leaf's."""
+        shape = shape[::-1] if self.transposed else shape
+        return (*shape[:-1], shape[-1] * self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter.
+
+    Attributes:
+      axes: logical axes, without the layers' axis that stacked leaves begin with.
+      init: draws its initial values; None for leaves that come from elsewhere.
+      decay: whether weight decay applies, as to matrices.
+      used: whether a decoder of this config has it.
+      gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none.
+    """
+
+    axes: Axes
+    init: Init | None = None
+    decay: bool = False
+    used: Callable[[DecoderConfig], bool] = lambda config: True
+    gpt2: Place | None = None
+    llama: Place | None = None
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+def axis_sizes(config: DecoderConfig) -> dict[str, int]:
+    """Lengths of the logical axes of a decoder's leaves."""
+    return {
+        "vocab": config.vocab_size,
+        "positions": config.max_positions,
+        "embed": config.embed,
+        "width": config.embed,  # of vectors as wide as the residual stream, which are never divided
+        "heads": config.heads * config.head_dim,
+        "kv": config.kv_heads * config.head_dim,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp,
+    }
+
+
+# --- Initializers ---------------------------------------------------------------------------------------------------
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _ones(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+def _half(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    return jnp.full(shape, 0.5, jnp.float32)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    return nn.initializers.normal(config.embed**-0.5)(key, shape, jnp.float32)
+
+
+def _kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    return nn.initializers.variance_scaling(1.0, "fan_in", "normal")(key, shape, jnp.float32)
+
+
+def _residual_kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    """Keeps the residual stream's initial variance independent of depth."""
+    return nn.initializers.variance_scaling(1 / (2 * config.layers), "fan_in", "normal")(key, shape, jnp.float32)
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+
+def _bias(config: DecoderConfig) -> bool:
+    return config.bias
+
+
+def _qkv_bias(config: DecoderConfig) -> bool:
+    return config.bias or config.qkv_bias
+
+
+def _qk_norm(config: DecoderConfig) -> bool:
+    return config.qk_norm
+
+
+def _layer_norm(config: DecoderConfig) -> bool:
+    return config.norm == "layer"
+
+
+def _swiglu(config: DecoderConfig) -> bool:
+    return config.activation == "swiglu"
+
+
+def _gpt2(name: str, part: int = 0, parts: int = 1) -> Place:
+    return Place(f"transformer.h.{{}}.{name}", part=part, parts=parts)
+
+
+def _llama(name: str) -> Place:
+    return Place(f"model.layers.{{}}.{name}")
+
+
+def _linear(name: str) -> Place:
+    return Place(f"model.layers.{{}}.{name}.weight", transposed=True)
+
+
+_LM_HEAD = Place("lm_head.weight", transposed=True)
+
+# fmt: off
+# The leaves of one block. In a module the kernel comes first: its key is derived from its place.
+BLOCK: dict[str, Leaf] = {
+    "attention_norm/scale": Leaf(
+        ("width",), _ones, gpt2=_gpt2("ln_1.weight"), llama=_llama("input_layernorm.weight")),
+    "attention_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=_gpt2("ln_1.bias")),
+    "query/kernel": Leaf(
+        ("embed", "heads"), _kernel, decay=True,
+        gpt2=_gpt2("attn.c_attn.weight", 0, 3), llama=_linear("self_attn.q_proj")),
+    "query/bias": Leaf(
+        ("heads",), _zeros, used=_qkv_bias,
+        gpt2=_gpt2("attn.c_attn.bias", 0, 3), llama=_llama("self_attn.q_proj.bias")),
+    "key/kernel": Leaf(
+        ("embed", "kv"), _kernel, decay=True,
+        gpt2=_gpt2("attn.c_attn.weight", 1, 3), llama=_linear("self_attn.k_proj")),
+    "key/bias": Leaf(
+        ("kv",), _zeros, used=_qkv_bias,
+        gpt2=_gpt2("attn.c_attn.bias", 1, 3), llama=_llama("self_attn.k_proj.bias")),
+    "value/kernel": Leaf(
+        ("embed", "kv"), _kernel, decay=True,
+        gpt2=_gpt2("attn.c_attn.weight", 2, 3), llama=_linear("self_attn.v_proj")),
+    "value/bias": Leaf(
+        ("kv",), _zeros, used=_qkv_bias,
+        gpt2=_gpt2("attn.c_attn.bias", 2, 3), llama=_llama("self_attn.v_proj.bias")),
+    "query_norm/scale": Leaf(("head_dim",), _ones, used=_qk_norm, llama=_llama("self_attn.q_norm.weight")),
+    "query_norm/bias": Leaf(("head_dim",), _zeros, used=lambda config: _qk_norm(config) and _layer_norm(config)),
+    "key_norm/scale": Leaf(("head_dim",), _ones, used=_qk_norm, llama=_llama("self_attn.k_norm.weight")),
+    "key_norm/bias": Leaf(("head_dim",), _zeros, used=lambda config: _qk_norm(config) and _layer_norm(config)),
+    "output/kernel": Leaf(
+        ("heads", "embed"), _residual_kernel, decay=True,
+        gpt2=_gpt2("attn.c_proj.weight"), llama=_linear("self_attn.o_proj")),
+    "output/bias": Leaf(("width",), _zeros, used=_bias, gpt2=_gpt2("attn.c_proj.bias")),
+    "mlp_norm/scale": Leaf(
+        ("width",), _ones, gpt2=_gpt2("ln_2.weight"), llama=_llama("post_attention_layernorm.weight")),
+    "mlp_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=_gpt2("ln_2.bias")),
+    "gate/kernel": Leaf(("embed", "mlp"), _kernel, decay=True, used=_swiglu, llama=_linear("mlp.gate_proj")),
+    "gate/bias": Leaf(("mlp",), _zeros, used=lambda config: _swiglu(config) and _bias(config)),
+    "up/kernel": Leaf(
+        ("embed", "mlp"), _kernel, decay=True, gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
+    "up/bias": Leaf(("mlp",), _zeros, used=_bias, gpt2=_gpt2("mlp.c_fc.bias")),
+    "down/kernel": Leaf(
+        ("mlp", "embed"), _residual_kernel, decay=True,
+        gpt2=_gpt2("mlp.c_proj.weight"), llama=_linear("mlp.down_proj")),
+    "down/bias": Leaf(("width",), _zeros, used=_bias, gpt2=_gpt2("mlp.c_proj.bias")),
+}
+# The leaves of a decoder outside its blocks.
+OUTER: dict[str, Leaf] = {
+    "embedding": Leaf(
+        ("vocab", "embed"), _normal, decay=True,
+        gpt2=Place("transformer.wte.weight"), llama=Place("model.embed_tokens.weight")),
+    "positions": Leaf(
+        ("positions", "embed"), _normal, decay=True, used=lambda config: config.positions == "learned",
+        gpt2=Place("transformer.wpe.weight")),
+    "token_shift": Leaf(("width",), _half, used=lambda config: config.token_shift),
+    "final_norm/scale": Leaf(
+        ("width",), _ones, gpt2=Place("transformer.ln_f.weight"), llama=Place("model.norm.weight")),
+    "final_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=Place("transformer.ln_f.bias")),
+    "head": Leaf(
+        ("embed", "vocab"), _normal, decay=True, used=lambda config: not config.tied, gpt2=_LM_HEAD, llama=_LM_HEAD),
+}
+# A guide's head: a V-type's is a token classifier's, a Q-type's a language model's.
+V_HEAD: dict[str, Leaf] = {
+    "head/kernel": Leaf(
+        ("embed", "outputs"), _zeros, decay=True,
+        gpt2=Place("classifier.weight", transposed=True), llama=Place("score.weight", transposed=True)),
+    "head/bias": Leaf(("outputs",), _zeros, gpt2=Place("classifier.bias"), llama=Place("score.bias")),
+}
+Q_HEAD: dict[str, Leaf] = {
+    "head/kernel": Leaf(("embed", "outputs"), _zeros, decay=True, gpt2=_LM_HEAD, llama=_LM_HEAD),
+}
+# Leaves beside a model's own while it is trained: heads of the future-token loss, a policy's value head.
+TRAINED_BESIDE: dict[str, Leaf] = {
+    "future": Leaf((None, "embed", "vocab"), decay=True),
+    "value_head/kernel": Leaf(("embed", None), decay=True),
+    "value_head/bias": Leaf((None,)),
+}
+# fmt: on
+
+
+def _lora(kernel: Leaf) -> dict[str, Leaf]:
+    """The parts of a LoRA beside a block's kernel: A reads what the kernel reads, B writes what it writes."""
+    read, written = kernel.axes
+    return {
+        "lora_a": Leaf((read, None), decay=True),
+        "lora_b": Leaf((None, written), decay=True),
+        "lora_scale": Leaf(()),
+    }
+
+
+def _transposed(leaf: Leaf) -> Leaf:
+    """The entry of a matrix that is stored [out, in] in place of [in, out]."""
+
+    def turned(place: Place | None) -> Place | None:
+        return place and dataclasses.replace(place, transposed=not place.transposed)
+
+    return dataclasses.replace(
+        leaf, axes=leaf.axes[::-1], used=lambda config: False, gpt2=turned(leaf.gpt2), llama=turned(leaf.llama)
+    )
+
+
+# The leaves of decoding on a CPU (`cpu_form.py`) in place of those that they are derived from.
+TRANSPOSED_BLOCK = {
+    path.replace("kernel", "weight"): _transposed(leaf) for path, leaf in BLOCK.items() if path.endswith("/kernel")
+}
+TRANSPOSED_OUTER = {"head_weight": _transposed(OUTER["head"])}
+_LORA = {
+    path.replace("kernel", name): part
+    for path, leaf in BLOCK.items()
+    if path.endswith("/kernel")
+    for name, part in _lora(leaf).items()
+}
+_ALL = BLOCK | OUTER | V_HEAD | TRAINED_BESIDE | TRANSPOSED_BLOCK | TRANSPOSED_OUTER | _LORA
+
+
+# --- Reading the table ----------------------------------------------------------------------------------------------
+
+
+def tree(table: Mapping[str, Leaf], config: DecoderConfig) -> dict[str, Any]:
+    """The entries that a decoder of this config has, nested as its parameters are."""
+    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in table.items() if leaf.used(config)})
+
+
+def find(path: tuple) -> Leaf:
+    """The entry of a leaf, from its path in any tree that has the names of the table at its end.
+
+    Raises:
+      ValueError: for a leaf that is not in the table.
+    """
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    for key in ("/".join(names[-2:]), names[-1]):
+        if key in _ALL:
+            return _ALL[key]
+    raise ValueError(f"no entry is known for parameter {'.'.join(names)}; add one to models/leaves.py")
