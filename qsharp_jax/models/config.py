@@ -1,7 +1,7 @@
 """The shape of a decoder as data, with named sizes.
 
-One config class covers both families that the decoder computes: GPT-2 (learned positions, LayerNorm, GELU) and
-Llama/Qwen (rotary positions, RMSNorm, grouped queries, SwiGLU). It knows nothing about weights or files.
+One config class covers GPT-2 (learned positions, LayerNorm, GELU) and Llama/Qwen (rotary positions, RMSNorm, grouped
+queries, SwiGLU).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Hashable, so that it can be a static argument of a jitted function.
+    """The shape of a decoder; hashable, so that it can be a static argument of a jitted function.
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -30,15 +30,15 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections (Qwen 2).
       qk_norm: RMSNorm on the heads' queries and keys (Qwen 3).
       tied: the output head is the embedding's transpose.
-      token_shift: a learned share of the previous token's embedding is added to every position's input. A small model
-        then follows edges of a graph after tens of steps instead of thousands.
+      token_shift: a learned share of the previous token's embedding is added to every position's input. It lets a small
+        model learn to follow a graph's edges in tens of steps instead of thousands.
       rope_theta: base of the rotary wavelengths.
-      rope_factor: of Llama 3.1's rotary scaling, by which long wavelengths are stretched; 1 is no scaling.
+      rope_factor: the factor of Llama 3.1's rotary scaling, by which long wavelengths are stretched; 1 is no scaling.
       rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by all of
-        the factor, those below rope_original_positions / rope_high_freq not at all, those between by a share.
-      rope_original_positions: the context, in tokens, of the training before the scaling.
+        the factor, those below rope_original_positions / rope_high_freq not at all, those between by a part of it.
+      rope_original_positions: the context, in tokens, before the scaling.
       norm_eps: added to the variance in the norms.
-      dtype: of the computation, "float32" or "bfloat16"; parameters are kept as they are given.
+      dtype: of the computation, "float32" or "bfloat16"; parameters keep their own.
     """
 
     vocab_size: int
@@ -132,7 +132,7 @@ def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> dict:
     )  # fmt: skip
 
 
-# Published sizes. "tiny" is the model that the small tasks train on the spot.
+# Published sizes; "tiny" is the model that the small tasks train themselves.
 SIZES = {
     "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=128, max_positions=512),
     "gpt2-small": _gpt2(768, 12, 12),

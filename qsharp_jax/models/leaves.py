@@ -1,8 +1,8 @@
 """The table of parameter leaves: one entry per leaf.
 
-An entry says a leaf's logical axes, initializer, weight decay and tensor in a Hugging Face checkpoint. From it come the
-abstract tree and `init` (`decoder.py`, `value.py`), the shardings (`sharding.py`), the optimizer's decay mask and the
-names in folders (`hf/names.py`). To add a leaf, add its entry here and the line that computes with it.
+An entry has a leaf's logical axes, initializer and tensor in a Hugging Face checkpoint. From it come the abstract tree
+and `init` (`decoder.py`, `value.py`), the shardings (`sharding.py`), the optimizer's decay mask and the names in
+folders (`hf/names.py`). To add a leaf, add its entry here and the line that computes with it.
 """
 
 import dataclasses
@@ -52,17 +52,20 @@ class Leaf:
     Attributes:
       axes: logical axes, without the layers' axis that stacked leaves begin with.
       init: draws its initial values; None for leaves that come from elsewhere.
-      decay: whether weight decay applies, as to matrices.
       used: whether a decoder of this config has it.
       gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none.
     """
 
     axes: Axes
     init: Init | None = None
-    decay: bool = False
     used: Callable[[DecoderConfig], bool] = lambda config: True
     gpt2: Place | None = None
     llama: Place | None = None
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay is on matrices only: not on norms, biases and the like."""
+        return len(self.axes) > 1
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(sizes[axis] for axis in self.axes)
@@ -113,26 +116,6 @@ def _residual_kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConf
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def _bias(config: DecoderConfig) -> bool:
-    return config.bias
-
-
-def _qkv_bias(config: DecoderConfig) -> bool:
-    return config.bias or config.qkv_bias
-
-
-def _qk_norm(config: DecoderConfig) -> bool:
-    return config.qk_norm
-
-
-def _layer_norm(config: DecoderConfig) -> bool:
-    return config.norm == "layer"
-
-
-def _swiglu(config: DecoderConfig) -> bool:
-    return config.activation == "swiglu"
-
-
 def _gpt2(name: str, part: int = 0, parts: int = 1) -> Place:
     return Place(f"transformer.h.{{}}.{name}", part=part, parts=parts)
 
@@ -148,79 +131,66 @@ def _linear(name: str) -> Place:
 _LM_HEAD = Place("lm_head.weight", transposed=True)
 
 # fmt: off
-# The leaves of one block. In a module the kernel comes first: its key is derived from its place.
+# The leaves of one block. A module's kernel comes first: its random key depends on its place among the leaves.
 BLOCK: dict[str, Leaf] = {
-    "attention_norm/scale": Leaf(
-        ("width",), _ones, gpt2=_gpt2("ln_1.weight"), llama=_llama("input_layernorm.weight")),
-    "attention_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=_gpt2("ln_1.bias")),
-    "query/kernel": Leaf(
-        ("embed", "heads"), _kernel, decay=True,
+    "attention_norm/scale": Leaf(("width",), _ones, gpt2=_gpt2("ln_1.weight"), llama=_llama("input_layernorm.weight")),
+    "attention_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=_gpt2("ln_1.bias")),
+    "query/kernel": Leaf(("embed", "heads"), _kernel,
         gpt2=_gpt2("attn.c_attn.weight", 0, 3), llama=_linear("self_attn.q_proj")),
-    "query/bias": Leaf(
-        ("heads",), _zeros, used=_qkv_bias,
+    "query/bias": Leaf(("heads",), _zeros, used=lambda c: c.bias or c.qkv_bias,
         gpt2=_gpt2("attn.c_attn.bias", 0, 3), llama=_llama("self_attn.q_proj.bias")),
-    "key/kernel": Leaf(
-        ("embed", "kv"), _kernel, decay=True,
+    "key/kernel": Leaf(("embed", "kv"), _kernel,
         gpt2=_gpt2("attn.c_attn.weight", 1, 3), llama=_linear("self_attn.k_proj")),
-    "key/bias": Leaf(
-        ("kv",), _zeros, used=_qkv_bias,
+    "key/bias": Leaf(("kv",), _zeros, used=lambda c: c.bias or c.qkv_bias,
         gpt2=_gpt2("attn.c_attn.bias", 1, 3), llama=_llama("self_attn.k_proj.bias")),
-    "value/kernel": Leaf(
-        ("embed", "kv"), _kernel, decay=True,
+    "value/kernel": Leaf(("embed", "kv"), _kernel,
         gpt2=_gpt2("attn.c_attn.weight", 2, 3), llama=_linear("self_attn.v_proj")),
-    "value/bias": Leaf(
-        ("kv",), _zeros, used=_qkv_bias,
+    "value/bias": Leaf(("kv",), _zeros, used=lambda c: c.bias or c.qkv_bias,
         gpt2=_gpt2("attn.c_attn.bias", 2, 3), llama=_llama("self_attn.v_proj.bias")),
-    "query_norm/scale": Leaf(("head_dim",), _ones, used=_qk_norm, llama=_llama("self_attn.q_norm.weight")),
-    "query_norm/bias": Leaf(("head_dim",), _zeros, used=lambda config: _qk_norm(config) and _layer_norm(config)),
-    "key_norm/scale": Leaf(("head_dim",), _ones, used=_qk_norm, llama=_llama("self_attn.k_norm.weight")),
-    "key_norm/bias": Leaf(("head_dim",), _zeros, used=lambda config: _qk_norm(config) and _layer_norm(config)),
-    "output/kernel": Leaf(
-        ("heads", "embed"), _residual_kernel, decay=True,
+    "query_norm/scale": Leaf(("head_dim",), _ones, used=lambda c: c.qk_norm, llama=_llama("self_attn.q_norm.weight")),
+    "query_norm/bias": Leaf(("head_dim",), _zeros, used=lambda c: c.qk_norm and c.norm == "layer"),
+    "key_norm/scale": Leaf(("head_dim",), _ones, used=lambda c: c.qk_norm, llama=_llama("self_attn.k_norm.weight")),
+    "key_norm/bias": Leaf(("head_dim",), _zeros, used=lambda c: c.qk_norm and c.norm == "layer"),
+    "output/kernel": Leaf(("heads", "embed"), _residual_kernel,
         gpt2=_gpt2("attn.c_proj.weight"), llama=_linear("self_attn.o_proj")),
-    "output/bias": Leaf(("width",), _zeros, used=_bias, gpt2=_gpt2("attn.c_proj.bias")),
-    "mlp_norm/scale": Leaf(
-        ("width",), _ones, gpt2=_gpt2("ln_2.weight"), llama=_llama("post_attention_layernorm.weight")),
-    "mlp_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=_gpt2("ln_2.bias")),
-    "gate/kernel": Leaf(("embed", "mlp"), _kernel, decay=True, used=_swiglu, llama=_linear("mlp.gate_proj")),
-    "gate/bias": Leaf(("mlp",), _zeros, used=lambda config: _swiglu(config) and _bias(config)),
-    "up/kernel": Leaf(
-        ("embed", "mlp"), _kernel, decay=True, gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
-    "up/bias": Leaf(("mlp",), _zeros, used=_bias, gpt2=_gpt2("mlp.c_fc.bias")),
-    "down/kernel": Leaf(
-        ("mlp", "embed"), _residual_kernel, decay=True,
+    "output/bias": Leaf(("width",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("attn.c_proj.bias")),
+    "mlp_norm/scale": Leaf(("width",), _ones,
+        gpt2=_gpt2("ln_2.weight"), llama=_llama("post_attention_layernorm.weight")),
+    "mlp_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=_gpt2("ln_2.bias")),
+    "gate/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: c.activation == "swiglu",
+        llama=_linear("mlp.gate_proj")),
+    "gate/bias": Leaf(("mlp",), _zeros, used=lambda c: c.activation == "swiglu" and c.bias),
+    "up/kernel": Leaf(("embed", "mlp"), _kernel, gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
+    "up/bias": Leaf(("mlp",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_fc.bias")),
+    "down/kernel": Leaf(("mlp", "embed"), _residual_kernel,
         gpt2=_gpt2("mlp.c_proj.weight"), llama=_linear("mlp.down_proj")),
-    "down/bias": Leaf(("width",), _zeros, used=_bias, gpt2=_gpt2("mlp.c_proj.bias")),
+    "down/bias": Leaf(("width",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_proj.bias")),
 }
 # The leaves of a decoder outside its blocks.
 OUTER: dict[str, Leaf] = {
-    "embedding": Leaf(
-        ("vocab", "embed"), _normal, decay=True,
+    "embedding": Leaf(("vocab", "embed"), _normal,
         gpt2=Place("transformer.wte.weight"), llama=Place("model.embed_tokens.weight")),
-    "positions": Leaf(
-        ("positions", "embed"), _normal, decay=True, used=lambda config: config.positions == "learned",
+    "positions": Leaf(("positions", "embed"), _normal, used=lambda c: c.positions == "learned",
         gpt2=Place("transformer.wpe.weight")),
-    "token_shift": Leaf(("width",), _half, used=lambda config: config.token_shift),
-    "final_norm/scale": Leaf(
-        ("width",), _ones, gpt2=Place("transformer.ln_f.weight"), llama=Place("model.norm.weight")),
-    "final_norm/bias": Leaf(("width",), _zeros, used=_layer_norm, gpt2=Place("transformer.ln_f.bias")),
-    "head": Leaf(
-        ("embed", "vocab"), _normal, decay=True, used=lambda config: not config.tied, gpt2=_LM_HEAD, llama=_LM_HEAD),
+    "token_shift": Leaf(("width",), _half, used=lambda c: c.token_shift),
+    "final_norm/scale": Leaf(("width",), _ones,
+        gpt2=Place("transformer.ln_f.weight"), llama=Place("model.norm.weight")),
+    "final_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=Place("transformer.ln_f.bias")),
+    "head": Leaf(("embed", "vocab"), _normal, used=lambda c: not c.tied, gpt2=_LM_HEAD, llama=_LM_HEAD),
 }
 # A guide's head: a V-type's is a token classifier's, a Q-type's a language model's.
 V_HEAD: dict[str, Leaf] = {
-    "head/kernel": Leaf(
-        ("embed", "outputs"), _zeros, decay=True,
+    "head/kernel": Leaf(("embed", "outputs"), _zeros,
         gpt2=Place("classifier.weight", transposed=True), llama=Place("score.weight", transposed=True)),
     "head/bias": Leaf(("outputs",), _zeros, gpt2=Place("classifier.bias"), llama=Place("score.bias")),
 }
 Q_HEAD: dict[str, Leaf] = {
-    "head/kernel": Leaf(("embed", "outputs"), _zeros, decay=True, gpt2=_LM_HEAD, llama=_LM_HEAD),
+    "head/kernel": Leaf(("embed", "outputs"), _zeros, gpt2=_LM_HEAD, llama=_LM_HEAD),
 }
 # Leaves beside a model's own while it is trained: heads of the future-token loss, a policy's value head.
 TRAINED_BESIDE: dict[str, Leaf] = {
-    "future": Leaf((None, "embed", "vocab"), decay=True),
-    "value_head/kernel": Leaf(("embed", None), decay=True),
+    "future": Leaf((None, "embed", "vocab")),
+    "value_head/kernel": Leaf(("embed", None)),
     "value_head/bias": Leaf((None,)),
 }
 # fmt: on
@@ -230,8 +200,8 @@ def _lora(kernel: Leaf) -> dict[str, Leaf]:
     """The parts of a LoRA beside a block's kernel: A reads what the kernel reads, B writes what it writes."""
     read, written = kernel.axes
     return {
-        "lora_a": Leaf((read, None), decay=True),
-        "lora_b": Leaf((None, written), decay=True),
+        "lora_a": Leaf((read, None)),
+        "lora_b": Leaf((None, written)),
         "lora_scale": Leaf(()),
     }
 

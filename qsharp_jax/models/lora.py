@@ -1,8 +1,8 @@
 """LoRA on a guide's trunk: each block kernel W [D, N] becomes W + scale * A B, and only A and B are learned.
 
-Hu et al., arXiv 2106.09685. A [L, D, R] and B [L, R, N] lie beside the kernels they belong to, so that the scan over
-layers, the names and the shardings are those of the trunk. x W + scale * (x A) B is computed, never the sum: neither it
-nor a gradient of W's size is made.
+Hu et al., arXiv 2106.09685. A [L, D, R] and B [L, R, N] lie beside their kernels, so the scan over layers, the names
+and the shardings are those of the trunk. The computation is x W + scale * (x A) B: neither the sum of the matrices nor
+a gradient of W's size is ever made.
 """
 
 import jax
@@ -20,7 +20,7 @@ def add(key: jax.Array, params: Params, rank: int, alpha: float) -> Params:
 
     Args:
       rank: R.
-      alpha: `scale` times the rank, so that a change of the rank leaves the learning rate.
+      alpha: `scale` times the rank, so that the learning rate need not change with the rank.
     """
     flat = flatten_dict(params)
     kernels = [path for path in flat if "layers" in path and path[-1] == "kernel"]
@@ -34,7 +34,7 @@ def add(key: jax.Array, params: Params, rank: int, alpha: float) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """What is learned (A, B, and all outside the trunk: the heads), and what is frozen."""
+    """The learned parameters (A, B, and the heads, which are outside the trunk), and the frozen ones."""
     flat = flatten_dict(params)
     learned = {path for path in flat if path[0] != "trunk" or path[-1] in LEARNED}
     return tuple(
@@ -49,17 +49,17 @@ def join(learned: Params, frozen: Params) -> Params:
 
 
 def part(x: jax.Array, leaves: Params) -> jax.Array:
-    """What the LoRA adds to a layer's x [..., D] @ W: scale * (x A) B [..., N], in x's dtype.
+    """The LoRA's addition to x [..., D] @ W of one layer: scale * (x A) B [..., N], in x's dtype.
 
     Args:
-      leaves: by the names of `LEAVES`, one layer's.
+      leaves: the layer's, by the names of `LEAVES`.
     """
     a, b = (leaves[name].astype(x.dtype) for name in LEARNED)
     return (x @ a) * leaves["lora_scale"].astype(x.dtype) @ b
 
 
 def merged(params: Params) -> Params:
-    """Parameters of the ordinary form: A B is added to every kernel and gone."""
+    """The parameters with scale * A B added to every kernel, and without a LoRA."""
     flat = flatten_dict(params)
     for path in [path for path in flat if path[-1] == "lora_a"]:
         a, b, scale = (flat.pop((*path[:-1], name)) for name in LEAVES)

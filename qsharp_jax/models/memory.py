@@ -1,4 +1,4 @@
-"""How much memory arrays will take, against what the devices have, before any is made. Knows nothing about models."""
+"""The memory that arrays will take, checked against what the devices have before any array is made."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ GB = 1e9
 
 
 def check_memory(parts: Mapping[str, Any], *, held: Mapping[str, Any] | None = None) -> None:
-    """That arrays still to be made fit on this process's devices.
+    """Check that arrays still to be made fit on this process' devices.
 
     Args:
-      parts: trees of `jax.ShapeDtypeStruct`s by what they are, such as {"the weights": ..., "the cache": ...}. A leaf
-        without a sharding is for the default device. Devices that are the host's own share its memory.
-      held: trees of what is there already, and so is no longer free: it is named beside the parts, not counted.
+      parts: trees of `jax.ShapeDtypeStruct`s by name, such as {"the weights": ..., "the cache": ...}. A leaf without a
+        sharding is for the default device. CPU devices share the host's memory.
+      held: trees of arrays that exist already: the message names them, the count does not include them.
 
     Raises:
       UserError: with the bytes of each part and what is free, in GB of 1e9 bytes.
@@ -51,7 +51,7 @@ def _words(parts: Mapping[str, Any], needs: Counter[tuple[jax.Device, str]], dev
 
 
 def available(device: jax.Device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the device does not say."""
+    """Bytes that can still be allocated on a device; None if the device does not report them."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
@@ -59,7 +59,7 @@ def available(device: jax.Device) -> int | None:
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
-    """Of one array on each device; CPU devices are all counted on the first."""
+    """Bytes of one array on each device; those of CPU devices are all counted on the first."""
     sizes: Counter[jax.Device] = Counter()
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(default_device())
     size = leaf.dtype.itemsize
@@ -71,6 +71,6 @@ def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
 
 
 def default_device() -> jax.Device:
-    """Where JAX puts arrays that are not told where to go."""
+    """The device on which JAX puts arrays by default."""
     device = jax.config.jax_default_device
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

@@ -73,7 +73,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Params) -> Params:
-    return jax.tree.map_with_path(lambda path, _: leaves.find(path).decay, params)
+    return jax.tree.map_with_path(lambda path, _: leaves.find(path).decays, params)
 
 
 def _is_block_matrix(params: Params) -> Params:

@@ -99,10 +99,10 @@ def test_loading_takes_no_more_than_the_weights_and_one_tensor(form, tmp_path):
     noise = np.random.default_rng(0).normal(size=2**20).astype(dtype)
 
     def tensor(name, shape):
-        return name, dtype, shape, lambda: np.resize(noise, shape)
+        return files.Tensor(name, dtype, shape, lambda: np.resize(noise, shape))
 
     try:
-        files.write(tmp_path, [tensor(*item) for item in expected.items()], largest_file=2 * 10**9)
+        files.write(tmp_path, files.split([tensor(*item) for item in expected.items()], largest_file=2 * 10**9))
         entries = configs.entries(BIG, "llama", classifier=False, tied=False, dtype="bfloat16")
         (tmp_path / "config.json").write_text(json.dumps(entries))
         done = run(MEASURE, tmp_path, form)

@@ -1,7 +1,6 @@
 """Hugging Face folders in and out: `load_ref`, `load_guide`, `load_trunk`, `export_ref`, `export_guide`.
 
-config.py (what config.json means), names.py (which tensor is which leaf), files.py (safetensors), load.py, export.py,
-card.py. It knows nothing about workdirs, tasks or prompts.
+Files: config.py (config.json), names.py (the tensor of each leaf), files.py (safetensors), load.py, export.py, card.py.
 """
 
 from qsharp_jax.models.hf.config import check_no_adapter

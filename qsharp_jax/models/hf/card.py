@@ -5,47 +5,28 @@ from typing import Any
 
 from qsharp_jax.models.value import ValueConfig
 
-_REF = """\
+_LOAD = """\
 Load it with `transformers`:
 
 ```python
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import {auto}, PreTrainedTokenizerFast
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+{name} = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
-```
+{use}```
 """
-
-_GUIDE_V = """\
-Load it with `transformers`:
-
-```python
-from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
-
-guide = AutoModelForTokenClassification.from_pretrained("path/to/this/folder")
-tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
-outputs = guide(**tokenizer("some text", return_tensors="pt")).logits  # [1, length, {outputs}]
-```
-
-`outputs` at a token parametrise the law of the reward that follows once that token has been appended and the reference
-model finishes the text: {meaning}.
+_OUTPUTS = """\
+outputs = guide(**tokenizer("some text", return_tensors="pt")).logits  # [1, length, {width}]
 """
-
-_GUIDE_Q = """\
-Load it with `transformers`:
-
-```python
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-guide = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
-outputs = guide(**tokenizer("some text", return_tensors="pt")).logits  # [1, length, vocabulary]
-```
-
-These are no logits of a next token. `outputs` at a position, for each token of the vocabulary, parametrise the law of
-the reward that follows once that token is appended there and the reference model finishes the text: {meaning}.
+_MEANING_V = """\
+`outputs` at a token parametrize the distribution of the reward that follows once that token has been appended and the
+reference model finishes the text: {meaning}.
 """
-
+_MEANING_Q = """\
+These are not logits of a next token. `outputs` at a position, for each token of the vocabulary, parametrize the
+distribution of the reward that follows once that token is appended there and the reference model finishes the text:
+{meaning}.
+"""
 _STEER = """\
 Steer the reference model with it, at any strength of guidance (a small eta is a strong one):
 
@@ -56,12 +37,13 @@ qsharp generate --ref path/to/the/reference --guide path/to/this/folder --eta 0.
 
 
 def ref(trained_on: str, metrics: Mapping[str, Any]) -> str:
-    """Of a reference model."""
-    return _card("Reference model", "A causal language model, exported by `qsharp`.", [_REF], trained_on, metrics)
+    """The card of a reference model."""
+    load = _LOAD.format(auto="AutoModelForCausalLM", name="model", use="")
+    return _card("Reference model", "A causal language model, exported by `qsharp`.", [load], trained_on, metrics)
 
 
 def guide(config: ValueConfig, trained_on: str, metrics: Mapping[str, Any]) -> str:
-    """Of a guide."""
+    """The card of a guide."""
     meaning = {
         "bernoulli": "the reward is 1 with probability `sigmoid(outputs)`, else 0",
         "scalar": "its mean is `outputs`",
@@ -71,8 +53,12 @@ def guide(config: ValueConfig, trained_on: str, metrics: Mapping[str, Any]) -> s
         "A value model that guides a frozen reference model while it decodes (Q#,"
         f" [arXiv 2502.20548](https://arxiv.org/abs/2502.20548)): {config.type.upper()}-type, {config.distribution}."
     )
-    load = (_GUIDE_V if config.type == "v" else _GUIDE_Q).format(outputs=config.outputs, meaning=meaning)
-    return _card("Guide", what, [load, _STEER], trained_on, metrics)
+    if config.type == "v":
+        auto, width, text = "AutoModelForTokenClassification", str(config.outputs), _MEANING_V
+    else:
+        auto, width, text = "AutoModelForCausalLM", "vocabulary", _MEANING_Q
+    load = _LOAD.format(auto=auto, name="guide", use=_OUTPUTS.format(width=width))
+    return _card("Guide", what, [load, text.format(meaning=meaning), _STEER], trained_on, metrics)
 
 
 def _card(title: str, what: str, sections: list[str], trained_on: str, metrics: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""Weights out: a folder that `transformers` loads with no code of ours, with tokenizer and model card.
+"""Weights out: a folder with tokenizer and model card that `transformers` loads without this package.
 
 A reference is a causal language model. A V-type guide is a token classifier whose outputs at a token are the guide's
-for that token; a Q-type guide is a causal language model whose logits are the guide's. What the outputs parametrise
-stands under "qsharp" in config.json.
+for that token; a Q-type guide is a causal language model whose logits are the guide's outputs. The entry "qsharp" in
+config.json says what the outputs parametrize.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 LARGEST_FILE = 5_000_000_000  # bytes of weights in one file
 PARTIAL = ".partial"  # what is being written, until all of it is
-# What an export may leave behind for the next one into the same folder to remove.
+# Files of an earlier export, which the next one into the same folder removes.
 _OURS = (
     "*.safetensors", files.INDEX, "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
@@ -48,14 +49,14 @@ def export_ref(
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Writes a reference as `AutoModelForCausalLM` and `PreTrainedTokenizerFast` load it, weights in their dtype.
+    """Write a reference as `AutoModelForCausalLM` and `PreTrainedTokenizerFast` load it, weights in their dtype.
 
     Args:
       model: in either form, stacked or unstacked.
       folder: new, empty, or an earlier export, which is replaced.
       tokenizer: saved along.
       stop_ids: tokens that end a response; by default the tokenizer's end of text.
-      trained_on: for the model card, what it was trained on, in Markdown.
+      trained_on: the model card's section on the training data, in Markdown.
       metrics: for the model card.
       largest_file: bytes of weights that one file may hold.
 
@@ -88,14 +89,14 @@ def export_guide(
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Writes a guide: a V-type as `AutoModelForTokenClassification` loads it, a Q-type as `AutoModelForCausalLM` does.
+    """Write a guide: a V-type as `AutoModelForTokenClassification` loads it, a Q-type as `AutoModelForCausalLM` does.
 
-    Arguments and errors as of `export_ref`; a Q-type with several outputs a token is refused.
+    Arguments and errors as of `export_ref`; a Q-type with several outputs per token is refused.
     """
     config = model.config
     if config.type == "q" and config.outputs > 1:
         raise UserError(
-            "a Q-type guide with several outputs a token has no form in transformers; fit a V-type one, or a Q-type"
+            "a Q-type guide with several outputs per token has no form in transformers; fit a V-type one, or a Q-type"
             " with a bernoulli or scalar distribution, to export it"
         )
     family = configs.family_of(config.trunk)
@@ -118,7 +119,7 @@ def export_guide(
 
 
 def _meaning(config: ValueConfig) -> dict[str, Any]:
-    """What a guide's outputs stand for."""
+    """The entry that says what a guide's outputs parametrize."""
     ends = {"bernoulli": (0.0, 1.0), "scalar": (None, None)}
     v_min, v_max = ends.get(config.distribution) or (config.atoms[0], config.atoms[-1])
     return {
@@ -131,7 +132,7 @@ def _meaning(config: ValueConfig) -> dict[str, Any]:
 
 
 def _special_tokens(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Ids for config.json, None written out: the classes' defaults are other models' tokens."""
+    """Ids for config.json. None is written out: the defaults of `transformers` are other models' tokens."""
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stops = sorted(set(map(int, stop_ids)))
     if stops:
@@ -140,7 +141,7 @@ def _special_tokens(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _dtype(params: Params) -> str:
-    """The widest that any weight is held in, so that nothing is rounded when all are loaded in one."""
+    """The widest dtype of any weight, so that nothing is rounded when all are loaded in one dtype."""
     return str(max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize))
 
 
@@ -149,7 +150,7 @@ def _dtype(params: Params) -> str:
 
 def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
     """Every tensor of the checkpoint, in the order of the layers; values are fetched when it is written."""
-    parts: dict[str, list[tuple[Place, jax.Array, int | None]]] = {}  # leaf, and the layer of it if it is stacked
+    parts: dict[str, list[tuple[Place, jax.Array, int | None]]] = {}  # leaves, and the layer of stacked ones
     for path, leaf in jax.tree.leaves_with_path(params):
         key, layer = names.split_layer(path)
         place = table[key]
@@ -159,21 +160,21 @@ def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
             for i in range(leaf.shape[0]):
                 parts.setdefault(place.name.format(i), []).append((place, leaf, i))
 
-    made = []
-    for name, held in parts.items():
-        place, leaf, layer = held[0]
+    tensors = []
+    for name, leaves in parts.items():
+        place, leaf, layer = leaves[0]
         shape = place.stored_shape(leaf.shape if layer is None else leaf.shape[1:])
-        made.append((name, np.dtype(leaf.dtype), shape, lambda held=held: _stored(held)))
-    return made
+        tensors.append(files.Tensor(name, np.dtype(leaf.dtype), shape, lambda leaves=leaves: _stored(leaves)))
+    return tensors
 
 
-def _stored(held: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
-    """One tensor as the checkpoint has it, from the leaves that it holds."""
+def _stored(leaves: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
+    """One tensor as the checkpoint has it, from the leaves that it holds side by side."""
     values = []
-    for place, leaf, layer in sorted(held, key=lambda each: each[0].part):
-        # Of a copy: an array whose parts are fetched from several devices keeps what it was put together to.
-        found = sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
-        values.append(found.T if place.transposed else found)
+    for place, leaf, layer in sorted(leaves, key=lambda entry: entry[0].part):
+        # A copy is fetched: an array on several devices would keep the host array that its parts were joined in.
+        part = sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
+        values.append(part.T if place.transposed else part)
     return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
 
 
@@ -189,19 +190,19 @@ def _export(
     largest_file: int,
     texts: Mapping[str, Any],
 ) -> None:
-    """Writes all files into a folder in the folder, then moves them out, config.json last: it marks a whole export."""
+    """Write all files into a folder in the folder, then move them out, config.json last: it marks a whole export."""
     folder = Path(folder)
     check_folder(folder)
-    tensors = sorted(_tensors(params, table), key=lambda tensor: -tensor[1].itemsize)  # the order of writing
-    if jax.process_index() > 0:
-        for *_, make in tensors:
-            make()  # every process takes part in fetching; the first writes
+    weights = files.split(_tensors(params, table), largest_file)
+    if jax.process_index() > 0:  # every process takes part in fetching, in the order of writing; the first writes
+        for tensor in itertools.chain.from_iterable(weights.values()):
+            tensor.make()
         return
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    files.write(partial, tensors, largest_file)
+    files.write(partial, weights)
     for name, content in texts.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         (partial / name).write_text(text, encoding="utf-8")
@@ -217,10 +218,10 @@ def _export(
 
 
 def check_folder(folder: str | Path) -> None:
-    """That an export may be written into a folder: for a caller who wants to know before long work.
+    """Check that an export may be written into a folder; to be called before long work.
 
     Raises:
-      UserError: if it is a file, or holds something else than an export of ours.
+      UserError: if it is a file, or holds anything but an earlier export.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

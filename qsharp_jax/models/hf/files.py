@@ -1,17 +1,19 @@
-"""Safetensors files of a folder: read slice by slice, written tensor by tensor. Knows nothing about models.
+"""Safetensors files of a folder: read slice by slice, written tensor by tensor.
 
 The format: 8 bytes with the header's length, the header in JSON (name -> dtype, shape, offsets), the tensors' bytes.
 """
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from qsharp_jax.system.errors import UserError
@@ -22,7 +24,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class Tensors(contextlib.AbstractContextManager):
-    """The tensors of a checkpoint's folder, one file or several.
+    """The tensors of a checkpoint's folder, in one file or several.
 
     Attributes:
       shapes: of every tensor, by name.
@@ -30,16 +32,14 @@ class Tensors(contextlib.AbstractContextManager):
     """
 
     def __init__(self, folder: Path):
-        """Reads the headers only.
+        """Read the headers only.
 
         Raises:
           UserError: for a missing, damaged or truncated file, and for weights that are not safetensors.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, str] = {}
-        self._places: dict[
-            str, tuple[BinaryIO, int]
-        ] = {}  # the open file that holds a tensor, and its first byte there
+        self._places: dict[str, tuple[BinaryIO, int]] = {}  # the open file that holds a tensor, and its first byte
         with contextlib.ExitStack() as files:  # closed again if any of them cannot be read
             for path in _paths(folder):
                 self._add(path, files)
@@ -65,8 +65,8 @@ class Tensors(contextlib.AbstractContextManager):
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor of one or two axes, in the dtype of the file; only its bytes are read.
 
-        The bytes are copied from the file: the pages of a file that is mapped would count as this process's memory, and
-        the library's own reading without a map (0.8) reads the whole tensor for each slice.
+        The bytes are copied from the file: the pages of a mapped file would count as this process' memory, and
+        `safetensors` (0.8) without a map reads the whole tensor for each slice.
         """
         file, place = self._places[name]
         shape, dtype = self.shapes[name], DTYPES[self.stored[name]]
@@ -88,7 +88,7 @@ class Tensors(contextlib.AbstractContextManager):
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The folder's weight files, all there."""
+    """The folder's weight files, checked to exist."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
@@ -115,64 +115,68 @@ def _paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-# A tensor to be written: name, dtype, shape, and what makes its values, called once, when its turn comes.
-Tensor = tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]
+# --- Writing --------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, tensors: Sequence[Tensor], largest_file: int) -> list[str]:
-    """Writes tensors into one file, or into shards with an index, holding one tensor in memory at a time.
+class Tensor(NamedTuple):
+    """A tensor to be written; `make` returns its values and is called once, when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def split(tensors: Sequence[Tensor], largest_file: int) -> dict[str, list[Tensor]]:
+    """Tensors by the name of their file, in the order of writing.
 
     Args:
-      folder: where there are none of these files yet.
-      tensors: in the order in which they are to be stored.
-      largest_file: bytes of tensors that one file may hold (one tensor may be larger).
-
-    Returns:
-      The names of the files.
+      largest_file: bytes of tensors that one file may hold; a larger tensor has a file of its own.
     """
-    shards: list[list[Tensor]] = [[]]
-    filled = total = 0
-    for tensor in tensors:
-        size = _size(tensor)
-        if shards[-1] and filled + size > largest_file:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
-        _write_file(folder / SINGLE, tensors)
-        return [SINGLE]
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard)
-    weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return [*names, INDEX]
+    # Wider numbers first, so that each tensor starts at a multiple of its numbers' width.
+    by_name = {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)}
+    files = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=largest_file,
+    ).filename_to_tensors
+    return {file: [by_name[name] for name in names] for file, names in files.items()}
 
 
-def _size(tensor: Tensor) -> int:
-    _, dtype, shape, _ = tensor
-    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+def write(folder: Path, files: Mapping[str, Sequence[Tensor]]) -> None:
+    """Write files of `split`, with an index if there are several, holding one tensor in memory at a time.
+
+    (`safetensors` writes a file from all of its tensors in memory.)
+    """
+    for name, tensors in files.items():
+        _write_file(folder / name, tensors)
+    if len(files) > 1:
+        total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
+        weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
-    tensors = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)  # so that each starts at a multiple of its width
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for tensor in tensors:
-        start, end = end, end + _size(tensor)
-        name, dtype, shape, _ = tensor
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + tensor.bytes
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
     with open(path, "wb") as file:
         file.write(len(words).to_bytes(8, "little") + words)
-        for name, dtype, shape, make in tensors:
-            values = np.ascontiguousarray(make())
-            if (values.dtype, values.shape) != (dtype, shape):
-                raise ValueError(f"{name} is {values.dtype}{values.shape}; {dtype}{shape} was announced")
+        for tensor in tensors:
+            values = np.ascontiguousarray(tensor.make())
             file.write(values.view(np.uint8).data if values.ndim else values.tobytes())
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,6 @@
-"""Weights in: a folder's tensors, one at a time, slice by slice, straight to where they are to lie.
+"""Weights in: a folder's tensors, read slice by slice straight to the devices that need them.
 
-Nothing is read before every name and shape has been compared and the memory counted. Beside the model itself the host
+Every name and shape is compared and the memory is counted before anything is read. Beside the model itself the host
 holds one leaf's slices at a time.
 """
 
@@ -26,21 +26,21 @@ from qsharp_jax.models.leaves import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.system.errors import UserError
 
-CHUNK = 4_000_000  # bytes read at once: a transposed copy of so little stays in the processor's cache
+CHUNK = 4_000_000  # bytes read at once; small enough to be transposed within the processor's cache
 THREADS = 8
 
 
 def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
-    """The shape of a folder's decoder, to be held and computed in "float32" or "bfloat16".
+    """The config of a folder's decoder, to be held and computed in "float32" or "bfloat16".
 
     Raises:
-      UserError: if its config.json is missing, damaged or of a model that is not computed here.
+      UserError: if its config.json is missing, damaged or describes a model that is not computed here.
     """
     return configs.read(folder, dtype).decoder
 
 
 def read_guide_config(folder: str | Path, dtype: str) -> ValueConfig:
-    """The shape of a folder's guide.
+    """The config of a folder's guide.
 
     Raises:
       UserError: as `read_config`, and if the folder holds no guide.
@@ -49,7 +49,7 @@ def read_guide_config(folder: str | Path, dtype: str) -> ValueConfig:
 
 
 def is_guide(folder: str | Path) -> bool:
-    """Whether a folder holds an exported guide, rather than a language model.
+    """Return true if a folder holds an exported guide rather than a language model.
 
     Raises:
       UserError: as `read_config`.
@@ -62,26 +62,25 @@ def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, sharding
 
     Args:
       folder: with config.json and safetensors.
-      dtype: in which weights are held and products computed, "float32" or "bfloat16", whatever the files hold.
+      dtype: of weights and products, "float32" or "bfloat16", whatever the files hold.
       unstacked: layers as a list, for decoding; otherwise stacked, for training.
-      shardings: a tree of `jax.sharding.Sharding` like the parameters, or the upper part of one (a single sharding is
-        for all of them); by default everything is put on the default device. Each process reads its own slices only.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default all is put on the
+        default device. Each process reads its own slices only.
 
     Raises:
-      UserError: for a config, files or tensors that are not what they should be, and for too little memory.
+      UserError: for a wrong config, wrong or damaged files, and too little memory.
     """
-    asked = _ref(folder, dtype)
-    return LanguageModel(_load(asked, unstacked, shardings), asked.config.decoder)
+    source = _ref(folder, dtype)
+    return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
 def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shardings: Any = None) -> LanguageModel:
     """A decoder to start a guide from, `value.init(key, ValueConfig(trunk.config, ...), trunk.params)`.
 
-    The folder may hold a language model or a guide; its head is left out, so the result predicts no tokens. Arguments
-    and errors as of `load_ref`.
+    The folder may hold a language model or a guide; its head is left out. Arguments and errors as of `load_ref`.
     """
-    asked = _trunk(folder, dtype)
-    return LanguageModel(_load(asked, unstacked, shardings), asked.config.decoder)
+    source = _trunk(folder, dtype)
+    return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
 def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> ValueModel:
@@ -89,34 +88,34 @@ def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardi
 
     Arguments and errors as of `load_ref`.
     """
-    asked = _guide(folder, dtype)
-    return ValueModel(_load(asked, unstacked, shardings), configs.guide(asked.config, folder))
+    source = _guide(folder, dtype)
+    return ValueModel(_load(source, unstacked, shardings), configs.guide(source.config, folder))
 
 
 def check_weights(folder: str | Path, what: str) -> None:
-    """That `load_ref`, `load_trunk` or `load_guide` will find what they need; the files' headers alone are read.
+    """Check what `load_ref`, `load_trunk` or `load_guide` check, but for the memory; only the files' headers are read.
 
     Args:
       what: "ref", "trunk" or "guide".
 
     Raises:
-      UserError: as they do, but for the memory.
+      UserError: as they do.
     """
     with _open({"ref": _ref, "trunk": _trunk, "guide": _guide}[what](folder, "float32")):
         pass
 
 
-# --- What is to be read ---------------------------------------------------------------------------------------------
+# --- Checks ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-    """What is asked of a folder.
+class _Source:
+    """A folder and what is to be read from it.
 
     Attributes:
       shapes: the tree of parameters, layers stacked.
-      table: where each of them lies.
-      heads_too: heads that the tree lacks may be in the folder.
+      table: the place of each leaf.
+      heads_too: the folder may hold heads that the tree lacks.
     """
 
     folder: Path
@@ -126,45 +125,45 @@ class _Asked:
     heads_too: bool = False
 
 
-def _ref(folder: str | Path, dtype: str) -> _Asked:
+def _ref(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     if config.classifier or "type" in config.qsharp:
         raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
-    return _Asked(Path(folder), config, decoder.abstract(config.decoder), names.decoder_places(config.family))
+    return _Source(Path(folder), config, decoder.abstract(config.decoder), names.decoder_places(config.family))
 
 
-def _trunk(folder: str | Path, dtype: str) -> _Asked:
+def _trunk(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     shapes = decoder.abstract(config.decoder)
     shapes.pop("head", None)
-    return _Asked(Path(folder), config, shapes, names.decoder_places(config.family), heads_too=True)
+    return _Source(Path(folder), config, shapes, names.decoder_places(config.family), heads_too=True)
 
 
-def _guide(folder: str | Path, dtype: str) -> _Asked:
+def _guide(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
-    made = configs.guide(config, folder)
-    return _Asked(Path(folder), config, value.abstract(made), names.guide_places(config.family, made.type))
+    guide = configs.guide(config, folder)
+    return _Source(Path(folder), config, value.abstract(guide), names.guide_places(config.family, guide.type))
 
 
 @contextlib.contextmanager
-def _open(asked: _Asked) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
-    """The folder's tensors and where each leaf lies among them, once all names and shapes have been compared."""
-    with Tensors(asked.folder) as tensors:
+def _open(source: _Source) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
+    """Open the folder's tensors, compare all names and shapes, and give the place of each leaf among them."""
+    with Tensors(source.folder) as tensors:
         # Checkpoints of the base model alone leave out its name.
-        prefix = names.PREFIX[asked.config.family]
+        prefix = names.PREFIX[source.config.family]
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
         table = {
-            path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in asked.table.items()
+            path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in source.table.items()
         }
-        expected = _expected(asked.shapes, table)
-        _check(asked.folder, asked.config, tensors, expected, table.get("embedding"), asked.heads_too)
+        expected = _expected(source.shapes, table)
+        _check(source, tensors, expected, table.get("embedding"))
         yield tensors, table
 
 
-def _load(asked: _Asked, unstacked: bool, shardings: Any) -> Params:
-    dtype = asked.config.decoder.compute_dtype
-    with _open(asked) as (tensors, table):
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), asked.shapes)
+def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
+    dtype = source.config.decoder.compute_dtype
+    with _open(source) as (tensors, table):
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), source.shapes)
         if unstacked:
             unstack = value.unstack if "trunk" in target else decoder.unstack
             target = jax.eval_shape(functools.partial(unstack, transposed=cpu_form.here()), target)
@@ -184,30 +183,26 @@ def _load(asked: _Asked, unstacked: bool, shardings: Any) -> Params:
 
 def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
     """Shapes that the tensors of a tree (layers stacked) have in a checkpoint, by name."""
-    made = {}
+    expected = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         key, _ = names.split_layer(path)
         place = table[key]
         if "{}" in place.name:
-            made |= {place.name.format(i): place.stored_shape(leaf.shape[1:]) for i in range(leaf.shape[0])}
+            expected |= {place.name.format(i): place.stored_shape(leaf.shape[1:]) for i in range(leaf.shape[0])}
         else:
-            made[place.name] = place.stored_shape(leaf.shape)
-    return made
+            expected[place.name] = place.stored_shape(leaf.shape)
+    return expected
 
 
 def _check(
-    folder: str | Path,
-    config: configs.FolderConfig,
-    tensors: Tensors,
-    expected: Mapping[str, tuple[int, ...]],
-    embedding: Place | None,
-    heads_too: bool,
+    source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None
 ) -> None:
-    """That the tensors are those of the config, in name, shape and dtype.
+    """Check that the tensors are those of the config, in name, shape and dtype.
 
     Raises:
       UserError: naming the first that is not.
     """
+    folder = source.folder
     missing = [name for name in expected if name not in tensors.shapes]
     if missing:
         raise UserError(
@@ -225,9 +220,9 @@ def _check(
                 f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; {', '.join(DTYPES)} can be read"
             )
     extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
-    if heads_too:
+    if source.heads_too:
         extra = [name for name in extra if name.partition(".")[0] not in ("lm_head", "score", "classifier")]
-    elif config.decoder.tied and embedding is not None and "lm_head.weight" in extra:
+    elif source.config.decoder.tied and embedding is not None and "lm_head.weight" in extra:
         if not _same(tensors, "lm_head.weight", embedding.name):
             raise UserError(
                 f"{folder} has a lm_head.weight that is not its embedding, though config.json says that they are tied;"
@@ -241,12 +236,12 @@ def _check(
         )
 
 
-def _and_others(found: list[str]) -> str:
-    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+def _and_others(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _same(tensors: Tensors, name: str, other: str) -> bool:
-    """Whether two tensors are equal, bit by bit."""
+    """Return true if two tensors are equal, bit by bit."""
     shape = tensors.shapes[name]
     if (shape, tensors.stored[name]) != (tensors.shapes[other], tensors.stored[other]):
         return False
@@ -271,7 +266,7 @@ def _read_leaf(
     stacked = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     for i in range(leaf.shape[0]):
         part = _read_array(tensors, place, i, leaf.shape[1:], leaf.dtype, _of_one_layer(sharding), pool)
-        # Waited for, or the host would read ahead of the device and hold more than one layer.
+        # Without waiting, the host would read ahead of the device and hold more than one layer.
         stacked = jax.block_until_ready(_set_layer(sharding)(stacked, part, i))
     return stacked
 
@@ -302,7 +297,7 @@ def _read_array(
     name, slices = place.name.format(layer), {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        # Devices that hold the same slice share one reading of it.
+        # Devices that hold the same slice share one read.
         bounds = tuple(dim.indices(size)[:2] for dim, size in zip(index, shape, strict=True))
         if bounds not in slices:
             slices[bounds] = _read_slice(tensors, place, name, shape, bounds, dtype, pool)
