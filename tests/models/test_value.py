@@ -64,13 +64,13 @@ def test_a_guide_from_pi_ref_takes_all_its_weights_but_the_output_head():
     assert "head" in ref, "the reference itself is left as it was"
 
 
-def test_a_guide_from_scratch_has_the_tree_of_one_from_pi_ref():
-    config = HEADS["q-categorical"]
-    ref = jax.eval_shape(lambda key: decoder.init(key, TRUNK), jax.random.key(0))
+@every_head
+def test_a_guide_from_scratch_has_the_tree_of_one_from_pi_ref_and_the_abstract_one(config):
+    ref = decoder.abstract(TRUNK)
     scratch = jax.eval_shape(lambda key: value.init(key, config), jax.random.key(0))
     from_ref = jax.eval_shape(lambda key, trunk: value.init(key, config, trunk), jax.random.key(0), ref)
-    assert jax.tree.structure(scratch) == jax.tree.structure(from_ref)
-    assert [leaf.shape for leaf in jax.tree.leaves(scratch)] == [leaf.shape for leaf in jax.tree.leaves(from_ref)]
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (scratch, from_ref, value.abstract(config))]
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 @pytest.mark.parametrize("name", ["q-bernoulli", "q-categorical"])
@@ -89,16 +89,3 @@ def test_some_tokens_of_a_q_type_are_columns_of_the_full_product(name):
     many = np.stack([np.random.default_rng(row).permutation(TRUNK.vocab_size)[:4] for row in range(2)])
     got = value.outputs_at(params, config, hidden[:, :1], many)  # one hidden state for all the tokens of a row
     np.testing.assert_allclose(got, [full[row, 0, many[row]] for row in range(2)], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(type="x"), r"value\.type is 'x'; it must be v or q"),
-        (dict(distribution="gaussian"), r"value\.distribution is 'gaussian'; it must be bernoulli, categorical or"),
-        (dict(distribution="categorical", atoms=(1.0,)), r"at least two value\.atoms"),
-    ],
-)
-def test_a_bad_config_is_refused_by_the_name_of_its_field(changes, message):
-    with pytest.raises(ValueError, match=message):
-        ValueConfig(TRUNK, **changes)

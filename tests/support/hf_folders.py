@@ -1,4 +1,4 @@
-"""Small random models to be written into folders of `transformers`, and what a call refuses."""
+"""Small configs of every family, random models of them, and the messages of refusals."""
 
 import dataclasses
 

@@ -153,7 +153,8 @@ def _open(source: _Source) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
         prefix = names.PREFIX[source.config.family]
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
         table = {
-            path: dataclasses.replace(place, name=place.name.removeprefix(strip)) for path, place in source.table.items()
+            path: dataclasses.replace(place, name=place.name.removeprefix(strip))
+            for path, place in source.table.items()
         }
         expected = _expected(source.shapes, table)
         _check(source, tensors, expected, table.get("embedding"))
