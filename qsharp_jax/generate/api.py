@@ -365,7 +365,7 @@ def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) 
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
         configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
-    memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), held=weights)
+    memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), existing=weights)
 
 
 def _check_vocabulary(ref: LanguageModel, guide: Guide, vocab_size: int) -> None:

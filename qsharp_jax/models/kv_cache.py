@@ -1,4 +1,4 @@
-"""The static key-value cache of decoding: one buffer a layer, one write index for all rows.
+"""The static key-value cache of decoding: one buffer per layer, one write index for all rows.
 
 Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
 A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed so that all end at the same position,

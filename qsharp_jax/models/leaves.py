@@ -23,7 +23,7 @@ Init = Callable[[jax.Array, tuple[int, ...], DecoderConfig], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a checkpoint stores a leaf, or one layer of it.
+    """The place of a leaf, or of one layer of it, in a checkpoint.
 
     A `Linear` of PyTorch is stored [out, in]; GPT-2's `Conv1D` is stored [in, out], with query, key and value side by
     side in one tensor.

@@ -12,13 +12,13 @@ from qsharp_jax.system.errors import UserError
 GB = 1e9
 
 
-def check_memory(parts: Mapping[str, Any], *, held: Mapping[str, Any] | None = None) -> None:
+def check_memory(parts: Mapping[str, Any], *, existing: Mapping[str, Any] | None = None) -> None:
     """Check that arrays still to be made fit on this process' devices.
 
     Args:
       parts: trees of `jax.ShapeDtypeStruct`s by name, such as {"the weights": ..., "the cache": ...}. A leaf without a
         sharding is for the default device. CPU devices share the host's memory.
-      held: trees of arrays that exist already: the message names them, the count does not include them.
+      existing: trees of arrays that are there already: the message names them, the count does not include them.
 
     Raises:
       UserError: with the bytes of each part and what is free, in GB of 1e9 bytes.
@@ -28,7 +28,7 @@ def check_memory(parts: Mapping[str, Any], *, held: Mapping[str, Any] | None = N
         total = sum(size for (other, _), size in needs.items() if other == device)
         free = available(device)
         if free is not None and total > free:
-            beside = f" beside {_words(held, _needs(held), device)}" if held else ""
+            beside = f" beside {_words(existing, _needs(existing), device)}" if existing else ""
             raise UserError(
                 f"{device.platform} {device.id} has {free / GB:.2f} GB of memory free{beside}, and"
                 f" {_words(parts, needs, device)} are needed on it; use bfloat16, a smaller batch, a shorter context or"

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh of devices: rules from logical to mesh axes, as data, and the shardings that follow.
+"""Shardings of weights, caches and rows over a mesh, from rules from logical to mesh axes as data.
 
 `leaves.py` gives the logical axes of every parameter, `CACHE` those of a cache; `DECODE` and `FIT` say which mesh axes
 divide each of them. `meshes.py` makes the meshes. An array's entries along its first axis are called rows where each

@@ -12,7 +12,7 @@ from qsharp_jax.models import attention
 
 
 def plain(query, key, value, segments):
-    """By the book, a head at a time, in the inputs' dtype."""
+    """Textbook attention, one head at a time, in the inputs' dtype."""
     length, heads = query.shape[1:3]
     share = heads // key.shape[2]
     mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])

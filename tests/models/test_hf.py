@@ -181,7 +181,7 @@ def test_configs_of_transformers_4_say_the_same(name, folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
 def test_a_context_before_the_scaling_beside_the_parameters_counts(name, folders, tmp_path):
-    """As in `transformers`, before the one among them; a model without that scaling has none."""
+    """It overrides the one among them, as in `transformers`; a model without that scaling has none."""
     folder = shutil.copytree(folders(name), tmp_path / name)
     change(folder, original_max_position_embeddings=96)
     assert hf.read_config(folder, "float32").rope_original_positions == 96

@@ -1,4 +1,4 @@
-"""Where a folder's bytes go: to sharded arrays slice by slice, and through no more memory than they need."""
+"""Loading a folder: into sharded arrays slice by slice, and through no more memory than needed."""
 
 import json
 import os

@@ -247,8 +247,8 @@ def test_a_mesh_that_does_not_fit_is_refused(refused, words):
 
 def test_unknown_axes_and_collisions_are_errors():
     mesh = mesh_of(data=2, tensor=2)
-    with pytest.raises(ValueError, match="unknown logical axes colour"):
-        sharding.spec(("batch", "colour"), DECODE, mesh)
+    with pytest.raises(ValueError, match="unknown logical axes color"):
+        sharding.spec(("batch", "color"), DECODE, mesh)
     with pytest.raises(ValueError, match="mesh axis tensor would divide two dimensions"):
         sharding.spec(("heads", "mlp"), DECODE, mesh)
     model = LanguageModel({"surprise": jax.ShapeDtypeStruct((2, 2), jnp.float32)}, abstract_ref().config)

@@ -1,4 +1,4 @@
-"""The decoder and the value model once more, in float64 numpy: the judge of `models/` and of `generate.py`.
+"""The decoder and the value model once more, in float64 numpy: the oracle of `models/` and of `generate/`.
 
 One unpadded sequence at a time, from its first token, without batch, mask, segments or cache. It takes the package's
 parameters (stacked) and reads its configs, and calls none of its code. Shapes: T tokens, D embed, E head_dim, V
@@ -16,17 +16,17 @@ def to_float64(params):
 
 def random_params(seed, init, config):
     """Float32 parameters of the shapes that `init(key, config)` gives, with noise on every leaf: no bias, norm scale or
-    head is at a value that hides it. (The package's own initialisers take ten seconds to compile.)
+    head is at a value that hides it. (The package's own initializers take ten seconds to compile.)
     """
     rng = np.random.default_rng(seed)
 
-    centres = {"scale": 1.0, "token_shift": 0.5}
+    centers = {"scale": 1.0, "token_shift": 0.5}
     scales = {"scale": 0.3, "token_shift": 0.3, "bias": 0.3, "embedding": 0.7, "positions": 0.7}
 
     def draw(path, leaf):
         name = path[-1].key
         scale = scales.get(name) or leaf.shape[-2] ** -0.5  # a matrix keeps the variance of what goes through it
-        return jnp.asarray(centres.get(name, 0) + scale * rng.normal(size=leaf.shape), jnp.float32)
+        return jnp.asarray(centers.get(name, 0) + scale * rng.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree.map_with_path(draw, jax.eval_shape(lambda key: init(key, config), jax.random.key(0)))
 
@@ -104,8 +104,8 @@ def feed_forward(layer, config, x):
 def norm(leaf, config, x):
     if config.norm == "rms":
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * leaf["scale"]
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    scaled = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + config.norm_eps)
+    centered = x - np.mean(x, axis=-1, keepdims=True)
+    scaled = centered / np.sqrt(np.mean(centered**2, axis=-1, keepdims=True) + config.norm_eps)
     return scaled * leaf["scale"] + leaf["bias"]
 
 
@@ -122,7 +122,7 @@ def softmax(x):
 
 
 def value_outputs(params, config, tokens, candidates):
-    """What a value head says of each candidate as the token after `tokens`, [K, M]."""
+    """A value head's outputs for each candidate as the token after `tokens`, [K, M]."""
     if config.type == "q":
         last = hidden(params["trunk"], config.trunk, tokens)[-1]
         return dense(params["head"], last).reshape(config.trunk.vocab_size, config.outputs)[candidates]

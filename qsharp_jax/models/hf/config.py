@@ -205,7 +205,7 @@ def check_no_adapter(folder: str | Path) -> None:
 
 
 def _unsupported(hf: Any, family: str) -> str | None:
-    """What in a config changes the mathematics and is not computed here."""
+    """The part of a config that changes the mathematics and is not computed here."""
     if getattr(hf, "is_causal", True) not in (True, None):
         return "is_causal is false"
     if reason := _window(hf):
@@ -224,7 +224,7 @@ def _unsupported(hf: Any, family: str) -> str | None:
 
 
 def _window(hf: Any) -> str | None:
-    """How a config limits attention to the last tokens; None where it does not within the model's positions."""
+    """A config's limit of attention to the last tokens; None if it has none within the model's positions."""
     kinds = getattr(hf, "layer_types", None)
     window = getattr(hf, "sliding_window", None)
     if kinds is None:  # the caches of `transformers` then follow these two fields
