@@ -6,6 +6,7 @@ folders (`hf/names.py`). To add a leaf, add its entry here and the line that com
 """
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -228,7 +229,7 @@ _LORA = {
     if path.endswith("/kernel")
     for name, part in _lora(leaf).items()
 }
-_ALL = BLOCK | OUTER | V_HEAD | TRAINED_BESIDE | TRANSPOSED_BLOCK | TRANSPOSED_OUTER | _LORA
+_ALL = ChainMap(BLOCK, OUTER, V_HEAD, TRAINED_BESIDE, TRANSPOSED_BLOCK, TRANSPOSED_OUTER, _LORA)
 
 
 # --- Reading the table ----------------------------------------------------------------------------------------------
