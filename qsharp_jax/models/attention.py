@@ -4,7 +4,7 @@ Shapes: B batch, T length, H heads, G kv heads, E head_dim.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,30 +72,33 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
 def _splash_under_mesh(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
     """Give every device its own rows and heads: under a mesh the compiler does not divide the kernel."""
     heads, kv_heads = query.shape[2], key.shape[2]
-    arrays = [x.transpose(0, 2, 1, 3) for x in (query * query.shape[-1] ** -0.5, key, value)]  # [B, H or G, T, E]
+    query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, H, T, E]
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, G, T, E]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _splash_of_device(*arrays, segments).transpose(0, 2, 1, 3)
+        return _splash_of_device(query, key, value, segments).transpose(0, 2, 1, 3)
     rules = sharding.rules_of(mesh)
     of_heads = sharding.spec(("batch", "heads", None, None), rules, mesh)
     if kv_heads % mesh.shape.get("tensor", 1):  # then each device's queries come with their own keys
-        arrays[1:] = [jnp.repeat(x, heads // kv_heads, axis=1) for x in arrays[1:]]
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
     attend = jax.shard_map(
         _splash_of_device,
         in_specs=(*[of_heads] * 3, sharding.spec(("batch", None), rules, mesh)),
         out_specs=of_heads,
         check_vma=False,
     )
-    return attend(*arrays, segments).transpose(0, 2, 1, 3)
+    return attend(query, key, value, segments).transpose(0, 2, 1, 3)
 
 
 def _splash_of_device(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
     heads, length = query.shape[1:3]
     tile = next(tile for tile in SPLASH_TILES if length % tile == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes: dict[str, Any] = dict.fromkeys(
+        ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), tile
+    )
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
-        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(names, tile)),
+        block_sizes=splash_attention.BlockSizes(**sizes),
     )
     return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segments, segments))
 

@@ -114,8 +114,8 @@ def _llama3(embed: int, layers: int, heads: int, head_dim: int, mlp: int, tied: 
     )  # fmt: skip
 
 
-def _llama31(*shape: int, factor: float, tied: bool = False) -> dict:
-    return _llama3(*shape, tied=tied) | dict(max_positions=131_072, rope_factor=factor)
+def _llama31(shape: dict, factor: float) -> dict:
+    return shape | dict(max_positions=131_072, rope_factor=factor)
 
 
 def _qwen25(vocab_size: int, embed: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool) -> dict:
@@ -141,10 +141,10 @@ SIZES = {
     "llama3-3b": _llama3(3072, 28, 24, 128, 8192, tied=True),
     "llama3-8b": _llama3(4096, 32, 32, 128, 14_336),
     "llama3-70b": _llama3(8192, 80, 64, 128, 28_672),
-    "llama3.1-8b": _llama31(4096, 32, 32, 128, 14_336, factor=8.0),
-    "llama3.1-70b": _llama31(8192, 80, 64, 128, 28_672, factor=8.0),
-    "llama3.2-1b": _llama31(2048, 16, 32, 64, 8192, factor=32.0, tied=True),
-    "llama3.2-3b": _llama31(3072, 28, 24, 128, 8192, factor=32.0, tied=True),
+    "llama3.1-8b": _llama31(_llama3(4096, 32, 32, 128, 14_336), factor=8.0),
+    "llama3.1-70b": _llama31(_llama3(8192, 80, 64, 128, 28_672), factor=8.0),
+    "llama3.2-1b": _llama31(_llama3(2048, 16, 32, 64, 8192, tied=True), factor=32.0),
+    "llama3.2-3b": _llama31(_llama3(3072, 28, 24, 128, 8192, tied=True), factor=32.0),
     "qwen2.5-1.5b": _qwen25(151_936, 1536, 28, 12, 2, 8960, tied=True),
     "qwen2.5-7b": _qwen25(152_064, 3584, 28, 28, 4, 18_944, tied=False),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),

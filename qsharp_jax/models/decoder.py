@@ -29,8 +29,7 @@ Remat = Literal["none", "dots", "full"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-@flax.struct.dataclass
-class LanguageModel:
+class LanguageModel(flax.struct.PyTreeNode):
     """Weights and their shape. `params["layers"]` is stacked, or a list of layers after `unstack`."""
 
     params: Params
@@ -101,7 +100,7 @@ def unstack(params: Params, *, transposed: bool = False) -> Params:
 # --- Modules --------------------------------------------------------------------------------------------------------
 
 
-def _norm(params: Params, name: str, config: DecoderConfig, x: jax.Array) -> jax.Array:
+def _norm(params: Params, name: str, config: DecoderConfig, x: jax.Array) -> Any:
     if config.norm == "rms":
         module: nn.Module = nn.RMSNorm(epsilon=config.norm_eps, dtype=config.compute_dtype)
     else:
@@ -203,7 +202,7 @@ def _frequencies(config: DecoderConfig) -> np.ndarray:
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     turns = config.rope_original_positions * frequencies / (2 * np.pi)  # in the context before the scaling
     kept = np.clip((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq), 0, 1)
-    return np.float32(frequencies * (kept + (1 - kept) / config.rope_factor))
+    return (frequencies * (kept + (1 - kept) / config.rope_factor)).astype(np.float32)
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:

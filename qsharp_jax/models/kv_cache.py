@@ -20,20 +20,21 @@ from qsharp_jax.models.config import DecoderConfig
 VALUE_AXIS = -2  # of the positions in a buffer of values
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Attributes:
-    keys, values: a [B, G, S, E] buffer per layer; [G, S, E] within a loop over one row, see `cpu_form.without_rows`.
-    start: [B] int32, position of each row's first token.
-    index: int32 scalar, the next position to be written.
-    ring: positions wrap around at S; a row must not be longer.
-    positions_last: the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`.
+class KVCache(flax.struct.PyTreeNode):
+    """Buffers of keys and values, and the positions that they hold.
+
+    Attributes:
+      keys, values: a [B, G, S, E] buffer per layer; [G, S, E] within a loop over one row, see `cpu_form.without_rows`.
+      start: [B] int32, position of each row's first token.
+      index: int32 scalar, the next position to be written.
+      ring: positions wrap around at S; a row must not be longer.
+      positions_last: the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`.
     """
 
-    keys: list[jax.Array]
-    values: list[jax.Array]
-    start: jax.Array
-    index: jax.Array
+    keys: list[Any]
+    values: list[Any]
+    start: Any
+    index: Any
     ring: bool = flax.struct.field(pytree_node=False, default=False)
     positions_last: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -147,7 +148,8 @@ def write_pair(
     axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
 ) -> tuple[jax.Array, jax.Array]:
     """A layer's keys and values with [B, 1, G, E] of each at position `index` of every row; axes as `KVCache.axes`."""
-    return tuple(write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
+    keys, values = (write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
+    return keys, values
 
 
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:

@@ -22,6 +22,10 @@ Axes = tuple[str | None, ...]  # one logical axis per dimension; None is never d
 Init = Callable[[jax.Array, tuple[int, ...], DecoderConfig], jax.Array]
 
 
+def _made_elsewhere(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    raise NotImplementedError("this leaf is made by what trains it")
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """The place of a leaf, or of one layer of it, in a checkpoint.
@@ -52,13 +56,13 @@ class Leaf:
 
     Attributes:
       axes: logical axes, without the layers' axis that stacked leaves begin with.
-      init: draws its initial values; None for leaves that come from elsewhere.
+      init: draws its initial values, of leaves that `init` of a model makes.
       used: whether a decoder of this config has it.
       gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none.
     """
 
     axes: Axes
-    init: Init | None = None
+    init: Init = _made_elsewhere
     used: Callable[[DecoderConfig], bool] = lambda config: True
     gpt2: Place | None = None
     llama: Place | None = None
@@ -69,7 +73,7 @@ class Leaf:
         return len(self.axes) > 1
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[axis] for axis in self.axes)
+        return tuple(sizes[axis] for axis in self.axes if axis is not None)
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:

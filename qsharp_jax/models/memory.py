@@ -72,5 +72,5 @@ def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
 
 def default_device() -> jax.Device:
     """The device on which JAX puts arrays by default."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]

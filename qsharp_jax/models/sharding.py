@@ -18,11 +18,11 @@ from qsharp_jax.models import leaves
 from qsharp_jax.models.leaves import Axes
 from qsharp_jax.system.errors import UserError
 
-Rules = Mapping[str, tuple[str, ...]]
+Rules = dict[str, tuple[str, ...]]
 
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
-_UNDIVIDED: Rules = dict.fromkeys(("layers", "positions", "width", "head_dim"), ())
+_UNDIVIDED: Rules = {"layers": (), "positions": (), "width": (), "head_dim": ()}
 # `stream` is the batch of the residual stream, `rows` the batch where one device has a row's whole vocabulary.
 DECODE: Rules = {
     "batch": ("data", "attention_data"),
@@ -286,7 +286,7 @@ def _whole_rows(rows: int, mesh: Any) -> PartitionSpec:
 
 def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
     """The number of parts into which the mesh divides a logical axis."""
-    return math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
+    return 1 if axis is None else math.prod(mesh.shape[a] for a in rules.get(axis, ()) if a in mesh.shape)
 
 
 def _units(trunk: Any) -> dict[str, int]:
@@ -329,8 +329,8 @@ def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, uni
         raise ValueError(f"an array of shape {tuple(shape)} has axes {axes}")
     divided: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        pieces = units.get(axis, size)
-        if pieces % _parts(axis, rules, mesh) == 0:
+        pieces = size if axis is None else units.get(axis, size)
+        if axis is None or pieces % _parts(axis, rules, mesh) == 0:
             divided.append(axis)
         elif axis in WHOLE_IF_UNEVEN:
             divided.append(None)

@@ -52,8 +52,7 @@ class ValueConfig:
         return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
 
 
-@flax.struct.dataclass
-class ValueModel:
+class ValueModel(flax.struct.PyTreeNode):
     """Weights {"trunk", "head"} and their shape."""
 
     params: Params

@@ -117,7 +117,7 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
         raise UserError(f"{path}: {name} is set, which is not supported")
     try:
         hf = AutoConfig.for_model(**entries)
-        labels = hf.num_labels
+        labels = hf.num_labels or 0
     except Exception as error:  # the checks of each field raise many types
         words = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({words[:200]}); download it again") from None
@@ -247,7 +247,7 @@ def _rope(hf: Any) -> dict[str, Any]:
 
 
 def _decoder(hf: Any, family: str, dtype: str) -> DecoderConfig:
-    fields = {ours: getattr(hf, theirs, None) for theirs, ours in _FIELDS[family].items()}
+    fields: dict[str, Any] = {ours: getattr(hf, theirs, None) for theirs, ours in _FIELDS[family].items()}
     fields["norm_eps"] = float(fields["norm_eps"])
     if family == "gpt2":
         if hf.n_embd % hf.n_head:

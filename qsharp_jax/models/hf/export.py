@@ -5,6 +5,7 @@ for that token; a Q-type guide is a causal language model whose logits are the g
 config.json says what the outputs parametrize.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -164,7 +165,7 @@ def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
     for name, leaves in parts.items():
         place, leaf, layer = leaves[0]
         shape = place.stored_shape(leaf.shape if layer is None else leaf.shape[1:])
-        tensors.append(files.Tensor(name, np.dtype(leaf.dtype), shape, lambda leaves=leaves: _stored(leaves)))
+        tensors.append(files.Tensor(name, np.dtype(leaf.dtype), shape, functools.partial(_stored, leaves)))
     return tensors
 
 

@@ -79,7 +79,7 @@ class Tensors(contextlib.AbstractContextManager):
         else:
             pieces = [(out[i], (row + i) * width + first) for i in range(len(out))]
         for piece, start in pieces:
-            done = os.preadv(file.fileno(), [piece.view(np.uint8)], place + start * dtype.itemsize)
+            done = os.preadv(file.fileno(), [piece.view(np.uint8).data], place + start * dtype.itemsize)
             if done != piece.nbytes:
                 raise UserError(
                     f"{file.name} ended in the middle of {name}, though it was whole before; download it again"

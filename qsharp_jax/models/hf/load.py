@@ -184,7 +184,7 @@ def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
 
 def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
     """Shapes that the tensors of a tree (layers stacked) have in a checkpoint, by name."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         key, _ = names.split_layer(path)
         place = table[key]
@@ -249,7 +249,8 @@ def _same(tensors: Tensors, name: str, other: str) -> bool:
     rows = max(1, CHUNK // (4 * shape[-1]))
     pieces = [(slice(i, i + rows), slice(None)) for i in range(0, shape[0], rows)]
     return all(
-        np.array_equal(*(tensors.read(each, piece).view(np.uint8) for each in (name, other))) for piece in pieces
+        np.array_equal(tensors.read(name, piece).view(np.uint8), tensors.read(other, piece).view(np.uint8))
+        for piece in pieces
     )
 
 
@@ -297,7 +298,7 @@ def _read_array(
 ) -> jax.Array:
     name, slices = place.name.format(layer), {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         # Devices that hold the same slice share one read.
         bounds = tuple(dim.indices(size)[:2] for dim, size in zip(index, shape, strict=True))
         if bounds not in slices:
