@@ -16,12 +16,12 @@ def plain(query, key, value, segments):
     length, heads = query.shape[1:3]
     share = heads // key.shape[2]
     mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
-    found = []
+    attended = []
     for head in range(heads):
         scores = jnp.einsum("bqe,bke->bqk", query[:, :, head], key[:, :, head // share]) * query.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-        found.append(jnp.einsum("bqk,bke->bqe", weights, value[:, :, head // share]))
-    return jnp.stack(found, axis=2)
+        attended.append(jnp.einsum("bqk,bke->bqe", weights, value[:, :, head // share]))
+    return jnp.stack(attended, axis=2)
 
 
 def inputs(length, heads, kv_heads, size, seed=0):
@@ -69,31 +69,31 @@ def test_splash_attention_is_the_plain_einsum(kv_heads, monkeypatch):
     compare("splash", 256, 2, kv_heads, 16, 2e-5)
 
 
-def test_what_cudnn_is_asked_for(monkeypatch):
-    """It cannot run here, so the same call is given to XLA: causal, with the segments as a mask where rows are packed."""
-    asked = []
+def test_the_call_of_cudnn(monkeypatch):
+    """It cannot run here, so XLA gets the same call: causal, with the segments as a mask where rows are packed."""
+    calls = []
     real = jax.nn.dot_product_attention
 
     def spy(*arguments, implementation, **options):
-        asked.append((implementation, options["mask"] is not None))
+        calls.append((implementation, options["mask"] is not None))
         return real(*arguments, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     compare("cudnn", 12, 4, 2, 8, 2e-6, packed=True)
-    assert set(asked) == {("cudnn", True)}
+    assert set(calls) == {("cudnn", True)}
     # A row of one segment needs no mask: what stands behind it is not seen.
     arguments, _, _ = inputs(12, 4, 2, 8)
     segments = np.asarray([[1] * 12, [1] * 9 + [0] * 3], np.int32)
-    found = attention.make("cudnn", segments, packed=False)(*arguments)
-    np.testing.assert_allclose(found[segments > 0], plain(*arguments, segments)[segments > 0], atol=2e-6)
-    assert asked[-1] == ("cudnn", False)
+    actual = attention.make("cudnn", segments, packed=False)(*arguments)
+    np.testing.assert_allclose(actual[segments > 0], plain(*arguments, segments)[segments > 0], atol=2e-6)
+    assert calls[-1] == ("cudnn", False)
 
 
 def test_blocks_in_bfloat16_lose_no_more_than_bfloat16_does():
     """Scores, exponentials' sums and mixed values are float32 before they are rounded."""
     arguments, _, segments = inputs(200, 4, 2, 32)
     half = [x.astype(jnp.bfloat16) for x in arguments]
-    found = attention.make("blocks", segments)(*half)
+    actual = attention.make("blocks", segments)(*half)
     exact = plain(*(x.astype(jnp.float32) for x in half), segments)
-    assert found.dtype == jnp.bfloat16
-    assert np.abs(np.float32(found) - exact)[segments > 0].max() < 0.02
+    assert actual.dtype == jnp.bfloat16
+    assert np.abs(np.float32(actual) - exact)[segments > 0].max() < 0.02

@@ -62,12 +62,12 @@ def decoded(ref, guide, **changes):
     return {name: np.nan_to_num(getattr(made, name), nan=-9).tolist() for name in names}
 
 
-def main(*meshes: str):
+def main(*names: str):
     """Prints a JSON object: by variant, what one device gives and what each mesh does."""
     ref, guide = models()
     variants = {"own": {}, "packed": dict(candidate_slots=2)}
-    found = {variant: {"one device": decoded(ref, guide, **changes)} for variant, changes in variants.items()}
-    for name in meshes:
+    results = {variant: {"one device": decoded(ref, guide, **changes)} for variant, changes in variants.items()}
+    for name in names:
         sizes = MESHES[name]
         devices = jax.devices()[: np.prod(list(sizes.values()))]
         mesh = meshes.make_mesh(sizes, DECODE, devices)
@@ -75,8 +75,8 @@ def main(*meshes: str):
         with jax.set_mesh(mesh):
             for variant, changes in variants.items():
                 if (variant, name) in CASES:
-                    found[variant][name] = decoded(*placed, **changes)
-    print(json.dumps(found))
+                    results[variant][name] = decoded(*placed, **changes)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
@@ -86,38 +86,38 @@ if __name__ == "__main__":
 # --- In the tests ---------------------------------------------------------------------------------------------------
 
 
-def decoded_elsewhere(*meshes: str) -> dict:
+def decoded_elsewhere(*names: str) -> dict:
     path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
     environment = os.environ | quick | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fake_devices(8), "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, __file__, *meshes], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def found():
+def results():
     return decoded_elsewhere(*{mesh for _, mesh in QUICK})
 
 
 @pytest.fixture(scope="module")
-def found_slowly():
+def slow_results():
     return decoded_elsewhere(*{mesh for _, mesh in SLOW})
 
 
 @pytest.mark.parametrize("variant, mesh", QUICK)
-def test_a_mesh_decodes_what_one_device_does(found, variant, mesh):
-    check(found, variant, mesh)
+def test_a_mesh_decodes_what_one_device_does(results, variant, mesh):
+    check(results, variant, mesh)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant, mesh", SLOW)
-def test_smaller_meshes_decode_what_one_device_does(found_slowly, variant, mesh):
-    check(found_slowly, variant, mesh)
+def test_smaller_meshes_decode_what_one_device_does(slow_results, variant, mesh):
+    check(slow_results, variant, mesh)
 
 
-def check(found, variant, mesh):
-    expected, actual = found[variant]["one device"], found[variant][mesh]
+def check(results, variant, mesh):
+    expected, actual = results[variant]["one device"], results[variant][mesh]
     for name in ("tokens", "lengths", "dropped"):
         assert actual[name] == expected[name], name
     for name in ("log_probs", "ref_log_probs", "kl", "kl_truncated", "values"):
