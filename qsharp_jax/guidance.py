@@ -172,7 +172,7 @@ def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
     chex.assert_shape(weights, (len(parts[0]), len(parts)))
     chex.assert_equal_shape(parts)
     across = (-1, *(1,) * (parts[0].ndim - 1))
-    return sum(weights[:, g].reshape(across) * part for g, part in enumerate(parts))
+    return jnp.asarray(sum(weights[:, g].reshape(across) * part for g, part in enumerate(parts)))
 
 
 def tilt(

@@ -31,9 +31,9 @@ MODES = ("qsharp", "cd", "expectation")
 
 Numbers = float | Sequence[float] | np.ndarray  # one number, or one per row
 
-ETA = Rule(lambda v: is_number(v) and np.float32(v) >= np.float32(LEAST_ETA), f"a number, at least {LEAST_ETA:g}")
+ETA = Rule(lambda v: is_number(v) and bool(np.float32(v) >= np.float32(LEAST_ETA)), f"a number, at least {LEAST_ETA:g}")
 TEMPERATURE = Rule(
-    lambda v: is_number(v) and (v == 0 or np.float32(LEAST_TEMPERATURE) <= np.float32(v) < np.inf),
+    lambda v: is_number(v) and bool(v == 0 or np.float32(LEAST_TEMPERATURE) <= np.float32(v) < np.inf),
     f"0, which is greedy, or a finite number, at least {LEAST_TEMPERATURE:g}",
 )
 FINITE = Rule(lambda v: is_number(v) and math.isfinite(v), "a finite number")

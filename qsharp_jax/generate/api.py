@@ -368,7 +368,7 @@ def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) 
     memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), existing=weights)
 
 
-def _check_vocabulary(ref: LanguageModel, guide: Guide, vocab_size: int) -> None:
+def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, vocab_size: int) -> None:
     # Embeddings of one vocabulary may be padded to different sizes.
     theirs, guides = ref.config.vocab_size, value.trunk(guide).config.vocab_size
     if vocab_size > min(theirs, guides):

@@ -1,7 +1,7 @@
 """What a decode loop carries, what it is told, and what it gives back. Shapes: B rows, N new tokens, K candidates."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 import flax.struct
 import jax
@@ -14,11 +14,12 @@ from qsharp_jax.models.value import ValueModel
 
 RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
 
+Array = Any  # of jax in the loop, of numpy on the host; None for what is not there
 # Value models may be several, which are composed; a policy of its own may be in their place. See `generate`.
 Guide = ValueModel | tuple[ValueModel, ...] | LanguageModel
 
 
-def gives_values(guide: Guide | None) -> bool:
+def gives_values(guide: Guide | None) -> TypeGuard[ValueModel | tuple[ValueModel, ...]]:
     """Whether it is of value models, which tilt the reference."""
     return isinstance(guide, ValueModel | tuple)
 
@@ -48,49 +49,46 @@ class Settings:
     record: tuple[str, ...] = RECORDED
 
 
-@flax.struct.dataclass
-class Controls:
+class Controls(flax.struct.PyTreeNode):
     """One entry a row [B]: arrays, so that one program serves a sweep over any of them."""
 
-    eta: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    threshold: jax.Array  # least reference probability of a candidate that may have a shared slot
-    budget: jax.Array  # tokens that the row may have
-    seed: jax.Array
-    weights: jax.Array | None = None  # [B, G], of G guides that are composed; None where there is one
+    eta: Array
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    threshold: Array  # least reference probability of a candidate that may have a shared slot
+    budget: Array  # tokens that the row may have
+    seed: Array
+    weights: Array = None  # [B, G], of G guides that are composed; None where there is one
 
 
-@flax.struct.dataclass
-class Record:
+class Record(flax.struct.PyTreeNode):
     """What is kept of each step, [B] in a step and [B, N] over the loop; None for what is not recorded.
 
     `value` is the guide's mean at the new token (nan where it scored only other tokens), `pending_value` at the token
     before it.
     """
 
-    token: jax.Array
-    log_prob: jax.Array | None = None
-    ref_log_prob: jax.Array | None = None
-    kl: jax.Array | None = None
-    kl_truncated: jax.Array | None = None
-    value: jax.Array | None = None
-    pending_value: jax.Array | None = None
+    token: Array
+    log_prob: Array = None
+    ref_log_prob: Array = None
+    kl: Array = None
+    kl_truncated: Array = None
+    value: Array = None
+    pending_value: Array = None
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """The loop's carry. The pending token is chosen but not yet seen by the models; `previous` came before it."""
 
     ref_cache: KVCache
     guide_cache: Any  # a KVCache, a tuple of them for several guides, or None
-    pending: jax.Array  # [B]
-    previous: jax.Array  # [B]
-    length: jax.Array  # [B] tokens generated, the stop token among them
-    stopped: jax.Array  # [B] ended by a stop token
-    dropped: jax.Array  # [B] candidates for which there was no shared slot, over all steps
-    step: jax.Array
+    pending: Array  # [B]
+    previous: Array  # [B]
+    length: Array  # [B] tokens generated, the stop token among them
+    stopped: Array  # [B] ended by a stop token
+    dropped: Array  # [B] candidates for which there was no shared slot, over all steps
+    step: Array
     record: Record  # [B, N]
 
     def active(self, controls: Controls) -> jax.Array:

@@ -238,10 +238,11 @@ def score(
     def composed(leaves: Sequence[jax.Array]) -> jax.Array:
         return guidance.compose(leaves, controls.weights)
 
+    of_all = [part.of_all for part in parts if part.of_all is not None]
     return Scores(
         log_weights=composed([part.log_weights for part in parts]),
         others=composed([part.others for part in parts]),
-        of_all=None if parts[0].of_all is None else composed([part.of_all for part in parts]),
+        of_all=composed(of_all) if of_all else None,
         mean_of=lambda token: composed([part.mean_of(token) for part in parts]),
         pending_value=composed([part.pending_value for part in parts]),
         cache=tuple(part.cache for part in parts),
@@ -267,7 +268,7 @@ def score_by_one(
         hidden, cache = see()
         scored = distribution(value.outputs_at(params, config, hidden, candidates))
 
-        def mean_of(token: jax.Array) -> jax.Array:
+        def mean_of_any(token: jax.Array) -> jax.Array:
             return distribution(value.outputs_at(params, config, hidden, token[:, None])).mean()[:, 0]
 
         of_all = None
@@ -275,7 +276,7 @@ def score_by_one(
             outputs = value.outputs_of_all(params, config, hidden[:, 0])[:, : settings.vocab_size]
             of_all = sharding.whole_rows(weigh(distribution(outputs)))
         unknown = jnp.full(state.pending.shape, jnp.nan, jnp.float32)
-        return Scores(weigh(scored), others, of_all, mean_of, unknown, cache)
+        return Scores(weigh(scored), others, of_all, mean_of_any, unknown, cache)
 
     hidden, cache = see(candidates, packing)
     outputs = value.outputs(params, config, hidden)  # [B, 1 + K, M]

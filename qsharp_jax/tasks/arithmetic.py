@@ -203,7 +203,7 @@ def _response(rng: random.Random, opening: int, events: _Events, error_scale: fl
     """Write the events as equations, each with a reading error at its kind's probability, and the result in a box."""
     value = None
     while value is None:  # errors led to a step that has no equation: start again
-        value, equations = opening, []
+        value, equations = opening, list[str]()
         for kind, numbers in events:
             misread = kind.misread * error_scale
             amount = _step(rng, equations, "*", *numbers, misread) if len(numbers) == 2 else numbers[0]

@@ -64,7 +64,8 @@ def take(draws: Iterator[tuple[Problem, Any]], split: str, count: int, *, distin
       ValueError: for an unknown split, or if there are not enough problems.
     """
     check_split(split)
-    taken, seen, fruitless = [], set(), 0
+    taken: list[tuple[Problem, Any]] = []
+    seen, fruitless = set(), 0
     while len(taken) < count:
         problem, rest = next(draws)
         if split_of(problem.problem_id) == split and problem.problem_id not in seen:

@@ -47,7 +47,8 @@ def answer(response: str) -> str | None:
 
 def answers(response: str) -> list[str]:
     """Return the same as a list of boxes, empty if the last is empty or not closed."""
-    joined, following = [], len(response)  # from the last to the first
+    joined: list[str] = []  # from the last to the first
+    following = len(response)
     for box in reversed(list(_BOX.finditer(response))):
         content, end = _content(response, box.end(), following)
         braced = response.startswith("{", box.end())  # otherwise its end is uncertain

@@ -141,7 +141,7 @@ def read(source: Source, data: str) -> list[Problem]:
     if not rows:
         where = source.hub if folder == "hub" else path
         raise UserError(f"{where} has no problems; put the data set's rows there, as JSON lines")
-    problems, times = [], collections.Counter()
+    problems, times = [], collections.Counter[str]()
     for problem in (problem for row in rows for problem in source.to_problems(row)):
         times[problem.problem_id] += 1
         if times[problem.problem_id] > 1:

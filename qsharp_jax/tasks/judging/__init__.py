@@ -90,7 +90,10 @@ class Judge:
                     kept, lost = sorted((spelling[first], spelling[second]), key=others.index)
                     spelling |= {answer: kept for answer in others if spelling[answer] == lost}
             spelled.append(spelling)
-        return [[spelling.get(answer) for answer in group] for spelling, group in zip(spelled, answers, strict=True)]
+        return [
+            [None if answer is None else spelling.get(answer) for answer in group]
+            for spelling, group in zip(spelled, answers, strict=True)
+        ]
 
     def close(self) -> None:
         """Ends the workers; they also end with this process."""
@@ -102,9 +105,9 @@ class Judge:
             return _answered(True)
         if max(len(gold), len(answer)) > LONGEST:
             return _answered(False)
-        gold, answer = _undressed(gold), undress(answer)
-        verdict = _plain(gold, answer)
-        return self._pool().same(gold.text, answer.text) if verdict is None else _answered(verdict)
+        bare_gold, bare_answer = _undressed(gold), undress(answer)
+        verdict = _plain(bare_gold, bare_answer)
+        return self._pool().same(bare_gold.text, bare_answer.text) if verdict is None else _answered(verdict)
 
 
 _undressed = functools.lru_cache(1024)(undress)  # the samples of a problem have one gold answer
@@ -136,6 +139,6 @@ def _spelling(text: str) -> str:
 
 
 def _answered(verdict: bool) -> Future[bool]:
-    future = Future()
+    future: Future[bool] = Future()
     future.set_result(verdict)
     return future

@@ -80,6 +80,8 @@ class _Worker:
             env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # a Ctrl-C is not theirs
         )
+        assert self._process.stdin and self._process.stdout  # they are pipes
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._queue_lines, daemon=True)
         self._reader.start()
@@ -94,7 +96,7 @@ class _Worker:
     def ask(self, gold: str, answer: str) -> bool | None:
         """None if the worker broke, or was killed for taking too long."""
         try:
-            self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            self._stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         except OSError:  # it has ended: a broken pipe, on Windows an invalid argument
             return None
         return {"1": True, "0": False}.get(self._read(PATIENCE))
@@ -103,12 +105,12 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._reader.join()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._stdin.close()
+        self._stdout.close()
 
     def _queue_lines(self) -> None:
         """Pass on each line of the process, and at its end what it wrote of the next one."""
-        while line := self._process.stdout.readline():
+        while line := self._stdout.readline():
             self._lines.put(line)
         self._lines.put(b"")
 

@@ -73,7 +73,9 @@ def split(text: str) -> tuple[str, str]:
     r"""Mathematics and the unit after it, "" if there is none: 3\sqrt{2} \text{ cm}."""
     for pattern in (_LAST_TEXT, _LAST_WORDS):
         last = pattern.search(text)
-        body = text[: last.start()].rstrip() if last else ""
+        if last is None:
+            continue
+        body = text[: last.start()].rstrip()
         if re.search(r"[0-9A-Za-z}]", _TEXT.sub("", body)) and re.search(r"[\w)}\]]$", body):
             words = unit(" " + last[0])
             if words and (

@@ -21,7 +21,7 @@ import sys
 try:
     import resource
 except ImportError:  # Windows, where neither memory nor processor time can be limited
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 seconds, memory = float(sys.argv[1]), int(sys.argv[2])
 replies = os.fdopen(os.dup(1), "w", buffering=1)
