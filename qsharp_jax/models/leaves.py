@@ -201,38 +201,23 @@ TRAINED_BESIDE: dict[str, Leaf] = {
 # fmt: on
 
 
-def _lora(kernel: Leaf) -> dict[str, Leaf]:
-    """The parts of a LoRA beside a block's kernel: A reads what the kernel reads, B writes what it writes."""
-    read, written = kernel.axes
-    return {
-        "lora_a": Leaf((read, None)),
-        "lora_b": Leaf((None, written)),
-        "lora_scale": Leaf(()),
-    }
-
-
 def _transposed(leaf: Leaf) -> Leaf:
     """The entry of a matrix that is stored [out, in] in place of [in, out]."""
 
     def turned(place: Place | None) -> Place | None:
         return place and dataclasses.replace(place, transposed=not place.transposed)
 
-    return dataclasses.replace(
-        leaf, axes=leaf.axes[::-1], used=lambda config: False, gpt2=turned(leaf.gpt2), llama=turned(leaf.llama)
-    )
+    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=turned(leaf.gpt2), llama=turned(leaf.llama))
 
 
-# The leaves of decoding on a CPU (`cpu_form.py`) in place of those that they are derived from.
-TRANSPOSED_BLOCK = {
-    path.replace("kernel", "weight"): _transposed(leaf) for path, leaf in BLOCK.items() if path.endswith("/kernel")
-}
+_KERNELS = {path.removesuffix("kernel"): leaf for path, leaf in BLOCK.items() if path.endswith("/kernel")}
+# The leaves of decoding on a CPU (`cpu_form.py`), in place of those that they are derived from.
+TRANSPOSED_BLOCK = {f"{module}weight": _transposed(kernel) for module, kernel in _KERNELS.items()}
 TRANSPOSED_OUTER = {"head_weight": _transposed(OUTER["head"])}
-_LORA = {
-    path.replace("kernel", name): part
-    for path, leaf in BLOCK.items()
-    if path.endswith("/kernel")
-    for name, part in _lora(leaf).items()
-}
+# The parts of a LoRA beside a block's kernel: A reads what the kernel reads, B writes what it writes.
+_LORA_A = {f"{module}lora_a": Leaf((kernel.axes[0], None)) for module, kernel in _KERNELS.items()}
+_LORA_B = {f"{module}lora_b": Leaf((None, kernel.axes[1])) for module, kernel in _KERNELS.items()}
+_LORA = _LORA_A | _LORA_B | {f"{module}lora_scale": Leaf(()) for module in _KERNELS}
 _ALL = ChainMap(BLOCK, OUTER, V_HEAD, TRAINED_BESIDE, TRANSPOSED_BLOCK, TRANSPOSED_OUTER, _LORA)
 
 

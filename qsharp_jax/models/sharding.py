@@ -182,24 +182,23 @@ def abstract_rows(tree: Any) -> Any:
 # --- Inside jit; without a mesh these do nothing --------------------------------------------------------------------
 
 
-def _mesh(rules: Rules | None = None) -> Any:
-    """The mesh that is set; None without one, or where it is not for the given rules."""
+def _constrained(tree: Any, specs: Callable[[Any], Any], *, only_in_fitting: bool = False) -> Any:
+    """The arrays laid out by what `specs` returns for the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or rules not in (None, rules_of(mesh)) else mesh
+    if mesh.empty or (only_in_fitting and rules_of(mesh) is not FIT):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, specs(mesh))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lay an array out as `DECODE` says for these logical axes."""
-    mesh = _mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, DECODE, mesh))
+    return _constrained(x, lambda mesh: spec(axes, DECODE, mesh))
 
 
 def constrain_sequences(x: jax.Array) -> jax.Array:
     """In fitting, divide an array with one row per sequence by rows alone: other divisions are gathered."""
-    mesh = _mesh(FIT)
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(("batch", *(None,) * (x.ndim - 1)), FIT, mesh))
+    axes = ("batch", *(None,) * (x.ndim - 1))
+    return _constrained(x, lambda mesh: spec(axes, FIT, mesh), only_in_fitting=True)
 
 
 def constrain_looked_up(x: jax.Array) -> jax.Array:
@@ -208,10 +207,8 @@ def constrain_looked_up(x: jax.Array) -> jax.Array:
     Each device then looks all tokens up in its own part of the table, and an all-to-all makes whole rows of them.
     Gathering the table instead would put it and its gradient whole on every device.
     """
-    mesh = _mesh(FIT)
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(("batch", None, "embed"), FIT | {"batch": ("data",)}, mesh))
+    rules = FIT | {"batch": ("data",)}
+    return _constrained(x, lambda mesh: spec(("batch", None, "embed"), rules, mesh), only_in_fitting=True)
 
 
 def gather_weights(tree: Any, trunk: Any) -> Any:
@@ -222,22 +219,18 @@ def gather_weights(tree: Any, trunk: Any) -> Any:
     Args:
       trunk: the decoder's config.
     """
-    mesh = _mesh(FIT)
-    if mesh is None:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, _specs_of_weights(tree, mesh, FIT | {"embed": ()}, _units(trunk)))
+    rules = FIT | {"embed": ()}
+    return _constrained(tree, lambda mesh: _specs_of_weights(tree, mesh, rules, _units(trunk)), only_in_fitting=True)
 
 
 def constrain_rows(tree: Any) -> Any:
     """Lay arrays with one entry per row out as `of_rows` does."""
-    mesh = _mesh()
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _specs_of_rows(tree, mesh, DECODE))
+    return _constrained(tree, lambda mesh: _specs_of_rows(tree, mesh, DECODE))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
     """Lay [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows."""
-    mesh = _mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, _whole_rows(x.shape[0], mesh))
+    return _constrained(x, lambda mesh: _whole_rows(x.shape[0], mesh))
 
 
 def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,8 +240,8 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def mapped(*arrays: jax.Array) -> Any:
-        mesh = _mesh()
-        if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return function(*arrays)
         rows = _whole_rows(arrays[0].shape[0], mesh)
         return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
@@ -265,8 +258,8 @@ def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., A
     """
 
     def mapped(*arguments: Any) -> Any:
-        mesh = _mesh()
-        if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return function(*arguments)
         specs = tuple(
             jax.tree.map(lambda leaf, names=names: _fitting_spec(leaf.shape, names, mesh, DECODE, {}), argument)
