@@ -1,4 +1,4 @@
-"""Whether a run fits on a mesh, and how fast it is there: by arithmetic and by the TPU compiler, without a device."""
+"""Memory and time of a run on a mesh, by arithmetic and by the TPU compiler, without a device."""
 
 from qsharp_jax.plan.check import check, problem
 from qsharp_jax.plan.forecast import Forecast, Line, decode, fit, largest

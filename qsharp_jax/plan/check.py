@@ -1,4 +1,4 @@
-"""Meshes that cannot be are refused before anything is made, with one that can: more hosts at a time, or a preset."""
+"""Refuse a mesh that a run cannot use, and name one that it can: more hosts at a time, or a preset."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,29 +12,29 @@ from qsharp_jax.plan.job import Job
 from qsharp_jax.system.errors import UserError
 
 GIB = 2**30
-SURE = 1.15  # a forecast may be too high by so much: what is refused does not fit even then
+MARGIN = 1.15  # a forecast may be too high by this factor; what is refused does not fit even then
 
 
 def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> None:
-    """That a run can be on a mesh: its devices, the models' heads, the batches' rows, the memory of a chip.
+    """Check that a run fits on a mesh: its devices, the models' heads, the batches' rows, the memory of a chip.
 
     Args:
-      section: of the config.
-      presets: all that could be in its place, by name.
-      devices: that there are; by default nothing is asked about them.
+      section: the config's `mesh`.
+      presets: all sections that could take its place, by name.
+      devices: of this machine; by default they are not checked.
 
     Raises:
-      UserError: with the numbers, the fewest hosts that could decode together if one is too small, and the preset
-        nearest to this one that works.
+      UserError: with the numbers, the fewest hosts that could decode together if one is too small, and the nearest
+        preset that works.
     """
     if (reason := problem(job, section, devices)) is None:
         return
-    # One of a size that is not known would suit every plan; devices that are there tell whether it is theirs.
+    # A preset of unknown memory would suit every plan; it counts only where devices tell whether it is theirs.
     known = (other for other in presets.values() if other["hbm_bytes"] or devices is not None)
-    others = sorted(known, key=lambda other: _far(section, other))
+    others = sorted(known, key=lambda other: _distance(section, other))
     works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
     hint = f"the nearest preset that works is --config.mesh={works}" if works else "no preset works as it stands"
-    for hosts, decode in _together(job, section):
+    for hosts, decode in _decode_on_several_hosts(job, section):
         if problem(job, {**section, "decode": decode}, devices) is None:
             sizes = " ".join(f"--config.mesh.decode.{axis}={size}" for axis, size in decode.items() if size > 1)
             hint = f"{hosts} hosts that decode together have room, with {sizes}; {hint}"
@@ -42,8 +42,8 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
     raise UserError(f"{reason}; {hint}")
 
 
-def _together(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
-    """Sizes of `decode` on several hosts of a slice, the fewest first; no kv head of the reference is on two chips."""
+def _decode_on_several_hosts(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
+    """Give sizes of `decode` on several hosts of a slice, fewest first, with each of the reference's kv heads whole."""
     for hosts in range(2, section["hosts"] + 1):
         if section["hosts"] % hosts == 0:
             chips = hosts * section["devices_per_host"]
@@ -52,7 +52,7 @@ def _together(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
 
 
 def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None) -> str | None:
-    """Why a run cannot be on a mesh; None if it can."""
+    """Say why a run does not fit on a mesh; None if it does."""
     try:
         if devices is not None:
             for use in meshes.MESH_AXES:
@@ -61,7 +61,7 @@ def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None)
     except UserError as error:
         return str(error)
     for what, step in steps.items():
-        if section["hbm_bytes"] and step.bytes > SURE * section["hbm_bytes"]:
+        if section["hbm_bytes"] and step.bytes > MARGIN * section["hbm_bytes"]:
             parts = sorted(step.memory, key=lambda line: -line.amount)[:3]
             words = ", ".join(f"{line.what} {line.amount / GIB:.2f}" for line in parts)
             return (
@@ -71,8 +71,8 @@ def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None)
     return None
 
 
-def _far(section: Any, other: Any) -> tuple[bool, bool, float]:
-    """How far a preset is from another: first those of the same kind, by their number of devices, then other kinds."""
+def _distance(section: Any, other: Any) -> tuple[bool, bool, float]:
+    """Order presets by distance: those of the same kind by their number of devices, then other kinds."""
     count, here = (s["slices"] * s["hosts"] * s["devices_per_host"] for s in (other, section))
     different = (other[what] != section[what] for what in ("kind", "platform"))
     return *different, abs(math.log2(count / here))

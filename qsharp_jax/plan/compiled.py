@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a fit's step and of guided decoding, asked for a slice that need not be there.
+"""A step of the fit and guided decoding, compiled by the TPU compiler for a slice that need not exist here.
 
 libtpu compiles for a named topology; the programs are those of `train.train_step` and `generate.decode` on abstract
 arrays with shardings. Nothing is allocated and nothing runs.
@@ -19,22 +19,23 @@ import numpy as np
 
 import qsharp_jax.plan.program as program
 from qsharp_jax import generate, train
-from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.plan.job import Job, learned
+from qsharp_jax.plan.job import Job, abstract_batch, learned
 from qsharp_jax.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Attributes:
-    bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.
-    arguments, temporaries: of these.
-    flops: of a chip in a step, as far as the compiler counts them.
-    collectives: bytes that arrive on a chip in a step, by kind.
-    text: the program.
+    """What the compiler says of a program.
+
+    Attributes:
+      bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.
+      arguments, temporaries: their parts of it.
+      flops: of a chip in a step, as far as the compiler counts them.
+      collectives: bytes that arrive on a chip in a step, by kind.
+      text: the program.
     """
 
     bytes: int
@@ -46,10 +47,10 @@ class Compiled:
 
 
 def devices(section: Any) -> list[Any]:
-    """Of a preset's slices.
+    """Return the devices of a preset's slices.
 
     Raises:
-      UserError: for a preset of no TPUs, or where the compiler is not installed.
+      UserError: for a preset without TPUs, or where the compiler is not installed.
     """
     if not section["topology"]:
         raise UserError(f"--compile is for TPU meshes, and {section['name']} is none; give one, as --config.mesh=v5e_8")
@@ -67,7 +68,7 @@ def devices(section: Any) -> list[Any]:
 
 
 def fit(job: Job, section: Any, rows: int) -> Compiled:
-    """One step of the guide's fit, its state updated in place."""
+    """Compile one step of the guide's fit, its state updated in place."""
     config, guide = job.config.fit, job.guide.config
     mesh = meshes.preset_mesh(section, "fit", devices(section))
     params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
@@ -77,11 +78,7 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
     places = places.replace(frozen=jax.tree.map(lambda leaf: leaf.sharding, frozen))
     moments, count = jax.eval_shape(optimizer.init, changed), jax.ShapeDtypeStruct((), jnp.int32)
     shapes = train.TrainState(changed, moments, count, frozen)
-    number, flag = (jax.ShapeDtypeStruct((rows, job.fit_tokens), dtype) for dtype in (jnp.int32, jnp.bool_))
-    batch = Batch(
-        tokens=number, segments=number, positions=number, response_mask=flag, label_mask=flag,
-        reward_to_go=jax.ShapeDtypeStruct(number.shape, jnp.float32),
-    )  # fmt: skip
+    batch = abstract_batch(rows, job.fit_tokens)
     loss = functools.partial(
         train.value_loss, config=guide.computed_in(config.dtype), projection=config.projection,
         clip=config.clip_rewards, future_weight=config.future_weight, remat=config.remat, attend_by=config.attention,
@@ -93,17 +90,17 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
         lowered = step.lower(
             placed(shapes, places), placed(batch, sharding.of_rows(batch, mesh, sharding.FIT)), np.float32(1)
         )
-        made = _compile(lowered)
-    # The compiler counts one turn of a loop; all but a little is in those over the layers.
+        compiled = _compile(lowered)
+    # The compiler counts one turn of a loop; nearly all work is in those over the layers.
     turns = guide.trunk.layers * config.accumulate
-    return _facts(made, program.Program(made.as_text()).traffic(), turns)
+    return _facts(compiled, program.Program(compiled.as_text()).traffic(), turns)
 
 
 def decode(job: Job, section: Any, rows: int) -> Compiled:
-    """The decode loop with its caches, of `rows` rows; flops and collectives are those of one step."""
+    """Compile the decode loop with its caches, for `rows` rows; flops and collectives are those of one step."""
     config = job.config
     mesh = meshes.preset_mesh(section, "decode", devices(section))
-    # Not by `generate.for_decoding`, which makes the form for the devices that are here.
+    # Not by `generate.for_decoding`, which prepares models for the devices of this machine.
     ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
     guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))
     ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
@@ -129,17 +126,17 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     )
     state, controls = placed((state, controls), sharding.of_rows((state, controls), mesh, sharding.DECODE))
     with jax.set_mesh(mesh):
-        made = _compile(generate.decode.lower(ref, guide, state, controls, settings=settings))
-    read = program.Program(made.as_text())
-    return _facts(made, read.traffic(read.step), 1)
+        compiled = _compile(generate.decode.lower(ref, guide, state, controls, settings=settings))
+    loop = program.Program(compiled.as_text())
+    return _facts(compiled, loop.traffic(loop.step), 1)
 
 
-def _facts(made: Any, collectives: Counter[str], turns: int) -> Compiled:
-    memory = made.memory_analysis()
+def _facts(compiled: Any, collectives: Counter[str], turns: int) -> Compiled:
+    memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
-    flops = turns * made.cost_analysis().get("flops", 0.0)
-    return Compiled(arguments + temporaries + new, arguments, temporaries, flops, collectives, made.as_text())
+    flops = turns * compiled.cost_analysis().get("flops", 0.0)
+    return Compiled(arguments + temporaries + new, arguments, temporaries, flops, collectives, compiled.as_text())
 
 
 def _compile(lowered: Any) -> Any:
@@ -155,7 +152,7 @@ def _compile(lowered: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what libtpu says on the process's standard error about the TPU that is not there."""
+    """Hide what libtpu writes to the process's standard error about a TPU that is not there."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -1,7 +1,7 @@
-"""Memory and time of a step on each chip of a mesh, by arithmetic: no device, no weight, nothing compiled.
+"""Memory and time of a step on each chip of a mesh, by arithmetic: without devices, weights or a compiler.
 
-What has a shape is counted by its shardings; what the gradient keeps by asking JAX for it; a step's temporaries and
-its times by the formulas that stand beside them in words, which the table shows. B rows of a chip, T tokens of a row.
+Arrays are counted by their shardings, what the backward pass keeps by asking JAX, a step's temporaries and times by
+formulas, each with a description that the table shows.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from collections import Counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax import train
@@ -21,12 +20,12 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.plan.job import Job, abstract_mesh, chip_bytes, learned
+from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, chip_bytes, learned
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A number of bytes or seconds on each chip, and how it was found."""
+    """A number of bytes or seconds on each chip, and how it was computed."""
 
     what: str
     amount: float
@@ -35,12 +34,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Attributes:
-    rows: of the whole mesh.
-    memory: bytes on a chip at the peak of a step, by part.
-    flops: of a chip in a step.
-    collectives: bytes that arrive on a chip in a step, by kind; `slow`, those of them that come from other slices.
-    times: seconds of a step if it did this alone.
+    """Memory and time of one step.
+
+    Attributes:
+      rows: of the whole mesh.
+      memory: bytes on a chip at the peak of a step, by part.
+      flops: of a chip in a step.
+      collectives: bytes that arrive on a chip in a step, by kind.
+      slow: those of these bytes that come from other slices.
+      times: seconds of a step, by what bounds it.
     """
 
     rows: int
@@ -56,7 +58,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """The step's bound: the slowest of what can go on at the same time."""
+        """The lower bound of a step: the slowest of what can go on at the same time."""
         return max((line.amount for line in self.times), default=0.0)
 
 
@@ -64,11 +66,11 @@ class Forecast:
 
 
 def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
-    """One step of the guide's fit.
+    """Forecast one step of the guide's fit.
 
     Args:
-      section: of the mesh.
-      rows: of the batch, by default the config's.
+      section: the config's `mesh`.
+      rows: of the batch; by default the config's.
 
     Raises:
       UserError: if the mesh does not divide the guide's heads or the rows.
@@ -84,34 +86,34 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     data, fsdp, tensor = (mesh.shape[axis] for axis in meshes.MESH_AXES["fit"])
     part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
 
-    weights, optimiser = chip_bytes(params), chip_bytes(moments)
-    memory = _fit_memory(part, weights, optimiser, chip_bytes(changed), section["vmem_bytes"])
+    weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
+    memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
     kept = next(line.amount for line in memory if line.what == "activations")
     products = _product_weights(params)
-    once = 2 * products / tensor * part.tokens
+    forward = 2 * products / tensor * part.tokens
     scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
-    again = {"none": 0, "dots": scores, "full": once + scores}[config.remat]
-    flops = parts * (3 * (once + scores) + again)
-    traffic = 4 * weights + 2 * optimiser + parts * (2 * kept + 3 * part.layer * part.trunk.layers)
+    recomputed = {"none": 0, "dots": scores, "full": forward + scores}[config.remat]
+    flops = parts * (3 * (forward + scores) + recomputed)
+    traffic = 4 * weights + 2 * optimizer_state + parts * (2 * kept + 3 * part.layer * part.trunk.layers)
     brought, across = _fit_collectives(part, weights)
     slow = across if section["slices"] > 1 else 0.0
-    said = [
+    descriptions = [
         (fsdp > 1, "a layer's weights gathered twice and its gradient scattered, the embedding's rows exchanged"),
         (tensor > 1, "sums of every layer over tensor"),
         (data > 1, "the gradient summed over data" + ", between slices" * (slow > 0)),
     ]
     how = dict(
         computing=f"{flops / 1e12:.4g} TFLOP: 6 x {products / 1e9:.3g}e9 weights x tokens, attention,"
-        f" what remat {config.remat} does again, over {data * fsdp * tensor} chips",
+        f" what remat {config.remat} recomputes, over {data * fsdp * tensor} chips",
         memory="state and gradient read and written, activations too, gathered weights read three times",
-        collectives="; ".join(words for there, words in said if there),
+        collectives="; ".join(words for applies, words in descriptions if applies),
     )
     return Forecast(rows, memory, flops, _whole(brought), slow, _times(section, flops, traffic, brought, slow, how))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What one chip does of a part of the batch: `rows` of `length` tokens."""
+    """The work of one chip on a part of the batch: `rows` of `length` tokens."""
 
     guide: ValueConfig
     params: Params
@@ -129,28 +131,28 @@ class _Part:
 
     @property
     def layer(self) -> int:
-        """Bytes of a layer's weights as they are computed with, whole over fsdp."""
+        """Bytes of a layer's weights in the compute dtype, gathered over fsdp."""
         return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // 4
 
 
-def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: int) -> tuple[Line, ...]:
+def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, vmem: int) -> tuple[Line, ...]:
     trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
     kept = _kept(part.guide, config.remat, rows, length, part.tensor)
-    # Of float32 weights the compiler makes a copy to compute with, of all layers at once, and gathers from that.
+    # The compiler makes a narrow copy of the float32 weights, of all layers at once, and gathers from that.
     narrow = 0 if part.width == 4 else _layers_bytes(part.params, here=True) * part.width // 4
-    # What a block needs for its gradient is there for one layer if it is not kept for all.
-    again = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
+    # What a block needs for its gradient is recomputed for one layer if it is not kept for all.
+    recomputed = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
     scores = SCORES if config.attention == "xla" else 0  # others have a part of them at a time
     attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
     gathered = 2 * part.layer * (part.fsdp > 1)
     to_scatter = gathered * 4 // part.width
-    brief = max(attention, hidden) + again
-    # A layer's gradient is two arrays at least, scores and their gradient; one that VMEM cannot hold keeps to HBM.
+    brief = max(attention, hidden) + recomputed
+    # A layer's gradient is at least two arrays, scores and their gradient; one too large for VMEM stays in HBM.
     fast = min(vmem, gathered + to_scatter + brief) if brief <= 2 * vmem else 0
     return (
         Line("weights", weights, "float32, divided as sharding.of_model says"),
-        Line("optimiser", optimiser, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
+        Line("optimizer", optimizer_state, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
         Line("gradients", gradient * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
         Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
         Line("gathered weights", gathered, "of two layers, whole over fsdp"),
@@ -162,7 +164,7 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: 
         Line(
             "a layer's gradient", brief,
             f"the larger of its scores ({rows} rows x {part.heads} heads x {length}^2 x {scores} bytes) and its hidden"
-            f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is computed again" * (again > 0),
+            f" units ({part.tokens} tokens x {mlp} x {HIDDEN} bytes)" + ", and what is recomputed" * (recomputed > 0),
         ),
         Line(
             "in fast memory", -fast,
@@ -172,11 +174,11 @@ def _fit_memory(part: _Part, weights: int, optimiser: int, gradient: int, vmem: 
 
 
 def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
-    """Bytes that arrive on a chip by kind, and those of them of the sum over `data`."""
+    """Count the bytes that arrive on a chip, by kind, and those of the sum over `data`."""
     parts, trunk = part.config.accumulate, part.trunk
     gradient = _layers_bytes(part.params, axis="fsdp") // part.tensor  # float32
     stream = part.tokens * trunk.embed
-    # Forwards after attention and after the feed-forward, backwards before them; with everything done again, once more.
+    # Forward after attention and after the feed-forward, backward before them; with full remat, forward once more.
     sums = 4 + 2 * (part.config.remat == "full")
     across = 2 * weights * (part.data - 1) / part.data
     by_fsdp, by_tensor = (parts * (n - 1) / n for n in (part.fsdp, part.tensor))
@@ -188,49 +190,47 @@ def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
     }), across  # fmt: skip
 
 
-LARGEST = 2**20  # chips' rows that nobody asks for
+LARGEST = 2**20  # a chip's rows, where the search for the largest batch ends
 SCORES, HIDDEN = 10, 16  # bytes: of a score while its gradient is taken, and of a hidden unit
 WORK = 4  # arrays at a time in decoding that are as large as the logits
 
 
 def _kept(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """Bytes that the backward pass of the loss needs of the forward pass, on one chip, but for the weights."""
+    """Count the bytes that the backward pass needs of the forward pass, on one chip, without the weights."""
     one, two = (_kept_of(guide, remat, count, length, tensor) for count in (1, 2))
     return one + (rows - 1) * (two - one)
 
 
 @functools.lru_cache
 def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """As JAX itself says, asked about a model with a chip's share of the heads and of the hidden units."""
+    """Ask JAX what it keeps, for a model with a chip's share of the heads and of the hidden units."""
     trunk = guide.trunk
     heads, mlp = _divided(trunk.heads, tensor), _divided(trunk.mlp, tensor)
     kv_heads = heads // _shared(trunk, tensor)
     share = dataclasses.replace(guide, trunk=dataclasses.replace(trunk, heads=heads, kv_heads=kv_heads, mlp=mlp))
     params = value.abstract(share)
-    held = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
-    whole, flag = jnp.int32, jnp.bool_
-    shapes = dict(
-        tokens=whole, segments=whole, positions=whole, response_mask=flag, label_mask=flag, reward_to_go=jnp.float32
-    )
-    batch = Batch(**{name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in shapes.items()})
+    weights = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
 
     def backward(params: Params, batch: Batch) -> Any:
         loss = functools.partial(train.value_loss, batch=batch, config=share, remat=remat)
         return jax.vjp(loss, params, has_aux=True)[1]
 
-    kept = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(backward, params, batch)))
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (kept - held).items())
+    kept = Counter(
+        (leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(jax.eval_shape(backward, params, abstract_batch(rows, length)))
+    )
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (kept - weights).items())
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------
 
 
 def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
-    """One step of guided decoding on the devices of a decode mesh: those of as many hosts as its sizes multiply to.
+    """Forecast one step of guided decoding on the devices of a decode mesh.
 
     Args:
-      section: of the mesh.
-      rows: of a batch, by default the config's in collection; rounded up to what the mesh divides.
+      section: the config's `mesh`; the sizes of its `decode` may span several hosts.
+      rows: of a batch; by default the config's in collection, rounded up to what the mesh divides.
 
     Raises:
       UserError: if the mesh does not divide a model's heads.
@@ -258,7 +258,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         ),
     ]
     vocabulary = rows * ref.config.vocab_size * 4 / mesh.size
-    copies, wider = 0, 0  # bytes; the layers that are wider than what is computed with are read as their copies
+    copies, wider = 0, 0  # bytes; layers wider than the compute dtype are read as narrow copies
     for params, trunk in trunks.values():
         layers = _layers_bytes(params, here=True)
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
@@ -268,7 +268,8 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     memory += [
         Line(
             "copies of weights", copies,
-            "made before the loop: of all layers where these are wider than computing, else query kernels and head",
+            "made before the loop: of all layers where these are wider than the compute dtype, else query kernels and"
+            " head",
         ),
         Line(
             "copies of caches", sum(caches[name] for name in relaid) if section["platform"] == "tpu" else 0,
@@ -289,7 +290,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         brought["all-reduce"] += sums * 2 * (tensor - 1) / tensor
         brought["all-gather"] += sums * 3 * (beside - 1) / beside
     brought["all-to-all"] = vocabulary * (mesh.size - 1) / mesh.size
-    # The guide's table, and a reference's that is not its head, are only looked up in.
+    # Of the guide's embedding, and of a reference's that is not its head, a step only reads rows.
     tables = chip_bytes(guide.params["trunk"]["embedding"])
     tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
     traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables
@@ -305,7 +306,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
 
 
 def largest(forecast: Any, job: Job, section: Any, step: int) -> int | None:
-    """The most rows that fit into a chip's memory, a multiple of `step`; 0 if not even these do, None if unknown.
+    """Return the most rows that fit into a chip's memory, a multiple of `step`; 0 if none do, None if unknown.
 
     Args:
       forecast: `fit` or `decode`.
@@ -330,7 +331,7 @@ def largest(forecast: Any, job: Job, section: Any, step: int) -> int | None:
 def _times(
     section: Any, flops: float, traffic: float, brought: Counter, slow: float, how: dict[str, str]
 ) -> tuple[Line, ...]:
-    """Seconds of a step by what bounds them; nothing for what the preset does not know."""
+    """Give the seconds of a step by what bounds it, as far as the preset has the numbers."""
     lines = []
     if section["flops"]:
         lines.append(Line("computing", flops / section["flops"], how["computing"]))
@@ -344,18 +345,18 @@ def _times(
 
 
 def _divided(count: int, tensor: int) -> int:
-    """A chip's share of heads or hidden units: all of them where the mesh does not divide them."""
+    """Return a chip's share of heads or hidden units: all of them where the mesh does not divide them."""
     return count if count % tensor else count // tensor
 
 
 def _shared(trunk: DecoderConfig, tensor: int) -> int:
-    """A chip's query heads for each of its kv heads."""
+    """Return how many query heads a chip has for each of its kv heads."""
     heads = _divided(trunk.heads, tensor)
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
 def _product_weights(params: Params) -> int:
-    """Weights that every token is multiplied with, over all chips."""
+    """Count the weights that every token is multiplied with, over all chips."""
     return sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -364,7 +365,7 @@ def _product_weights(params: Params) -> int:
 
 
 def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:
-    """Of the leaves below "layers": over all chips, or on one; all of them, or those that a mesh axis divides."""
+    """Count the bytes of the layers, over all chips or on one (`here`), or of those leaves that a mesh axis divides."""
     leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "layers" in _names(path)]
     if axis:
         leaves = [leaf for leaf in leaves if axis in jax.tree.leaves(tuple(leaf.sharding.spec))]
@@ -372,7 +373,7 @@ def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None
 
 
 def _turned_bytes(params: Params) -> int:
-    """Of what the decode loop reads in another order than that it is given in, on one chip."""
+    """Count the bytes on one chip of what the decode loop reads in another order than it is stored in."""
     leaves = jax.tree.leaves_with_path(params)
     return chip_bytes([leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"])
 

@@ -1,10 +1,11 @@
-"""What is planned: the shapes of the two models and the sizes of a run's batches, from its config, without a weight.
+"""The job to plan: shapes of the two models and sizes of a run's batches, from its config, without any weights.
 
-Models in folders need their config.json alone; `--ref-size` and `--guide-size` name published shapes instead.
+Models in folders only need their config.json; `--ref-size` and `--guide-size` name published shapes instead.
 """
 
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from qsharp_jax import generate, train
+from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, lora, meshes, value
 from qsharp_jax.models.config import DecoderConfig
@@ -23,18 +25,20 @@ from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.tasks import registry
 
-WITH_A_SIZE = "bfloat16"  # of models that are given by a size alone, where the config does not say
+DTYPE_OF_SIZE = "bfloat16"  # of models given by a size, where the config does not say
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Attributes:
-    config: of the run.
-    ref, guide: the models as a run decodes with them, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide
-      has the float32 weights that were fitted, and is computed in its trunk's dtype.
-    fitted: what a fit has, float32: the guide, the heads of the auxiliary loss, and a LoRA.
-    fit_tokens: of a row in the fit.
-    cache_size: positions of the caches in decoding.
+    """Shapes and sizes of a run.
+
+    Attributes:
+      config: of the run.
+      ref, guide: the models as a run decodes with them, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide
+        has float32 weights, as fitted, and is computed in its trunk's dtype.
+      fitted: the float32 parameters of a fit: the guide, the heads of the auxiliary loss, and a LoRA.
+      fit_tokens: of a row in the fit.
+      cache_size: positions of the caches in decoding.
     """
 
     config: ConfigDict
@@ -48,14 +52,14 @@ class Job:
 def make(
     config: ConfigDict, *, ref_size: str | None = None, guide_size: str | None = None, prompt_tokens: int | None = None
 ) -> Job:
-    """The job of a config, with other models if their sizes are named.
+    """Return the job of a config, with other models if their sizes are named.
 
     Args:
       ref_size, guide_size: of `models.config.SIZES`.
-      prompt_tokens: of the longest prompt; by default as many as the least bucket has.
+      prompt_tokens: of the longest prompt; by default the size of the smallest bucket.
 
     Raises:
-      UserError: for a size that is not known, a model that cannot be, or a context that is too short for the run.
+      UserError: for an unknown size, an invalid model, or a context that is too short for the run.
     """
     try:
         ref, guide = _shapes(config, ref_size, guide_size)
@@ -70,10 +74,10 @@ def make(
                 " positions; give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
     bucket, fitted = config.fit.length_bucket, value.abstract(guide)
-    made_here = ref_size is None and models.folder(config, "ref") is None
+    is_new = ref_size is None and models.folder(config, "ref") is None
     job = Job(
         config=config,
-        ref=LanguageModel(decoder.abstract(ref, "float32" if made_here else ref.dtype), ref),
+        ref=LanguageModel(decoder.abstract(ref, "float32" if is_new else ref.dtype), ref),
         guide=ValueModel(fitted, guide),
         fitted=fitted,
         fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
@@ -89,13 +93,13 @@ def make(
 
 
 def learned(job: Job, params: Params) -> tuple[Params, Params]:
-    """Of the fitted parameters those that the optimiser changes, and those that a LoRA leaves frozen."""
+    """Split fitted parameters into those that the optimizer changes and those that a LoRA leaves frozen."""
     return lora.split(params) if job.config.fit.lora_rank else (params, {})
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
     in_folder = models.folder(config, "ref")
-    dtype = config.dtype or WITH_A_SIZE
+    dtype = config.dtype or DTYPE_OF_SIZE
     if ref_size:
         ref = _sized("--ref-size", ref_size, dtype)
     else:
@@ -121,17 +125,21 @@ def _sized(option: str, size: str, dtype: str) -> DecoderConfig:
 
 
 def abstract_mesh(section: Any, use: str) -> AbstractMesh:
-    """The mesh of a section, without devices."""
+    """Return the mesh of a section, without devices."""
     axes = meshes.MESH_AXES[use]
     return AbstractMesh(tuple(section[use][axis] for axis in axes), axes, (AxisType.Auto,) * len(axes))
 
 
 def chip_bytes(tree: Any) -> int:
-    """Of abstract arrays with shardings, what lies on each chip."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        size = jnp.dtype(leaf.dtype).itemsize
-        for extent in leaf.sharding.shard_shape(leaf.shape):
-            size *= extent
-        total += size
-    return total
+    """Count the bytes of abstract arrays with shardings on each chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def abstract_batch(rows: int, length: int) -> Batch:
+    """Return the shapes of a batch of the fit, [rows, length] each."""
+    numbers, flags, rewards = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in ("int32", "bool", "float32"))
+    return Batch(
+        tokens=numbers, segments=numbers, positions=numbers, response_mask=flags, label_mask=flags,
+        reward_to_go=rewards,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The plan in words: what a chip holds and does in a step, and how each number was found."""
+"""The plan as text: what a chip holds and does in a step, and how each number was computed."""
 
 import math
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from qsharp_jax.plan.job import Job
 
 
 def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
-    """The lines of the plan, those of the compiler when it is through.
+    """Give the lines of the plan; with `compile`, those of the compiler as soon as it is done.
 
     Raises:
       UserError: for a mesh that does not divide the models or the rows, or one that cannot be compiled for.
     """
     if compile:
-        compiled.devices(section)  # first of all, whether there is a compiler
+        compiled.devices(section)  # fails early where there is no compiler
     yield from _head(job, section)
     fit = job.config.fit
     tokens = fit.batch_size * job.fit_tokens
@@ -29,16 +29,16 @@ def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
         "fit": (forecast.fit, compiled.fit, fit.accumulate, f"{job.fit_tokens} tokens", tokens),
         "decode": (forecast.decode, compiled.decode, 1, f"{job.cache_size} positions", job.config.collect.batch_size),
     }
-    for use, (count, compile_one, parts, row, made) in uses.items():
+    for use, (count, compile_one, parts, row, step_tokens) in uses.items():
         sizes = section[use]
         step = math.prod(sizes[axis] for axis in meshes.MESH_AXES[use] if axis != "tensor") * parts
-        found = count(job, section)
+        step_forecast = count(job, section)
         where = " x ".join(f"{axis} {sizes[axis]}" for axis in meshes.MESH_AXES[use])
         name = "Fit, a step" if use == "fit" else "Decoding, a token of each row"
-        yield f"\n{name}: {found.rows} rows of {row} on {where}"
-        yield from _forecast(found, section, made, forecast.largest(count, job, section, step))
+        yield f"\n{name}: {step_forecast.rows} rows of {row} on {where}"
+        yield from _forecast(step_forecast, section, step_tokens, forecast.largest(count, job, section, step))
         if compile:
-            yield from _compiled(found, compile_one(job, section, found.rows))
+            yield from _compiled(step_forecast, compile_one(job, section, step_forecast.rows))
 
 
 def _head(job: Job, section: Any) -> Iterable[str]:
@@ -58,37 +58,37 @@ def _head(job: Job, section: Any) -> Iterable[str]:
         )
 
 
-def _forecast(found: Forecast, section: Any, made: int, most: int | None) -> Iterable[str]:
-    for line in filter(lambda line: line.amount, found.memory):
+def _forecast(step: Forecast, section: Any, tokens: int, most: int | None) -> Iterable[str]:
+    for line in filter(lambda line: line.amount, step.memory):
         yield _row(line.what, f"{line.amount / GIB:.3f} GiB", line.how)
     limit = section["hbm_bytes"]
-    state = f"of {limit / GIB:.0f}" + (", WHICH IS TOO MUCH" if found.bytes > limit else "") if limit else ""
-    yield _row("together", f"{found.bytes / GIB:.3f} GiB", state)
+    state = f"of {limit / GIB:.0f}" + (", WHICH IS TOO MUCH" if step.bytes > limit else "") if limit else ""
+    yield _row("together", f"{step.bytes / GIB:.3f} GiB", state)
     if most is not None:
         yield _row("largest batch", f"{most} rows", "that would fit")
-    for line in found.times:
+    for line in step.times:
         yield _row(line.what, f"{line.amount * 1e3:.3f} ms", line.how)
-    if found.times:
-        together, apart = found.seconds, sum(line.amount for line in found.times)
+    if step.times:
+        together, apart = step.seconds, sum(line.amount for line in step.times)
         yield _row(
             "a step", f"{together * 1e3:.3f} ms",
-            f"at best, all at once: {made / together:.4g} tokens a second,"
-            f" {found.flops / section['flops'] / together:.0%} of the peak; {apart * 1e3:.3f} ms one after the other",
+            f"at best, all at once: {tokens / together:.4g} tokens a second,"
+            f" {step.flops / section['flops'] / together:.0%} of the peak; {apart * 1e3:.3f} ms one after the other",
         )  # fmt: skip
 
 
-def _compiled(found: Forecast, made: compiled.Compiled) -> Iterable[str]:
+def _compiled(step: Forecast, program: compiled.Compiled) -> Iterable[str]:
     yield _row(
-        "compiler: memory", f"{made.bytes / GIB:.3f} GiB",
-        f"arguments {made.arguments / GIB:.3f}, temporaries {made.temporaries / GIB:.3f};"
-        f" the forecast is {found.bytes / made.bytes - 1:+.0%} of it",
+        "compiler: memory", f"{program.bytes / GIB:.3f} GiB",
+        f"arguments {program.arguments / GIB:.3f}, temporaries {program.temporaries / GIB:.3f};"
+        f" the forecast is {step.bytes / program.bytes - 1:+.0%} of it",
     )  # fmt: skip
-    yield _row("compiler: products", f"{made.flops / 1e12:.3g} TFLOP", f"forecast {found.flops / 1e12:.3g}")
-    kinds = sorted(set(made.collectives) | set(found.collectives))
+    yield _row("compiler: products", f"{program.flops / 1e12:.3g} TFLOP", f"forecast {step.flops / 1e12:.3g}")
+    kinds = sorted(set(program.collectives) | set(step.collectives))
     words = ", ".join(
-        f"{kind} {made.collectives[kind] / 1e6:.0f} ({found.collectives[kind] / 1e6:.0f})" for kind in kinds
+        f"{kind} {program.collectives[kind] / 1e6:.0f} ({step.collectives[kind] / 1e6:.0f})" for kind in kinds
     )
-    total = sum(made.collectives.values())
+    total = sum(program.collectives.values())
     yield _row("compiler: collectives", f"{total / 1e6:.0f} MB", f"{words} MB (forecast)" if words else "none")
 
 

@@ -58,7 +58,7 @@ def test_state_of_the_fit_on_one_chip_of_eight(name, numbers):
     assert part(found, "gradients") == part(found, "weights")
     expected = 4 * (numbers * GUIDE + (name == "muon") * (TABLE + NORMS + HEAD)) / 8
     rows_and_columns = (name == "adafactor") * 4 * (16 * (12 * 8192 + 8 * 2048) + TABLE / 2048 + 2048)
-    assert part(found, "optimiser") == pytest.approx(expected, abs=2 * small + rows_and_columns)
+    assert part(found, "optimizer") == pytest.approx(expected, abs=2 * small + rows_and_columns)
 
 
 def test_activations_of_the_fit():
@@ -143,7 +143,7 @@ def test_a_model_on_the_spot_is_counted_as_it_is_made(tmp_path):
     state = train.init_state(params, train.make_optimizer(config.fit.optimizer))
     found = plan.fit(job, config.mesh)
     assert part(found, "weights") == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert part(found, "optimiser") == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    assert part(found, "optimizer") == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
 
 
 def test_folders_need_their_config_alone(tmp_path):
