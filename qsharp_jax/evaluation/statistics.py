@@ -1,6 +1,6 @@
-"""Figures of judged samples: pass@k, majorities, and 95% intervals over problems, or over seeds.
+"""Statistics of judged samples: pass@k, majorities, and 95% intervals over problems, or over seeds.
 
-Shapes: n problems. It knows nothing about where samples come from.
+Shapes: n problems.
 """
 
 import functools
@@ -15,21 +15,21 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 def pass_at(k: int, rewards: Sequence[float]) -> float:
-    """Expected best reward of k of a problem's samples, drawn without replacement.
+    """Return the expected best reward of k of a problem's samples, drawn without replacement.
 
-    With rewards 0 and 1 that is 1 - C(n - c, k) / C(n, k) for n samples with c right ones: the unbiased estimator of
+    With rewards 0 and 1 this is 1 - C(n - c, k) / C(n, k) for n samples of which c are right: the unbiased estimator of
     pass@k (Chen et al. 2021, arXiv 2107.03374).
 
     Args:
       k: from 1 to the number of samples.
     """
     subsets = math.comb(len(rewards), k)
-    # Of the subsets, C(i, k - 1) have as their best the one that i others precede in ascending order.
+    # C(i, k - 1) of the subsets have as their best the sample that i others precede in ascending order.
     return float(sum(math.comb(i, k - 1) / subsets * reward for i, reward in enumerate(np.sort(rewards))))
 
 
 def majority(answers: Sequence[str | None], rewards: Sequence[float], weights: Sequence[float]) -> float:
-    """Expected reward of the answer with most weight; ties are drawn by lot, and None is no vote."""
+    """Return the expected reward of the answer with the most weight; ties are drawn at random, and None is no vote."""
     votes: dict[str, float] = defaultdict(float)
     for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
@@ -43,9 +43,9 @@ def majority(answers: Sequence[str | None], rewards: Sequence[float], weights: S
 
 
 def bootstrap(per_problem: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95% percentile interval of the mean over problems (Efron 1979), with a fixed seed.
+    """Return the 95% percentile interval of the mean over problems (Efron 1979), with a fixed seed.
 
-    Of differences between two methods on the same problems it is the paired interval.
+    For differences between two methods on the same problems this is the paired interval.
     """
     means = np.asarray(per_problem)[_picks(len(per_problem), resamples)].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -53,10 +53,10 @@ def bootstrap(per_problem: np.ndarray, resamples: int = RESAMPLES) -> tuple[floa
 
 
 def bootstrap_pooled(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The same of the mean over samples, where problems have different numbers of them.
+    """Return the same for the mean over samples, where problems have different numbers of them.
 
     Args:
-      sums, counts: [n] of each problem's samples, of which it has one at least.
+      sums, counts: [n] of each problem's samples, at least one each.
     """
     picks = _picks(len(sums), resamples)
     low, high = np.percentile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [2.5, 97.5])
@@ -64,15 +64,14 @@ def bootstrap_pooled(sums: np.ndarray, counts: np.ndarray, resamples: int = RESA
 
 
 def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
-    """95% interval of the mean over seeds, by Student's t over the seeds' means.
+    """Return the 95% interval of the mean over seeds, by Student's t over the seeds' means.
 
-    Runs differ by more than their problems do: an interval over the problems of all seeds, pooled, holds the true mean
-    in 7 of 10 cases where three runs have a standard deviation of 0.03. Of a single seed it is the interval over
-    problems, which knows nothing of another seed's run. If the seeds share their problems, it is for these problems.
-    It may go beyond the least and the largest reward.
+    Runs differ by more than their problems do: an interval over the pooled problems of all seeds contains the true mean
+    in 7 of 10 cases if three runs have a standard deviation of 0.03. A single seed gets the interval over problems. The
+    interval may exceed the range of rewards.
 
     Args:
-      per_seed: of each seed, the rewards by problem, or the differences between two methods on the same problems.
+      per_seed: for each seed, the rewards by problem, or the differences between two methods on the same problems.
     """
     if len(per_seed) == 1:
         return bootstrap(per_seed[0])
@@ -82,24 +81,24 @@ def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def seeds_in_words(count: int) -> str:
-    """Say in words what an interval of `over_seeds` is over."""
+    """Say in words what an interval of `over_seeds` covers."""
     return "1 seed, problems alone" if count == 1 else f"{count} seeds"
 
 
-@functools.lru_cache(2)  # an evaluation has dozens of figures of the same problems
+@functools.lru_cache(2)  # an evaluation has dozens of statistics of the same problems
 def _picks(n: int, resamples: int) -> np.ndarray:
-    """[resamples, n] of problems, each drawn from all."""
+    """Draw the problems of each resample, [resamples, n]."""
     return np.random.default_rng(0).integers(n, size=(resamples, n))
 
 
 def with_interval(name: str, per_problem: Sequence[float]) -> dict[str, float]:
-    """The mean over problems by its name, and its interval as NAME_low and NAME_high."""
+    """Return the mean over problems as NAME, and its interval as NAME_low and NAME_high."""
     low, high = bootstrap(np.asarray(per_problem))
     return {name: float(np.mean(per_problem)), f"{name}_low": low, f"{name}_high": high}
 
 
 def by_problem(samples: Sequence[dict], key: str) -> list[float]:
-    """The mean of a field over each problem's samples, in the order in which problems come."""
+    """Return the mean of a field over each problem's samples, in the order of the problems."""
     groups = defaultdict(list)
     for sample in samples:
         groups[sample["problem_id"]].append(sample[key])

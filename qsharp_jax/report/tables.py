@@ -1,6 +1,6 @@
-"""The tables of a report, in Markdown whose columns line up as plain text too, from the rows of `results.json`.
+"""Tables of a report from the rows of `results.json`, in Markdown whose columns also line up as plain text.
 
-A figure with its 95% interval is written 0.790 (0.754 .. 0.826).
+A number with its 95% interval is written 0.790 (0.754 .. 0.826).
 """
 
 import re
@@ -29,7 +29,7 @@ HOW = (
 
 
 def table(rows: Sequence[dict]) -> str:
-    """All rows, each figure without its interval but for the reward."""
+    """Make a table of all rows; only the reward has its interval."""
     lines = [list(COLUMNS)]
     for row in rows:
         answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
@@ -50,7 +50,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def _who(row: dict) -> list[str]:
-    """Method, eta and round."""
+    """Return the cells for method, eta and round."""
     eta = f"{eta_of(row):g}" if row["eta"] is not None or row["method"] in GUIDED else ""
     return [NAMES.get(row["method"], row["method"]), eta, str(row["round"]) if row["round"] else ""]
 
@@ -60,7 +60,7 @@ def _number(row: dict, name: str) -> str:
 
 
 def _interval(row: dict, name: str, sign: str = "") -> str:
-    """A figure with its interval; empty where the row has none."""
+    """Return a number with its interval; empty if the row has none."""
     if row.get(f"{name}_low") is None:
         return ""
     value, low, high = (f"{row[key]:{sign}.3f}" for key in (name, f"{name}_low", f"{name}_high"))
@@ -75,10 +75,10 @@ HOW_PAPER = (
 
 
 def paper_table(rows: Sequence[dict], eta: float) -> str:
-    """pi_ref, CD, Q# and whatever else was learned, in the paper's layout, at one eta; empty if nothing was learned.
+    """Make a table of pi_ref and the learned methods at one eta, in the paper's layout; empty if nothing was learned.
 
     Args:
-      eta: that is wanted; where the last round was not measured at it, the smallest that it was measured at.
+      eta: if the last round was not measured at it, the smallest eta that it was measured at is used.
     """
     last = max(row["round"] for row in rows)
     learned = [row for row in rows if row["round"] == last > 0 and row["kl"] is not None]
@@ -91,9 +91,11 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     chosen = [row for row in rows if row["method"] in ("pi_ref", "pi_ref_top_k")]
     chosen += [row for row in learned if eta_of(row) == eta]
     chosen.sort(key=lambda row: order.index(row["method"]))
-    # Majorities of as many samples for every method, so that they can be compared.
+    # Majorities over the same number of samples for every method, so that they can be compared.
     sizes = [{int(name[9:]) for name in row if re.fullmatch(r"majority_\d+", name)} for row in chosen]
-    size = max(set.intersection(*filter(None, sizes)) if any(sizes) else (), default=0)  # greedy has one sample alone
+    size = max(
+        set.intersection(*filter(None, sizes)) if any(sizes) else (), default=0
+    )  # greedy methods have one sample
     head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
     figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
     lines = [[NAMES[row["method"]], *(_interval(row, name) for name in figures)] for row in chosen]
@@ -104,7 +106,7 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
 
 
 def passes_table(rows: Sequence[dict]) -> str:
-    """pass@k and maj1@k by k, with intervals; empty where no method has several samples of a problem."""
+    """Make a table of pass@k and maj1@k by k; empty if no method has several samples of a problem."""
     names = {name for row in rows for name in row if re.fullmatch(r"(pass|majority)_\d+", name)} - {"pass_1"}
     if not names:
         return ""
@@ -116,7 +118,7 @@ def passes_table(rows: Sequence[dict]) -> str:
 
 
 def intervals_table(rows: Sequence[dict]) -> str:
-    """The other figures of the responses with their intervals; empty where there are none."""
+    """Make a table of the other statistics of responses; empty if there are none."""
     columns = {
         "kl": "KL", "kl_truncated": "KL truncated", "response_tokens": "tokens", "finished": "finished",
         "no_answer": "no answer",
@@ -133,7 +135,7 @@ HOW_DIFFERENCES = (
 
 
 def differences_table(rows: Sequence[dict]) -> str:
-    """Paired differences to pi_ref and of Q# to CD, with intervals; empty where there are none."""
+    """Make a table of the paired differences to pi_ref and of Q# to CD; empty if there are none."""
     lines, sizes = [], set()
     for row in rows:
         sizes |= {name for name in row if re.fullmatch(r"majority_\d+_minus_(pi_ref|cd)", name)}
@@ -159,28 +161,27 @@ HOW_ROLLOUTS = (
 
 
 def rollouts_table(metrics: list[dict]) -> str:
-    """Of the rollouts of each round, from the lines of metrics.jsonl; empty if there are none.
+    """Make a table of each round's rollouts from the lines of metrics.jsonl; empty if there are none.
 
-    A collection that was begun several times has as many lines: the last tells of all its rollouts, while rows and
-    seconds are those of all that came to their end.
+    A resumed collection has several lines: the last counts all its rollouts, while rows and seconds are summed.
     """
     by_round = defaultdict(list)
     for line in metrics:
-        if found := re.fullmatch(r"round (\d+): collect", line.get("phase", "")):
-            by_round[int(found[1])].append(line)
+        if match := re.fullmatch(r"round (\d+): collect", line.get("phase", "")):
+            by_round[int(match[1])].append(line)
     lines = [list(ROLLOUTS)]
-    for number, found in sorted(by_round.items()):
-        last, row_steps = found[-1], sum(line.get("row_steps", 0) for line in found)
+    for number, collections in sorted(by_round.items()):
+        last, row_steps = collections[-1], sum(line.get("row_steps", 0) for line in collections)
         shares = [f"{last[name]:.3f}" if name in last else "" for name in ("finished", "labelled", "varied")]
-        useful = f"{sum(line.get('tokens', 0) for line in found) / row_steps:.3f}" if row_steps else ""
-        seconds = f"{sum(line['seconds'] for line in found):.0f}"
+        useful = f"{sum(line.get('tokens', 0) for line in collections) / row_steps:.3f}" if row_steps else ""
+        seconds = f"{sum(line['seconds'] for line in collections):.0f}"
         whole = [str(number), str(last["rollouts"]), f"{last['reward']:.3f}", f"{last['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
     return markdown(lines) if by_round else ""
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table, its head first, whose columns line up as plain text too."""
+    """Format a table, head first, so that its columns also line up as plain text."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text.insert(1, ["-" * width for width in widths])
