@@ -21,6 +21,7 @@ import statistics
 import time
 from pathlib import Path
 
+from qsharp_jax.system import machine
 from qsharp_jax.tasks import finite, registry
 from qsharp_jax.tasks.judging import Judge
 
@@ -28,7 +29,7 @@ from qsharp_jax.tasks.judging import Judge
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers", type=int, default=4000)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=machine.cores())
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     task, folder = registry.get("gsm8k"), os.environ["QSHARP_DATA"]

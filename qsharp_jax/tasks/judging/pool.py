@@ -1,7 +1,7 @@
-"""Whether two answers are the same mathematics, asked of worker processes that a hostile answer may well kill.
+"""A pool of worker processes that compare answers by algebra, and that survives whatever an answer does to a worker.
 
-A worker has so much processor time for a pair of answers, and so much memory. One that takes more, or breaks, is
-replaced, and its two answers count as different. It knows nothing about tasks, rewards or models.
+A worker has limits on processor time per pair of answers and on memory. One that exceeds them, or breaks, is replaced,
+and its two answers count as different.
 """
 
 import functools
@@ -17,20 +17,22 @@ from pathlib import Path
 from qsharp_jax.system import machine
 from qsharp_jax.system.errors import UserError
 
-SECONDS = 5.0  # of processor time for one pair; MATH's own answers take milliseconds
-PATIENCE = 60.0  # seconds of wall time, for a worker that is not computing and does not answer either
-MEMORY = 1 << 30  # bytes of a worker's addresses, some 70 MB of which it begins with
-START = 120.0  # seconds of wall time that a worker may take to begin
+SECONDS = 5.0  # of processor time per pair; MATH's own answers take milliseconds
+PATIENCE = 60.0  # seconds of wall time per pair, for a worker that hangs without computing
+MEMORY = 1 << 30  # bytes of a worker's address space, of which it starts with some 70 MB
+START = 120.0  # seconds of wall time in which a worker has to start
 MOST_WORKERS = 16
 
 
 class Pool:
-    """Workers, one for each of some threads, started when there is something to ask.
-
-    They end with this process, however that ends.
-    """
+    """Worker processes, each started when there is work for it. They end with this process, however that ends."""
 
     def __init__(self, workers: int | None = None, *, seconds: float = SECONDS, memory: int = MEMORY):
+        """Args:
+        workers: number of processes, by default one per core, at most 16.
+        seconds: limit on processor time per pair of answers.
+        memory: limit on a worker's address space, in bytes.
+        """
         workers = workers or min(machine.cores(), MOST_WORKERS)
         self._start = functools.partial(_Worker, seconds, memory)
         self._threads = ThreadPoolExecutor(workers, "judge")
@@ -39,7 +41,7 @@ class Pool:
             self._idle.put(None)
 
     def same(self, gold: str, answer: str) -> Future[bool]:
-        """Whether the answer means what the gold one does; `math_verify` does not take them symmetrically.
+        """Compare an answer with the gold one; `math_verify` is not symmetric in them.
 
         The result raises UserError if no worker can be started.
         """
@@ -49,7 +51,7 @@ class Pool:
         worker = self._idle.get()
         try:
             worker = worker or self._start()
-            verdict = worker.ask(gold, answer)
+            verdict = worker.compare(gold, answer)
             if verdict is None:
                 worker.kill()
                 worker = None
@@ -58,7 +60,7 @@ class Pool:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the workers; what has not been begun is not judged."""
+        """End the workers; pairs that are still waiting are not compared."""
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             if worker := self._idle.get():
@@ -66,11 +68,11 @@ class Pool:
 
 
 class _Worker:
-    """One process of `worker.py`."""
+    """A process that runs `worker.py`."""
 
     def __init__(self, seconds: float, memory: int):
-        # Unsafe paths are left out, for the folder of `worker.py` is not one to import from. Sets of symbols have an
-        # order that the hashes' seed decides, and with it the way that an algorithm takes.
+        # -P: the folder of `worker.py` is not one to import from. The seed: sets of symbols are ordered by their
+        # hashes, and the order decides which way an algorithm takes.
         self._process = subprocess.Popen(
             [sys.executable, "-P", Path(__file__).with_name("worker.py"), str(seconds), str(memory)],
             stdin=subprocess.PIPE,
@@ -78,7 +80,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=os.environ | {"PYTHONHASHSEED": "0"},
-            start_new_session=True,  # a Ctrl-C is not theirs
+            start_new_session=True,  # Ctrl-C does not reach it
         )
         assert self._process.stdin and self._process.stdout  # they are pipes
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
@@ -89,12 +91,12 @@ class _Worker:
         if word != "ready":
             self.kill()
             raise UserError(
-                f"the process that judges answers cannot begin ({word or 'it said nothing'}); install what"
-                " requirements.txt lists, math-verify among it"
+                f"cannot start the process that judges answers ({word or 'no message'}); install the packages"
+                " in requirements.txt, which include math-verify"
             )
 
-    def ask(self, gold: str, answer: str) -> bool | None:
-        """None if the worker broke, or was killed for taking too long."""
+    def compare(self, gold: str, answer: str) -> bool | None:
+        """Return the verdict; None if the worker broke or took too long."""
         try:
             self._stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         except OSError:  # it has ended: a broken pipe, on Windows an invalid argument

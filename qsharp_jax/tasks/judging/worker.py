@@ -1,10 +1,10 @@
-"""A process that says whether two answers are the same mathematics, by `math_verify`: run by `pool.py`, not imported.
+"""Script that compares pairs of answers with `math_verify`; `pool.py` runs it in processes, and nothing imports it.
 
     python worker.py SECONDS BYTES
 
-It writes "ready" once it can begin, or what keeps it from that. For a line with two answers, the gold one first, as a
-JSON list, it writes "1" or "0". Computing on one line for SECONDS of processor time ends the process, whatever it is
-in; memory beyond BYTES of addresses is not given. It imports nothing of this package.
+It writes "ready" once it has started, or the error that prevents it. For a line with two answers, the gold one first,
+as a JSON list, it writes "1" or "0". SECONDS of processor time on one line end the process; BYTES limit its address
+space. Windows has neither limit and macOS only the first; there `pool.py`'s limit on wall time ends a worker.
 
 `math_verify` parses, and compares sets, intervals, equations and matrices part by part. Numbers, which it compares with
 an absolute tolerance, are compared here (`equal`).
@@ -35,11 +35,11 @@ except BaseException as error:
     replies.write(f"{type(error).__name__}: {error}".replace("\n", " ") + "\n")
     raise
 
-RELATIVE = 5e-6  # of two numbers one of which is a decimal: what rounding to six significant digits does at most
-SIGNIFICANT = 6  # digits of a decimal that is taken for a rounded number
-DIGITS = (100, 1000)  # to which the difference of two exact numbers is computed before it counts as zero
+RELATIVE = 5e-6  # largest error of rounding to six significant digits
+SIGNIFICANT = 6  # digits from which a decimal is taken for a rounded number
+DIGITS = (100, 1000)  # precisions at which the difference of two exact numbers is computed before it counts as zero
 
-# Only what is parsed whole counts (else the last number of any text is taken), with no letters cut off as units.
+# Only answers that parse as a whole count (otherwise the last number of any text does); no letters are cut as units.
 LATEX = math_verify.LatexExtractionConfig(
     boxed_match_priority=0,
     normalization_config=NormalizationConfig(
@@ -55,10 +55,10 @@ DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 
 
 def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
-    """Compare two numbers, expressions or matrices: exactly, or if decimals are in them within `RELATIVE`.
+    """Compare two numbers, expressions or matrices: exactly, or within `RELATIVE` if they contain decimals.
 
-    It replaces `math_verify`'s `sympy_numeric_eq`, for which all numbers below 1e-16 are equal, and passes the settings
-    of that on. `math_verify` simplifies what is not equal here afterwards.
+    It replaces `math_verify`'s `sympy_numeric_eq`, to which all numbers below 1e-16 are equal, and takes the same
+    arguments. `math_verify` then simplifies expressions that are not equal here.
     """
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return (
@@ -82,13 +82,13 @@ def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_preci
 
 
 def exact(expression: sympy.Basic) -> sympy.Basic:
-    """Computed, with decimals as the fractions that they are written as."""
+    """Evaluate an expression, with each decimal as the fraction that it is written as."""
     floats = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
     return expression.xreplace(floats).doit()
 
 
 def vanishes(number: sympy.Expr) -> bool:
-    """Decide by digits whether a number is zero: as many as have been computed without one that is not zero."""
+    """Tell whether a number is zero to all `DIGITS`, or by algebra."""
     for digits in DIGITS:
         value = number.evalf(10, maxn=digits)
         if value == 0:
@@ -102,9 +102,9 @@ def vanishes(number: sympy.Expr) -> bool:
 
 
 def last_place(*numbers: sympy.Basic) -> sympy.Number:
-    """Largest difference of a number from a decimal: a unit of its last place, and of two decimals the shorter one's.
+    """Return the largest difference from a rounded decimal: a unit in the last place of the shorter one.
 
-    Zero where the decimals have few digits, for these are exact; infinity where they are parts of expressions.
+    Zero if the decimals have few digits, since these are exact; infinity if decimals are only parts of expressions.
     """
     decimals = [sympy.Rational(str(number)) for number in numbers if isinstance(number, sympy.Float)]
     if not decimals:
@@ -121,12 +121,12 @@ def last_place(*numbers: sympy.Basic) -> sympy.Number:
 
 @functools.lru_cache(64)  # the samples of a problem have one gold answer
 def parse(answer: str) -> list:
-    """The expression, if there is one, and the text, which `math_verify` compares."""
-    if re.fullmatch("-?[0-9]{1,100}", answer):  # what its parser makes of it too, in a hundredth of the time
+    """Parse an answer to its expression, if there is one, and its text, both of which `math_verify` compares."""
+    if re.fullmatch("-?[0-9]{1,100}", answer):  # the same as its parser returns, in a hundredth of the time
         return [sympy.Integer(answer), answer]
     parsed = math_verify.parse(rf"\boxed{{{answer}}}", [LATEX], parsing_timeout=None)
     if parsed and not isinstance(parsed[0], str):
-        parsed[0] = of_inequalities(parsed[0], answer)
+        parsed[0] = normalize_inequalities(parsed[0], answer)
         if contradicts_itself(parsed[0]):
             return []
         parsed[0] = with_i(parsed[0])
@@ -134,7 +134,7 @@ def parse(answer: str) -> list:
 
 
 def with_i(parsed: sympy.Basic) -> sympy.Basic:
-    """With the imaginary unit, which is parsed as a symbol."""
+    """Replace the symbol i, as which the imaginary unit is parsed."""
     if isinstance(parsed, sympy.Eq):
         return sympy.Eq(*map(with_i, parsed.args), evaluate=False)
     if isinstance(parsed, sympy.Expr | sympy.MatrixBase):
@@ -142,8 +142,8 @@ def with_i(parsed: sympy.Basic) -> sympy.Basic:
     return parsed
 
 
-def of_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
-    """3 > x > 1 as 1 < x < 3; a list of inequalities of one symbol as the set where all hold, or with an "or" any."""
+def normalize_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
+    """Turn 3 > x > 1 into 1 < x < 3, and a list of inequalities in one symbol into a set: where all hold, or any."""
     if isinstance(parsed, grader.And) and all(isinstance(part, INEQUALITIES) for part in parsed.args):
         ascending = [part.reversed if isinstance(part, INEQUALITIES[:2]) else part for part in parsed._unsorted_args]
         return grader.And(*sorted(ascending, key=sympy.default_sort_key))
@@ -157,7 +157,7 @@ def of_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
 
 
 def contradicts_itself(parsed: sympy.Basic) -> bool:
-    """Tell whether a chain of equations says that different numbers are equal, as x = 5 = 6 does."""
+    """Tell whether a chain of equations equates different numbers, like x = 5 = 6."""
     if not grader.is_equation(parsed):
         return False
     equations = parsed.args if isinstance(parsed, grader.And) else (parsed,)
@@ -173,7 +173,7 @@ def is_unsolved(parsed: list) -> bool:
 
 
 def brackets(answer: str) -> str:
-    r"""The signs that the whole of an answer stands between, as "()", "[)" or "{}" for \{ \}; "" if it does not."""
+    r"""Return the signs that enclose the whole answer, like "()" or "[)", with ⦃⦄ for \{ \}; "" if none do."""
     text = answer.replace(r"\{", "⦃").replace(r"\}", "⦄")
     if not text or text[0] not in "([⦃" or text[-1] not in ")]⦄":
         return ""
@@ -186,7 +186,7 @@ def brackets(answer: str) -> str:
 
 
 def unbracketed(answer: str) -> str:
-    r"""Without parentheses around other brackets: (\{1, 2\})."""
+    r"""Strip parentheses around other brackets: (\{1, 2\})."""
     inside = answer[1:-1].strip()
     return inside if brackets(answer) == "()" and brackets(inside) else answer
 
@@ -205,20 +205,20 @@ def same(gold: str, answer: str) -> bool:
         if is_unsolved(parsed) and not (expected and grader.is_relation(expected[0])):
             return False
         return math_verify.verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True)
-    except (Exception, MemoryError):  # of parsers and of algebra, on what may be no mathematics at all
+    except (Exception, MemoryError):  # of parsers and algebra, on text that may not be mathematics
         return False
 
 
 grader.sympy_numeric_eq = equal
-same("1", "2")  # what is loaded at first use is loaded now
-if resource:
+same("1", "2")  # loads what is loaded at first use
+if resource and sys.platform != "darwin":  # macOS refuses to limit addresses
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+# The timer's signal ends a process, in the middle of a long product too.
+limit = functools.partial(signal.setitimer, signal.ITIMER_PROF) if hasattr(signal, "setitimer") else lambda _: None
 replies.write("ready\n")
 for line in sys.stdin:
-    if resource:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends a process, in the middle of a long product too
+    limit(seconds)
     verdict = same(*json.loads(line))
-    if resource:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+    limit(0)
     replies.write(f"{verdict:d}\n")
