@@ -23,7 +23,8 @@ import numpy as np
 from qsharp_jax import generate, rollouts
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import pretrain
+from qsharp_jax.run import models, pretrain
+from qsharp_jax.run.problems import train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -41,9 +42,13 @@ def main() -> None:
     with Workdir.open(options.workdir, config) as workdir:
         session = Session(workdir)
         ref = generate.for_decoding(pretrain.run(session))
-        guide = generate.for_decoding(ValueModel(session.first_guide(session.load_ref()), session.guide_config))
-        prompts = [session.text.encode_prompt(p.prompt) for p in session.train_problems(1)[: options.prompts]]
-        sampling = dataclasses.replace(session.sampling(), eta=config.collect.eta)
+        guide = generate.for_decoding(
+            ValueModel(models.first_guide(session, models.load_ref(session)), models.guide_config(session))
+        )
+        prompts = [
+            models.tokenizer(session).encode_prompt(p.prompt) for p in train_problems(session, 1)[: options.prompts]
+        ]
+        sampling = dataclasses.replace(models.sampling(session), eta=config.collect.eta)
         draws = np.random.default_rng(0).integers(2**32, size=(len(prompts) * options.samples, 3), dtype=np.uint32)
         print("| round | rows | way | useful rows | seconds | tokens |\n| --- | --- | --- | --- | --- | --- |")
         for rows in map(int, options.batch.split(",")):

@@ -22,6 +22,8 @@ import numpy as np
 from qsharp_jax import report, rollouts
 from qsharp_jax.evaluation import statistics
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import OTHERS, Sampling
@@ -40,13 +42,13 @@ def measure(
     session: Session, etas: list[float], cd_etas: list[float], samples: int, constant: bool
 ) -> dict[str, Measured]:
     """Measure a run; the keys are method, eta and definition, as a row of the table names them."""
-    ref, guide = session.load_ref(), session.load_guide()
+    ref, guide = models.load_ref(session), models.load_guide(session)
     guide = without_information(guide) if constant else guide
-    problems = [problem for problem in session.test_problems() for _ in range(samples)]
-    prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::samples]]
+    problems = [problem for problem in test_problems(session) for _ in range(samples)]
+    prompts = [models.tokenizer(session).encode_prompt(problem.prompt) for problem in problems[::samples]]
     seeds = np.random.SeedSequence(session.seed("others")).generate_state(len(problems))
     size, path = session.config.evaluate.batch_size, session.workdir.path / "others.json"
-    sampling = session.sampling()
+    sampling = models.sampling(session)
     known = json.loads(path.read_text()) if path.exists() else {}
 
     def add(name: str, guide: Any, sampling: Sampling) -> None:
@@ -56,8 +58,8 @@ def measure(
         drawn = rollouts.sample(
             ref, guide, prompts, sampling, seeds=seeds, batch_size=size, samples=samples, name=name, record=("kl",)
         )
-        texts = [session.text.decode(drawn.response(row)) for row in range(len(problems))]
-        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
+        texts = [models.tokenizer(session).decode(drawn.response(row)) for row in range(len(problems))]
+        rewards = [judgement.reward for judgement in judge(session)(problems, texts)]
         columns = {"reward": rewards, "kl": drawn.kl.sum(1), "kl_truncated": drawn.kl_truncated.sum(1)}
         known[name] = {key: np.reshape(x, (-1, samples)).mean(1).tolist() for key, x in columns.items()}
         write_atomic(path, json.dumps(known))

@@ -15,6 +15,8 @@ import numpy as np
 
 from qsharp_jax import rollouts
 from qsharp_jax.evaluation import statistics
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -30,11 +32,11 @@ def main() -> None:
     options = parser.parse_args()
     with Workdir.open(options.workdir) as workdir:
         session = Session(workdir)
-        ref, guide = session.load_ref(), session.load_guide()
-        problems = session.test_problems()
-        prompts = [session.text.encode_prompt(problem.prompt) for problem in problems]
+        ref, guide = models.load_ref(session), models.load_guide(session)
+        problems = test_problems(session)
+        prompts = [models.tokenizer(session).encode_prompt(problem.prompt) for problem in problems]
         sampling = dataclasses.replace(
-            session.sampling(), eta=options.eta, top_k_candidates=CANDIDATES, candidate_threshold=THRESHOLD
+            models.sampling(session), eta=options.eta, top_k_candidates=CANDIDATES, candidate_threshold=THRESHOLD
         )
 
         def run(slots: float | None):
@@ -56,8 +58,8 @@ def main() -> None:
 
     print("| slots a row | reward (95%) | KL | dropped a response | seconds |\n| --- | --- | --- | --- | --- |")
     for slots, (generation, _) in results.items():
-        texts = [session.text.decode(generation.response(row)) for row in range(len(problems))]
-        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
+        texts = [models.tokenizer(session).decode(generation.response(row)) for row in range(len(problems))]
+        rewards = [judgement.reward for judgement in judge(session)(problems, texts)]
         low, high = statistics.bootstrap(np.asarray(rewards))
         name = f"{CANDIDATES} (not packed)" if slots is None else f"{slots:g}"
         print(

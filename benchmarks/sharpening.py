@@ -19,6 +19,8 @@ from ablations import Found, Measured, at_kl, interval
 
 from qsharp_jax import report, rollouts
 from qsharp_jax.evaluation import measure, statistics
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
@@ -31,19 +33,19 @@ CD_ETAS = (1.0, 0.5, 0.2, 0.14, 0.1, 0.07, 0.05)
 
 def measure_run(session: Session) -> Found:
     """By method and setting, in words; pi_ref's is an eta of inf."""
-    ref, guide = session.load_ref(), session.load_guide()
-    problems = [problem for problem in session.test_problems() for _ in range(SAMPLES)]
-    prompts = [session.text.encode_prompt(problem.prompt) for problem in problems[::SAMPLES]]
+    ref, guide = models.load_ref(session), models.load_guide(session)
+    problems = [problem for problem in test_problems(session) for _ in range(SAMPLES)]
+    prompts = [models.tokenizer(session).encode_prompt(problem.prompt) for problem in problems[::SAMPLES]]
     seeds = np.random.SeedSequence(session.seed("sharpening")).generate_state(len(problems))
     size = session.config.evaluate.batch_size
-    sampling = session.sampling()
+    sampling = models.sampling(session)
 
     def of(guide: Any, sampling: Sampling) -> Measured:
         made = rollouts.sample(
             ref, guide, prompts, sampling, samples=SAMPLES, seeds=seeds, batch_size=size, record=("kl",)
         )
-        texts = [session.text.decode(made.response(row)) for row in range(len(problems))]
-        rewards = [judgement.reward for judgement in session.judge(problems, texts)]
+        texts = [models.tokenizer(session).decode(made.response(row)) for row in range(len(problems))]
+        rewards = [judgement.reward for judgement in judge(session)(problems, texts)]
         return Measured(*(np.reshape(x, (-1, SAMPLES)).mean(1) for x in (rewards, made.kl.sum(1))))
 
     samples = measure.read_samples(measure.samples_path(session, "pi_ref", 0))

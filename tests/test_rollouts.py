@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from qsharp_jax import rollouts
 from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.generate import generate
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, train_problems
 from qsharp_jax.system import files
 from qsharp_jax.tasks import star_graph
 
@@ -31,8 +33,8 @@ def run(tmp_path_factory):
 def collect(run, folder, number):
     ref, guide, session = run
     rollouts.collect(
-        ref, guide if number > 1 else None, session.judge, session.text, session.train_problems(1), folder,
-        replace(session.sampling(), eta=ETA), number=number, samples=SAMPLES, shard_rows=SHARD_ROWS, batch_size=8,
+        ref, guide if number > 1 else None, judge(session), models.tokenizer(session), train_problems(session, 1), folder,
+        replace(models.sampling(session), eta=ETA), number=number, samples=SAMPLES, shard_rows=SHARD_ROWS, batch_size=8,
         seed=SEED,
     )  # fmt: skip
 
@@ -51,7 +53,7 @@ def read(folder, number) -> list[Rollout]:
 
 
 def problem_of(run, row):
-    return run[2].train_problems(1)[row // SAMPLES]
+    return train_problems(run[2], 1)[row // SAMPLES]
 
 
 # --- What is recorded -----------------------------------------------------------------------------------------------
@@ -61,12 +63,12 @@ def problem_of(run, row):
 def test_every_problem_gets_its_samples_and_every_reward_can_be_judged_again(run, collected, number):
     """From the record alone: the text is the tokens', and the reward that of the path from start to goal."""
     session, records = run[2], read(collected, number)
-    assert len(records) == SAMPLES * len(session.train_problems(1))
+    assert len(records) == SAMPLES * len(train_problems(session, 1))
     for row, record in enumerate(records):
         problem = problem_of(run, row)
         assert record.prompt_id == problem.problem_id and record.round == number
-        assert record.prompt_tokens == session.text.encode_prompt(problem.prompt)
-        assert record.text == session.text.decode(record.response_tokens)
+        assert record.prompt_tokens == models.tokenizer(session).encode_prompt(problem.prompt)
+        assert record.text == models.tokenizer(session).decode(record.response_tokens)
         edges, query = problem.prompt.removesuffix("=").split("/")
         start, goal = query.split(",")
         path = record.text.split(",")
@@ -79,7 +81,7 @@ def test_every_problem_gets_its_samples_and_every_reward_can_be_judged_again(run
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_response_ends_at_its_stop_token_or_at_the_budget_of_the_whole(run, collected, number):
     """FACTS section 3, 7: the roll-out gets what the roll-in left of the budget, not a fresh one."""
-    stop = run[2].text.stop_ids[0]
+    stop = models.tokenizer(run[2]).stop_ids[0]
     records = read(collected, number)
     for record in records:
         response = record.response_tokens
@@ -100,7 +102,7 @@ def test_round_1_is_pi_ref_alone(run, collected):
     assert all(record.switch == 0 and math.isinf(record.eta) and record.first_label == -1 for record in records)
     assert len({record.seed for record in records}) == len(records)
     again = generate(
-        ref, None, [record.prompt_tokens for record in records[:8]], session.sampling(),
+        ref, None, [record.prompt_tokens for record in records[:8]], models.sampling(session),
         rng=np.asarray([record.seed for record in records[:8]]),
     )  # fmt: skip
     assert [again.response(row) for row in range(8)] == [record.response_tokens for record in records[:8]]
@@ -114,7 +116,7 @@ def test_later_rounds_roll_in_guided_and_finish_with_pi_ref(run, collected):
     """The first `switch` tokens are the guided policy's from the roll-in's seed; what follows is pi_ref's from the
     recorded seed, as a continuation of prompt and roll-in; 1 <= switch <= length of the roll-in - 1."""
     ref, guide, session = run
-    sampling, records = replace(session.sampling(), eta=ETA), read(collected, 2)
+    sampling, records = replace(models.sampling(session), eta=ETA), read(collected, 2)
     lengths, differing, alone = [], 0, 0
     for begin in range(0, len(records), 8):
         part = records[begin : begin + 8]
@@ -240,7 +242,7 @@ def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):
     budget = np.asarray([7, 3, 7, 1, 7, 5, 7, 0, 7, 2, 7])
     eights, threes = (
         rollouts.sample(
-            ref, guide, prompts, replace(session.sampling(), eta=eta, budget=budget), seeds=seeds, batch_size=size
+            ref, guide, prompts, replace(models.sampling(session), eta=eta, budget=budget), seeds=seeds, batch_size=size
         )
         for size in (8, 3)
     )

@@ -23,6 +23,7 @@ from qsharp_jax.algorithms.guides import aggregate
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train import targets
@@ -54,14 +55,14 @@ def fit(
             return fitted(error="squared")  # (V - r)^2 / 2
         case "fudge":
             return fitted(error="nll")  # -(r log V + (1 - r) log(1 - V))
-    ref = session.for_fitting(session.load_ref() if ref is None else ref)
+    ref = session.for_fitting(models.load_ref(session) if ref is None else ref)
     settings = session.config.generate
     backups = functools.partial(  # v_t = E_{z ~ pi_ref}[V(x, y_1..t z)]
         targets.bellman,
-        config=session.fit_config,
+        config=models.fit_config(session),
         ref_config=ref.config,
         sampling={name: settings[name] for name in ("temperature", "top_k", "top_p")},
-        vocab_size=session.text.vocab_size,
+        vocab_size=models.tokenizer(session).vocab_size,
         attend_by=session.config.fit.attention,
         packed=session.config.fit.pack_length > 0,
     )
@@ -70,8 +71,9 @@ def fit(
 
 def _flops(session: Session) -> train.Flops:
     """Of a step of CD-Q: beside the guide's, pi_ref's forward pass (a third of a training's) and V of all tokens."""
-    config, guide = session.guide_config, train.guide_flops(session.guide_config, session.config.fit.future_offsets)
-    ref, head = train.language_model_flops(session.ref_config), 2 * config.trunk.embed * config.trunk.vocab_size
+    config = models.guide_config(session)
+    guide = train.guide_flops(config, session.config.fit.future_offsets)
+    ref, head = train.language_model_flops(models.ref_config(session)), 2 * config.trunk.embed * config.trunk.vocab_size
     return lambda batch: guide(batch) + ref(batch) / 3 + head * config.outputs * int((batch.segments > 0).sum())
 
 

@@ -28,6 +28,8 @@ from qsharp_jax.algorithms.policy import PolicyBatch
 from qsharp_jax.data.batches import Batches, from_rollout
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 
@@ -80,15 +82,16 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     Raises:
       UserError: if there is no pair.
     """
-    if session.fitted_rounds() >= number:
-        return session.for_fitting(session.load_guide(number)).params
-    config = session.config[session.algorithm]
+    if models.fitted_rounds(session.workdir) >= number:
+        return session.for_fitting(models.load_guide(session, number)).params
+    config = session.config[session.config.algorithm]
     pairs, skipped = make_pairs(data)
     prompts = len({rollout.prompt_id for rollout in data})
     if not pairs:
         raise UserError(
-            f"{session.algorithm} has no pairs to learn from: all {prompts} prompts were skipped, for the rollouts of"
-            " each were paid the same; give more config.collect.samples, or problems that pi_ref solves now and then"
+            f"{session.config.algorithm} has no pairs to learn from: all {prompts} prompts were skipped, for the"
+            " rollouts of each were paid the same; give more config.collect.samples, or problems that pi_ref solves now"
+            " and then"
         )
     figures = {"pairs": len(pairs), "prompts": prompts, "skipped_prompts": skipped}
     session.workdir.append_metrics({"phase": f"round {number}: pairs", **figures})
@@ -107,13 +110,13 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     batches = Batches(
         pairs, rows=rows // 2, bucket=session.config.fit.length_bucket, seed=session.seed("fit"), make=make
     )
-    alpha = config.alpha if session.algorithm == "rpo" else 0.0
+    alpha = config.alpha if session.config.algorithm == "rpo" else 0.0
     return policy.fit(
         session,
         number,
         params,
         batches,
-        functools.partial(loss, beta=session.eta, alpha=alpha),
+        functools.partial(loss, beta=configs.kl_weight(session.config), alpha=alpha),
         total_steps=config.epochs * batches.steps_per_epoch,
     )
 

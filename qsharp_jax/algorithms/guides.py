@@ -19,6 +19,8 @@ from qsharp_jax.evaluation import score
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, task, train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train.checkpoint import Checkpoints
@@ -34,20 +36,20 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
         decoded = rollouts.collect(
             ref,
             guide,
-            session.judge,
-            session.text,
-            session.train_problems(number),
+            judge(session),
+            models.tokenizer(session),
+            train_problems(session, number),
             session.workdir.rollouts(number),
-            dataclasses.replace(session.sampling(), eta=session.config.collect.eta),
+            dataclasses.replace(models.sampling(session), eta=session.config.collect.eta),
             number=number,
             seed=session.seed("collect"),
             samples=session.config.collect.samples,
             batch_size=session.config.collect.batch_size,
             shard_rows=session.config.collect.shard_rows,
-            together=session.together,
+            together=session.hosts_per_group,
         )
     rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
-    answered = np.mean([session.task.parse(rollout.text) is not None for rollout in rollouts_])
+    answered = np.mean([task(session).parse(rollout.text) is not None for rollout in rollouts_])
     figures = rollouts.statistics(rollouts_) | {"answered": float(answered)}
     session.workdir.append_metrics(
         {"phase": f"round {number}: collect", **figures, **decoded, "seconds": time.monotonic() - began}
@@ -97,14 +99,14 @@ def fit(
       beside: parameters of other models that the targets need, by name; they are not learned.
       flops: of a step, by default the guide's alone.
     """
-    config, guide_config = session.config.fit, session.guide_config
-    checkpoints = Checkpoints(session.guide_folder(number))
+    config, guide_config = session.config.fit, models.guide_config(session)
+    checkpoints = Checkpoints(session.workdir.guide_folder(number))
     if config.lora_rank and checkpoints.finished():
-        return session.load_guide(number)
+        return models.load_guide(session, number)
     if config.warm_start and previous is not None:
         params = previous.params
     else:
-        params = session.first_guide(ref)
+        params = models.first_guide(session, ref)
     if config.future_offsets:
         future = train.init_future(session.key("future"), config.future_offsets, guide_config.trunk)
         params = params | {"future": future}
@@ -150,7 +152,7 @@ def fit(
             batches,
             loss_fn=functools.partial(
                 train.value_loss,
-                config=session.fit_config,
+                config=models.fit_config(session),
                 error=error,
                 targets=targets,
                 projection=config.projection,
@@ -163,7 +165,7 @@ def fit(
             optimizer=optimizer,
             schedule=train.make_schedule(config.optimizer, total_steps),
             accumulate=config.accumulate,
-            checkpoints=Checkpoints(session.guide_folder(number) / "lora") if config.lora_rank else checkpoints,
+            checkpoints=Checkpoints(session.workdir.guide_folder(number) / "lora") if config.lora_rank else checkpoints,
             loop=train.Loop(
                 name=f"round {number}: fit",
                 total_steps=total_steps,

@@ -28,6 +28,7 @@ from qsharp_jax.algorithms import policy
 from qsharp_jax.algorithms.policy import Numbers, PolicyBatch, Sampled
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 
@@ -41,8 +42,10 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
             number,
             ref,
             params,
-            worth=functools.partial(worth, tau=session.eta, return_lambda=config.return_lambda, alpha=config.alpha),
-            loss=functools.partial(loss, tau=session.eta),
+            worth=functools.partial(
+                worth, tau=configs.kl_weight(session.config), return_lambda=config.return_lambda, alpha=config.alpha
+            ),
+            loss=functools.partial(loss, tau=configs.kl_weight(session.config)),
             prompts=session.config.policy.prompts,
             samples=session.config.collect.samples,
             epochs=config.epochs,

@@ -29,6 +29,9 @@ from qsharp_jax.models import decoder, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
@@ -140,9 +143,9 @@ def scorer(session: Session) -> Scorer:
     """In the dtype of the fit, and at the temperature that responses are sampled at."""
     fit = session.config.fit
     return Scorer(
-        config=dataclasses.replace(session.ref_config, dtype=fit.dtype or session.ref_config.dtype),
+        config=dataclasses.replace(models.ref_config(session), dtype=fit.dtype or models.ref_config(session).dtype),
         temperature=session.config.generate.temperature,
-        vocab_size=session.text.vocab_size,
+        vocab_size=models.tokenizer(session).vocab_size,
         detach_values=session.config.policy.detach_values,
         remat=fit.remat,
         attend_by=fit.attention,
@@ -254,11 +257,11 @@ def sample(
       Stopped: in every process, if one was told to stop.
     """
     multihost.stop_if_told()
-    began, text, section = time.monotonic(), session.text, session.config.policy
-    policy = session.for_decoding(LanguageModel(without_value_head(params), session.ref_config))
+    began, text, section = time.monotonic(), models.tokenizer(session), session.config.policy
+    policy = session.for_decoding(LanguageModel(without_value_head(params), models.ref_config(session)))
     seeds = np.random.SeedSequence((session.seed("sample policy"), number, lot)).generate_state(len(problems) * samples)
     prompts = [text.encode_prompt(problem.prompt) for problem in problems]
-    mine = multihost.share(range(len(problems)), session.together)
+    mine = multihost.share(range(len(problems)), session.hosts_per_group)
     part: dict[str, np.ndarray] = {}
     with multihost.apart():
         if mine:  # there may be more processes than problems
@@ -273,7 +276,7 @@ def sample(
                 rows=rows,
                 greedy=greedy,
             )
-    drawn = multihost.gather_rows(part, session.together)
+    drawn = multihost.gather_rows(part, session.hosts_per_group)
     records: list[Rollout] = []
     for row, seed in enumerate(seeds.tolist()):
         response = drawn["tokens"][row, : drawn["lengths"][row]].tolist()
@@ -286,7 +289,7 @@ def sample(
                 switch=len(response),  # pi_ref chose nothing
                 reward=float(drawn["rewards"][row]),
                 finished=bool(drawn["finished"][row]),
-                eta=session.eta,
+                eta=configs.kl_weight(session.config),
                 seed=seed,
                 text=text.decode(response),
             )
@@ -298,8 +301,8 @@ def sample(
     gap = float(np.abs(np.where(mask, log_probs - drawn["log_probs"], 0)).max())
     if not gap <= section.log_prob_limit:
         raise UserError(
-            f"{session.algorithm}, round {number}, lot {lot}: the log-probabilities that tokens were sampled with and"
-            f" those of the training differ by {gap:.2g} nats, and config.policy.log_prob_limit is"
+            f"{session.config.algorithm}, round {number}, lot {lot}: the log-probabilities that tokens were sampled"
+            f" with and those of the training differ by {gap:.2g} nats, and config.policy.log_prob_limit is"
             f" {section.log_prob_limit:g}; compute both in float32, or raise the limit"
         )
     kl = float(drawn["kl"].sum(1).mean())
@@ -308,7 +311,7 @@ def sample(
         "rollouts": len(records),
         "reward": reward,
         "kl": kl,
-        "objective": reward - session.eta * kl,
+        "objective": reward - configs.kl_weight(session.config) * kl,
         "response_tokens": float(mask.sum(1).mean()),
         "finished": float(drawn["finished"].mean()),
         "log_prob_gap": gap,
@@ -339,16 +342,16 @@ def _answer(
             ref,
             policy,
             prompts,
-            dataclasses.replace(session.sampling(), top_p=1.0, top_k=1 if greedy else 0),
+            dataclasses.replace(models.sampling(session), top_p=1.0, top_k=1 if greedy else 0),
             samples=samples,
             seeds=seeds,
             batch_size=rows,
             record=("log_probs", "kl"),
         )
     part = {name: getattr(drawn, name) for name in DRAWN}
-    if multihost.leads(session.together):  # the others' rewards are not gathered
+    if multihost.leads(session.hosts_per_group):  # the others' rewards are not gathered
         each = [problem for problem in problems for _ in range(samples)]
-        part["rewards"] = rollouts.rewards(session.judge, session.text, each, drawn)
+        part["rewards"] = rollouts.rewards(judge(session), models.tokenizer(session), each, drawn)
     return part
 
 
@@ -357,11 +360,11 @@ def _answer(
 
 def start(session: Session, ref: LanguageModel, *, value_head: bool = False) -> Params:
     """A copy of pi_ref's parameters; a value head beside them gives 0 everywhere."""
-    params = session.first_policy(ref)
+    params = models.first_policy(session, ref)
     if value_head:
-        width = session.ref_config.embed
+        width = models.ref_config(session).embed
         params = params | {VALUE_HEAD: {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros(1)}}
-    return session.for_fitting(LanguageModel(params, session.ref_config)).params
+    return session.for_fitting(LanguageModel(params, models.ref_config(session))).params
 
 
 def without_value_head(params: Params) -> Params:
@@ -439,12 +442,12 @@ def improve(
       samples: rollouts of each prompt.
       epochs: over each lot.
     """
-    problems, section = session.train_problems(number), session.config.policy
+    problems, section = train_problems(session, number), session.config.policy
     lots = -(-len(problems) // prompts)
     bounds = np.linspace(0, len(problems), lots + 1).round().astype(int)  # parts of nearly one size
     parts = [problems[begin:end] for begin, end in itertools.pairwise(bounds)]
     largest = max(map(len, parts))
-    groups = jax.process_count() // session.together
+    groups = jax.process_count() // session.hosts_per_group
     rows = min(session.config.collect.batch_size, -(-largest // groups) * samples)  # of the largest share
 
     def draw(lot: int, params: Params) -> tuple[Sampled, dict[str, float]]:
@@ -485,7 +488,7 @@ def fit(
 ) -> Params:
     """`train.fit` of a policy's parameters in one round; arguments as there."""
     config, section = session.config.fit, session.config.policy
-    optimizer, folder = train.make_optimizer(section.optimizer), session.guide_folder(number)
+    optimizer, folder = train.make_optimizer(section.optimizer), session.workdir.guide_folder(number)
     with_value_head = VALUE_HEAD in params
     every = max(config.save_every // sample_every, 1) * sample_every
     with session.fitting():
@@ -498,14 +501,14 @@ def fit(
             accumulate=config.accumulate,
             checkpoints=Checkpoints(folder / "training" if with_value_head else folder),
             loop=train.Loop(
-                name=f"round {number}: {session.algorithm}",
+                name=f"round {number}: {session.config.algorithm}",
                 total_steps=total_steps,
                 log_every=config.log_every if sample is None else sample_every,
                 save_every=every,
                 log=session.workdir.append_metrics,
                 sample=sample,
                 sample_every=sample_every,
-                flops=train.language_model_flops(session.ref_config),
+                flops=train.language_model_flops(models.ref_config(session)),
                 profile=session.profile_folder(f"round_{number}"),
             ),
         )
@@ -518,7 +521,7 @@ def fit(
 
 def finish(session: Session, params: Params) -> LanguageModel:
     """The policy as it decodes."""
-    return session.for_decoding(LanguageModel(without_value_head(params), session.ref_config))
+    return session.for_decoding(LanguageModel(without_value_head(params), models.ref_config(session)))
 
 
 def _loss(

@@ -25,6 +25,7 @@ from qsharp_jax.algorithms import policy
 from qsharp_jax.algorithms.policy import Numbers, PolicyBatch, Sampled
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 
@@ -38,7 +39,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
             number,
             ref,
             params,
-            worth=functools.partial(worth, eta=session.eta, gae_lambda=config.gae_lambda),
+            worth=functools.partial(worth, eta=configs.kl_weight(session.config), gae_lambda=config.gae_lambda),
             loss=functools.partial(loss, clip=config.clip, value_weight=config.value_weight),
             prompts=session.config.policy.prompts,
             samples=session.config.collect.samples,

@@ -21,6 +21,7 @@ from qsharp_jax.algorithms import policy
 from qsharp_jax.algorithms.policy import PolicyBatch, Sampled
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 
@@ -35,7 +36,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
             number,
             ref,
             params,
-            worth=lambda lot: {"advantages": advantages(lot, session.eta, config.baseline)},
+            worth=lambda lot: {"advantages": advantages(lot, configs.kl_weight(session.config), config.baseline)},
             loss=loss,
             prompts=session.config.policy.batch_size // samples,  # a lot is one batch: the next needs the new policy
             samples=samples,

@@ -20,6 +20,7 @@ from qsharp_jax.algorithms.guides import aggregate
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.train import targets
 
@@ -44,7 +45,9 @@ def fit(
     session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
 ) -> ValueModel:
     """As `guides.fit`, to the lambda-returns of `config.vas.td_lambda`."""
-    returns = functools.partial(targets.td_lambda, config=session.fit_config, decay=session.config.vas.td_lambda)  # G_t
+    returns = functools.partial(
+        targets.td_lambda, config=models.fit_config(session), decay=session.config.vas.td_lambda
+    )  # G_t
     return guides.fit(session, number, ref, data, previous, error="squared", targets=returns)  # (V - G)^2 / 2
 
 

@@ -139,10 +139,10 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
     if options.name == "plan":
-        from qsharp_jax.run import session
+        from qsharp_jax.run import checks
 
         options.settings = configs.load(options.config, rest)
-        session.check_settings(options.settings)
+        checks.check_settings(options.settings)
         return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
@@ -153,16 +153,16 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
 
-    from qsharp_jax.run import models, provenance, session
+    from qsharp_jax.run import checks, models, provenance
 
     if options.config is not None:
         config = configs.load(options.config, rest)
-        session.check_settings(config)
+        checks.check_settings(config)
         _check_mesh(config, options.config)
-        session.check(config)
+        checks.check(config)
         models.make_absolute(config)
         if not files.is_file(files.make_path(options.workdir) / "config.json"):
-            session.check_problems(config)
+            checks.check_problems(config)
         workdir = _opened(options.workdir, config)
     else:
         workdir = _opened(options.workdir)
@@ -170,7 +170,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     try:
         if options.config is None:
             configs.override_mesh(workdir.config, rest)
-            _check_stored(workdir, session.check_settings if rejudges else session.check)
+            _check_stored(workdir, checks.check_settings if rejudges else checks.check)
         if not rejudges:  # it reads no model, and the folders may be on another machine
             provenance.check_folders(workdir)
     except BaseException:

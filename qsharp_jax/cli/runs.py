@@ -2,6 +2,7 @@
 
 import argparse
 
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 
@@ -26,42 +27,43 @@ def compare(workdir: Workdir, options: argparse.Namespace) -> None:
 
 def collect(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import algorithms
-    from qsharp_jax.run import pretrain, provenance
+    from qsharp_jax.run import models, pretrain, provenance
     from qsharp_jax.run.session import Session
 
     session = Session(workdir)
-    algorithm = algorithms.get(session.algorithm)
+    algorithm = algorithms.get(session.config.algorithm)
     _check_collects(session)
     provenance.check_problems(session)
-    number = options.round or min(session.fitted_rounds() + 1, session.config.rounds)
+    number = options.round or min(models.fitted_rounds(session.workdir) + 1, session.config.rounds)
     _check_round(session, number)
     ref = pretrain.run(session)
-    guide = session.load_guide(number - 1) if number > 1 else None
+    guide = models.load_guide(session, number - 1) if number > 1 else None
     figures = algorithm.collect(session, number, ref, guide)
     print(f"round {number}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def fit(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import algorithms
+    from qsharp_jax.run import checks, models
     from qsharp_jax.run.session import Session
 
     session = Session(workdir, options.profile)
-    algorithm = algorithms.get(session.algorithm)
+    algorithm = algorithms.get(session.config.algorithm)
     _check_collects(session)
-    session.check_devices()
-    number = options.round or max(session.collected_rounds(), 1)
+    checks.check_devices(session)
+    number = options.round or max(session.workdir.collected_rounds(), 1)
     _check_round(session, number)
     data = algorithm.aggregate(session, number, skip_damaged=options.skip_damaged)
-    previous = session.load_guide(number - 1) if session.config.fit.warm_start and number > 1 else None
-    ref = None if session.ref_folder else session.load_ref()
+    previous = models.load_guide(session, number - 1) if session.config.fit.warm_start and number > 1 else None
+    ref = None if models.folder(session.config, "ref") else models.load_ref(session)
     algorithm.fit(session, number, ref, data, previous)
-    print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.guide_folder(number)}")
+    print(f"round {number}: the guide fitted to {len(data)} rollouts is in {session.workdir.guide_folder(number)}")
 
 
 def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import algorithms, report
     from qsharp_jax.evaluation import measure
-    from qsharp_jax.run import provenance
+    from qsharp_jax.run import models, provenance
     from qsharp_jax.run.session import Session
 
     session = Session(workdir)
@@ -72,10 +74,11 @@ def evaluate(workdir: Workdir, options: argparse.Namespace) -> None:
             print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read otherwise")
         return
     provenance.check_problems(session)
-    ref = session.load_ref()
-    last = session.fitted_rounds()
-    guides = {number: session.load_guide(number) for number in range(1, last + 1)}
-    mode = None if session.trains_policy else algorithms.get(session.algorithm).mode(session.config)
+    ref = models.load_ref(session)
+    last = models.fitted_rounds(session.workdir)
+    guides = {number: models.load_guide(session, number) for number in range(1, last + 1)}
+    config = session.config
+    mode = None if configs.trains_policy(config) else algorithms.get(config.algorithm).mode(config)
     print(report.table(measure.evaluate(session, ref, guides, full=True, mode=mode)))
 
 
@@ -89,7 +92,6 @@ def report(workdir: Workdir, options: argparse.Namespace) -> None:
 def plan(workdir: None, options: argparse.Namespace) -> None:
     """On the config alone; a run that cannot be is refused after what can be said about it."""
     from qsharp_jax import plan
-    from qsharp_jax.run import config as configs
 
     presets = configs.presets(options.config)
     section = options.settings.get("mesh") or presets["single"]
@@ -113,10 +115,10 @@ def export(workdir: Workdir, options: argparse.Namespace) -> None:
 
 def _check_collects(session) -> None:
     """That the run's algorithm collects and fits in separate steps."""
-    if session.trains_policy:
+    if configs.trains_policy(session.config):
         raise UserError(
-            f"{session.algorithm} trains a policy, and collects as it does so; use qsharp run, which goes on where it"
-            " stopped"
+            f"{session.config.algorithm} trains a policy, and collects as it does so; use qsharp run, which goes on"
+            " where it stopped"
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import files
@@ -63,7 +64,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         return models.load_ref(), models.load_guide() if guided else None
 
     if options.stream:
-        _stream(models.text, *load(), encoded, dataclasses.replace(sampling, eta=etas[0]), seeds)
+        _stream(models.tokenizer, *load(), encoded, dataclasses.replace(sampling, eta=etas[0]), seeds)
         return
 
     def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -79,7 +80,7 @@ def generate(workdir: Workdir | None, options: argparse.Namespace) -> None:
         with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
             for ended, part in batch:
                 for row, place in enumerate(ended.tolist()):
-                    text = models.text.decode(part.response(row))
+                    text = models.tokenizer.decode(part.response(row))
                     yield place, generate_file.encode(requests[place], text, part, row, described)
                 bar.update(len(ended))
 
@@ -111,10 +112,12 @@ def _described(
     """
     if workdir is None:
         source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
-        if models.text.writes_date:
-            source["date"] = models.text.date.isoformat()
+        if models.tokenizer.writes_date:
+            source["date"] = models.tokenizer.date.isoformat()
     else:
-        source = {"workdir": str(workdir.path), "round": models.fitted_rounds() if "guide" in names else 0}
+        from qsharp_jax.run.models import fitted_rounds
+
+        source = {"workdir": str(workdir.path), "round": fitted_rounds(workdir) if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
     settings = {name: getattr(sampling, name) for name in (*OPTIONS, "stop_ids")}
     settings["weights"] = None if sampling.weights is None else sampling.weights.tolist()
@@ -139,7 +142,7 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     from qsharp_jax.cli import score_file
 
-    if workdir is not None and _models(workdir, options).trains_policy:
+    if workdir is not None and trains_policy(workdir.config):
         raise UserError(
             f"{workdir.path} holds a policy trained by {workdir.config.algorithm}, which gives no values; score with"
             " models' folders, by --ref and --guide"
@@ -158,10 +161,10 @@ def score(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     models = _models(workdir, options)
     positions = min(config.max_positions for config in models.configs.values())
-    examples = score_file.encode(records, models.text, positions, first=done + 1)
+    examples = score_file.encode(records, models.tokenizer, positions, first=done + 1)
     _check_output(options.output)
     memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
-    vocab_size, rows = models.text.vocab_size, options.batch_size
+    vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
     log_probs = means = None
     if has_ref:
         log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
@@ -222,11 +225,12 @@ def _mode(workdir: Workdir | None) -> str:
 
 
 def _models(workdir: Workdir | None, options: argparse.Namespace):
-    """A `Session` or `Folders`: both have `text`, `configs`, `load_ref` and `load_guide`."""
+    """`RunModels` or `Folders`: both have `tokenizer`, `configs`, `load_ref` and `load_guide`."""
     if workdir is not None:
+        from qsharp_jax.run.models import RunModels
         from qsharp_jax.run.session import Session
 
-        return Session(workdir)
+        return RunModels(Session(workdir))
     from qsharp_jax.run.folders import Folders
 
     return Folders(
@@ -258,15 +262,15 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def _sampling(models, workdir: Workdir | None, changes: dict[str, Any]) -> Sampling:
     """The run's settings or the defaults, with the changes by the arguments; without eta, weights and mode."""
-    vocab_size = models.text.vocab_size
+    vocab_size = models.tokenizer.vocab_size
     if changes.get("top_k_candidates", 0) > vocab_size:
         raise UserError(
             f"--top-k-candidates is {changes['top_k_candidates']}; it must be at most {vocab_size}, the vocabulary's"
             " size"
         )
     if workdir is not None:
-        return dataclasses.replace(models.sampling(), **changes)
-    sampling = Sampling(stop_ids=models.text.stop_ids, vocab_size=vocab_size)
+        return dataclasses.replace(models.sampling, **changes)
+    sampling = Sampling(stop_ids=models.tokenizer.stop_ids, vocab_size=vocab_size)
     candidates = min(sampling.top_k_candidates, vocab_size)
     return dataclasses.replace(sampling, **{"top_k_candidates": candidates} | changes)
 
@@ -284,7 +288,7 @@ def _etas(workdir: Workdir | None, options: argparse.Namespace) -> list[float]:
 
 def _encode(models, prompts: list[str], max_new_tokens: int, guided: bool) -> list[list[int]]:
     """The prompts' ids; one that is too long for a model that runs is refused before any weight is read."""
-    encoded = [models.text.encode_prompt(prompt) for prompt in prompts]
+    encoded = [models.tokenizer.encode_prompt(prompt) for prompt in prompts]
     limits = {what: config.max_positions for what, config in models.configs.items() if guided or what == "reference"}
     what, limit = min(limits.items(), key=lambda item: item[1])
     for prompt, tokens in zip(prompts, encoded, strict=True):

@@ -27,10 +27,14 @@ from qsharp_jax.evaluation.samples import (
 from qsharp_jax.evaluation.statistics import majority, pass_at, with_interval
 from qsharp_jax.generate import Guide
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.judging import Judge
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
@@ -51,7 +55,7 @@ def evaluate(
       mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
     """
     config, last = session.config.evaluate, max(guides, default=0)
-    sampling = session.sampling()
+    sampling = models.sampling(session)
     greedy = dataclasses.replace(sampling, temperature=0.0)
     # As few tokens as the guide scores, or fewer where top_k leaves fewer.
     top_k = dataclasses.replace(sampling, top_k=min(k for k in (sampling.top_k, sampling.top_k_candidates) if k))
@@ -62,25 +66,27 @@ def evaluate(
             session, "pi_ref_top_k", ref, None, top_k, number=0, samples=config.guided_samples
         ),
     }
-    method = session.algorithm
-    if not session.trains_policy:
+    method = session.config.algorithm
+    if not configs.trains_policy(session.config):
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     for number, guide in guides.items():
-        every = full and number == last and not session.trains_policy
-        etas = list(config.etas) if every else [session.eta]
+        every = full and number == last and not configs.trains_policy(session.config)
+        etas = list(config.etas) if every else [configs.kl_weight(session.config)]
         made[method, number] = sample_method(
             session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )
     if full and guides:
         name = f"{method}_greedy"
-        made[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[session.eta])
+        made[name, last] = sample_method(
+            session, name, ref, guides[last], greedy, number=last, etas=[configs.kl_weight(session.config)]
+        )
     if full and guides and method == "qsharp":
         made["cd", last] = sample_method(
             session, "cd", ref, guides[last], dataclasses.replace(sampling, mode="cd"), number=last,
             etas=list(config.etas), samples=config.guided_samples,
         )  # fmt: skip
     scored = None
-    if full and guides and not session.trains_policy:
+    if full and guides and not configs.trains_policy(session.config):
         scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
     return _write_results(session, made, last, scored)
 
@@ -98,7 +104,7 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     """
     rounds = range(1, session.config.rounds + 1)
     of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
-    learned = (session.algorithm, f"{session.algorithm}_greedy", "cd")
+    learned = (session.config.algorithm, f"{session.config.algorithm}_greedy", "cd")
     places = [*of_pi_ref, *itertools.product(learned, rounds)]
     paths = {place: path for place in places if (path := samples_path(session, *place)).exists()}
     if ("pi_ref", 0) not in paths:
@@ -115,7 +121,7 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     changed = {}
     for place, samples in made.items():
         problems = [Problem(sample["problem_id"], sample["prompt"], sample["answer"]) for sample in samples]
-        judgements = session.judge(problems, [sample["response"] for sample in samples])
+        judgements = judge(session)(problems, [sample["response"] for sample in samples])
         verdicts = sum(s["reward"] != j.reward for s, j in zip(samples, judgements, strict=True))
         parsed = sum(s["parsed"] != j.parsed for s, j in zip(samples, judgements, strict=True))
         changed[paths[place].name] = len(samples), verdicts, parsed
@@ -157,7 +163,9 @@ def _write_results(session: Session, made: Made, last: int, scored: list[dict] |
     }
     config = session.config.evaluate
     sizes = {config.samples, config.guided_samples}
-    figures = {place: measure(part, _classes(session, part), config.pass_at, sizes) for place, part in parts.items()}
+    figures = {
+        place: measure(part, _classes(judge(session), part), config.pass_at, sizes) for place, part in parts.items()
+    }
     rows = [
         _row(method, number, figures[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
@@ -166,7 +174,7 @@ def _write_results(session: Session, made: Made, last: int, scored: list[dict] |
     ]
     if scored is not None:
         samples = made["pi_ref", 0]
-        rows += rerank_rows(last, samples, _classes(session, samples), scored)
+        rows += rerank_rows(last, samples, _classes(judge(session), samples), scored)
     if session.workdir.writes:
         write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows
@@ -187,12 +195,12 @@ def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
     return groups
 
 
-def _classes(session: Session, samples: Sequence[dict]) -> dict[str, list[str | None]]:
+def _classes(judge: Judge, samples: Sequence[dict]) -> dict[str, list[str | None]]:
     """The answers to each problem, with one spelling for all that are the same; see `Judge.classes`."""
     groups = _groups(samples, samples)
     problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
     answers = [[sample["parsed"] for sample in group] for group in groups.values()]
-    return dict(zip(groups, session.judge.classes(problems, answers), strict=True))
+    return dict(zip(groups, judge.classes(problems, answers), strict=True))
 
 
 def _least(samples: Sequence[dict]) -> int:

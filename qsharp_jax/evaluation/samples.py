@@ -22,6 +22,8 @@ from qsharp_jax.evaluation import score
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost
@@ -60,7 +62,7 @@ def sample_method(
       sampling: with any eta.
       number: of the round that fitted the guide; 0 for pi_ref.
     """
-    text, problems = session.text, session.test_problems()
+    text, problems = models.tokenizer(session), test_problems(session)
     each = len(etas) * samples
     plan = list(itertools.product(problems, etas, range(samples)))
     prompts = [text.encode_prompt(problem.prompt) for problem in problems]
@@ -85,7 +87,7 @@ def sample_method(
         with Bar(None, name, total=len(order)) as bar:
             for places, part in batch:
                 now = time.monotonic()
-                if multihost.leads(session.together):
+                if multihost.leads(session.hosts_per_group):
                     for row, place in enumerate(places.tolist()):
                         problem, eta, _ = plan[place]
                         yield place, _judged(session, problem, eta, part, row, now)
@@ -102,8 +104,8 @@ def sample_method(
 
 def _judged(session: Session, problem: Problem, eta: float, part: Generation, row: int, now: float) -> Ended:
     """The sample that a row of `part` is; its judgement begins at once."""
-    response = session.text.decode(part.response(row))
-    judgement = session.judge.submit(problem, response)
+    response = models.tokenizer(session).decode(part.response(row))
+    judgement = judge(session).submit(problem, response)
     numbers = {
         "finished": bool(part.finished[row]),
         "eta": _finite(eta),
@@ -127,7 +129,9 @@ def _judged(session: Session, problem: Problem, eta: float, part: Generation, ro
 def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
     """`pi_ref`'s samples with the guide's value at every response token, kept like samples are."""
     rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
-    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    examples = [
+        Example(models.tokenizer(session).encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples
+    ]
     shards: list[list[int]] = []  # whole batches, so that they are those of scoring everything at once
     for _, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         if not shards or len(shards[-1]) >= rows:
@@ -138,7 +142,7 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
         for shard in Bar(shards, f"score pi_ref, round {number}"):
             scores = score.score(guide, [examples[place] for place in shard], rows=rows, bucket=bucket)
             now = time.monotonic()
-            if multihost.leads(session.together):
+            if multihost.leads(session.hosts_per_group):
                 for place, values in zip(shard, scores, strict=True):
                     kept = {key: samples[place][key] for key in ("problem_id", "parsed", "reward")}
                     row = kept | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
@@ -214,8 +218,8 @@ def _in_shards(
     paths = [_shard_folder(path) / f"shard-{index:05d}.jsonl" for index in range(len(shards))]
     kept = [_read_matching(*each) for each in zip(paths, ([keys[p] for p in shard] for shard in shards), strict=True)]
     missing = multihost.gather([[index for index, rows in enumerate(kept) if rows is None]])[0]
-    groups = jax.process_count() // session.together
-    mine = missing[jax.process_index() // session.together :: groups]
+    groups = jax.process_count() // session.hosts_per_group
+    mine = missing[jax.process_index() // session.hosts_per_group :: groups]
     last = time.monotonic()
 
     def write(index: int, computed: list[tuple[dict, float]]) -> None:
@@ -232,7 +236,7 @@ def _in_shards(
             rollouts.write_shards(ended([shards[i] for i in mine]), {i: shards[i] for i in mine}, write)
     multihost.wait_for_all(f"the samples in {path.name}")
     rows = _merged(paths, shards) if multihost.is_first() else []
-    rows = multihost.gather(rows, session.together)
+    rows = multihost.gather(rows, session.hosts_per_group)
     if session.workdir.writes:
         write_samples(path, rows)
         remove_folder(_shard_folder(path))

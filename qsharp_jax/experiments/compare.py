@@ -26,8 +26,8 @@ from qsharp_jax.data.records import Rollout
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
+from qsharp_jax.run import checks, models, pretrain, provenance
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import pretrain, provenance, session
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files
@@ -106,13 +106,13 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, known)}")
     for method in config.compare.methods:
         asked = settings(config, config.compare.seeds[0], method)
-        session.check(asked)
+        checks.check(asked)
         algorithms.check(asked)
 
 
 def _share(shared: Session) -> tuple[float, dict[str, int]]:
     """What a seed's methods share is made, and their budget counted; see `budget`."""
-    shared.check_devices()
+    checks.check_devices(shared)
     provenance.check_problems(shared)
     ref = pretrain.run(shared)
     qsharp.collect(shared, 1, ref, None)
@@ -128,8 +128,8 @@ def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, i
     """
     config, rounds = shared.config, shared.config.rounds
     passes = rounds * (rounds + 1) / 2  # over a round's rollouts in one epoch, where each round fits all so far
-    of_guide = train.guide_flops(shared.guide_config, config.fit.future_offsets)
-    of_policy = train.language_model_flops(shared.ref_config)
+    of_guide = train.guide_flops(models.guide_config(shared), config.fit.future_offsets)
+    of_policy = train.language_model_flops(models.ref_config(shared))
     flops = config.fit.epochs * passes * (1 - config.fit.holdout) * _flops(of_guide, data)
     pairs, _ = dpo.make_pairs(data)
     of_pairs = _flops(of_policy, [data[place] for pair in pairs for place in (pair.chosen, pair.rejected)])
@@ -146,10 +146,10 @@ def _flops(of_batch: train.Flops, data: Sequence[Rollout]) -> float:
 
 def _run_one(its: Session, shared: Path) -> None:
     """One method's run, from what it shares on; one that is finished is left alone."""
-    if _results(its.workdir.results, its.algorithm, its.config.rounds):
+    if _results(its.workdir.results, its.config.algorithm, its.config.rounds):
         return
     copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
-    if its.algorithm not in configs.ON_POLICY:
+    if its.config.algorithm not in configs.ON_POLICY:
         copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
     pipeline.run(its)
 
@@ -179,12 +179,13 @@ def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> di
     row = _results(its.workdir.results, method, number)
     rewards = _rewards(measure.samples_path(its, method, number))
     kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
-    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": row["reward"] - its.eta * kl}
+    objective = row["reward"] - configs.kl_weight(its.config) * kl
+    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": objective}
 
 
 def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
     """What a finished run came to and what it took."""
-    method, number = its.algorithm, its.config.rounds
+    method, number = its.config.algorithm, its.config.rounds
     found = _results(its.workdir.results, method, number)
     used = costs(its.workdir.read_metrics())
     if method not in configs.ON_POLICY:  # the rollouts that it shares were paid for once
@@ -194,7 +195,7 @@ def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
         "method": method,
         "rewards": _rewards(measure.samples_path(its, method, number)),
         "kl": found["kl"],
-        "objective": found["reward"] - its.eta * found["kl"],
+        "objective": found["reward"] - configs.kl_weight(its.config) * found["kl"],
         "flops_budget": flops,
         **used,
     }

@@ -6,6 +6,8 @@ from typing import Any
 from qsharp_jax import report
 from qsharp_jax.models import hf
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 
@@ -22,33 +24,33 @@ def write(session: Session, what: str, folder: str | Path) -> None:
         computes the model, or something else is in the folder.
       OSError: if the folder cannot be written.
     """
-    if what == "ref" and session.ref_folder:
-        raise UserError(f"this run's reference is that of the folder {session.ref_folder}; use it as it is")
+    if what == "ref" and (source := models.folder(session.config, "ref")):
+        raise UserError(f"this run's reference is that of the folder {source}; use it as it is")
     hf.check_folder(folder)
-    tokenizer, rows = session.text.for_export(), _results(session)
+    tokenizer, rows = models.tokenizer(session).for_export(), _results(session)
     if what == "ref":
         hf.export_ref(
-            session.load_ref(),
+            models.load_ref(session),
             folder,
             tokenizer=tokenizer,
-            stop_ids=session.text.stop_ids,
+            stop_ids=models.tokenizer(session).stop_ids,
             trained_on=_ref_trained_on(session),
             metrics=_metrics(rows, 0),
         )
-    elif session.trains_policy:
-        number = session.fitted_rounds()
+    elif configs.trains_policy(session.config):
+        number = models.fitted_rounds(session.workdir)
         hf.export_ref(
-            session.load_guide(),
+            models.load_guide(session),
             folder,
             tokenizer=tokenizer,
-            stop_ids=session.text.stop_ids,
+            stop_ids=models.tokenizer(session).stop_ids,
             trained_on=_policy_trained_on(session, number),
             metrics=_metrics(rows, 0) | _metrics(rows, number),
         )
     else:
-        number = session.fitted_rounds()
+        number = models.fitted_rounds(session.workdir)
         hf.export_guide(
-            session.load_guide(),
+            models.load_guide(session),
             folder,
             tokenizer=tokenizer,
             trained_on=_guide_trained_on(session, number),
@@ -78,7 +80,7 @@ def _ref_trained_on(session: Session) -> str:
     c = session.config.pretrain
     return (
         f"Texts of {_task(session)}: maximum likelihood, {c.steps} steps of {c.batch_size} texts, seed"
-        f" {session.config.seed}.\n\n{_shape(session.ref_config)}"
+        f" {session.config.seed}.\n\n{_shape(models.ref_config(session))}"
     )
 
 
@@ -88,16 +90,16 @@ def _guide_trained_on(session: Session, number: int) -> str:
     return (
         f"{number * c.prompts * c.samples} rollouts of the reference on {_task(session)}: {number} rounds of"
         f" {c.prompts} prompts, {c.samples} rollouts each.{rolled_in} {fit.epochs} epochs by maximum likelihood of the"
-        f" verified reward, seed {session.config.seed}.\n\n{_shape(session.guide_config.trunk)}"
+        f" verified reward, seed {session.config.seed}.\n\n{_shape(models.guide_config(session).trunk)}"
     )
 
 
 def _policy_trained_on(session: Session, number: int) -> str:
     c = session.config.collect
     return (
-        f"{report.NAMES[session.algorithm]} from the reference on {_task(session)}: {number} rounds of {c.prompts}"
-        f" prompts, {c.samples} rollouts each, at a weight of the KL of {session.eta:g}, seed {session.config.seed}."
-        f"\n\n{_shape(session.ref_config)}"
+        f"{report.NAMES[session.config.algorithm]} from the reference on {_task(session)}: {number} rounds of"
+        f" {c.prompts} prompts, {c.samples} rollouts each, at a weight of the KL of"
+        f" {configs.kl_weight(session.config):g}, seed {session.config.seed}.\n\n{_shape(models.ref_config(session))}"
     )
 
 

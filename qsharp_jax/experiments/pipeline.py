@@ -3,7 +3,8 @@
 from qsharp_jax import algorithms
 from qsharp_jax.evaluation import measure
 from qsharp_jax.generate import Guide
-from qsharp_jax.run import pretrain, provenance
+from qsharp_jax.run import checks, pretrain, provenance
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 
@@ -13,16 +14,16 @@ def run(session: Session) -> None:
     Raises:
       UserError: for devices, problems or settings that cannot be, and as the algorithm does.
     """
-    algorithm = algorithms.get(session.algorithm)
+    algorithm = algorithms.get(session.config.algorithm)
     algorithms.check(session.config)
-    session.check_devices()
+    checks.check_devices(session)
     provenance.check_problems(session)
     ref = pretrain.run(session)
     guides: dict[int, Guide] = {}
 
     def after_round(number: int, guide: Guide) -> None:
         guides[number] = guide
-        mode = None if session.trains_policy else algorithm.mode(session.config)
+        mode = None if configs.trains_policy(session.config) else algorithm.mode(session.config)
         measure.evaluate(session, ref, guides, full=number == session.config.rounds, mode=mode)
 
     algorithm.run(session, ref, after_round)

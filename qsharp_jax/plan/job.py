@@ -6,7 +6,6 @@ Models in folders only need their config.json; `--ref-size` and `--guide-size` n
 import dataclasses
 import functools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError, nearest
-from qsharp_jax.tasks import registry
 
 DTYPE_OF_SIZE = "bfloat16"  # of models given by a size, where the config does not say
 
@@ -104,15 +102,15 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         ref = _sized("--ref-size", ref_size, dtype)
     else:
         models.check_folders(config)
-        text = None if in_folder else models.make_text(config, registry.get(config.task.name))
-        ref = models.ref_config(config, text)
+        vocab_size = None if in_folder else models.make_tokenizer(config).vocab_size
+        ref = models.ref_shape(config, vocab_size)
     section = config.value
     kind = dict(type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
     if guide_size:
         return ref, ValueConfig(_sized("--guide-size", guide_size, dtype), **kind)
     if ref_size and config.guide == "ref":
         return ref, ValueConfig(ref, **kind)
-    return ref, models.guide_config(config, SimpleNamespace(vocab_size=ref.vocab_size))
+    return ref, models.guide_shape(config, ref.vocab_size)
 
 
 def _sized(option: str, size: str, dtype: str) -> DecoderConfig:

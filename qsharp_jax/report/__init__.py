@@ -10,6 +10,7 @@ from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.report.names import COLOURS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
 from qsharp_jax.report.tables import markdown, rollouts_table, table
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
@@ -63,7 +64,8 @@ def write(session: Session) -> str:
         draw["learning.png"] = lambda axes: plots.learning(axes, lots)
     for name, of_axes in draw.items():
         save_plot(folder / name, of_axes)
-    collected, paper, shown = rollouts_table(metrics), tables.paper_table(rows, session.eta), table(rows)
+    collected, shown = rollouts_table(metrics), table(rows)
+    paper = tables.paper_table(rows, configs.kl_weight(session.config))
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
     differences, pairs = tables.differences_table(rows), examples.text(session, found)
     parts = [

@@ -4,6 +4,7 @@ import dataclasses
 
 from qsharp_jax.evaluation import measure
 from qsharp_jax.report.names import NAMES, eta_of
+from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 IN_TEXT = 3  # examples in report.md and on the terminal
@@ -45,13 +46,14 @@ class Examples:
 
 def find(session: Session, number: int) -> Examples | None:
     """The run's examples at its own eta, or else the smallest that was measured; None without samples of both."""
-    method = session.algorithm
+    method = session.config.algorithm
     paths = [measure.samples_path(session, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
     if not all(path.exists() for path in paths):
         return None
     unguided, guided = map(measure.read_samples, paths)
     etas = {eta_of(sample) for sample in guided}
-    eta = session.eta if session.eta in etas else min(etas)
+    eta = configs.kl_weight(session.config)
+    eta = eta if eta in etas else min(etas)
     guided = [sample for sample in guided if eta_of(sample) == eta]
     places, first = {}, {}
     for place, sample in enumerate(unguided):
@@ -65,7 +67,7 @@ def find(session: Session, number: int) -> Examples | None:
 def text(session: Session, found: Examples | None) -> str:
     """A few problems as plain text, first those where the guide made the difference."""
     if found is None:
-        return f"(no samples of both pi_ref and {NAMES[session.algorithm]})"
+        return f"(no samples of both pi_ref and {NAMES[session.config.algorithm]})"
     name = f"{NAMES[found.method]} eta {found.eta:<6g}"
     pairs = sorted(found.pairs, key=lambda pair: pair.before["reward"] - pair.after["reward"])
     # Two where it helped, and one as it came, so that the page does not only flatter.

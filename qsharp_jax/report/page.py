@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.report.examples import KINDS, Examples, Pair
 from qsharp_jax.report.names import NAMES
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 
 SHADES = 21  # from the least value to the greatest
@@ -60,7 +61,10 @@ def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> st
         f"<h1>{html.escape(title)}</h1>",
         _introduction(found, name, shown),
         _legend(scale) if values else "<p>There is no guide here whose values could be shown.</p>",
-        *(_example(number, *side, name, scale, session.text) for number, side in enumerate(sides, start=1)),
+        *(
+            _example(number, *side, name, scale, models.tokenizer(session))
+            for number, side in enumerate(sides, start=1)
+        ),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

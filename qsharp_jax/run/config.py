@@ -273,6 +273,19 @@ VALUE_METHODS = ("qsharp", "cd", "vas")  # of `config.algorithm`: those that lea
 POLICY_METHODS = ("reinforce", "ppo", "dpo", "rpo", "klq")  # those that train a copy of the reference
 ON_POLICY = ("reinforce", "ppo", "klq")  # and learn from rollouts of it; the others' first rollouts are pi_ref's
 
+
+def trains_policy(config: ConfigDict) -> bool:
+    """Return whether the algorithm learns a policy instead of a guide."""
+    return config.algorithm in POLICY_METHODS
+
+
+def kl_weight(config: ConfigDict) -> float:
+    """Return eta of the objective E reward - eta KL(pi || pi_ref): the algorithm's own, or `collect.eta`."""
+    own = {"dpo": "beta", "rpo": "beta", "klq": "tau"}.get(config.algorithm)
+    weight = config[config.algorithm][own] if own else None
+    return config.collect.eta if weight is None else weight
+
+
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "algorithm": _one_of(*VALUE_METHODS, *POLICY_METHODS),

@@ -45,10 +45,10 @@ class Folders:
 
     def __post_init__(self):
         configs = self.configs  # first of all, whether these are folders of models
-        check_vocabulary(self.text, configs, self.guides if self.ref else (), f"the tokenizer in {self._first}")
+        check_vocabulary(self.tokenizer, configs, self.guides if self.ref else (), f"the tokenizer in {self._first}")
 
     @functools.cached_property
-    def text(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The reference's tokenizer, or the guide's where it is alone."""
         return Tokenizer.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 

@@ -1,22 +1,24 @@
-"""Where a run's models come from, by its config: `ref` and `guide`, each made on the spot or read from a folder.
+"""The models of a run: tokenizer, shapes and weights, as its config says.
 
     config.ref     "pretrain": made from the sections `model` and `pretrain`; or the folder of a language model
     config.guide   how the first guide starts: "ref", from the reference's weights; "scratch", of the shape `model`; or
                    a folder, of a language model (below a fresh head) or of an exported guide (with its own)
 
-What is wrong with a folder is found without reading its weights. It knows nothing about workdirs or algorithms.
+Errors in a folder are found without reading its weights.
 """
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import os
 from pathlib import Path
-from types import ModuleType
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models import config as model_configs
@@ -24,19 +26,25 @@ from qsharp_jax.models import decoder, hf, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.folders import check_vocabulary, stored_dtype
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
+from qsharp_jax.train.checkpoint import Checkpoints
 
 ON_THE_SPOT = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
 
 
 def folder(config: ConfigDict, name: str) -> Path | None:
-    """The folder of "ref" or "guide"; None where the model is made on the spot."""
+    """Return the folder of "ref" or "guide"; None if the model is made on the spot."""
     return None if config[name] in ON_THE_SPOT[name] else Path(config[name]).expanduser()
 
 
 def make_absolute(config: ConfigDict) -> None:
-    """Folders' paths made absolute, in place, as a workdir is to keep them."""
+    """Make the paths of folders absolute, in place, as a workdir keeps them."""
     for name, words in ON_THE_SPOT.items():
         if config[name] not in words:
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
@@ -47,17 +55,24 @@ def make_absolute(config: ConfigDict) -> None:
 # --- Tokenizer and shapes -------------------------------------------------------------------------------------------
 
 
-def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None = None) -> Tokenizer:
-    """The reference's tokenizer: its folder's, or the task's own.
+@functools.lru_cache(maxsize=1)  # read once per run
+def tokenizer(session: Session) -> Tokenizer:
+    """Return the reference's tokenizer: its folder's, or the task's own; as `make_tokenizer`."""
+    return make_tokenizer(session.config, session.workdir.date)
+
+
+def make_tokenizer(config: ConfigDict, date: datetime.date | None = None) -> Tokenizer:
+    """Return the tokenizer that a config names.
 
     Args:
-      date: the run's, for chat templates that write it; by default today.
+      date: for chat templates that write it; by default today.
 
     Raises:
-      UserError: for a task that has none, and as `Tokenizer.load`.
+      UserError: if neither a folder nor the task has one, and as `Tokenizer.load`.
     """
     if ref := folder(config, "ref"):
         return Tokenizer.load(ref, prompt_format=config.prompt_format, date=date)
+    task = registry.get(config.task.name)
     if task.FINITE:
         raise UserError(
             f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"
@@ -66,20 +81,33 @@ def make_text(config: ConfigDict, task: ModuleType, date: datetime.date | None =
     return Tokenizer(task.make_tokenizer(config.task), config.prompt_format)
 
 
-def ref_config(config: ConfigDict, text: Tokenizer) -> DecoderConfig:
-    """The reference's shape, to be computed in the config's dtype, which is the folder's own by default.
+def ref_config(session: Session) -> DecoderConfig:
+    """Return the reference's shape, as `ref_shape`."""
+    return ref_shape(session.config, tokenizer(session).vocab_size)
+
+
+def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
+    """Return the reference's shape, to be computed in the config's dtype, which is the folder's own by default.
+
+    Args:
+      vocab_size: the tokenizer's, for a model that is made on the spot.
 
     Raises:
-      ValueError: for a section `model` that cannot be.
+      ValueError: for an impossible section `model`.
       UserError: for a folder of no model that is computed here.
     """
     if ref := folder(config, "ref"):
         return hf.read_config(ref, _dtype(config, ref))
-    return _model_section(config, text.vocab_size)
+    return _model_section(config, vocab_size)
 
 
-def guide_config(config: ConfigDict, text: Tokenizer) -> ValueConfig:
-    """The guide's shape, likewise.
+def guide_config(session: Session) -> ValueConfig:
+    """Return the guide's shape, as `guide_shape`."""
+    return guide_shape(session.config, tokenizer(session).vocab_size)
+
+
+def guide_shape(config: ConfigDict, vocab_size: int | None) -> ValueConfig:
+    """Return the guide's shape, with arguments and a dtype as in `ref_shape`.
 
     Raises:
       UserError: also for the folder of a guide that is not of the kind that the section `value` says.
@@ -88,20 +116,46 @@ def guide_config(config: ConfigDict, text: Tokenizer) -> ValueConfig:
     if start:
         trunk = hf.read_config(start, _dtype(config, start))
     elif config.guide == "ref":
-        trunk = ref_config(config, text)
+        trunk = ref_shape(config, vocab_size)
     else:
-        trunk = _model_section(config, text.vocab_size)
+        trunk = _model_section(config, vocab_size)
     section = config.value
-    made = ValueConfig(trunk, type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
+    shape = ValueConfig(trunk, type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
     if start and hf.is_guide(start):
-        held = hf.read_guide_config(start, trunk.dtype)
+        stored = hf.read_guide_config(start, trunk.dtype)
         for name in ("type", "distribution", "atoms"):
-            if (asked := getattr(made, name)) != (there := getattr(held, name)):
+            if (setting := getattr(shape, name)) != (present := getattr(stored, name)):
                 raise UserError(
-                    f"config.value.{name} is {asked!r}, and the guide in {start} has {there!r}; change the setting, or"
-                    " start from another guide"
+                    f"config.value.{name} is {setting!r}, and the guide in {start} has {present!r}; change the setting,"
+                    " or start from another guide"
                 )
-    return made
+    return shape
+
+
+def fit_config(session: Session) -> ValueConfig:
+    """Return the guide's shape, to be computed in `fit.dtype`."""
+    return guide_config(session).computed_in(session.config.fit.dtype)
+
+
+def trunk_configs(session: Session) -> dict[str, DecoderConfig]:
+    """Return the shapes of the "reference" and of the trunk of the "guide"."""
+    return {"reference": ref_config(session), "guide": guide_config(session).trunk}
+
+
+def weights(session: Session) -> dict[str, Params]:
+    """Return the models' weights in the form for decoding, as `jax.ShapeDtypeStruct`s."""
+    config, shape = session.config, ref_config(session)
+    stored = shape.dtype if folder(config, "ref") else "float32"  # of what was trained here
+    learned = decoder.abstract(shape) if trains_policy(config) else value.abstract(guide_config(session))
+    return {"reference": decoder.abstract(shape, stored), "guide": learned}
+
+
+def sampling(session: Session) -> Sampling:
+    """Return the config's section `generate`, with the tokenizer's stop ids and vocabulary."""
+    text = tokenizer(session)
+    settings = dict(session.config.generate)
+    settings["top_k_candidates"] = min(settings["top_k_candidates"], text.vocab_size)
+    return Sampling(**settings, stop_ids=text.stop_ids, vocab_size=text.vocab_size)
 
 
 def _dtype(config: ConfigDict, model: Path) -> str:
@@ -136,48 +190,100 @@ def check_folders(config: ConfigDict) -> None:
             hf.check_no_adapter(path)
 
 
-def check(config: ConfigDict, text: Tokenizer) -> None:
-    """That the folders hold what the config takes them for, with one vocabulary, but for the weights' values.
+def check(session: Session) -> None:
+    """Check that the folders hold what the config takes them for, with one vocabulary; weights are not read.
 
     Raises:
-      UserError: saying which does not, and why; ValueError: for sections that cannot be.
+      UserError: saying which does not, and why; ValueError: for impossible sections.
     """
-    ref, guide = folder(config, "ref"), folder(config, "guide")
-    shapes = {"reference": ref_config(config, text), "guide": guide_config(config, text).trunk}
+    ref, guide = folder(session.config, "ref"), folder(session.config, "guide")
     whose = f"the tokenizer in {ref}" if ref else "the task's tokenizer"
-    check_vocabulary(text, shapes, [guide] if guide else [], whose)
+    check_vocabulary(tokenizer(session), trunk_configs(session), [guide] if guide else [], whose)
     if ref:
         hf.check_weights(ref, "ref")
     if guide:
         hf.check_weights(guide, "guide" if hf.is_guide(guide) else "trunk")
 
 
+@dataclasses.dataclass(frozen=True)
+class RunModels:
+    """The models of a run, with the members of `Folders`."""
+
+    session: Session
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer(self.session)
+
+    @property
+    def configs(self) -> dict[str, DecoderConfig]:
+        return trunk_configs(self.session)
+
+    @property
+    def weights(self) -> dict[str, Params]:
+        return weights(self.session)
+
+    @property
+    def sampling(self) -> Sampling:
+        return sampling(self.session)
+
+    def load_ref(self) -> LanguageModel:
+        return load_ref(self.session)
+
+    def load_guide(self) -> ValueModel | LanguageModel:
+        return load_guide(self.session)
+
+
 # --- Weights --------------------------------------------------------------------------------------------------------
 
 
-def load_ref(config: ConfigDict, mesh: Mesh | None = None) -> LanguageModel:
-    """The reference out of its folder, in the form for decoding, on a mesh for it if there is one."""
-    ref = folder(config, "ref")
-    dtype = _dtype(config, ref)
-    shape = hf.read_config(ref, dtype)
-    read = jax.eval_shape(for_decoding, LanguageModel(decoder.abstract(shape, dtype), shape))
-    shardings = _shardings(read, mesh, sharding.DECODE)
-    return hf.load_ref(ref, dtype=dtype, shardings=shardings)
+def load_ref(session: Session) -> LanguageModel:
+    """Load the reference, from its folder or as it was pre-trained, in the form for decoding.
+
+    Raises:
+      UserError: if its pre-training has not ended, or what is read is damaged.
+    """
+    shape, mesh = ref_config(session), session.decode_mesh
+    if ref := folder(session.config, "ref"):
+        read = jax.eval_shape(for_decoding, LanguageModel(decoder.abstract(shape, shape.dtype), shape))
+        return hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
+    checkpoints = _finished(session.workdir.ref, "reference model", "run")
+    shapes = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
+    return session.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))
 
 
-def first_guide(
-    config: ConfigDict, shape: ValueConfig, ref: LanguageModel | None, key: jax.Array, mesh: Mesh | None = None
-) -> Params:
-    """Float32 parameters, layers stacked, that the first guide starts from.
+def load_guide(session: Session, number: int | None = None) -> ValueModel | LanguageModel:
+    """Load the guide fitted in a round, by default in the last that has one; or the policy trained in it.
+
+    Raises:
+      UserError: if there is none, or the checkpoint is damaged.
+    """
+    workdir = session.workdir
+    number = fitted_rounds(workdir) or 1 if number is None else number
+    if trains_policy(session.config):
+        checkpoints = _finished(workdir.guide_folder(number), f"policy of round {number}", "run")
+        shape = ref_config(session)
+        policy = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
+        return session.for_decoding(policy.replace(params=checkpoints.restore_params(policy.params)))
+    checkpoints = _finished(workdir.guide_folder(number), f"guide of round {number}", "fit")
+    shape = guide_config(session)
+    shapes = value.abstract(shape)
+    if offsets := session.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
+        shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, shape.trunk), jax.random.key(0))
+    model = session.for_fitting(ValueModel(shapes, shape))
+    params = checkpoints.restore_params(model.params)
+    return session.for_decoding(model.replace(params={name: params[name] for name in params if name != "future"}))
+
+
+def first_guide(session: Session, ref: LanguageModel | None) -> Params:
+    """Return float32 parameters, layers stacked, that the first guide starts from; a folder's are on `fit_mesh`.
 
     Args:
-      shape: that `guide_config` gave.
-      ref: the reference; it is not looked at where the guide's trunk comes out of a folder, the reference's among them.
-      key: for what is drawn at random.
-      mesh: for fitting, onto which a folder's weights are read.
+      ref: the reference; not used where the guide's trunk comes from a folder, the reference's among them.
     """
+    config, shape = session.config, guide_config(session)
     start = folder(config, "guide")
-    shardings = _shardings(ValueModel(value.abstract(shape), shape), mesh, sharding.FIT)
+    shardings = _shardings(ValueModel(value.abstract(shape), shape), session.fit_mesh, sharding.FIT)
     if start and hf.is_guide(start):
         return hf.load_guide(start, dtype="float32", unstacked=False, shardings=shardings).params
     start = folder(config, "ref") if config.guide == "ref" else start
@@ -185,21 +291,36 @@ def first_guide(
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
     else:
         trunk = ref.params if config.guide == "ref" else None
-    return value.init(key, shape, trunk)
+    return value.init(session.key("guide"), shape, trunk)
 
 
-def first_policy(config: ConfigDict, ref: LanguageModel, mesh: Mesh | None = None) -> Params:
-    """Float32 parameters, layers stacked, of the copy of the reference that a policy starts as.
+def first_policy(session: Session, ref: LanguageModel) -> Params:
+    """Return float32 parameters, layers stacked and on `fit_mesh`, of the reference's copy that a policy starts as.
 
     Args:
-      ref: the reference; it is not looked at where it comes out of a folder.
-      mesh: for fitting, onto which the weights are put.
+      ref: the reference; not used where it comes from a folder.
     """
-    if start := folder(config, "ref"):
-        shape = ref_config(config, None)
-        shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), mesh, sharding.FIT)
+    if start := folder(session.config, "ref"):
+        shape = ref_config(session)
+        shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), session.fit_mesh, sharding.FIT)
         return hf.load_ref(start, dtype="float32", unstacked=False, shardings=shardings).params
-    return sharding.move(ref, mesh, sharding.FIT).params
+    return session.for_fitting(ref).params
+
+
+def fitted_rounds(workdir: Workdir) -> int:
+    """Return how many rounds, from the first on, have a fitted guide or a trained policy."""
+    rounds = range(1, workdir.config.rounds + 1)
+    return sum(1 for _ in itertools.takewhile(lambda number: _is_finished(workdir.guide_folder(number)), rounds))
+
+
+def _is_finished(folder: Path) -> bool:
+    return folder.exists() and Checkpoints(folder).finished()
+
+
+def _finished(folder: Path, what: str, command: str) -> Checkpoints:
+    if not _is_finished(folder):
+        raise UserError(f"there is no {what} in {folder}; run `qsharp {command}` on this workdir first")
+    return Checkpoints(folder)
 
 
 def _shardings(model: LanguageModel | ValueModel, mesh: Mesh | None, rules: sharding.Rules) -> Params | None:

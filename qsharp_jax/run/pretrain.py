@@ -10,6 +10,8 @@ from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import task
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.files import folder_of_this_machine
 from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
@@ -17,18 +19,18 @@ from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
 
 def run(session: Session) -> LanguageModel:
     """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
-    if session.ref_folder:
-        return session.load_ref()
-    config, model_config = session.config.pretrain, session.ref_config
+    if models.folder(session.config, "ref"):
+        return models.load_ref(session)
+    config, model_config = session.config.pretrain, models.ref_config(session)
     checkpoints = Checkpoints(session.workdir.ref)
     with contextlib.suppress(DamagedError):  # `fit` names it, and goes on from the one before
         if checkpoints.finished():
-            return session.load_ref()
-    text = session.text
+            return models.load_ref(session)
+    text = models.tokenizer(session)
     if session.workdir.writes:
         with folder_of_this_machine(session.workdir.ref / "tokenizer") as folder:
             text.hf_tokenizer.save_pretrained(folder)
-    texts = session.task.pretraining_texts(
+    texts = task(session).pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )
     batches = Batches(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsharp_jax.run import models
+from qsharp_jax.run.problems import all_train_problems, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
@@ -61,8 +62,8 @@ def check_problems(session: Session) -> None:
         return
     held = session.workdir.read_hashes()
     found = held | {
-        "train problems": of_problems(session.all_train_problems()),
-        "test problems": of_problems(session.test_problems()),
+        "train problems": of_problems(all_train_problems(session)),
+        "test problems": of_problems(test_problems(session)),
     }
     for name in found.keys() & held.keys():
         if found[name] != held[name]:

@@ -7,6 +7,7 @@ hands out paths, keeps the config, appends metrics.
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -123,6 +124,15 @@ class Workdir:
 
     def rollouts(self, round: int) -> Path:
         return self.path / "rollouts" / f"round_{round}"
+
+    def guide_folder(self, round: int) -> Path:
+        """Return the folder of the checkpoints of a round's guide, or policy."""
+        return self.guide / f"round_{round}"
+
+    def collected_rounds(self) -> int:
+        """Return how many rounds, from the first on, have rollouts."""
+        rounds = range(1, self.config.rounds + 1)
+        return sum(1 for _ in itertools.takewhile(lambda n: any(self.rollouts(n).glob("shard-*.parquet")), rounds))
 
     @property
     def samples(self) -> Path:

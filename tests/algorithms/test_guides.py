@@ -11,6 +11,7 @@ from helpers import assert_trees_equal
 from qsharp_jax.algorithms import guides
 from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.models import value
+from qsharp_jax.run import models
 
 
 def write_rollouts(session, number, prompts=30):
@@ -27,7 +28,7 @@ def test_the_fit_of_a_run(tmp_path):
     """pi_ref's arrays survive; the guide is fitted to all rounds but held-out prompts, is measured on those, and is
     what is loaded later: without the auxiliary heads, which lie in the checkpoint for resuming alone."""
     session = helpers.session(tmp_path, "fit.future_offsets=2", "fit.evaluate_every=5", "fit.patience=9")
-    ref = helpers.random_model(session.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
     before = jax.tree.map(np.array, ref.params)
     for number in (1, 2):
         write_rollouts(session, number)
@@ -35,7 +36,7 @@ def test_the_fit_of_a_run(tmp_path):
     guide = guides.fit(session, 2, ref, data, None)
     assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
     assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
-    assert_trees_equal(session.load_guide(2).params, guide.params)
+    assert_trees_equal(models.load_guide(session, 2).params, guide.params)
 
     *_, averages, last = session.workdir.read_metrics()
     assert averages["phase"] == last["phase"] == "round 2: fit"
@@ -52,7 +53,7 @@ def test_the_fit_of_a_run(tmp_path):
 def test_a_warm_start_is_from_the_guide_of_the_round_before(tmp_path, warm):
     """With next to no learning rate the fit ends where it began: at that guide, or at pi_ref with a head of zeros."""
     session = helpers.session(tmp_path, f"fit.warm_start={warm}", "fit.optimizer.learning_rate=1e-12", "fit.epochs=1")
-    ref = helpers.random_model(session.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
     before = helpers.random_guide(ref.config, seed=3)
     write_rollouts(session, 1)
     write_rollouts(session, 2)

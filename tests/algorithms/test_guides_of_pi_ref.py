@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import guidance
 from qsharp_jax.algorithms import cd, guides, qsharp, vas
 from qsharp_jax.data.records import Rollout, write_shard
+from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
 
 
@@ -31,7 +32,7 @@ def write_rollouts(session, number, count=16):
 def test_a_run_learns_from_rollouts_of_pi_ref_alone(tmp_path, monkeypatch, algorithm, rounds, settings):
     """In Q#'s rounds, each told; no guide rolls in. The guide is what is loaded, and has nothing of the reference."""
     session = helpers.session(tmp_path, f"rounds={rounds}", "fit.epochs=1", "fit.holdout=0", *settings)
-    ref, told, asked = helpers.random_model(session.text.vocab_size), {}, []
+    ref, told, asked = helpers.random_model(models.tokenizer(session).vocab_size), {}, []
 
     def collect(session, number, ref, guide):
         asked.append((number, guide))
@@ -41,9 +42,9 @@ def test_a_run_learns_from_rollouts_of_pi_ref_alone(tmp_path, monkeypatch, algor
     guide = algorithm.run(session, ref, told.setdefault)
     numbers = list(range(1, rounds + 1))
     assert asked == [(number, None) for number in numbers] and sorted(told) == numbers
-    assert session.fitted_rounds() == rounds
+    assert models.fitted_rounds(session.workdir) == rounds
     assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
-    helpers.assert_trees_equal(session.load_guide().params, guide.params)
+    helpers.assert_trees_equal(models.load_guide(session).params, guide.params)
     lines = [line for line in session.workdir.read_metrics() if line["phase"] == f"round {rounds}: fit"]
     assert np.isfinite(lines[0]["squared"]) and "nll" not in lines[0]
 
@@ -56,7 +57,7 @@ def test_cd_by_regression_is_vas_with_lambda_1_and_fudge_goes_by_the_likelihood(
     ):  # fmt: skip
         session = helpers.session(tmp_path / name, "fit.epochs=1", "fit.holdout=0", setting)
         write_rollouts(session, 1)
-        ref = helpers.random_model(session.text.vocab_size)
+        ref = helpers.random_model(models.tokenizer(session).vocab_size)
         fitted[name] = algorithm.fit(session, 1, ref, algorithm.aggregate(session, 1), None).params
         line = session.workdir.read_metrics()[0]
         assert ("nll" in line, "squared" in line) == (name == "fudge", name != "fudge")

@@ -19,6 +19,8 @@ from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.evaluation import measure
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 
@@ -117,7 +119,7 @@ def bandit_is_a_task():
 
 
 def run(session, ref, after_round=lambda number, guide: None):
-    return algorithms.get(session.algorithm).run(session, ref, after_round)
+    return algorithms.get(session.config.algorithm).run(session, ref, after_round)
 
 
 @functools.cache
@@ -153,16 +155,22 @@ def test_the_regularised_optimum_is_nearly_reached(name):
     assert max(line["log_prob_gap"] for line in lots) < 1e-4
     assert len(programs) == 20 and programs[0] == programs[-1], "new weights compile nothing"
     assert len(read_rounds(session.workdir.path / "rollouts", [1])) == 1280
-    helpers.assert_trees_equal(session.load_guide(1).params, made.params)
+    helpers.assert_trees_equal(models.load_guide(session, 1).params, made.params)
 
 
 def test_a_policy_is_measured_and_reported_like_a_guide():
     session, ref, made, _ = trained("reinforce")
     rows = measure.evaluate(session, ref, {1: made}, full=True)
-    assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "pi_ref_top_k", "reinforce", "reinforce_greedy"]
+    assert [row["method"] for row in rows] == [
+        "pi_ref",
+        "pi_ref_greedy",
+        "pi_ref_top_k",
+        "reinforce",
+        "reinforce_greedy",
+    ]
     objective, _ = bandit.exact_objective(session, ref, made)
-    assert rows[3]["eta"] == session.eta and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1
-    assert rows[3]["reward"] - session.eta * rows[3]["kl"] == pytest.approx(objective, abs=0.15)
+    assert rows[3]["eta"] == configs.kl_weight(session.config) and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1
+    assert rows[3]["reward"] - configs.kl_weight(session.config) * rows[3]["kl"] == pytest.approx(objective, abs=0.15)
     assert re.search(r"\| REINFORCE +\| 0.2 ", report.write(session))
     assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
 
@@ -185,7 +193,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(policy, "sample", dying)
         run(killed, ref)
-    assert "4" in {path.name for path in (killed.guide_folder(1) / "training").iterdir()}
+    assert "4" in {path.name for path in (killed.workdir.guide_folder(1) / "training").iterdir()}
     want, got = run(straight, ref), run(killed, ref)
     helpers.assert_trees_equal(got.params, want.params)
     for session, steps in ((straight, [0, 2, 4, 6]), (killed, [0, 2, 4, 4, 6])):
@@ -214,7 +222,7 @@ def test_dpo_learns_from_pairs_of_two_rounds(tmp_path):
     (first, best), (second, _) = bandit.exact_objective(session, ref, ref), bandit.exact_objective(session, ref, made)
     assert first + 0.2 < second < best
     helpers.assert_trees_equal(run(session, ref).params, made.params)
-    helpers.assert_trees_equal(session.load_guide(1).params, kept[1].params)
+    helpers.assert_trees_equal(models.load_guide(session, 1).params, kept[1].params)
 
 
 def test_no_pairs_at_all_are_refused_with_how_many_prompts_were_skipped(tmp_path):

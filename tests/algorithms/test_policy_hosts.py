@@ -91,7 +91,7 @@ def train(session: Session, file: Path) -> None:
 
     rollouts.sample, judging.Judge.submit = counting_sample, counting_submit
     ref = session.for_decoding(bandit.reference(session))
-    policy = algorithms.get(session.algorithm).run(session, ref, lambda number, policy: None)
+    policy = algorithms.get(session.config.algorithm).run(session, ref, lambda number, policy: None)
     leaves = jax.tree.leaves_with_path(sharding.to_host(policy.params))
     np.savez(file, **here, **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations
-from qsharp_jax.run import config, session
+from qsharp_jax.run import checks, config
 
 
 def test_a_variant_differs_from_the_default_in_the_settings_that_it_names_and_no_others(tmp_path):
@@ -16,7 +16,7 @@ def test_a_variant_differs_from_the_default_in_the_settings_that_it_names_and_no
         differing = {line.partition(":")[0] for line in config.differences(default, made)} - {"evaluate.etas"}
         assert differing == {change.partition("=")[0] for change in changes}
         if not any(f"guide={name}" in changes for name in ablations.TRUNKS):
-            session.check(made)
+            checks.check(made)
 
 
 def test_every_variant_runs_once_and_the_default_first():

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -14,7 +13,8 @@ from helpers import quick_compilation  # noqa: F401
 from qsharp_jax.data.batches import Example
 from qsharp_jax.evaluation import measure, score, statistics
 from qsharp_jax.generate import ContinuousBatch
-from qsharp_jax.run.session import check_settings
+from qsharp_jax.run import models, problems
+from qsharp_jax.run.checks import check_settings
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.judging import Judge
@@ -90,15 +90,15 @@ def test_the_figures_of_a_method_by_hand():
 
 def test_answers_that_are_the_same_mathematics_vote_together():
     """Two ways to write a half outvote a third, which each of them would only draw with."""
-    session = SimpleNamespace(judge=Judge(registry.get("math"), workers=1))
+    judge = Judge(registry.get("math"), workers=1)
     samples = [
         make_sample("p", reward, parsed) | {"prompt": "", "answer": "1/2"}
         for parsed, reward in (("0.5", 1.0), ("1/3", 0.0), (r"\frac12", 1.0), (r"\frac{1}{3}", 0.0), ("1/2", 1.0))
     ]
     try:
-        answers = measure._classes(session, samples)
+        answers = measure._classes(judge, samples)
     finally:
-        session.judge.close()
+        judge.close()
     assert answers == {"p": ["1/2", "1/3", "1/2", "1/3", "1/2"]}
     assert measure.measure(samples, answers, (), {5})["majority_5"] == {"p": 1.0}
 
@@ -171,8 +171,8 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
 def test_every_row_can_be_computed_again_from_the_samples(evaluated):
     """Judged anew, problem by problem; all test problems, in their order, each as often as asked for."""
     session, _, _, rows = evaluated
-    problems = {problem.problem_id: problem for problem in session.test_problems()}
-    assert len(problems) == 10
+    by_id = {problem.problem_id: problem for problem in problems.test_problems(session)}
+    assert len(by_id) == 10
     files = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref_greedy", "pi_ref_top_k": "pi_ref_top_k"}
     files |= {name: f"{name}_round_{{}}" for name in ("qsharp", "qsharp_greedy", "cd")}
     some = 0
@@ -182,12 +182,12 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
         samples = samples_of(session, files[row["method"]].format(row["round"]))
         part = [sample for sample in samples if sample["eta"] == row["eta"]]
         count = {"pi_ref": 3, "pi_ref_greedy": 1, "qsharp_greedy": 1}.get(row["method"], 2)
-        assert [sample["problem_id"] for sample in part] == [name for name in problems for _ in range(count)]
+        assert [sample["problem_id"] for sample in part] == [name for name in by_id for _ in range(count)]
         for sample in part:
-            problem = problems[sample["problem_id"]]
+            problem = by_id[sample["problem_id"]]
             assert sample["prompt"] == problem.prompt and sample["answer"] == problem.answer
             assert sample["reward"] == float(sample["response"] == problem.answer)
-            assert sample["response"] == session.text.decode(sample["tokens"])
+            assert sample["response"] == models.tokenizer(session).decode(sample["tokens"])
         rewards = np.reshape([sample["reward"] for sample in part], (10, count))
         assert row["reward"] == pytest.approx(rewards.mean())
         assert row["kl"] == pytest.approx(np.mean([sample["kl"] for sample in part]))
@@ -223,7 +223,9 @@ def test_guided_samples_have_a_value_for_each_token(evaluated):
     """The guide's, as it gives them by teacher forcing; pi_ref's samples have none of their own."""
     session, _, guides, _ = evaluated
     samples = samples_of(session, "qsharp_round_2")
-    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    examples = [
+        Example(models.tokenizer(session).encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples
+    ]
     for sample, values in zip(samples, score.score(guides[2], examples, rows=8, bucket=24), strict=True):
         assert len(sample["values"]) == len(sample["tokens"])
         known = [place for place, value in enumerate(sample["values"]) if value is not None]
@@ -236,7 +238,9 @@ def test_the_guide_judges_pi_refs_samples(evaluated):
     """The file of values is the last guide's, at the same samples; best of 3 is the sample that it likes best."""
     session, _, guides, rows = evaluated
     samples, scored = samples_of(session, "pi_ref"), samples_of(session, "pi_ref_values_round_2")
-    examples = [Example(session.text.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    examples = [
+        Example(models.tokenizer(session).encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples
+    ]
     expected = score.score(guides[2], examples, rows=8, bucket=24)
     for sample, row, values in zip(samples, scored, expected, strict=True):
         np.testing.assert_allclose(row["values"], values, atol=6e-5)  # of four digits
@@ -294,17 +298,22 @@ def test_samples_at_other_etas_are_made_anew(evaluated, monkeypatch):
     session, ref, guides, _ = evaluated
     made = []
     for etas in ((0.2,), (0.2, 0.3), (math.inf, 0.2)):
-        rows = measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas)
+        rows = measure.sample_method(session, "extra", ref, guides[2], models.sampling(session), number=2, etas=etas)
         assert [row["eta"] for row in rows] == [None if math.isinf(eta) else eta for eta in etas] * 10
         made.append(rows)
         with monkeypatch.context() as patch:
             forbid_sampling(patch)
-            assert measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas) == rows
+            assert (
+                measure.sample_method(session, "extra", ref, guides[2], models.sampling(session), number=2, etas=etas)
+                == rows
+            )
     free = [row for row in made[-1] if row["eta"] is None]
     assert not any(row["kl"] for row in free) and all(row["kl"] > 0 for row in made[0])
     with pytest.raises(AssertionError, match="samples again"):
         forbid_sampling(monkeypatch)
-        measure.sample_method(session, "extra", ref, guides[2], session.sampling(), number=2, etas=etas, samples=2)
+        measure.sample_method(
+            session, "extra", ref, guides[2], models.sampling(session), number=2, etas=etas, samples=2
+        )
 
 
 # --- Judged again ---------------------------------------------------------------------------------------------------

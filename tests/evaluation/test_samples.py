@@ -13,6 +13,8 @@ from processes import free_port, start
 from qsharp_jax.evaluation import samples, score
 from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import judge
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import multihost
@@ -23,19 +25,21 @@ from qsharp_jax.tasks.judging import Judgement
 ETAS = (0.5, 0.1)
 
 
-def models(session):
+def make_models(session):
     """A reference that has learned nothing, and a guide that steers it."""
-    ref = helpers.random_model(session.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
     return ref, helpers.random_guide(ref.config, seed=1, scale=3.0)
 
 
 def sample(session, ref, guide, etas=ETAS):
-    return samples.sample_method(session, "qsharp", ref, guide, session.sampling(), number=1, etas=etas, samples=2)
+    return samples.sample_method(
+        session, "qsharp", ref, guide, models.sampling(session), number=1, etas=etas, samples=2
+    )
 
 
 def stop_judging(patch, session, after: int, error: BaseException):
     """The judge raises when it has judged so many responses."""
-    submit, calls = session.judge.submit, []
+    submit, calls = judge(session).submit, []
 
     def stopping(problem, response):
         calls.append(response)
@@ -43,7 +47,7 @@ def stop_judging(patch, session, after: int, error: BaseException):
             raise error
         return submit(problem, response)
 
-    patch.setattr(session.judge, "submit", stopping)
+    patch.setattr(judge(session), "submit", stopping)
 
 
 # --- In the other processes -----------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def main(port: int, index: int, folder: str, after: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if index == 1:
                 stop_judging(patch, session, after, UserError("the judge has had enough"))
-            print(len(sample(session, *models(session))), flush=True)
+            print(len(sample(session, *make_models(session))), flush=True)
         workdir.close()
 
 
@@ -74,7 +78,7 @@ if __name__ == "__main__":
 def stoppable(tmp_path):
     """A session of ten problems with four responses each, in shards of two problems: eight rows are decoded at once."""
     session = helpers.session(tmp_path / "stopped")
-    return session, *models(session)
+    return session, *make_models(session)
 
 
 def shards_of(session, name):
@@ -180,7 +184,7 @@ def test_shards_that_a_kill_left_beside_the_whole_file_are_removed(stoppable, mo
 def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypatch):
     """Batch by batch of like length; the end is that of one that was never stopped."""
     session, ref, guide = stoppable
-    rows = samples.sample_method(session, "pi_ref", ref, None, session.sampling(), number=0, samples=3)
+    rows = samples.sample_method(session, "pi_ref", ref, None, models.sampling(session), number=0, samples=3)
     straight = helpers.session(tmp_path / "straight")
     expected = samples.score_samples(straight, guide, rows, number=2)
     scorer, calls = score.score, []
@@ -205,7 +209,7 @@ def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypat
 
 def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
     session, ref, guide = stoppable
-    monkeypatch.setattr(session.judge, "submit", lambda *_: lambda: Judgement(math.nan, "1"))
+    monkeypatch.setattr(judge(session), "submit", lambda *_: lambda: Judgement(math.nan, "1"))
     with pytest.raises(UserError, match="was not written, since a sample's reward or KL is not a finite number"):
         sample(session, ref, guide)
     assert not shards_of(session, "qsharp_round_1")
@@ -214,7 +218,7 @@ def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
 def test_two_hosts_share_the_shards_and_go_on_from_those_of_both(tmp_path):
     """One of them stops within its second shard: both end; then they go on, and end with what one host has."""
     straight = helpers.session(tmp_path / "straight")
-    expected = sample(straight, *models(straight))
+    expected = sample(straight, *make_models(straight))
     two = helpers.session(tmp_path / "two")
     two.workdir.close()
     for after, code in ((15, 2), (100, 0)):  # of its 16 responses: one of its two shards is whole

@@ -14,7 +14,7 @@ from qsharp_jax.algorithms import policy
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.experiments import compare
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.run import config, pretrain
+from qsharp_jax.run import config, models, pretrain
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
@@ -84,7 +84,7 @@ def test_epochs_fill_the_budget(tmp_path):
         Rollout(f"p{i // 3}", 1, [1], [2] * (n - 1), 0, r, True, 1.0, 0, "")
         for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
     ]
-    c: DecoderConfig = session.ref_config
+    c: DecoderConfig = models.ref_config(session)
     kernels = c.layers * (4 * c.embed * c.heads * c.head_dim + 3 * c.embed * c.mlp)
 
     def flops(lengths, head):

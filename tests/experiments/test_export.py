@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from qsharp_jax import cli
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import cpu_form, decoder, hf
+from qsharp_jax.run import models
 from qsharp_jax.train.checkpoint import Checkpoints
 
 PROMPT = "0,1|1,2|0,3|3,4/0,2="
@@ -26,10 +27,10 @@ RESULTS = [
 def session(tmp_path):
     """A run of two rounds whose models are random, in a workdir that no process holds."""
     made = helpers.session(tmp_path / "run", "rounds=2", "pretrain.steps=77")
-    ref = helpers.random_model(made.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(made).vocab_size)
     save(made.workdir.ref, ref.params)
     for number in (1, 2):
-        save(made.guide_folder(number), helpers.random_guide(ref.config, seed=number).params)
+        save(made.workdir.guide_folder(number), helpers.random_guide(ref.config, seed=number).params)
     made.workdir.results.write_text(json.dumps(RESULTS))
     made.workdir.close()
     return made
@@ -50,13 +51,15 @@ def test_a_reference_comes_back_with_its_prompts_stop_ids_and_card(session, tmp_
     assert export(session, "ref", out) == 0
     loaded = hf.load_ref(out, dtype="float32")
     helpers.assert_trees_equal(
-        loaded.params, decoder.unstack(session.load_ref().params, transposed=cpu_form.here())
+        loaded.params, decoder.unstack(models.load_ref(session).params, transposed=cpu_form.here())
     )
     text = Tokenizer.load(out)
-    assert text.encode_prompt(PROMPT) == session.text.encode_prompt(PROMPT) == AutoTokenizer.from_pretrained(out)(
+    assert text.encode_prompt(PROMPT) == models.tokenizer(session).encode_prompt(PROMPT) == AutoTokenizer.from_pretrained(out)(
         PROMPT
     )["input_ids"]  # fmt: skip
-    assert text.stop_ids == session.text.stop_ids and text.vocab_size == session.text.vocab_size
+    assert (
+        text.stop_ids == models.tokenizer(session).stop_ids and text.vocab_size == models.tokenizer(session).vocab_size
+    )
     card = (out / "README.md").read_text()
     assert "`star_graph` (degree 2, " in card and "path_length 3" in card and "77 steps of 32 texts" in card
     assert "| reward, pi_ref | 0.250 (95% 0.125 .. 0.500, 10 problems) |" in card and "Q#, eta" not in card
@@ -67,7 +70,7 @@ def test_a_run_of_qwen_2_s_shape_answers_out_of_its_folder_as_it_does_itself(tmp
     shape = helpers.TINY | dict(max_positions=96, qkv_bias=True)
     task = dict(name="arithmetic", max_events=3, equation_fraction=0.4, error_scale=1.0)
     made = helpers.session(tmp_path / "run", task=task, model=shape)
-    save(made.workdir.ref, helpers.random_model(made.text.vocab_size, scale=8.0, **shape).params)
+    save(made.workdir.ref, helpers.random_model(models.tokenizer(made).vocab_size, scale=8.0, **shape).params)
     made.workdir.close()
     assert export(made, "ref", tmp_path / "ref") == 0
     assert json.loads((tmp_path / "ref" / "config.json").read_text())["model_type"] == "qwen2"
@@ -80,7 +83,7 @@ def test_a_run_of_qwen_2_s_shape_answers_out_of_its_folder_as_it_does_itself(tmp
     assert max(len(line["tokens"]) for line in itself) > 3
     loaded = Tokenizer.load(tmp_path / "ref")
     assert [loaded.encode_prompt(prompt) for prompt in prompts] == [
-        made.text.encode_prompt(prompt) for prompt in prompts
+        models.tokenizer(made).encode_prompt(prompt) for prompt in prompts
     ]
 
 
@@ -88,7 +91,7 @@ def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_pa
     out = tmp_path / "guide"
     assert export(session, "guide", out) == 0
     loaded = hf.load_guide(out, dtype="float32", unstacked=False)
-    helpers.assert_trees_equal(loaded.params, session.load_guide(2).params)
+    helpers.assert_trees_equal(loaded.params, models.load_guide(session, 2).params)
     card = (out / "README.md").read_text()
     assert "48 rollouts of the reference on the task `star_graph`" in card  # 2 rounds of 12 prompts, 2 rollouts each
     assert "| reward, Q#, eta 0.1 | 0.875 (95% 0.750 .. 1.000, 10 problems); KL 1.500 nats a response |" in card

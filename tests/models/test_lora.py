@@ -13,6 +13,7 @@ from qsharp_jax.algorithms import qsharp
 from qsharp_jax.data.batches import make_batch
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models import lora
+from qsharp_jax.run import models
 
 V, RANK, ALPHA = 11, 3, 6.0
 GUIDE = helpers.random_guide(helpers.random_model(V, seed=5, layers=2, qkv_bias=True).config)
@@ -115,16 +116,16 @@ def test_no_gradient_of_a_kernel_s_size_is_made():
 def test_a_fit_with_lora_ends_in_an_ordinary_guide_and_resumes(tmp_path):
     """Two rounds: the second starts from the first's merged guide; typed again, nothing is fitted anew."""
     session = helpers.session(tmp_path, "fit.lora_rank=2", "fit.epochs=3", "fit.holdout=0", "rounds=2")
-    ref = helpers.random_model(session.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
     rng = np.random.default_rng(0)
     data = [
         Rollout(f"{i}", 1, rng.integers(5, 9, 4).tolist(), rng.integers(5, 9, 3).tolist(), 0, i % 2, True, 1.0, 0, "")
         for i in range(16)
     ]  # fmt: skip
     guide = qsharp.fit(session, 1, ref, data, None)
-    loaded = session.load_guide(1)
+    loaded = models.load_guide(session, 1)
     helpers.assert_trees_equal(loaded.params, guide.params)
-    started = session.first_guide(ref)
+    started = models.first_guide(session, ref)
     assert jax.tree.structure(guide.params) == jax.tree.structure(started)
     assert not np.array_equal(
         guide.params["trunk"]["layers"]["up"]["kernel"], started["trunk"]["layers"]["up"]["kernel"]

@@ -17,9 +17,8 @@ from helpers import quick_compilation  # noqa: F401
 from qsharp_jax import cli, train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import hf, meshes, sharding, value
+from qsharp_jax.run import checks, models
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models
-from qsharp_jax.run import session as sessions
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
@@ -34,8 +33,8 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     made = helpers.session(root / "run")
     made.workdir.close()
-    ref, tokenizer = helpers.reference(), made.text.for_export()
-    hf.export_ref(ref, root / "ref", tokenizer=tokenizer, stop_ids=made.text.stop_ids)
+    ref, tokenizer = helpers.reference(), models.tokenizer(made).for_export()
+    hf.export_ref(ref, root / "ref", tokenizer=tokenizer, stop_ids=models.tokenizer(made).stop_ids)
     hf.export_guide(helpers.random_guide(ref.config, seed=3), root / "guide", tokenizer=tokenizer)
     categorical = helpers.random_guide(ref.config, seed=4, distribution="categorical", atoms=ATOMS)
     hf.export_guide(categorical, root / "categorical", tokenizer=tokenizer)
@@ -102,44 +101,48 @@ def test_a_language_model_s_trunk_gets_a_head_of_zeros_and_float32_masters(folde
     hf.export_ref(half, tmp_path / "half", tokenizer=tokenizer)
     changes = {"ref": (f"ref={tmp_path / 'half'}",), "folder": (f"ref={folders / 'ref'}", f"guide={tmp_path / 'half'}")}
     made = session(*changes[guide])
-    params = made.first_guide(None)
+    params = models.first_guide(made, None)
     trunk = {name: leaf for name, leaf in half.params.items() if name != "head"}
     helpers.assert_trees_equal(params["trunk"], jax.tree.map(lambda leaf: leaf.astype("float32"), trunk))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["head"]))
-    assert made.guide_config.trunk.dtype == "bfloat16", "computed as the folder has it"
-    assert jax.tree.structure(params) == jax.tree.structure(value.abstract(made.guide_config))
-    assert session(*changes[guide], "dtype=float32").guide_config.trunk.dtype == "float32"
+    assert models.guide_config(made).trunk.dtype == "bfloat16", "computed as the folder has it"
+    assert jax.tree.structure(params) == jax.tree.structure(value.abstract(models.guide_config(made)))
+    assert models.guide_config(session(*changes[guide], "dtype=float32")).trunk.dtype == "float32"
 
 
 @pytest.mark.parametrize("guide", ["ref", "guide"])
 def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
     """Every leaf where the rules have it (the meshes have one device), with the values that it has without."""
     workdir = helpers.session(tmp_path, f"ref={folders / 'ref'}", f"guide={folders / guide}").workdir
-    config, made = workdir.config, Session(workdir)
+    made = Session(workdir)
     decode = meshes.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
     fit = meshes.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
-    ref = models.load_ref(config, decode)
+    meshed = Session(workdir)
+    vars(meshed).update(decode_mesh=decode, fit_mesh=fit)  # a preset of one device has none
+    ref = models.load_ref(meshed)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(ref)} == {decode}
-    helpers.assert_trees_equal(ref.params, models.load_ref(config).params)
-    first = [models.first_guide(config, made.guide_config, None, jax.random.key(0), mesh) for mesh in (fit, None)]
+    helpers.assert_trees_equal(ref.params, models.load_ref(made).params)
+    first = [models.first_guide(session, None) for session in (meshed, made)]
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(first[0]["trunk"])} == {fit}
     helpers.assert_trees_equal(*first)
 
 
 def test_a_guide_from_scratch_has_the_shape_of_the_model_section(folders):
     made = session(f"ref={folders / 'ref'}", "guide=scratch", "model.layers=2", "model.token_shift=false")
-    assert (made.ref_config.layers, made.guide_config.trunk.layers) == (1, 2)
-    assert jax.tree.leaves(made.first_guide(None)["trunk"]["layers"])[0].shape[0] == 2
+    assert (models.ref_config(made).layers, models.guide_config(made).trunk.layers) == (1, 2)
+    assert jax.tree.leaves(models.first_guide(made, None)["trunk"]["layers"])[0].shape[0] == 2
 
 
 def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tmp_path):
     hf.export_ref(helpers.random_model(320, max_positions=64), tmp_path, tokenizer=bpe.make(), stop_ids=[bpe.EOT])
     for prompt_format in ("plain", "chat"):
         made = session(f"ref={tmp_path}", f"prompt_format={prompt_format}")
-        sessions.check(made.config)
-        assert made.text.encode_prompt(PROMPT) == Tokenizer.load(tmp_path, prompt_format=prompt_format).encode_prompt(PROMPT)
-        sampling = made.sampling()
-        assert sampling.vocab_size == Tokenizer(bpe.make()).vocab_size < made.ref_config.vocab_size
+        checks.check(made.config)
+        assert models.tokenizer(made).encode_prompt(PROMPT) == Tokenizer.load(
+            tmp_path, prompt_format=prompt_format
+        ).encode_prompt(PROMPT)
+        sampling = models.sampling(made)
+        assert sampling.vocab_size == Tokenizer(bpe.make()).vocab_size < models.ref_config(made).vocab_size
         assert bpe.EOT in sampling.stop_ids
 
 
@@ -150,7 +153,7 @@ def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
     config = session(f"ref={tmp_path / 'ref'}", "prompt_format=chat").config
     for day in (5, 6):
         with Workdir.open(tmp_path / "run", config, date=datetime.date(2026, 1, day)) as workdir:
-            text = Session(workdir).text
+            text = models.tokenizer(Session(workdir))
             assert text.decode(text.encode_prompt(PROMPT)).startswith("05 Jan 2026 user")
 
 
@@ -158,13 +161,13 @@ def test_with_both_folders_the_sections_of_what_is_made_on_the_spot_may_be_absen
     config = session(f"ref={folders / 'ref'}", f"guide={folders / 'guide'}").config
     with config.unlocked():
         del config["model"], config["pretrain"]
-    sessions.check(config)
+    checks.check(config)
     config.guide = "scratch"
     with pytest.raises(UserError, match="lacks the setting model.size"):
-        sessions.check(config)
+        checks.check(config)
     config.ref, config.guide = "pretrain", "ref"
     with pytest.raises(UserError, match="lacks the setting pretrain.steps"):
-        sessions.check(config)
+        checks.check(config)
 
 
 def test_paths_are_made_absolute_and_words_left_alone(monkeypatch, tmp_path):
@@ -211,7 +214,7 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     ]:
         assert words in refused(capsys, *command(tmp_path / "new", *changes)), changes
         assert not (tmp_path / "new").exists()
-    sessions.check(
+    checks.check(
         session(ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,0.5,1").config
     )
 

@@ -14,8 +14,8 @@ from repository import CONFIGS
 
 from qsharp_jax import cli, plan
 from qsharp_jax.models import hf
+from qsharp_jax.run import checks
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import session as sessions
 from qsharp_jax.system.errors import UserError
 
 ROWS = sorted(path for task in ("gsm8k", "math", "aime", "quality") for path in (CONFIGS / task).glob("*.py"))
@@ -42,7 +42,7 @@ def count(params) -> int:
 
 def job_of(path: Path) -> plan.Job:
     config = configs.load(path, [])
-    sessions.check_settings(config)
+    checks.check_settings(config)
     sizes = dict(ref_size=MODELS[config.ref][0], guide_size=MODELS[config.guide][0])
     return plan.make(config, prompt_tokens=LONGEST[config.task.name], **sizes)
 

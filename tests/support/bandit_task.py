@@ -9,6 +9,8 @@ from tokenizers import Regex, decoders, pre_tokenizers
 
 from qsharp_jax.data.batches import Example, make_batch
 from qsharp_jax.models import decoder
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
 from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
 
@@ -45,12 +47,13 @@ def session(folder, name, *changes):
 
 
 def reference(session):
-    return helpers.random_model(session.text.vocab_size, seed=2, scale=0.5)
+    return helpers.random_model(models.tokenizer(session).vocab_size, seed=2, scale=0.5)
 
 
 def exact_objective(session, ref, policy):
     """E reward - eta KL of a policy at the config's temperature, and the best there is, by enumeration."""
-    text, temperature, eta = session.text, session.config.generate.temperature, session.eta
+    text, temperature = models.tokenizer(session), session.config.generate.temperature
+    eta = configs.kl_weight(session.config)
     prompt = text.encode_prompt("?")
     every = np.arange(text.vocab_size)
     batch = make_batch([Example(prompt, [token]) for token in every], len(every), len(prompt) + 1)

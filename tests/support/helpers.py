@@ -22,6 +22,8 @@ from qsharp_jax.models.config import DecoderConfig, make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import config as configs
+from qsharp_jax.run import models
+from qsharp_jax.run.problems import task
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -121,19 +123,22 @@ def reference() -> LanguageModel:
         made = session(folder)
         made.workdir.close()
     steps, rows = 100, 32
-    texts = made.task.pretraining_texts(made.config.task, steps * rows, seed=0)
-    examples = [Example(made.text.encode_prompt(prompt), made.text.encode_response(answer)) for prompt, answer in texts]
+    texts = task(made).pretraining_texts(made.config.task, steps * rows, seed=0)
+    examples = [
+        Example(models.tokenizer(made).encode_prompt(prompt), models.tokenizer(made).encode_response(answer))
+        for prompt, answer in texts
+    ]
     batches = Batches(examples, rows=rows, bucket=24, seed=0)
     with made.config.unlocked():
         made.config.fit.optimizer.update(learning_rate=0.01)
     optimizer = train.make_optimizer(made.config.fit.optimizer)
     schedule = train.make_schedule(made.config.fit.optimizer, steps)
-    loss_fn = functools.partial(train.language_model_loss, config=made.ref_config)
+    loss_fn = functools.partial(train.language_model_loss, config=models.ref_config(made))
     step_fn = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer))
-    state = train.init_state(random_model(made.text.vocab_size).params, optimizer)
+    state = train.init_state(random_model(models.tokenizer(made).vocab_size).params, optimizer)
     for step in range(steps):
         state, _ = step_fn(state, batches[step], schedule(step))
-    return LanguageModel(state.params, made.ref_config)
+    return LanguageModel(state.params, models.ref_config(made))
 
 
 def assert_trees_equal(actual, expected) -> None:

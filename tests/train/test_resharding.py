@@ -22,6 +22,7 @@ from qsharp_jax import cli, train
 from qsharp_jax.data.batches import Batches
 from qsharp_jax.models import hf, meshes, sharding
 from qsharp_jax.models.sharding import FIT
+from qsharp_jax.run import models
 from qsharp_jax.train.checkpoint import Best, Checkpoints
 
 MESHES = {1: {}, 4: {"fsdp": 2, "tensor": 2}, 8: {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -133,7 +134,7 @@ def moved(folder: Path) -> dict:
 def slice_of_a_run(workdir: Path, out: Path) -> None:
     """Saves a run's reference from eight devices, and exports it from there."""
     session = helpers.session(workdir)
-    ref = helpers.random_model(session.text.vocab_size)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
     params = placed(ref, 8)
     checkpoints = Checkpoints(session.workdir.ref)
     checkpoints.save(train.init_state(params, train.make_optimizer(helpers.optimizer_config())), final=True)

@@ -6,7 +6,7 @@ import helpers
 import pytest
 import small_data
 
-from qsharp_jax.run import models, session
+from qsharp_jax.run import checks, models, problems
 from qsharp_jax.system.errors import UserError
 
 
@@ -18,9 +18,9 @@ def test_a_batch_that_its_parts_do_not_divide(tmp_path):
     """With both numbers."""
     config = changed(tmp_path, "fit.batch_size=8", "fit.accumulate=3")
     with pytest.raises(UserError, match="fit.accumulate is 3.*fit.batch_size, which is 8"):
-        session.check(config)
+        checks.check(config)
     config.fit.accumulate = 4
-    session.check(config)
+    checks.check(config)
 
 
 def test_a_workdir_of_before_there_were_meshes(tmp_path):
@@ -29,9 +29,9 @@ def test_a_workdir_of_before_there_were_meshes(tmp_path):
     with config.unlocked():
         del config.mesh.hosts
         with pytest.raises(UserError, match="lacks the setting mesh.hosts"):
-            session.check(config)
+            checks.check(config)
         del config.mesh
-    session.check(config)
+    checks.check(config)
 
 
 def test_a_workdir_of_before_there_were_other_algorithms(tmp_path):
@@ -39,44 +39,44 @@ def test_a_workdir_of_before_there_were_other_algorithms(tmp_path):
     config = helpers.session(tmp_path).config
     with config.unlocked():
         del config.cd, config.vas
-        session.check(config)
+        checks.check(config)
         config.algorithm = "vas"
     with pytest.raises(UserError, match="lacks the setting vas.td_lambda"):
-        session.check(config)
+        checks.check(config)
 
 
 def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
     """Prompts of 16 tokens and up to 7 new ones: 22 are too few, 23 are enough, and 0 packs nothing."""
     config = changed(tmp_path, "fit.pack_length=22")
     with pytest.raises(UserError, match="fit.pack_length is 22; it must be at least 23"):
-        session.check_problems(config)
+        checks.check_problems(config)
     for enough in (23, 0):
         config.fit.pack_length = enough
-        session.check_problems(config)
+        checks.check_problems(config)
 
 
 def test_a_budget_that_the_longest_prompt_leaves_no_room_for(tmp_path):
     """Prompts of 16 tokens in models of 23 positions: 7 new ones fit, 8 do not."""
     config = changed(tmp_path, "generate.max_new_tokens=8")
     with pytest.raises(UserError, match="16 tokens, which with config.generate.max_new_tokens = 8 are more than the"):
-        session.check_problems(config)
+        checks.check_problems(config)
     config.generate.max_new_tokens = 7
-    session.check_problems(config)
+    checks.check_problems(config)
 
 
 def test_every_round_uses_a_fixed_data_set_whole(tmp_path):
     """As the paper does, where endless problems are new ones in each round."""
     folder = small_data.write_gsm8k(tmp_path / "data")
     made = helpers.session(tmp_path / "run", "rounds=2")
-    first, second = made.train_problems(1), made.train_problems(2)
+    first, second = problems.train_problems(made, 1), problems.train_problems(made, 2)
     assert len(first) == len(second) == 12 and not {p.problem_id for p in first} & {p.problem_id for p in second}
     data_set = dict(name="gsm8k", data=str(folder), evaluate_on="test", split_seed=0)
     made = helpers.session(tmp_path / "other", "rounds=2", "collect.prompts=36", task=data_set)
-    assert len(made.train_problems(1)) == 36 and made.train_problems(2) == made.train_problems(1)
-    assert len(made.test_problems()) == 10 and not set(made.test_problems()) & set(made.train_problems(1))
+    assert len(problems.train_problems(made, 1)) == 36 and problems.train_problems(made, 2) == problems.train_problems(made, 1)
+    assert len(problems.test_problems(made)) == 10 and not set(problems.test_problems(made)) & set(problems.train_problems(made, 1))
     made = helpers.session(tmp_path / "more", "collect.prompts=37", task=data_set)
     with pytest.raises(UserError, match="gsm8k: there are 36 train problems, not the 37 asked for"):
-        made.train_problems(1)
+        problems.train_problems(made, 1)
 
 
 def test_a_task_without_a_model_of_its_own(tmp_path):
@@ -85,7 +85,7 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
     with config.unlocked():
         config.task = dict(name="gsm8k", data="data", evaluate_on="test", split_seed=0)
     with pytest.raises(UserError, match="config.ref is pretrain, and for gsm8k no model is made on the spot"):
-        session.check(config)
+        checks.check(config)
     models.make_absolute(config)
     assert config.task.data == str(Path.cwd() / "data")
     config.task.data = "hub"
@@ -102,4 +102,4 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
 )
 def test_evaluations_that_would_never_come_or_have_nothing_to_measure(tmp_path, overrides, words):
     with pytest.raises(UserError, match=words):
-        session.check(changed(tmp_path, *overrides))
+        checks.check(changed(tmp_path, *overrides))

@@ -1,0 +1,207 @@
+"""Checks of a run before anything is computed: its settings together, its models, problems and devices."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from qsharp_jax.run import config as configs
+from qsharp_jax.run import models, problems
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError, nearest
+from qsharp_jax.tasks import registry
+
+
+def check_settings(config: ConfigDict) -> None:
+    """That all settings are there, in their ranges, and go together.
+
+    Raises:
+      UserError: naming the setting, its value and what is allowed.
+    """
+    present, algorithm = configs.keys(config), config.get("algorithm")
+    pretrained = config.get("ref") == "pretrain"
+    # Sections of other commands and algorithms.
+    others = {"compare", "policy", *configs.VALUE_METHODS, *configs.POLICY_METHODS} - {algorithm}
+    if algorithm in configs.POLICY_METHODS:
+        others.remove("policy")
+    if not pretrained:
+        others.add("pretrain")
+    if "mesh" not in config:  # --config.mesh=single takes it away
+        others.add("mesh")
+    asked = [key for key in configs.RULES if key.partition(".")[0] not in others]
+    for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
+        if key not in present:
+            raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")
+    for key in present:  # these are arguments of `generate`: another would be refused there, after the pre-training
+        if key.startswith("generate.") and key not in configs.RULES:
+            raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
+    configs.check(config)
+    if config.fit.batch_size % config.fit.accumulate:
+        raise UserError(
+            f"config.fit.accumulate is {config.fit.accumulate}; it must divide config.fit.batch_size, which is"
+            f" {config.fit.batch_size}"
+        )
+    if config.fit.patience and not config.fit.evaluate_every:
+        raise UserError(
+            f"config.fit.patience is {config.fit.patience} and config.fit.evaluate_every 0; patience counts"
+            " evaluations, so say how many steps lie between them"
+        )
+    if config.fit.evaluate_every and not config.fit.holdout:
+        raise UserError(
+            f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
+            " prompts to evaluate on"
+        )
+    if config.collect.drop_no_variation and config.collect.samples == 1:
+        raise UserError(
+            "config.collect.drop_no_variation is True and config.collect.samples 1; the rewards of a problem vary only"
+            " among two or more samples"
+        )
+    if (most := max(config.evaluate.pass_at, default=0)) > config.evaluate.samples:
+        raise UserError(
+            f"config.evaluate.pass_at has {most:g} and config.evaluate.samples is {config.evaluate.samples}; pass@k"
+            " needs at least k samples of a problem, so give more samples, or leave that k out"
+        )
+    width = "pack_length" if config.fit.pack_length else "length_bucket"
+    if config.fit.attention == "splash" and config.fit[width] % 128:
+        raise UserError(
+            f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
+            " give one, or another attention"
+        )
+    if algorithm in configs.POLICY_METHODS:
+        _check_policy(config)
+    try:
+        registry.get(config.task.name).check(config.task)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
+        words = str(error).strip('"')
+        raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
+
+
+def _check_policy(config: ConfigDict) -> None:
+    """That the settings of a method that trains the policy itself go together."""
+    name, samples, rows = config.algorithm, config.collect.samples, config.policy.batch_size
+    if config.guide != "ref":
+        raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
+    if config.fit.lora_rank:
+        raise UserError(f"config.fit.lora_rank is {config.fit.lora_rank}; {name} trains all weights, so give 0")
+    if config.generate.temperature == 0:
+        raise UserError(f"config.generate.temperature is 0; {name} samples the policy that it trains, so give more")
+    in_pairs = name in ("dpo", "rpo")
+    if in_pairs and samples < 2:
+        raise UserError(f"config.collect.samples is {samples}; {name} compares two rollouts of a prompt")
+    if name == "reinforce":
+        of_prompt = 1 if config.reinforce.greedy else samples
+        if config.reinforce.baseline == "leave_one_out" and of_prompt < 2:
+            raise UserError(
+                "config.reinforce.baseline leave_one_out needs other samples of a prompt: give config.collect.samples"
+                " of at least 2 and config.reinforce.greedy false, or the baseline mean"
+            )
+        if rows % of_prompt:
+            raise UserError(
+                f"config.policy.batch_size is {rows}; reinforce takes whole prompts, so a multiple of"
+                f" config.collect.samples, {of_prompt}"
+            )
+    parts = config.fit.accumulate * (2 if in_pairs else 1)
+    if rows % parts:
+        raise UserError(
+            f"config.policy.batch_size is {rows}; it must be a multiple of {parts}, config.fit.accumulate"
+            + (" times the two rollouts of a pair" if in_pairs else "")
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about a config that can be refused before anything is computed.
+
+    Raises:
+      UserError: as `check_settings`, and for folders and models that are not what they are taken for.
+    """
+    check_settings(config)
+    _check_rows(config)
+    models.check_folders(config)
+    session = Session(Workdir(Path(), config))
+    try:
+        models.check(session)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if (
+        configs.trains_policy(config)
+        and models.folder(config, "ref")
+        and models.ref_config(session).dtype == "bfloat16"
+    ):
+        raise UserError(
+            f"config.ref is {config.ref}, read in bfloat16 for decoding alone, and {config.algorithm} trains a copy of"
+            " its weights; give --config.dtype=float32"
+        )
+    longest = min(shape.max_positions for shape in models.trunk_configs(session).values())
+    if (new := config.generate.max_new_tokens) >= longest:
+        raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")
+
+
+def _check_rows(config: ConfigDict) -> None:
+    """That a mesh divides the rows of every batch that is learned from."""
+    if "mesh" not in config:
+        return
+    data, fsdp = config.mesh.fit.data, config.mesh.fit.fsdp
+    learned = "policy" if configs.trains_policy(config) else "fit"
+    for section in ("pretrain", learned) if config.ref == "pretrain" else (learned,):
+        parts = 1 if section == "pretrain" else config.fit.accumulate
+        if config[section].batch_size % (data * fsdp * parts):
+            raise UserError(
+                f"config.{section}.batch_size is {config[section].batch_size}; on the mesh {config.mesh.name} it must"
+                f" be a multiple of {data * fsdp * parts}, which is data {data} x fsdp {fsdp}"
+                + (f" x accumulate {parts}" if parts > 1 else "")
+            )
+
+
+def check_problems(config: ConfigDict) -> None:
+    """That the task has as many problems as are asked for, and that they and the responses to them fit into the models'
+    contexts and into packed rows.
+
+    This takes seconds, so it is for new runs only. A workdir keeps its settings, so one that shows to be impossible
+    after the pre-training would cost a new one.
+
+    Raises:
+      UserError: with how many there are, or how long they may be.
+    """
+    session = Session(Workdir(Path(), config))
+    tokenizer = models.tokenizer(session)
+    lengths = {
+        problem.problem_id: len(tokenizer.encode_prompt(problem.prompt))
+        for problem in problems.all_train_problems(session) + problems.test_problems(session)
+    }
+    longest, new = max(lengths, key=lengths.get), config.generate.max_new_tokens
+    together = lengths[longest] + new
+    for name, shape in models.trunk_configs(session).items():
+        if together > shape.max_positions:
+            raise UserError(
+                f"the prompt of problem {longest} has {lengths[longest]} tokens, which with"
+                f" config.generate.max_new_tokens = {new} are more than the {name}'s {shape.max_positions} positions;"
+                " give fewer new tokens, or a model with a longer context"
+            )
+    if 0 < config.fit.pack_length < together:
+        raise UserError(
+            f"config.fit.pack_length is {config.fit.pack_length}; it must be at least {together}, the tokens of the"
+            " longest prompt and config.generate.max_new_tokens, or 0"
+        )
+
+
+def check_devices(session: Session) -> None:
+    """That the meshes are those of the devices that are there, and that the fit's attention runs on them.
+
+    Raises:
+      UserError: saying what they need.
+    """
+    _ = session.fit_mesh, session.decode_mesh
+    asked, platform, dtype = session.config.fit.attention, jax.default_backend(), models.fit_config(session).trunk.dtype
+    if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(asked, platform)) != platform:
+        raise UserError(
+            f"config.fit.attention is {asked}, which runs on a {needed}, and JAX has a {platform} here; give xla,"
+            " or blocks for long sequences on a CPU"
+        )
+    if asked == "cudnn" and dtype != "bfloat16":
+        raise UserError(
+            f"config.fit.attention cudnn computes in bfloat16, and the guide is fitted in {dtype}; give"
+            " --config.fit.dtype=bfloat16, or xla"
+        )

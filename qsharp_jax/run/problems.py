@@ -1,0 +1,50 @@
+"""The problems of a run and the judge of the responses to them."""
+
+import functools
+from types import ModuleType
+
+from qsharp_jax.run.session import Session
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import registry
+from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.judging import Judge
+
+
+def task(session: Session) -> ModuleType:
+    return registry.get(session.config.task.name)
+
+
+def judge(session: Session) -> Judge:
+    """Return the judge of the run's task; runs of one process with the same task share it and its workers."""
+    return _judge(session.config.task.name)
+
+
+@functools.cache
+def _judge(name: str) -> Judge:
+    return Judge(registry.get(name))
+
+
+def train_problems(session: Session, number: int) -> list[Problem]:
+    """Return the problems of a round: new ones in each, or all of a finite data set, as in the paper."""
+    if task(session).FINITE:
+        return all_train_problems(session)
+    count = session.config.collect.prompts
+    return all_train_problems(session)[count * (number - 1) : count * number]
+
+
+@functools.lru_cache(maxsize=1)  # read or drawn once per run
+def all_train_problems(session: Session) -> list[Problem]:
+    rounds = 1 if task(session).FINITE else session.config.rounds
+    return _problems(session, "train", session.config.collect.prompts * rounds)
+
+
+@functools.lru_cache(maxsize=1)
+def test_problems(session: Session) -> list[Problem]:
+    return _problems(session, "test", session.config.evaluate.problems)
+
+
+def _problems(session: Session, split: str, count: int) -> list[Problem]:
+    try:
+        return task(session).problems(session.config.task, split, count, session.seed(split))
+    except ValueError as error:
+        raise UserError(f"{session.config.task.name}: {error}") from None
