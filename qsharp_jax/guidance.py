@@ -3,7 +3,7 @@
 pi*_eta(y|x) ∝ pi_ref(y|x) E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548). A step is `tilt`, `temper`, `truncate`,
 `sample`, the order of Hugging Face's processors and warpers and of the paper's program: temperature divides the tilt
 too. Shapes: B batch, V vocabulary, K candidates; logits are float32, and eta, temperature, top_k, top_p are arrays
-[B], so that one compiled program serves a sweep over them. It knows nothing about models, caches or text.
+[B], so that one compiled program serves a sweep over them.
 """
 
 import functools
@@ -59,7 +59,7 @@ class Packing:
 
 
 def pack(ref_logits: jax.Array, candidates: jax.Array, slots: int, threshold: jax.Array, active: jax.Array) -> Packing:
-    """Gives the slots to the most probable of all rows' candidates.
+    """Give the slots to the most probable of all rows' candidates.
 
     Most steps have one or two plausible tokens, so that the rows together need far fewer than K slots each. A row that
     has ended needs none. If no candidate above its threshold is dropped, the result is that of scoring all of these.
@@ -84,9 +84,9 @@ def pack(ref_logits: jax.Array, candidates: jax.Array, slots: int, threshold: ja
 
 
 def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Array:
-    """What each candidate's logit gains, [B, K] in nats.
+    """Log-weights that are added to the candidates' logits, [B, K] in nats.
 
-    "qsharp" is log E exp(z/eta), optimal for KL-regularised reward; "cd" is E z / eta (Controlled Decoding, arXiv
+    "qsharp" is log E exp(z/eta), optimal for KL-regularized reward; "cd" is E z / eta (Controlled Decoding, arXiv
     2310.17022, and VAS, 2405.06639); "expectation" is log E z (FUDGE, 2104.05218), which has no strength to choose.
 
     Args:
@@ -178,7 +178,7 @@ def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
 def tilt(
     ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array, others: jax.Array | float = 0.0
 ) -> jax.Array:
-    """Adds the log-weights at the candidates, and `others` at every other token.
+    """Add the log-weights at the candidates, and `others` at every other token.
 
     Args:
       ref_logits: [B, V].
@@ -200,7 +200,7 @@ def tilt(
 
 
 def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Divides by the temperature, from the largest logit on, which becomes 0: [B, V], [B] -> [B, V].
+    """Divide by the temperature, from the largest logit on, which becomes 0: [B, V], [B] -> [B, V].
 
     Temperature 0 is greedy decoding, defined as temperature 1 followed by truncation to the argmax (see `truncate`):
     the policy before truncation, and its KL, then stay finite. With the largest logit at 0 the likely tokens keep
@@ -219,9 +219,9 @@ def _divisor(temperature: jax.Array) -> jax.Array:
 
 
 def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets the logits outside the kept tokens to -inf; of equal tokens the one of lower id is kept first.
+    """Set the logits outside the kept tokens to -inf; of equal tokens the one of lower id is kept first.
 
-    top_k comes first; then top_p keeps the smallest set of most probable tokens whose probability, renormalised within
+    top_k comes first; then top_p keeps the smallest set of most probable tokens whose probability, renormalized within
     the top k, reaches top_p. At least one token is kept.
 
     Args:
@@ -243,10 +243,10 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p:
 
 
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """One token a row, [B] int32; a row has its own key, so that what it draws does not depend on its neighbours.
+    """Draw one token per row, [B] int32; each row has its own key, so that it does not depend on its neighbors.
 
-    Two uniform numbers a row choose a group of tokens by its probability, then a token of the group by its own: Gumbel
-    noise would take V of them.
+    Two uniform numbers per row choose a group of tokens by its probability, then a token of the group by its own.
+    Gumbel noise would take V of them.
 
     Args:
       logits: [B, V]; -inf is never drawn.
@@ -271,7 +271,7 @@ def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log pi(token) of one token a row: [B, V], [B] int -> [B] in nats."""
+    """log pi(token) of one token per row: [B, V], [B] int -> [B] in nats."""
     chex.assert_rank([logits, tokens], [2, 1])
     chex.assert_type([logits, tokens], [float, int])
     return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]

@@ -1,7 +1,6 @@
 """Collection as in DAgger: roll in with the current policy up to a random switch, finish with `pi_ref`, judge.
 
-arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens. It knows nothing about training or files other
-than shards of rollouts.
+arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ def sample(
     name: str | None = None,
     record: Collection[str] = RECORDED,
 ) -> Generation:
-    """`generate` for any number of prompts, in a loop of some rows, where a row that ends is given to the next prompt.
+    """Sample responses to any number of prompts, in a loop of fixed rows (`ContinuousBatch`), in the prompts' order.
 
     Args:
       sampling: arrays have one entry per row; rows are the prompts' samples, a prompt's next to each other.
@@ -107,7 +106,7 @@ def collect(
     seed: int,
     together: int = 1,
 ) -> dict[str, int]:
-    """Writes `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
+    """Write `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
 
     A rollout depends on the seed, the round and its own place in it, so in float32 a collection that was stopped
     anywhere and started again ends with the same records as one that never stopped; in bfloat16 what it still has to
@@ -143,7 +142,7 @@ def collect(
     def rollout(
         place: int, prompt: list[int], switch: int, response: list[int], draw: np.ndarray
     ) -> Callable[[], Rollout]:
-        """Its reward is being judged; who calls the result waits for it."""
+        """Start judging; calling the result waits for the judgement."""
         problem, written = problems[place // samples], text.decode(response)
         judgement = judge.submit(problem, written)
         return lambda: Rollout(
@@ -180,7 +179,7 @@ def write_shards(
     shards: Mapping[int, Sequence[int]],
     write: Callable[[int, list[Any]], None],
 ) -> None:
-    """Writes every shard when the last of its items has come, while others are under way.
+    """Write every shard when the last of its items has come, while others are under way.
 
     Args:
       ended: each item's place, and a function that waits for the item, such as for a response's judgement.
@@ -260,8 +259,11 @@ def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of one round: rollouts, mean reward, mean response tokens, share finished, labelled share of response tokens, and
-    share of the problems whose rollouts do not all have the same reward.
+    """Summarize one round.
+
+    Returns:
+      the number of rollouts, mean reward, mean response tokens, share of finished responses, labelled share of response
+      tokens, and share of the problems whose rollouts do not all have the same reward.
     """
     problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(rollouts)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])

@@ -2,7 +2,7 @@
 
 Q*_eta(x, y) = eta log E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548): one learned Z serves every eta. Every method
 is elementwise over the batch dimensions, written `...`; M is the number of atoms. Rewards and eta share one unit; the
-rest is in nats. It knows nothing about tokens, models or training.
+rest is in nats.
 """
 
 from typing import Any, Literal
@@ -181,7 +181,7 @@ Distribution = Bernoulli | Categorical | Scalar
 
 
 def num_outputs(kind: str, num_atoms: int) -> int:
-    """How many numbers a value head puts out for one token.
+    """Number of outputs of a value head per token.
 
     Args:
       kind: one of `KINDS`.
@@ -195,7 +195,7 @@ def num_outputs(kind: str, num_atoms: int) -> int:
 
 
 def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | None = None) -> Distribution:
-    """The distribution that a value head's outputs stand for, in float32 whatever the head computed in.
+    """Return the distribution that a value head's outputs parametrize, in float32 whatever the head's dtype.
 
     Args:
       kind: one of `KINDS`.
@@ -214,7 +214,7 @@ def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | Non
         _check_atoms(atoms)
         atoms = jnp.asarray(atoms, jnp.float32)
         if outputs.shape[-1:] != atoms.shape:
-            raise ValueError(f"one output an atom: got outputs {outputs.shape} for atoms {atoms.shape}")
+            raise ValueError(f"expected one output per atom: got outputs {outputs.shape} for atoms {atoms.shape}")
         return Categorical(outputs, atoms)
     chex.assert_axis_dimension(outputs, -1, 1)
     return Bernoulli(outputs[..., 0]) if kind == "bernoulli" else Scalar(outputs[..., 0])

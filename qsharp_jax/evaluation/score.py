@@ -1,6 +1,6 @@
 """Log-probabilities and values of given responses, by teacher forcing, and how good the values are.
 
-Shapes: B rows, T tokens, V vocabulary. It knows nothing about sampling, tasks or where the responses come from.
+Shapes: B rows, T tokens, V vocabulary.
 """
 
 import functools
@@ -21,7 +21,7 @@ LOGITS = 1 << 24  # that exist at a time: 64 MiB of them
 
 
 def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: int) -> list[np.ndarray]:
-    """The mean of Z at every response token, one array a response.
+    """The mean of Z at every response token, one array per response.
 
     Args:
       rows: sequences in a batch.
@@ -34,7 +34,7 @@ def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: 
 def log_probs(
     ref: LanguageModel, examples: Sequence[Example], *, rows: int, bucket: int, vocab_size: int
 ) -> list[np.ndarray]:
-    """The log-probability of every response token under the reference, in nats and float32, one array a response.
+    """The log-probability of every response token under the reference, in nats and float32, one array per response.
 
     Args:
       examples: each with a prompt of at least one token.
@@ -92,9 +92,9 @@ def _log_probs(ref: LanguageModel, batch: Batch, *, vocab_size: int) -> jax.Arra
 
 
 def calibration(predicted: np.ndarray, rewards: np.ndarray) -> list[dict[str, float]]:
-    """Rewards against predictions in `BINS` bins of equal width over the predictions' range [0, 1] or wider.
+    """Compare rewards with predictions in `BINS` bins of equal width over the predictions' range [0, 1] or wider.
 
-    Returns a row a non-empty bin: predicted and observed means, and the count.
+    Returns a row per non-empty bin: predicted and observed means, and the count.
     """
     low, high = min(0.0, predicted.min()), max(1.0, predicted.max())
     place = np.minimum(((predicted - low) / (high - low) * BINS).astype(int), BINS - 1)
@@ -115,7 +115,7 @@ def calibration_error(predicted: np.ndarray, rewards: np.ndarray) -> float:
 
 
 def ranking(last: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) -> float:
-    """How often, among two responses to one prompt with different rewards, the better one has the greater value.
+    """Probability that, of two responses to one prompt with different rewards, the better has the greater value.
 
     Ties count one half; nan if no prompt has two rewards. Pairs of different prompts are left out on purpose: knowing
     which prompts are hard is no help in steering.
@@ -145,7 +145,7 @@ def quality(
     projection: values.Projection = "two_hot",
     clip: bool = False,
 ) -> dict[str, float]:
-    """How good a guide is on held-out rollouts.
+    """Measure a guide on held-out rollouts.
 
     Args:
       rows, bucket: as in `score`.

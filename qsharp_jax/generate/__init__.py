@@ -1,7 +1,7 @@
 """Guided decoding: `generate`, `stream` and `ContinuousBatch`, and the `prefill`, `decode_one_token` and `decode` that
 they consist of.
 
-It takes and gives token ids; it knows nothing about text, tasks or rewards.
+Prompts and responses are token ids.
 """
 
 from qsharp_jax.generate.api import (

@@ -197,9 +197,7 @@ def split(
     def per_row(name: str, value: Any, dtype: Any) -> np.ndarray:
         array = np.asarray(value, dtype)
         if array.ndim > 1 or (array.ndim == 1 and array.shape != (responses,)):
-            raise UserError(
-                f"{name} has shape {array.shape}; give one number, or one for each of the {responses} rows"
-            )
+            raise UserError(f"{name} has shape {array.shape}; give one number, or one for each of the {responses} rows")
         return np.broadcast_to(array, (responses,))
 
     seeds = per_row("rng", row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng, np.int64)
@@ -238,7 +236,7 @@ def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarra
 
 
 def to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Generation:
-    """What a loop's state, on the host, holds of its rows, without what lies past the end of each."""
+    """Convert a loop's state, on the host, to a `Generation`, with everything past the end of a row cleared."""
     within = np.arange(max_new_tokens) < state.length[:, None]
     record = jax.tree.map(lambda leaf: np.where(within, leaf[:, :max_new_tokens], 0), state.record)
     return Generation(
@@ -278,13 +276,13 @@ def padded_length(length: int, shortest: int) -> int:
 
 
 def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int) -> int:
-    """Positions of the caches that `generate` makes for prompts of which the longest has so many tokens."""
+    """Number of positions in the caches of `generate` for prompts of at most `longest` tokens."""
     filled = padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens)
     return -(-filled // CACHE_BUCKET) * CACHE_BUCKET
 
 
 def _steps(max_new_tokens: int) -> int:
-    """Whole blocks."""
+    """Round up to whole blocks."""
     return -(-max_new_tokens // BLOCK) * BLOCK
 
 
@@ -305,12 +303,12 @@ def row_seeds(seed: int, rows: int) -> np.ndarray:
 
 
 def members(guide: Guide | None) -> tuple[ValueModel | LanguageModel, ...]:
-    """The models that a guide consists of."""
+    """Return the models that a guide consists of."""
     return guide if isinstance(guide, tuple) else () if guide is None else (guide,)
 
 
 def guide_names(count: int) -> list[str]:
-    """Of so many guides, in messages."""
+    """Names of `count` guides in messages."""
     return ["guide"] if count == 1 else [f"guide {number}" for number in range(1, count + 1)]
 
 
@@ -361,7 +359,7 @@ def _check_prompts(
 
 
 def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) -> None:
-    """That the caches fit beside the weights, which are there already."""
+    """Check that the caches fit into memory beside the weights, which are loaded already."""
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
         configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params

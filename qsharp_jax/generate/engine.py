@@ -1,7 +1,7 @@
-"""Continuous batching: a loop of fixed rows in which a row that ends is given to the next prompt that waits.
+"""Continuous batching: a loop of fixed rows in which a row that ends is given to the next waiting prompt.
 
-Shapes: R rows, S positions of the ring, U prompts prefilled at once, P their padded length, N new tokens. Like the rest
-of `generate/` it takes and gives token ids. (Yu et al., "Orca", OSDI 2022, call it iteration-level scheduling.)
+Shapes: R rows, S positions of the ring, U prompts prefilled at once, P their padded length, N new tokens. Yu et al.,
+"Orca", OSDI 2022, call it iteration-level scheduling.
 """
 
 import collections
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.generate import api
-from qsharp_jax.generate.loop import of_caches, prefill
+from qsharp_jax.generate.loop import prefill, while_loop
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import cpu_form, kv_cache, sharding, value
@@ -45,7 +45,7 @@ class Waiting:
 def empty_state(
     ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings, *, positions_last: bool
 ) -> State:
-    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens a row.
+    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens per row.
 
     `guide` is the shape of its trunk, a tuple of them for several, or None.
     """
@@ -57,7 +57,7 @@ def empty_state(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
-    """Gives rows to prompts that wait.
+    """Give rows to waiting prompts.
 
     Args:
       source: [R], which of them the row gets; -1: the row goes on.
@@ -91,7 +91,7 @@ def decode_until_free(
     *,
     settings: Settings,
 ) -> State:
-    """Blocks of steps until at least `enough` rows have ended, or `LONGEST`. The carry is updated in place."""
+    """Decode until at least `enough` rows have ended, at most `LONGEST` steps. The carry is updated in place."""
     last = state.step + LONGEST
 
     def going_on(state: State) -> jax.Array:
@@ -106,16 +106,14 @@ def decode_until_free(
     def block(state: State) -> State:
         return jax.lax.scan(step, state, None, length=BLOCK)[0]
 
-    if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
-        return jax.lax.while_loop(going_on, block, state)
-    return of_caches(cpu_form.with_rows, jax.lax.while_loop(going_on, block, of_caches(cpu_form.without_rows, state)))
+    return while_loop(going_on, block, state)
 
 
 class ContinuousBatch:
-    """Responses to any number of prompts, as they end: iterate over it, once.
+    """Responses to any number of prompts, as they end. Iterate over it once.
 
-    It gives pairs of places [n], of responses among all of them (prompt 0's samples, then prompt 1's, ...), and of the
-    `Generation` of these, at least every `LONGEST` steps, though none may have ended since. In float32 a response is
+    Yields, at least every `LONGEST` steps, the responses that have ended since (perhaps none): their indices [n] among
+    all responses (prompt 0's samples, then prompt 1's, ...), and their `Generation`. In float32 a response is
     the one that `generate` gives: it depends on its own prompt, settings and seed, not on the row, the time or the
     neighbors that it had, unless a draw falls within rounding (about 1e-6) of the border between two tokens. In
     bfloat16 the place in the ring changes the order of attention's sums, and with it how hidden states round: some
@@ -192,12 +190,12 @@ class ContinuousBatch:
             yield ended
 
     def _left(self, place: int, start: Sequence[int]) -> int:
-        """Tokens that a response may still have."""
+        """Number of tokens that a response may still have."""
         stopped = len(start) > 0 and start[-1] in self._settings.stop_ids
         return 0 if stopped else int(self._controls.budget[place]) - len(start)
 
     def _fill(self) -> None:
-        """Gives the free rows to responses that are to begin, as many as there are."""
+        """Give the free rows to the next responses."""
         while len(free := np.flatnonzero(self._place < 0)) and (self._queue or self._prefill()):
             source = np.full(self._rows, -1, np.int32)
             for row in free[: len(self._queue)]:
@@ -205,7 +203,7 @@ class ContinuousBatch:
             self._state = refill(self._state, self._waiting, sharding.place_rows(source))
 
     def _prefill(self) -> bool:
-        """Prefills the prompts that are next; False if there are none."""
+        """Prefill the next prompts; return False if there are none."""
         self._waiting = None
         groups = list(itertools.islice(self._groups, self._prompts_at_once))
         if not groups:
@@ -226,12 +224,12 @@ class ContinuousBatch:
         return True
 
     def _row_controls(self) -> Controls:
-        """Those of the rows' responses; a free row has the budget of none."""
+        """Return the controls of the rows' current responses; a free row has a budget of 0."""
         controls = jax.tree.map(lambda array: array[self._place], self._controls)
         return sharding.place_rows(controls.replace(budget=np.where(self._place >= 0, self._budget, 0)))
 
     def _ended(self) -> tuple[np.ndarray, Generation]:
-        """The responses of the rows that have ended, which are free from now on; waits for the devices."""
+        """Wait for the devices, and return the responses of the rows that have ended, which become free."""
         state = self._state
         length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
         rows = np.flatnonzero((self._place >= 0) & (stopped | (length >= self._budget)))

@@ -22,7 +22,7 @@ BLOCK = 8  # steps between two looks at whether every row has ended
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "samples"))
 def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, size: int, samples: int = 1) -> KVCache:
-    """The cache of left-padded prompts. No logits are computed: a prompt's last token is the loop's first pending one.
+    """Fill a cache with left-padded prompts, whose last tokens are the loop's first pending ones: no logits are needed.
 
     Args:
       params: a decoder's parameters, in either form.
@@ -54,7 +54,7 @@ def decode(
     settings: Settings,
     until: jax.Array | int | None = None,
 ) -> State:
-    """Blocks of steps until every row has ended, or `until` steps are done. The carry is updated in place.
+    """Decode until every row has ended, or `until` steps are done. The carry is updated in place.
 
     A block is a scan: the loop's condition, which a device has to wait for, is looked at once a block.
     """
@@ -75,12 +75,16 @@ def decode(
         )
         return sharding.constrain_rows(state.replace(record=record))
 
-    if len(controls.eta) > 1 or not jax.sharding.get_abstract_mesh().empty:
+    return while_loop(going_on, block, state)
+
+
+def while_loop(going_on: Callable[[State], jax.Array], block: Callable[[State], State], state: State) -> State:
+    """Repeat `block` while `going_on`. The cache of a single row on one device goes without its axis of rows."""
+
+    def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
+        return state.replace(ref_cache=change(state.ref_cache), guide_cache=kv_cache.each(change, state.guide_cache))
+
+    if len(state.pending) > 1 or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.while_loop(going_on, block, state)
     state = jax.lax.while_loop(going_on, block, of_caches(cpu_form.without_rows, state))
     return of_caches(cpu_form.with_rows, state)
-
-
-def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
-    """The state with its caches changed."""
-    return state.replace(ref_cache=change(state.ref_cache), guide_cache=kv_cache.each(change, state.guide_cache))

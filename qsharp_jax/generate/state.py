@@ -1,4 +1,4 @@
-"""What a decode loop carries, what it is told, and what it gives back. Shapes: B rows, N new tokens, K candidates."""
+"""Data of the decode loop: its settings, its carry, and its result. Shapes: B rows, N new tokens, K candidates."""
 
 import dataclasses
 from typing import Any, TypeGuard
@@ -20,18 +20,18 @@ Guide = ValueModel | tuple[ValueModel, ...] | LanguageModel
 
 
 def gives_values(guide: Guide | None) -> TypeGuard[ValueModel | tuple[ValueModel, ...]]:
-    """Whether it is of value models, which tilt the reference."""
+    """Return True for value models, which tilt the reference, and False for a policy or None."""
     return isinstance(guide, ValueModel | tuple)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compiled in: a change of any of these is a new program.
+    """The part of `Sampling` that is compiled in: changing any of it compiles a new program.
 
     Attributes:
       stop_ids: a row ends at the first of these.
       vocab_size: ids from here on are rows that pad the embedding; they are never drawn.
-      candidates: K, how many tokens a step the guide scores.
+      candidates: K, how many tokens the guide scores per step.
       slots: guide positions that the candidates of all rows share in a step; 0 gives every row its own K.
       mode: how the guide's distribution becomes a tilt, see `guidance.log_weights`.
       others: log-weight of the tokens that the guide does not score, of `sampling.OTHERS`.
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Controls(flax.struct.PyTreeNode):
-    """One entry a row [B]: arrays, so that one program serves a sweep over any of them."""
+    """The part of `Sampling` that is data, one entry per row [B]: one program serves a sweep over any of it."""
 
     eta: Array
     temperature: Array
@@ -63,7 +63,7 @@ class Controls(flax.struct.PyTreeNode):
 
 
 class Record(flax.struct.PyTreeNode):
-    """What is kept of each step, [B] in a step and [B, N] over the loop; None for what is not recorded.
+    """Results of the steps, [B] in one step and [B, N] over the loop; None for what is not recorded.
 
     `value` is the guide's mean at the new token (nan where it scored only other tokens), `pending_value` at the token
     before it.
@@ -159,5 +159,5 @@ class Generation:
     values: np.ndarray | None
 
     def response(self, row: int) -> list[int]:
-        """The row's tokens, the stop token included."""
+        """Return the row's tokens, the stop token included."""
         return self.tokens[row, : self.lengths[row]].tolist()

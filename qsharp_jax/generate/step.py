@@ -219,6 +219,23 @@ class Scores(NamedTuple):
     cache: Any
 
 
+def composed(parts: Sequence[Scores], weights: jax.Array) -> Scores:
+    """Add the scores of several guides, each times its guide's weight [B, G]."""
+
+    def add(leaves: Sequence[jax.Array]) -> jax.Array:
+        return guidance.compose(leaves, weights)
+
+    of_all = [part.of_all for part in parts if part.of_all is not None]
+    return Scores(
+        log_weights=add([part.log_weights for part in parts]),
+        others=add([part.others for part in parts]),
+        of_all=add(of_all) if of_all else None,
+        mean_of=lambda token: add([part.mean_of(token) for part in parts]),
+        pending_value=add([part.pending_value for part in parts]),
+        cache=tuple(part.cache for part in parts),
+    )
+
+
 def score(
     guide: ValueModel | tuple[ValueModel, ...],
     state: State,
@@ -227,42 +244,18 @@ def score(
     candidates: jax.Array,
     packing: Packing | None,
 ) -> Scores:
-    """One pass of every guide; of several, log-weights and means are added, each times its guide's weight."""
-    if isinstance(guide, ValueModel):
-        return score_by_one(guide, state.guide_cache, state, controls, settings, candidates, packing)
-    parts = [
-        score_by_one(member, cache, state, controls, settings, candidates, packing)
-        for member, cache in zip(guide, state.guide_cache, strict=True)
-    ]
-
-    def composed(leaves: Sequence[jax.Array]) -> jax.Array:
-        return guidance.compose(leaves, controls.weights)
-
-    of_all = [part.of_all for part in parts if part.of_all is not None]
-    return Scores(
-        log_weights=composed([part.log_weights for part in parts]),
-        others=composed([part.others for part in parts]),
-        of_all=composed(of_all) if of_all else None,
-        mean_of=lambda token: composed([part.mean_of(token) for part in parts]),
-        pending_value=composed([part.pending_value for part in parts]),
-        cache=tuple(part.cache for part in parts),
-    )
-
-
-def score_by_one(
-    guide: ValueModel,
-    cache: KVCache,
-    state: State,
-    controls: Controls,
-    settings: Settings,
-    candidates: jax.Array,
-    packing: Packing | None,
-) -> Scores:
-    """One pass of a guide, whose cache it is."""
+    """Score by one pass of the guide; of several guides, each passes and the weighted scores are added."""
+    if isinstance(guide, tuple):
+        each = zip(guide, state.guide_cache, strict=True)
+        parts = [
+            score(member, state.replace(guide_cache=cache), controls, settings, candidates, packing)
+            for member, cache in each
+        ]
+        return composed(parts, controls.weights)
     params, config = guide.params, guide.config
     distribution = functools.partial(values.from_outputs, config.distribution, atoms=config.atoms)
     weigh = functools.partial(guidance.log_weights, eta=controls.eta, mode=settings.mode)
-    see = functools.partial(advance, params["trunk"], config.trunk, cache, state.pending, state.previous)
+    see = functools.partial(advance, params["trunk"], config.trunk, state.guide_cache, state.pending, state.previous)
     others = guidance.zero_log_weight(controls.eta, settings.mode)
     if config.type == "q":
         hidden, cache = see()

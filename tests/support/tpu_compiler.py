@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from repository import ROOT
+from repository import PYTHONPATH
 
 
 def printed_by(*command):
@@ -16,7 +16,7 @@ def printed_by(*command):
         pytest.skip('the TPU compiler is not installed: pip install "jax[tpu]"')
     # CPU for all that is not compiled for the slice; two processes may have libtpu loaded at once.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment | {"PYTHONPATH": path}, capture_output=True, text=True
     )

@@ -1,0 +1,29 @@
+"""What `import qsharp_jax` gives to a notebook."""
+
+import subprocess
+import sys
+
+import pytest
+
+import qsharp_jax
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, qsharp_jax; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_decoding_imports_where_fcntl_is_missing():
+    """As on Windows; `resource` is imported on Linux by psutil itself."""
+    code = "import sys; sys.modules.update(fcntl=None); import qsharp_jax; qsharp_jax.stream"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", qsharp_jax.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(qsharp_jax, name) is not None and name in dir(qsharp_jax)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        getattr(qsharp_jax, "nothing")  # noqa: B009
