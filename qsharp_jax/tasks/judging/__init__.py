@@ -1,10 +1,9 @@
-"""Rewards of responses, and which answers to a problem are the same: by strings where these decide, else by algebra.
+"""Rewards of responses, and which answers to a problem are the same.
 
-A task whose answers are mathematics (`SYMBOLIC`) is judged by string equality, then without dress (`dress.py`) as
-rational numbers, then by `math_verify` in worker processes, so that whoever generates responses need not wait. It knows
-nothing about models.
+Answers to a task that is mathematics (`SYMBOLIC`) are compared as strings, then as rational numbers in a normal form
+(`dress.py`), then by `math_verify` in worker processes, so that generation does not wait for them.
 
-The rules (units, decimals, bases, percent, sets and tuples) stand in README.md, "Data sets".
+The rules (units, decimals, bases, percent, sets and tuples) are in README.md, "Data sets".
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from qsharp_jax.tasks.judging.pool import Pool
 
 __all__ = ["Judge", "Judgement", "Pool"]
 
-LONGEST = 2000  # characters of an answer that is read as mathematics
+LONGEST = 2000  # characters; longer answers are not read as mathematics
 _CHOICE = re.compile(r"(?:\(([A-J])\)[\s\\]|([A-J])[.:)]\s)\s*[^-+*/^=\s].*")  # with what it says
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z ]*[A-Za-z]{2}[A-Za-z ]*")
@@ -31,9 +30,11 @@ _BLANKS = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Attributes:
-    reward: 1.0 if the response answers rightly, else 0.0.
-    parsed: the answer that was found in it; None if there is none.
+    """The verdict on one response.
+
+    Attributes:
+      reward: 1.0 if the answer is correct, else 0.0.
+      parsed: the answer in the response; None if there is none.
     """
 
     reward: float
@@ -41,23 +42,23 @@ class Judgement:
 
 
 class Judge:
-    """Of one task's responses."""
+    """Judge of the responses to one task's problems."""
 
     def __init__(self, task: ModuleType, workers: int | None = None):
         """Args:
-        workers: processes, by default one a core, at most 16; they are started once algebra is needed.
+        workers: number of processes, by default one per core, at most 16; they start when algebra is needed.
         """
         self._task = task
         self._pool = functools.cache(lambda: Pool(workers))
         self._same = functools.lru_cache(1 << 16)(self._compare)  # a problem's samples often agree
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
-        """The judgement of each response to the problem beside it."""
+        """Judge each response to the problem at the same position."""
         pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [judgement() for judgement in pending]
 
     def submit(self, problem: Problem, response: str) -> Callable[[], Judgement]:
-        """Has a response judged and returns at once; who calls the result waits for the judgement."""
+        """Start to judge a response; calling the result waits for the judgement."""
         parsed = self._task.parse(response)
         if not self._task.SYMBOLIC:
             return functools.partial(Judgement, self._task.reward(problem, response), parsed)
@@ -67,19 +68,25 @@ class Judge:
         return lambda: Judgement(float(same.result()), parsed)
 
     def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
-        """The parsed answers of each problem's samples, with one spelling for all that are the same.
+        """Give all equal answers to a problem one spelling.
 
-        Right answers are spelled as the problem's. Of the others, those that are the same as each other, be it by way
-        of a third, are one class, spelled as the first that was given. None stays None.
+        Correct answers are spelled as the problem's. Other answers that are equal, directly or through further ones,
+        are spelled as the first of them. None stays None.
+
+        Args:
+          problems: [n].
+          answers: per problem, the parsed answers of its samples.
         """
         if not self._task.SYMBOLIC:
             return [list(group) for group in answers]
-        # Everything is asked before anything is waited for: first what is right, then what wrong ones are the same.
+        # Submit everything before waiting: first to find the correct answers, then which wrong ones are equal.
         groups = [list(dict.fromkeys(answer for answer in group if answer is not None)) for group in answers]
-        asked = [[self._same(p.answer, answer) for answer in group] for p, group in zip(problems, groups, strict=True)]
+        correct = [
+            [self._same(p.answer, answer) for answer in group] for p, group in zip(problems, groups, strict=True)
+        ]
         wrong = [
             [answer for answer, same in zip(group, sames, strict=True) if not same.result()]
-            for group, sames in zip(groups, asked, strict=True)
+            for group, sames in zip(groups, correct, strict=True)
         ]
         pairs = [{pair: self._same(*pair) for pair in itertools.combinations(group, 2)} for group in wrong]
         spelled = []
@@ -96,11 +103,11 @@ class Judge:
         ]
 
     def close(self) -> None:
-        """Ends the workers; they also end with this process."""
+        """End the workers; they also end with this process."""
         self._pool().close()
 
     def _compare(self, gold: str, answer: str) -> Future[bool]:
-        """Whether two answers are the same; what is plain to see is answered at once."""
+        """Start to compare two answers; the verdict is there at once unless it takes algebra."""
         if gold.rstrip(". ") == answer.rstrip(". "):
             return _answered(True)
         if max(len(gold), len(answer)) > LONGEST:
@@ -114,7 +121,7 @@ _undressed = functools.lru_cache(1024)(undress)  # the samples of a problem have
 
 
 def _plain(gold: Answer, answer: Answer) -> bool | None:
-    """Compare two answers as far as that is plain without algebra; None if it is not."""
+    """Compare two answers without algebra; None if that does not decide."""
     if units.conflict(gold.unit, answer.unit):
         return False
     if (choice := _CHOICE.fullmatch(answer.text)) and re.fullmatch("[A-J]", gold.text):
@@ -131,7 +138,7 @@ def _plain(gold: Answer, answer: Answer) -> bool | None:
 
 
 def _spelling(text: str) -> str:
-    """The same for texts that differ in blanks, and of words in capitals."""
+    """Return a form that is the same for texts that differ in blanks, or words that differ in case."""
     words = _TEXT.sub(r" \1 ", text)
     if _WORDS.fullmatch(words):
         return "".join(words.split()).lower()

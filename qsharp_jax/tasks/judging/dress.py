@@ -1,7 +1,7 @@
-r"""An answer without its dress: one LaTeX spelling for Unicode's signs, Markdown, layout, separators and units.
+r"""Normal form of an answer: one LaTeX spelling for Unicode signs, Markdown, layout, separators and units.
 
-`undress` reads "**3½** cups" as the text 3\frac{1}{2} with the value 7/2 and the unit "cups". It decides nothing about
-equality. Whatever 2,000 characters hold, it takes a fraction of a second.
+`undress` reads "**3½** cups" as the text 3\frac{1}{2} with the value 7/2 and the unit "cups". Equality is decided
+elsewhere. Any 2,000 characters take a fraction of a second.
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ __all__ = ["Answer", "undress"]
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    r"""Attributes:
-    text: LaTeX, without dress.
-    value: the number that it is, if it is a rational one written as a number; else None.
-    rounded: whether that is a decimal of six or more significant digits, which may stand for a number near it.
-    percent: whether a percent sign follows.
-    unit: the words of its unit, "" if there is none; a bare letter, as in 5m, is in the text too.
-    name: what it is assigned to, "x" in x = 5; "" if to nothing.
+    r"""An answer in normal form.
+
+    Attributes:
+      text: LaTeX, without units, percent signs and layout.
+      value: the answer's value, if it is a rational number written as one; else None.
+      rounded: true for a decimal of six or more significant digits, which may stand for a number close to it.
+      percent: true if a percent sign follows.
+      unit: the words of its unit, "" if there is none; a bare letter, as in 5m, is in the text too.
+      name: the name it is assigned to, "x" in x = 5; "" if there is none.
     """
 
     text: str
@@ -34,7 +36,7 @@ class Answer:
 
 
 def undress(answer: str) -> Answer:
-    """The answer as it is compared."""
+    """Return an answer in normal form."""
     if _PLAIN.fullmatch(answer):
         return Answer(answer, Fraction(answer))
     text, currency = _without_currency(_unicode(answer))
@@ -177,7 +179,7 @@ _BRACKETED = re.compile(r"\s*[({]([^(){}]*)[)}]\s*")
 
 
 def _without_currency(text: str) -> tuple[str, str]:
-    """The text without signs of currencies, which may be those around mathematics too, and the currency's unit."""
+    """Return the text without currency signs, and the currency's unit; $ signs in pairs enclose mathematics."""
     sign = _CURRENCIES.search(text)
     if not sign or (sign[0] == "$" and text.count("$") % 2 == 0):
         return _CURRENCIES.sub(" ", text), ""
@@ -193,13 +195,13 @@ def _layout(text: str) -> str:
 
 
 def _mixed(number: re.Match) -> str:
-    """3 1/2 as 3\\frac{1}{2}; 4 10/3 is none."""
+    """Return 3 1/2 as 3\\frac{1}{2}; 4 10/3 is not a mixed number."""
     whole, over, under = number.groups()
     return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else number[0]
 
 
 def _repeated(decimal: re.Match) -> str:
-    r"""The fraction that 0.1\overline{6} is."""
+    r"""Return a repeating decimal, 0.1\overline{6}, as a fraction."""
     whole, once, again = decimal.groups()
     over = int(whole + once + again) - int(whole + once or 0)
     return rf"\frac{{{over}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}}"
@@ -225,24 +227,24 @@ _NUMBER = re.compile(
     r")(?![\d.])"
 )
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ENOUGH = 6  # significant digits of a decimal that may stand for a number near it
+_ENOUGH = 6  # significant digits of a decimal that may stand for a number close to it
 
 
 def _separators(text: str) -> str:
-    """Without those between thousands, where brackets do not make a comma part of a list."""
+    """Remove separators between thousands, unless brackets make a comma part of a list."""
     if re.search(r"[(\[]|\\\{", text):
         return text
     return _THOUSANDS.sub(lambda number: re.sub("[ ,]", "", number[0]), text)
 
 
 def _bases(text: str) -> str:
-    r"""A number in another base than ten as its value times a symbol of its base: 204_5 as 54 \varrho_{5}."""
+    r"""Write a number in a base other than ten as its value times a symbol of its base: 204_5 as 54 \varrho_{5}."""
 
     def valued(number: re.Match) -> str:
         base = _BASES.get(number[2]) or int(number[2])
         try:
             value = int(number[1].replace(" ", ""), base)
-        except ValueError:  # digits that the base does not have
+        except ValueError:  # a digit that the base does not have
             return number[0]
         return str(value) if base == 10 else rf"{value} \varrho_{{{base}}}"
 
@@ -264,6 +266,6 @@ def _value(number: re.Match) -> Fraction | None:
 
 
 def _rounded(number: re.Match) -> bool:
-    """Tell whether it is a decimal with enough digits, not all of them zeros, after the point."""
+    """Tell whether a number is a decimal with enough digits, not all zeros after the point."""
     whole, point, decimals = (number["decimal"] or "").partition(".")
     return bool(point and decimals.strip("0") and len((whole + decimals).lstrip("0")) >= _ENOUGH)

@@ -1,13 +1,13 @@
-r"""Units after a number: which words are one, and which two cannot stand for each other.
+r"""Units after a number: which words form one, and which two differ.
 
-A unit is dress: "18 dollars" answers 18. Two known units that differ are no dress: "5 m" does not answer "5 cm".
+"18 dollars" answers 18, whatever the unit, but two known units must agree: "5 m" does not answer "5 cm".
 """
 
 import re
 
 __all__ = ["LETTERS", "conflict", "split", "unit"]
 
-LETTERS = frozenset("mghslL")  # single letters that are a unit where the other answer is a plain number
+LETTERS = frozenset("mghslL")  # single letters that are a unit if the other answer is a plain number
 
 _NAMES = {
     "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre",
@@ -23,7 +23,7 @@ _KNOWN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.s
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _ORDINALS = {"th", "st", "nd", "rd"}
 
-# After these words, or with them, a number is another number, or not the whole answer.
+# Next to these words a number is another number, or not the whole answer.
 _NO_UNIT = frozenset(
     "and or not is are was be if when where for than then to but minus plus times over divided by mod modulo base half"
     " halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth"
@@ -44,13 +44,13 @@ _LAST_WORDS = re.compile(r"(?<=[\s}])[A-Za-z]{2,}[A-Za-z/^{}23 ]*$")
 
 
 def unit(rest: str) -> str | None:
-    """The unit that follows a number, in plain words.
+    """Return the unit that follows a number, in plain words.
 
     Args:
-      rest: all that follows the number.
+      rest: everything after the number.
 
     Returns:
-      "" if nothing follows, None if what follows is no unit.
+      The unit; "" if nothing follows, None if something else does.
     """
     if not rest.strip():
         return ""
@@ -70,7 +70,7 @@ def unit(rest: str) -> str | None:
 
 
 def split(text: str) -> tuple[str, str]:
-    r"""Mathematics and the unit after it, "" if there is none: 3\sqrt{2} \text{ cm}."""
+    r"""Split an expression from the unit after it, as in 3\sqrt{2} \text{ cm}; "" if there is none."""
     for pattern in (_LAST_TEXT, _LAST_WORDS):
         last = pattern.search(text)
         if last is None:
@@ -87,7 +87,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def conflict(one: str, other: str) -> bool:
-    """Tell whether both are known units, and not the same."""
+    """Tell whether both are known units and differ."""
     if not one or not other:
         return False
     a, b = _canonical(one), _canonical(other)
@@ -101,7 +101,7 @@ def _known(word: str) -> str | None:
 
 
 def _canonical(unit: str) -> tuple | None:
-    """Names and powers of its parts, ("mi", 1), ("h", 1) for miles per hour; None if a word is not known."""
+    """Return names and powers of its parts, ("mi", 1), ("h", 1) for miles per hour; None if a word is not known."""
     parts = []
     for part in re.split(r"/|\bper\b|\ban?\b", unit.replace("mph", "miles per hour")):
         words = part.replace(".", "").split()
