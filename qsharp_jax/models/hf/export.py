@@ -72,7 +72,7 @@ def export_ref(
     )
     entries |= special | {configs.KEY: {}}
     _export(
-        folder, model.params, names.decoder_places(family), entries, tokenizer, largest_file,
+        folder, model.params, names.decoder_places(family), tokenizer, largest_file,
         {
             "config.json": entries,
             "generation_config.json": {name: ids for name, ids in special.items() if ids is not None},
@@ -114,7 +114,7 @@ def export_guide(
             "label2id": {label: i for i, label in enumerate(labels)},
         }
     _export(
-        folder, model.params, names.guide_places(family, config.type), entries, tokenizer, largest_file,
+        folder, model.params, names.guide_places(family, config.type), tokenizer, largest_file,
         {"config.json": entries, "README.md": cards.guide(config, trained_on, metrics or {})},
     )  # fmt: skip
 
@@ -186,7 +186,6 @@ def _export(
     folder: str | Path,
     params: Params,
     table: Mapping[str, Place],
-    entries: Mapping[str, Any],
     tokenizer: Any,
     largest_file: int,
     texts: Mapping[str, Any],
