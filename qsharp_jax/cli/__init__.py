@@ -1,6 +1,6 @@
-"""The `qsharp` command: reads arguments, opens the workdir, calls the library, prints. Exit code 2: the user's to mend.
+"""The `qsharp` command: read the arguments, open the workdir, run the command's file, turn errors into exit codes.
 
-It holds no algorithm: what a command does stands in the module that it calls.
+Exit codes: 0 done or stopped by SIGTERM, 2 an error the user can fix, 130 interrupted.
 """
 
 import argparse
@@ -13,25 +13,27 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.cli import arguments, texts
+from qsharp_jax.cli import commands
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
-STOPPED = "told to end; the same command goes on where it stopped"
-INTERRUPTED = "interrupted; the same command goes on where it stopped"
-RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # of the commands; generate with a file
+STOPPED = "stopped by SIGTERM; run the same command again to resume"
+INTERRUPTED = "interrupted; run the same command again to resume"
+RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with a file
 
-# For a plan: of a machine's accelerators nothing is taken, and libtpu does not look for the TPU that it compiles for.
+# `plan` takes no accelerator; libtpu does not look for the TPU that it compiles for.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 # JAX and the models are imported by the commands that need them, so that `--help` answers at once.
 
 
 def console() -> int:
-    """`main` as a process. After an error or a signal it waits for no thread: those that write a checkpoint may wait
-    for ever for the one that was interrupted, and those that judge answers for all that are still to be judged.
+    """Run `main` as a process.
+
+    After an error or a signal it does not wait for threads: one that writes a checkpoint may wait forever for the one
+    that was interrupted, and one that judges answers for all that are still queued.
     """
     code = main()
     if code or sigterm.requested():
@@ -41,12 +43,12 @@ def console() -> int:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; by default the process's own arguments."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which is not needed
+    """Run one command and return the exit code; by default with the process's own arguments."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises installing PyTorch, which is not needed
     paths: list[tuple[str, str]] = []
     try:
-        options, rest = arguments.parser().parse_known_args(given)
-        paths += arguments.paths(options, rest)
+        options, rest = commands.parser().parse_known_args(given)
+        paths += commands.paths(options, rest)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
         if getattr(options, "rejudge", False):
@@ -55,25 +57,25 @@ def main(given: Sequence[str] | None = None) -> int:
             if workdir is not None:
                 paths += _paths_of(workdir.config)
                 _keep_programs(workdir.path / "programs")
-            options.command(workdir, options)
+            options.command.run(workdir, options)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # whoever read our output has gone, as in `qsharp generate ... | head`
+    except BrokenPipeError:  # the reader of our output is gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        if (found := _explain(error, paths)) is None:
+        if (explained := _explain(error, paths)) is None:
             raise
-        code, sentence = found
+        code, sentence = explained
         print(f"qsharp: {sentence}", file=sys.stderr)
         return code
 
 
 def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
-    """The exit code and the sentence for an error; None for what only a traceback explains.
+    """The exit code and the sentence for an error; None if only a traceback explains it.
 
     Args:
-      paths: what the user gave: options, and paths.
+      paths: options and paths that the user gave.
     """
     if isinstance(error, UserError):
         return 2, str(error)
@@ -86,7 +88,7 @@ def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[in
 
 
 def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
-    """The paths in a run's settings, as `arguments.paths` has those of the command."""
+    """The paths in a run's settings, as pairs of option and path."""
     named = [
         ("--config.ref", config.get("ref")),
         ("--config.guide", config.get("guide")),
@@ -98,20 +100,17 @@ def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
 def _joined(
     options: argparse.Namespace, paths: Sequence[tuple[str, str]]
 ) -> contextlib.AbstractContextManager[sigterm.Peers]:
-    """The other processes of the run, where there are some, have come.
-
-    All but the first print nothing but errors.
-    """
+    """Wait for the other processes of the run, if there are any. All but the first print only errors."""
     if getattr(options, "coordinator", None) is None:
         return contextlib.nullcontext(sigterm.Peers())
 
     from qsharp_jax.system import multihost
 
     def explain(error: BaseException) -> tuple[int, str]:
-        if (found := _explain(error, paths)) is None:
+        if (explained := _explain(error, paths)) is None:
             traceback.print_exception(error)
-            found = 1, f"{type(error).__name__}, see the traceback above"
-        return found
+            explained = 1, f"{type(error).__name__}, see the traceback above"
+        return explained
 
     place = multihost.find_place(options.coordinator, options.processes, options.process)
     if place.index:
@@ -128,14 +127,14 @@ def _on_sigterm(options: argparse.Namespace, peers: sigterm.Peers) -> contextlib
 
 
 def _keep_programs(folder: Path) -> None:
-    """Compiled programs are kept on disk, for the next round and for the same command typed again."""
+    """Keep compiled programs on disk, for the next round and for the same command repeated."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(files.absolute(folder)))
 
 
 def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | contextlib.AbstractContextManager[None]:
-    """The run's workdir, with its lock; None for a command that works on folders instead."""
+    """Open the run's workdir with its lock; None for a command that works on folders."""
     if options.config is None and rest and not rest[0].startswith("--config."):
         raise UserError(f"unknown argument {rest[0]!r}; see qsharp {options.name} --help")
     if options.name == "plan":
@@ -146,12 +145,12 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
-    if hasattr(options, "ref"):  # before a workdir is opened, or made
-        texts.check_source(options)
+    if hasattr(options.command, "check_arguments"):  # before a workdir is opened or made
+        options.command.check_arguments(options)
     if options.workdir is None:
         return contextlib.nullcontext()
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
-        raise UserError(f"{others[0]} changes the settings of a run that is there; give the --config it was made with")
+        raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
 
     from qsharp_jax.run import checks, models, provenance
 
@@ -180,7 +179,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
 
 
 def _check_mesh(config: ConfigDict, path: str) -> None:
-    """That a mesh of several devices is that of this machine's, divides what it has to, and has the memory."""
+    """Check that a mesh of several devices is this machine's, divides what it must, and has the memory."""
     if "mesh" not in config or config.mesh.name == "single":
         return
 
@@ -201,15 +200,15 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
 
 
 def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:
-    """That it is asked for on a run that is there, and of one process."""
+    """Check that --rejudge is given for an existing run and one process."""
     if options.config is not None or rest:
-        raise UserError("--rejudge judges the samples of a run as they are; give --workdir alone")
+        raise UserError("--rejudge judges the stored samples of a run; give --workdir alone")
     if options.coordinator is not None:
-        raise UserError("--rejudge is the work of one process; leave --coordinator out")
+        raise UserError("--rejudge runs in one process; leave --coordinator out")
 
 
 def _check_stored(workdir: Workdir, check: Callable[[ConfigDict], None]) -> None:
-    """The settings may be of an older version, or edited."""
+    """Check stored settings, which may have been edited."""
     try:
         check(workdir.config)
     except UserError as error:

@@ -83,7 +83,7 @@ def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(fini
     os.kill(process.pid, sign)
     output, _ = process.communicate(timeout=30)  # the time that clouds give
     assert process.returncode == code, output
-    assert ("told to end; the same command goes on" in output) == (sign == signal.SIGTERM)
+    assert ("stopped by SIGTERM; run the same command again" in output) == (sign == signal.SIGTERM)
     assert "Traceback" not in output
     assert run(workdir) == 0
     assert records(workdir) == records(finished)
@@ -280,7 +280,7 @@ def test_prompts_that_cannot_be_are_refused(finished, tmp_path, capsys):
     for arguments, words in [
         (["0,1|eggs/0,1="], "'eggs'"),
         (["|".join(["0,1"] * 40)], "positions"),
-        (["--input", tmp_path / "empty.txt"], "holds no prompts"),
+        (["--input", tmp_path / "empty.txt"], "is empty"),
         (["--input", tmp_path / "none.txt"], "there is no file"),
         (["--input", tmp_path / "broken.jsonl"], "line 2"),
         (["--input", tmp_path / "half.jsonl"], "line 3: expected a JSON object with a text"),

@@ -11,7 +11,7 @@ from helpers import quick_compilation  # noqa: F401
 from text_models import make_ref
 
 from qsharp_jax import cli
-from qsharp_jax.cli import judge_file
+from qsharp_jax.cli import judge
 from qsharp_jax.models import hf
 from qsharp_jax.run import config, pretrain
 from qsharp_jax.run.session import Session
@@ -117,7 +117,7 @@ def test_an_error_on_another_file_is_no_mistake_of_the_users(there, monkeypatch,
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(judge_file, "read", fail)
+    monkeypatch.setattr(judge, "read", fail)
     with pytest.raises(OSError) as caught:
         cli.main(["judge", "--task", "gsm8k", "--input", there["LINES"], "--output", there["NEW"]])
     assert caught.value is error

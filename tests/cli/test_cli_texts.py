@@ -27,7 +27,7 @@ from repository import ROOT
 from text_models import USED, make_guide, make_ref
 
 from qsharp_jax import cli
-from qsharp_jax.cli import generate_file, texts
+from qsharp_jax.cli import generate, generated
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.models import hf, memory
 from qsharp_jax.run.workdir import Workdir
@@ -153,7 +153,7 @@ def assert_same_lines(actual: list[dict], expected: list[dict]) -> None:
 @pytest.fixture
 def resumable(models, tmp_path, monkeypatch):
     """A command of 20 responses in batches of 4 rows, with its prompts in a file."""
-    monkeypatch.setattr(texts, "BATCH_ROWS", 4)
+    monkeypatch.setattr(generate, "BATCH_ROWS", 4)
     prompts = [PROMPT, "Sam", "How many eggs does Sam have?", "Mia has 3", "日本"]
     source = tmp_path / "prompts.txt"
     source.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
@@ -163,7 +163,7 @@ def resumable(models, tmp_path, monkeypatch):
 
 def stop_after(monkeypatch, count: int, error: BaseException) -> None:
     """The next generation is interrupted when it has so many responses."""
-    encode, calls = generate_file.encode, []
+    encode, calls = generated.encode, []
 
     def interrupting(*arguments):
         calls.append(arguments)
@@ -171,7 +171,7 @@ def stop_after(monkeypatch, count: int, error: BaseException) -> None:
             raise error
         return encode(*arguments)
 
-    monkeypatch.setattr(generate_file, "encode", interrupting)
+    monkeypatch.setattr(generated, "encode", interrupting)
 
 
 def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, tmp_path, capfd, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, 
     command = [str(argument) for argument in (*resumable, "--output", output)]
     with monkeypatch.context() as patch:
         stop_after(patch, 7, KeyboardInterrupt())
-        assert cli.main(command) == 130 and "goes on where it stopped" in capfd.readouterr().err
+        assert cli.main(command) == 130 and "run the same command again to resume" in capfd.readouterr().err
     assert len(read_lines(output)) == 7
     output.write_bytes(output.read_bytes()[:-100])
     with monkeypatch.context() as patch:
@@ -194,7 +194,7 @@ def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, 
         assert cli.main(command) == 0
     assert_same_lines(read_lines(output), expected)
     assert [line for line in read_lines(output) if line in some]
-    monkeypatch.setattr(texts, "_check_memory", lambda *_: pytest.fail("it would read weights"))
+    monkeypatch.setattr(generate, "_check_memory", lambda *_: pytest.fail("it would read weights"))
     assert cli.main(command) == 0 and "all 20 responses are there" in capfd.readouterr().err
 
 
@@ -254,7 +254,7 @@ def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code
         time.sleep(0.01)
     process.send_signal(sign)
     errors = process.communicate()[1].decode()
-    assert process.returncode == code and ("goes on where it stopped" in errors) == (sign == signal.SIGTERM), errors
+    assert process.returncode == code and ("run the same command again to resume" in errors) == (sign == signal.SIGTERM), errors
     some = output.read_bytes()
     assert 20 < some.count(b"\n") < 2000
     assert cli.main(command) == 0
@@ -451,7 +451,7 @@ def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, 
     write_lines(source, [{"prompt": "a", "response": "b"}])
     assert not output.exists()
     assert "is the input itself" in refused(capsys, *score, source)
-    assert "its folder is not there" in refused(capsys, *score, tmp_path / "none" / "out.jsonl")
+    assert "its folder does not exist" in refused(capsys, *score, tmp_path / "none" / "out.jsonl")
     assert "is a folder" in refused(capsys, *score, tmp_path)
     write_lines(output, [{"prompt": "another", "response": "b", "ref_log_probs": [], "values": [], "value": 0}])
     assert "line 1, is not of record 1" in refused(capsys, *score, output)
@@ -466,5 +466,5 @@ def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, 
     ],
 )  # fmt: skip
 def test_a_run_s_guide_tilts_as_its_algorithm_does(tmp_path, changes, mode):
-    assert texts._mode(Workdir(tmp_path, ConfigDict(changes))) == mode
-    assert texts._mode(None) == "qsharp"
+    assert generate._mode(Workdir(tmp_path, ConfigDict(changes))) == mode
+    assert generate._mode(None) == "qsharp"

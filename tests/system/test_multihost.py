@@ -305,7 +305,7 @@ def test_a_sigterm_to_one_ends_both_at_one_step_with_code_0(tmp_path):
     outputs = [process.communicate(timeout=240) for process in two]
     assert [process.returncode for process in two] == [0, 0], outputs
     for _, errors in outputs:
-        assert errors.count("qsharp: told to end; the same command goes on where it stopped") == 1
+        assert errors.count("qsharp: stopped by SIGTERM; run the same command again to resume") == 1
     [step] = [int(path.name) for path in (workdir / "ref").iterdir() if path.name.isdecimal()]
     assert 0 < step < 5000
     assert step % 8 == 0

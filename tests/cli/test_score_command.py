@@ -6,12 +6,12 @@ import bpe
 import numpy as np
 import pytest
 
-from qsharp_jax.cli import score_file
+from qsharp_jax.cli import score as command
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.system.errors import UserError
 
 TEXT = Tokenizer(bpe.make())
-ADDED = list(score_file.ADDED)
+ADDED = list(command.ADDED)
 RECORDS = [
     {"prompt": "How many eggs?", "response": " Twelve\u2028eggs, 日本."},
     {"prompt_tokens": [0, 5, 7], "response_tokens": [9, 9, 1], "id": 17},
@@ -45,12 +45,12 @@ def means(examples, bucket):
 
 def score(source, output, **changes):
     """What the command does, with scorers that need no model."""
-    records = score_file.read(source)
+    records = command.read(source)
     scorers = dict(log_probs=log_probs, means=means) | changes
     added = [*["ref_log_probs"] * bool(scorers["log_probs"]), *["values", "value"] * bool(scorers["means"])]
-    done = score_file.resume(output, records, added)
-    examples = score_file.encode(records[done:], TEXT, 200, first=done + 1)
-    score_file.write(output, records[done:], examples, rows=1, **scorers)
+    done = command.resume(output, records, added)
+    examples = command.encode(records[done:], TEXT, 200, first=done + 1)
+    command.write(output, records[done:], examples, rows=1, **scorers)
     return done
 
 
@@ -103,14 +103,14 @@ def test_a_stop_between_two_chunks_loses_what_was_under_way_only(source, output)
 
     def stopping(examples, bucket):
         calls.append(len(examples))
-        if sum(calls) > score_file.CHUNK:
+        if sum(calls) > command.CHUNK:
             raise KeyboardInterrupt
         return means(examples, bucket)
 
     with pytest.raises(KeyboardInterrupt):
         score(source, output, means=stopping)
-    assert output.read_bytes().count(b"\n") == score_file.CHUNK
-    assert score(source, output) == score_file.CHUNK
+    assert output.read_bytes().count(b"\n") == command.CHUNK
+    assert score(source, output) == command.CHUNK
     other = output.with_name("other.jsonl")
     score(source, other)
     assert output.read_bytes() == other.read_bytes()
@@ -154,18 +154,18 @@ def test_an_output_of_something_else_is_refused_and_left_alone(source, output):
 def test_a_line_that_is_no_record_is_named(source, line):
     source.write_text(lines(RECORDS[:2]) + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="line 3: expected a JSON object"):
-        score_file.read(source)
+        command.read(source)
 
 
 def test_files_that_cannot_be_read(tmp_path, source):
-    for content, words in [(b"\n", "holds no prompts"), (b"\xff\xfe\x00", "UTF-8")]:
+    for content, words in [(b"\n", "is empty"), (b"\xff\xfe\x00", "UTF-8")]:
         source.write_bytes(content)
         with pytest.raises(UserError, match=words):
-            score_file.read(source)
+            command.read(source)
     with pytest.raises(UserError, match="there is no file"):
-        score_file.read(tmp_path / "none.jsonl")
+        command.read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="no text"):
-        score_file.read(tmp_path)
+        command.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_files_that_cannot_be_read(tmp_path, source):
 )
 def test_a_record_that_cannot_be_scored_is_named(record, words):
     with pytest.raises(UserError) as caught:
-        score_file.encode([RECORDS[1], record], TEXT, 10, first=4)
+        command.encode([RECORDS[1], record], TEXT, 10, first=4)
     assert "record 5" in str(caught.value) and words in str(caught.value)

@@ -87,11 +87,11 @@ def test_bad_arguments(tmp_path, capsys):
     assert "did you mean 'gsm8k'" in refused(capsys, "judge", "--task", "gsm8", *given)
     assert "is the input itself" in refused(capsys, "judge", "--task", "gsm8k", "--input", source, "--output", source)
     empty = small_data.write_lines(tmp_path / "empty.jsonl", [])
-    assert "holds no responses" in refused(capsys, "judge", "--task", "gsm8k", "--input", empty, "--output", output)
+    assert "is empty" in refused(capsys, "judge", "--task", "gsm8k", "--input", empty, "--output", output)
     missing = ("--input", tmp_path / "no.jsonl", "--output", output)
     assert "there is no file" in refused(capsys, "judge", "--task", "gsm8k", *missing)
     away = ("--input", source, "--output", tmp_path / "no" / "out.jsonl")
-    assert "its folder is not there" in refused(capsys, "judge", "--task", "gsm8k", *away)
+    assert "its folder does not exist" in refused(capsys, "judge", "--task", "gsm8k", *away)
     by_id = small_data.write_lines(tmp_path / "ids.jsonl", [{"response": "x", "problem_id": "p"}])
     message = refused(capsys, "judge", "--task", "star_graph", "--input", by_id, "--output", output)
     assert "no fixed set of problems" in message

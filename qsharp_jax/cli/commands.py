@@ -1,0 +1,74 @@
+"""The parser of all commands. Each command is a file with SUMMARY, EPILOG, `add_arguments` and `run`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from qsharp_jax import __version__
+from qsharp_jax.cli import collect, compare, evaluate, export, fit, generate, judge, plan, report, run, score
+from qsharp_jax.system.errors import UserError
+
+DESCRIPTION = """\
+Guides a frozen language model by a learned distribution of the reward-to-go (Q#, arXiv 2502.20548).
+
+  qsharp run --config arithmetic --workdir runs/arithmetic
+
+does everything: it makes or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
+report. Repeated with the same workdir it resumes where it was stopped. The other commands are its single steps. With
+models of your own, a folder for each with config.json, safetensors and tokenizer files:
+
+  qsharp generate --ref DIR --guide DIR "a prompt"
+  qsharp score --ref DIR --guide DIR --input FILE --output FILE"""
+
+COMMANDS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (run, compare, collect, fit, generate, score, judge, evaluate, report, plan, export)
+}
+
+_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be several
+_PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses like the rest of the program: in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser; its result has `command`, the command's module, and `name`, `workdir` and `config`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    main = _Parser(prog="qsharp", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    main.add_argument("--version", action="version", version=f"qsharp_jax {__version__}")
+    commands = main.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        description = f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
+        sub = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=description,
+            epilog=module.EPILOG,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=module, name=name, config=None)
+        module.add_arguments(sub)
+    return main
+
+
+def paths(options: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """List the files and folders that the user named, as pairs of option and path.
+
+    Args:
+      rest: the arguments that change the config.
+    """
+    named = [(f"--{name}", getattr(options, name, None)) for name in _PATHS]
+    guides = getattr(options, "guide", None)
+    named += [("--guide", guide) for guide in ([guides] if isinstance(guides, str) else guides or [])]
+    changes = [word.split("=", 1) for word in rest if "=" in word]
+    named += [(name, path) for name, path in changes if name in _PATHS_IN_CONFIG]
+    named.append(("QSHARP_DATA", os.environ.get("QSHARP_DATA")))
+    return [(name, path) for name, path in named if path]

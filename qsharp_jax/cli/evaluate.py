@@ -1,0 +1,40 @@
+"""`qsharp evaluate`: measure a run's models on held-out problems."""
+
+import argparse
+
+from qsharp_jax.cli.arguments import CONFIG_HELP, add_config, add_processes, add_workdir
+from qsharp_jax.run.workdir import Workdir
+
+SUMMARY = "measure the reference and what was learned on held-out problems; writes results.json"
+EPILOG = CONFIG_HELP
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    add_config(parser)
+    add_processes(parser)
+    parser.add_argument(
+        "--rejudge", action="store_true",
+        help="judge the stored samples again, without a model, and rewrite their files and results.json",
+    )  # fmt: skip
+
+
+def run(workdir: Workdir, options: argparse.Namespace) -> None:
+    from qsharp_jax import algorithms, report
+    from qsharp_jax.evaluation import measure
+    from qsharp_jax.run import config, models, provenance
+    from qsharp_jax.run.session import Session
+
+    session = Session(workdir)
+    if options.rejudge:
+        rows, changed = measure.rejudge(session)
+        print(report.table(rows) + "\n")
+        for name, (samples, verdicts, parsed) in changed.items():
+            print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read differently")
+        return
+    provenance.check_problems(session)
+    ref = models.load_ref(session)
+    guides = {number: models.load_guide(session, number) for number in range(1, models.fitted_rounds(workdir) + 1)}
+    algorithm = algorithms.get(session.config.algorithm)
+    mode = None if config.trains_policy(session.config) else algorithm.mode(session.config)
+    print(report.table(measure.evaluate(session, ref, guides, full=True, mode=mode)))

@@ -1,0 +1,320 @@
+"""`qsharp generate`: answer prompts with the guided model."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.cli import arguments, json_lines
+from qsharp_jax.cli.models import check_source, open_models
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import ETA, Sampling
+from qsharp_jax.system import files, settings
+from qsharp_jax.system.errors import UserError
+
+SUMMARY = "answer prompts with the guided model; JSON lines to standard output, or to a file; resumes"
+EPILOG = f"""\
+A line of the output is a JSON object with the "prompt", the "response" and its "tokens", whether it "finished" (by a
+stop token), its "eta" and "seed", per token "log_probs", "ref_log_probs", "kl" and "values" (null where there is none),
+and the "settings" that all lines have in common. Standard output has them in the order of the prompts. --output gets
+each as it ends, and has them in the order of the prompts when all are there. The same command, repeated after it was
+stopped, appends what is missing; prompts may be added at the end of the input. A file made with other models or
+settings is refused.
+
+{arguments.MODELS_HELP}
+
+{arguments.CONFIG_HELP}"""
+
+DEFAULT_ETA = 0.1  # with a guide in a folder, as in the paper's experiments
+BATCH_ROWS = 16
+FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
+TYPES = {
+    "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "top_k_candidates": int, "others": str
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
+    arguments.add_models(parser)
+    parser.add_argument(
+        "--guide", metavar="DIR", action="append",
+        help="folder of the guide; may be given several times, with --weights: their tilts are then multiplied",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=arguments.numbers, metavar="LIST",
+        help="weights of several guides, such as 0.7,0.3: each multiplies the log-weights of its guide",
+    )  # fmt: skip
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--input", metavar="FILE",
+        help='a prompt per line, or (.jsonl) JSON lines with a "prompt"; - is standard input',
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="where the JSON lines go (default: standard output)")
+    parser.add_argument(
+        "--stream", action="store_true", help="print the text of one response to one prompt as it comes, without JSON"
+    )
+    parser.add_argument(
+        "--eta", type=_etas, metavar="LIST",
+        help="weights of the KL, such as 0.5,0.1: small is strong guidance, inf is the reference alone (eta null in the"
+        f" output) (default: the run's collect.eta; for folders {DEFAULT_ETA} with a guide, inf without)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=arguments.whole(1), default=1, metavar="N", help="responses per prompt and eta (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.whole(0), default=0, metavar="N", help="equal seeds give equal responses (default: 0)"
+    )
+    for name, kind in TYPES.items():
+        field = FIELDS[name]
+        parser.add_argument(
+            option(name), type=kind, metavar=None if kind is str else "N" if kind is int else "X",
+            help=f"{field.metadata['help']} (default: the run's; for folders {field.default})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--stop-ids", type=arguments.ids, metavar="LIST",
+        help="a response ends at the first of these token ids, such as 2,107 (default: those of"
+        " generation_config.json, the tokenizer's eos and the end of a turn in its chat template)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=("qsharp", "cd", "expectation"),
+        help=f"{FIELDS['mode'].metadata['help']} (default: as the run's algorithm does; for folders qsharp)",
+    )  # fmt: skip
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
+    """Answer every prompt at every eta, as JSON lines, or one prompt as text while it comes."""
+    import numpy as np
+
+    from qsharp_jax.cli import generated
+
+    changes = _changes(options)
+    prompts = _read_prompts(options)
+    etas = _default_etas(workdir, options)
+    if options.stream and (len(prompts), len(etas), options.samples, options.output) != (1, 1, 1, None):
+        raise UserError("--stream prints one response: give one prompt, one eta, --samples 1, and no --output")
+    models = open_models(workdir, options)
+    guided = not all(map(math.isinf, etas))
+    sampling = dataclasses.replace(
+        _sampling(models, workdir, changes),
+        weights=options.weights if guided else None,
+        mode=options.mode or _mode(workdir),
+    )
+    encoded = _encode(models, prompts, sampling.max_new_tokens, guided)
+    if options.output:
+        json_lines.check_output(options.output)
+    plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
+    per_prompt = len(plan) // len(prompts)
+    seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
+    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
+    names = list(models.configs) if guided else ["reference"]
+    requests = [
+        generated.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
+        for (row, eta), seed in zip(plan, seeds, strict=True)
+    ]
+    described = _described(models, workdir, options, names, sampling)
+
+    @functools.cache
+    def load() -> tuple:
+        _check_memory(models, names, rows, max(map(len, encoded)), sampling)
+        return models.load_ref(), models.load_guide() if guided else None
+
+    if options.stream:
+        _stream(models.tokenizer, *load(), encoded, dataclasses.replace(sampling, eta=etas[0]), seeds)
+        return
+
+    def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Yield the lines of some responses as they end, each with its place."""
+        from qsharp_jax.generate import ContinuousBatch
+        from qsharp_jax.system.progress import Bar
+
+        batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
+            *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
+            samples=per_prompt, rows=rows, rng=seeds, starts=((place, ()) for place in places),
+        )  # fmt: skip
+        hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
+        with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
+            for ended, part in batch:
+                for row, place in enumerate(ended.tolist()):
+                    text = models.tokenizer.decode(part.response(row))
+                    yield place, generated.encode(requests[place], text, part, row, described)
+                bar.update(len(ended))
+
+    if options.output and Path(options.output).is_file():
+
+        def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # prompts of one length share a prefill
+            return lines(sorted(places, key=lambda place: len(encoded[place // per_prompt])))
+
+        if generated.write(Path(options.output), requests, described, by_length) == len(plan):
+            print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
+        return
+    # Standard output, a pipe or /dev/null: its content is not kept.
+    load()  # what is refused is refused before the output is opened
+    output = open(options.output, "w", encoding="utf-8") if options.output else _standard_output()
+    with files.named(options.output or "standard output"), output as file:
+        for line in generated.in_order(lines(range(len(plan)))):
+            file.write(line)
+            file.flush()
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """Check what can be refused before a workdir is opened.
+
+    Raises:
+      UserError: for arguments that do not go together.
+    """
+    check_source(options)
+    guides, weights = len(options.guide or []), len(options.weights or [])
+    if guides and options.ref is None:
+        raise UserError("--guide needs the reference that it guides; give --ref")
+    if (guides > 1 or weights) and (guides < 2 or guides != weights):
+        raise UserError(
+            f"there are {guides} --guide and {weights} --weights; to compose guides repeat --guide and give as many"
+            " --weights, such as 0.7,0.3"
+        )
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Sampling` that the arguments set."""
+    changes = {name: value for name in TYPES if (value := getattr(options, name)) is not None}
+    for name, value in changes.items():
+        settings.check(option(name), value, FIELDS[name].metadata["rule"])
+    return changes
+
+
+def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> Sampling:
+    """The run's settings or the defaults, changed by the arguments; without eta, weights and mode."""
+    vocab_size = models.tokenizer.vocab_size
+    if changes.get("top_k_candidates", 0) > vocab_size:
+        raise UserError(
+            f"--top-k-candidates is {changes['top_k_candidates']}; it must be at most {vocab_size}, the vocabulary's"
+            " size"
+        )
+    if workdir is not None:
+        return dataclasses.replace(models.sampling, **changes)
+    sampling = Sampling(stop_ids=models.tokenizer.stop_ids, vocab_size=vocab_size)
+    candidates = min(sampling.top_k_candidates, vocab_size)
+    return dataclasses.replace(sampling, **{"top_k_candidates": candidates} | changes)
+
+
+def _mode(workdir: Workdir | None) -> str:
+    """How the algorithm of a run tilts; a policy is sampled as it is."""
+    if workdir is None:
+        return "qsharp"
+    from qsharp_jax import algorithms
+
+    algorithm = algorithms.get(workdir.config.get("algorithm", "qsharp"))
+    return algorithm.mode(workdir.config) if hasattr(algorithm, "mode") else "qsharp"
+
+
+def _default_etas(workdir: Workdir | None, options: argparse.Namespace) -> list[float]:
+    if workdir is not None:
+        return options.eta or [workdir.config.collect.eta]
+    if options.guide:
+        return options.eta or [DEFAULT_ETA]
+    for eta in options.eta or []:
+        if math.isfinite(eta):
+            raise UserError(f"--eta {eta:g} needs a guide; give --guide, or leave --eta out")
+    return options.eta or [math.inf]
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """Read the prompts from the arguments, or from the file or standard input, one per line."""
+    if options.prompts and options.input:
+        raise UserError("give prompts as arguments or by --input, not both")
+    if options.prompts:
+        return options.prompts
+    lines = json_lines.read_lines(options.input or "-", "prompts, one per line")
+    if not (options.input or "").endswith(".jsonl"):
+        return [line for _, line in lines]
+    prompts = []
+    for place, line in lines:
+        record = json_lines.parse(line) or {}
+        if not isinstance(record.get("prompt"), str):
+            raise UserError(f'{place}: expected a JSON object with a text as its "prompt"')
+        prompts.append(record["prompt"])
+    return prompts
+
+
+def _encode(models: Any, prompts: list[str], max_new_tokens: int, guided: bool) -> list[list[int]]:
+    """The prompts' ids; one that is too long for a model that runs is refused before any weight is read."""
+    encoded = [models.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    limits = {name: config.max_positions for name, config in models.configs.items() if guided or name == "reference"}
+    name, limit = min(limits.items(), key=lambda item: item[1])
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if not tokens:
+            raise UserError(f"the prompt {prompt[:60]!r} has no tokens; write at least one word")
+        if len(tokens) + max_new_tokens > limit:
+            raise UserError(
+                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more"
+                f" than the {name}'s {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
+            )
+    return encoded
+
+
+def _described(
+    models: Any, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], sampling: Sampling
+) -> dict[str, Any]:
+    """Everything that the responses depend on except prompt and eta, as JSON has it.
+
+    Args:
+      names: the models that run.
+    """
+    if workdir is None:
+        source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
+        if models.tokenizer.writes_date:
+            source["date"] = models.tokenizer.date.isoformat()
+    else:
+        from qsharp_jax.run.models import fitted_rounds
+
+        source = {"workdir": str(workdir.path), "round": fitted_rounds(workdir) if "guide" in names else 0}
+    dtype = {name: models.configs[name].dtype for name in names}
+    kept = {name: getattr(sampling, name) for name in (*TYPES, "stop_ids", "mode")}
+    kept["weights"] = None if sampling.weights is None else sampling.weights.tolist()
+    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | kept))
+
+
+def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
+    """Check that the weights and caches of the models that run fit, before any weight is read.
+
+    Args:
+      rows: rows of a batch.
+      longest: tokens of the longest prompt.
+    """
+    from qsharp_jax.generate import cache_size, caches
+    from qsharp_jax.models import memory
+
+    size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
+    weights = {f"the {name}'s weights": models.weights[name] for name in names}
+    memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
+
+
+def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
+    from qsharp_jax.generate import stream
+
+    blocks = stream(ref, guide, encoded, sampling, rng=seeds, record=())
+    with _standard_output() as file:
+        for piece in text.decode_stream(rows[0] for rows in blocks):
+            file.write(piece)
+            file.flush()
+        file.write("\n")
+
+
+def _etas(text: str) -> list[float]:
+    etas = arguments.numbers(text)
+    if not all(map(ETA.passes, etas)):
+        raise argparse.ArgumentTypeError(f"{text!r}: every eta must be {ETA.words}")
+    return etas
+
+
+def _standard_output():
+    return os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""Files of prompts and responses: JSON lines in, JSON lines out, refused with the line's number."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.system.errors import UserError
+
+
+def read_lines(path: str, content: str) -> list[tuple[str, str]]:
+    """Read the lines of a text file that are not empty, each with its place ("FILE, line N") for messages.
+
+    Args:
+      path: the file, or "-" for standard input.
+      content: words for what it should hold, for example "prompts, one per line".
+
+    Raises:
+      UserError: if there is no such file, it is not UTF-8 text, or it has no line.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no file {name}; give --input the path of a file of {content}") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"{name} is not UTF-8 text; give --input a file of {content}") from None
+    # Not `splitlines`: JSON has some of its line ends inside strings.
+    lines = [
+        (f"{name}, line {number}", line.removesuffix("\r"))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not lines:
+        raise UserError(f"{name} is empty; write {content}")
+    return lines
+
+
+def parse(line: str, *, strict: bool = False) -> dict[str, Any] | None:
+    """Parse one line as a JSON object; None if it is anything else, or holds what is not text (half a surrogate pair).
+
+    Args:
+      strict: refuse NaN and infinity, which JSON does not have.
+    """
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant if strict else None)
+        dump(record).encode()
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def dump(record: Any) -> str:
+    """One line of JSON, without the line end."""
+    return json.dumps(record, ensure_ascii=False)
+
+
+def check_output(path: str, source: str | None = None) -> None:
+    """Check before anything is computed that a file can be written; its content stays.
+
+    Args:
+      source: the input, which must be another file.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    if source is not None and Path(path).exists() and os.path.samefile(source, path):
+        raise UserError(f"{path} is the input itself; give another --output")
+    try:
+        open(path, "a").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} cannot be written: its folder does not exist; make it, or give another --output"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give --output the path of a file") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,44 @@
+"""The models that `generate` and `score` use: those of a run, or those in folders."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
+
+
+def check_source(options: argparse.Namespace) -> None:
+    """Check that the arguments name either a run or folders, and those that the command needs.
+
+    Raises:
+      UserError: if they do not.
+    """
+    folders = [f"--{name}" for name in ("ref", "guide") if getattr(options, name) is not None]
+    if options.workdir is not None and folders:
+        raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")
+    if options.workdir is None and not folders:
+        raise UserError("there are no models; give a run by --workdir, or models' folders by --ref and --guide")
+    for name in ("dtype", "prompt_format", "stop_ids", "date"):
+        if options.workdir is not None and getattr(options, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
+
+
+def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
+    """Return `RunModels` or `Folders`, which have `tokenizer`, `configs`, `weights`, `load_ref` and `load_guide`."""
+    if workdir is not None:
+        from qsharp_jax.run.models import RunModels
+        from qsharp_jax.run.session import Session
+
+        return RunModels(Session(workdir))
+    from qsharp_jax.run.folders import Folders
+
+    guides = [options.guide] if isinstance(options.guide, str) else options.guide or []
+    return Folders(
+        options.ref and Path(options.ref),
+        [Path(guide) for guide in guides],
+        dtype=options.dtype,
+        prompt_format=options.prompt_format or "plain",
+        stop_ids=getattr(options, "stop_ids", None),
+        date=options.date,
+    )

@@ -1,0 +1,250 @@
+"""`qsharp score`: log-probabilities and values of given responses.
+
+The output grows in the order of the input, so that its lines say where to resume.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qsharp_jax.cli import arguments, json_lines
+from qsharp_jax.cli.models import check_source, open_models
+from qsharp_jax.run.config import trains_policy
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import files
+from qsharp_jax.system.errors import UserError
+
+if TYPE_CHECKING:  # importing the tokenizers takes a second
+    from qsharp_jax.data.batches import Example
+    from qsharp_jax.data.tokenizer import Tokenizer
+
+SUMMARY = "log-probabilities and values of given responses; JSON lines; resumes"
+EPILOG = f"""\
+A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
+{{"prompt_tokens": [...], "response_tokens": [...]}}, which come first where both are there. A response given as text
+is scored with the token that ends it: in the chat format the end of a turn, else eos. For a response without an end
+give tokens. The output has the same lines and fields, with
+
+  ref_log_probs  of every response token given those before it, in nats, under the reference at temperature 1
+  values         the mean reward-to-go that the guide gives every response token
+  value          the last of these
+
+The same command, repeated after it was stopped, appends what is missing. Where the chat template writes the date, give
+--date, so that it resumes with the same prompts on another day.
+
+{arguments.MODELS_HELP}"""
+
+BATCH_ROWS = 16
+ADDED = ("ref_log_probs", "values", "value")
+SHORTEST = 32  # tokens; batches are as wide as this or 2, 4, 8, ... times it, so that few programs are compiled
+CHUNK = 16  # batches between two writes: enough that sequences of like length meet
+
+# scorer(examples, bucket=width of their batches in tokens) -> one array per response, with an entry per response token
+Scorer = Callable[..., list[np.ndarray]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_models(parser)
+    parser.add_argument("--guide", metavar="DIR", help="folder of the guide")
+    parser.add_argument("--input", metavar="FILE", required=True, help="JSON lines, as described below")
+    parser.add_argument("--output", metavar="FILE", required=True, help="where the JSON lines go")
+    parser.add_argument(
+        "--batch-size", type=arguments.whole(1), default=BATCH_ROWS, metavar="N",
+        help=f"sequences in a batch (default: {BATCH_ROWS})",
+    )  # fmt: skip
+
+
+check_arguments = check_source
+
+
+def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
+    """Score the responses of a file with the reference, the guide, or both."""
+    if workdir is not None and trains_policy(workdir.config):
+        raise UserError(
+            f"{workdir.path} holds a policy trained by {workdir.config.algorithm}, which gives no values; score with"
+            " models' folders, by --ref and --guide"
+        )
+    records = read(options.input)
+    has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
+    done = resume(options.output, records, ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide)
+    records = records[done:]
+    if not records:
+        print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
+        return
+
+    from qsharp_jax.evaluation import score as scoring
+    from qsharp_jax.models import memory
+
+    models = open_models(workdir, options)
+    positions = min(config.max_positions for config in models.configs.values())
+    examples = encode(records, models.tokenizer, positions, first=done + 1)
+    json_lines.check_output(options.output, options.input)
+    memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
+    vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
+    log_probs = means = None
+    if has_ref:
+        log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
+    if has_guide:
+        means = functools.partial(scoring.score, models.load_guide(), rows=rows)
+    write(options.output, records, examples, log_probs=log_probs, means=means, rows=rows)
+
+
+def read(path: str) -> list[dict]:
+    """Read a file's records, each with texts `prompt` and `response` or ids `prompt_tokens` and `response_tokens`.
+
+    Raises:
+      UserError: naming the line that is no such record.
+    """
+    return [_parse(place, line) for place, line in json_lines.read_lines(path, "prompts and responses as JSON lines")]
+
+
+def _parse(place: str, line: str) -> dict:
+    record = json_lines.parse(line, strict=True)
+    if record is None or not (_has_tokens(record) or _has_texts(record)):
+        raise UserError(
+            f'{place}: expected a JSON object with texts "prompt" and "response", or with lists of ids "prompt_tokens"'
+            ' and "response_tokens"'
+        )
+    # Scores in the input, as in the output of `qsharp generate`, may be those of other models.
+    return {key: item for key, item in record.items() if key not in ADDED}
+
+
+def _has_tokens(record: dict) -> bool:
+    lists = [record.get(key) for key in ("prompt_tokens", "response_tokens")]
+    return all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in lists)
+
+
+def _has_texts(record: dict) -> bool:
+    return all(isinstance(record.get(key), str) for key in ("prompt", "response"))
+
+
+def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first: int = 1) -> list["Example"]:
+    """Encode the records, texts with the token that ends a response.
+
+    Args:
+      positions: the longest sequence that the models take, in tokens.
+      first: number of the first record, for messages.
+
+    Raises:
+      UserError: naming a record with unknown words or ids, one that is too long, or one with nothing to score.
+    """
+    from qsharp_jax.data.batches import Example
+
+    examples = []
+    for number, record in enumerate(records, start=first):
+        if _has_tokens(record):
+            prompt, response = record["prompt_tokens"], record["response_tokens"]
+        else:
+            try:
+                prompt, response = text.encode_prompt(record["prompt"]), text.encode_response(record["response"])
+            except UserError as error:
+                raise UserError(f"record {number}: {error}") from None
+        if not prompt or not response:
+            raise UserError(
+                f"record {number} has no {'response' if prompt else 'prompt'} tokens; it needs at least one"
+            )
+        if not all(0 <= token < text.vocab_size for token in (*prompt, *response)):
+            raise UserError(f"record {number} has token ids outside the vocabulary of {text.vocab_size}")
+        if len(prompt) + len(response) > positions:
+            raise UserError(
+                f"record {number} has {len(prompt)} prompt and {len(response)} response tokens, which is more than the"
+                f" model's {positions} positions; shorten it, or leave it out"
+            )
+        examples.append(Example(prompt, response))
+    return examples
+
+
+def resume(path: str, records: Sequence[dict], added: Sequence[str]) -> int:
+    """Count the records that the output has already; half a line that a kill left is cut off.
+
+    Args:
+      added: those of `ADDED` that this command adds.
+
+    Raises:
+      UserError: if the output does not come from these records. It is left as it is then.
+    """
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    *lines, half = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            stored = json.loads(line)
+        except ValueError:
+            stored = None
+        known = isinstance(stored, dict) and number <= len(records)
+        if not known or {key: item for key, item in stored.items() if key not in ADDED} != records[number - 1]:
+            raise UserError(
+                f"{path}, line {number}, is not of record {number} of the input; give another --output, or delete it"
+            )
+        scored = [key for key in ADDED if key in stored]
+        if scored != list(added):
+            raise UserError(
+                f"{path}, line {number}, has {' and '.join(scored) or 'no scores'}, where this command gives"
+                f" {' and '.join(added)}; give another --output, or the same models as before"
+            )
+    if half:
+        whole = json_lines.dump(records[len(lines)])[:-1].encode() if len(lines) < len(records) else b""
+        if not whole or half[: len(whole)] != whole[: len(half)]:
+            raise UserError(
+                f"{path} ends with a line that is not of record {len(lines) + 1} of the input; give another --output,"
+                " or delete it"
+            )
+        os.truncate(path, len(data) - len(half))
+    return len(lines)
+
+
+def write(
+    path: str,
+    records: Sequence[dict],
+    examples: Sequence["Example"],
+    *,
+    log_probs: Scorer | None,
+    means: Scorer | None,
+    rows: int,
+) -> None:
+    """Append the scored records to the output, chunk by chunk.
+
+    Args:
+      log_probs: the reference's scorer, or None.
+      means: the guide's scorer, or None.
+      rows: sequences of a batch.
+    """
+    from qsharp_jax.system.progress import Bar
+
+    with files.named(path), open(path, "a", encoding="utf-8") as file:
+        for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
+            part = examples[begin : begin + rows * CHUNK]
+            part_log_probs = log_probs and _by_width(log_probs, part)
+            part_means = means and _by_width(means, part)
+            for row, record in enumerate(records[begin : begin + rows * CHUNK]):
+                if part_log_probs:
+                    record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
+                if part_means:
+                    values = _numbers(part_means[row])
+                    record = record | {"values": values, "value": values[-1]}
+                file.write(json_lines.dump(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _by_width(scorer: Scorer, examples: Sequence["Example"]) -> list[np.ndarray]:
+    """Score examples in batches of like width, and return the scores in the order of the examples."""
+    widths = [SHORTEST << max(math.ceil(math.log2(len(example) / SHORTEST)), 0) for example in examples]
+    scores: list[np.ndarray] = [np.empty(0)] * len(examples)
+    for width in sorted(set(widths)):
+        indices = [index for index, other in enumerate(widths) if other == width]
+        for index, numbers in zip(indices, scorer([examples[index] for index in indices], bucket=width), strict=True):
+            scores[index] = numbers
+    return scores
+
+
+def _numbers(array: np.ndarray) -> list[float | None]:
+    """The shortest decimals that are these float32, None for what is not finite."""
+    return [float(str(x)) if math.isfinite(x) else None for x in np.asarray(array, np.float32)]
