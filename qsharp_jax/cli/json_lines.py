@@ -57,17 +57,18 @@ def dump(record: Any) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def check_output(path: str, source: str | None = None) -> None:
-    """Check before anything is computed that a file can be written; its content stays.
+def check_other_file(path: str, source: str) -> None:
+    """Raise a UserError if the output is the input itself."""
+    if Path(path).exists() and os.path.samefile(source, path):
+        raise UserError(f"{path} is the input itself; give another --output")
 
-    Args:
-      source: the input, which must be another file.
+
+def check_output(path: str) -> None:
+    """Check before anything is computed that a file can be written; its content stays.
 
     Raises:
       UserError: if it cannot be written.
     """
-    if source is not None and Path(path).exists() and os.path.samefile(source, path):
-        raise UserError(f"{path} is the input itself; give another --output")
     try:
         open(path, "a").close()
     except (FileNotFoundError, NotADirectoryError):

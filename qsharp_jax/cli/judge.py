@@ -48,7 +48,8 @@ def run(workdir: None, options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     records, problems = read(options.input, task, options.data)
-    json_lines.check_output(options.output, options.input)
+    json_lines.check_other_file(options.output, options.input)
+    json_lines.check_output(options.output)
     submit = Judge(task).submit
     pending = [submit(problem, record["response"]) for problem, record in zip(problems, records, strict=True)]
     judgements = [judgement() for judgement in Bar(pending, "judge")]

@@ -73,6 +73,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
             " models' folders, by --ref and --guide"
         )
     records = read(options.input)
+    json_lines.check_other_file(options.output, options.input)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
     done = resume(options.output, records, ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide)
     records = records[done:]
@@ -86,7 +87,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     models = open_models(workdir, options)
     positions = min(config.max_positions for config in models.configs.values())
     examples = encode(records, models.tokenizer, positions, first=done + 1)
-    json_lines.check_output(options.output, options.input)
+    json_lines.check_output(options.output)
     memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
     vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
     log_probs = means = None

@@ -115,7 +115,7 @@ def test_samples_are_judged_again_without_a_model(copied, capsys):
     path.write_text(json.dumps(broken) + "\n" + "".join(rest))
     assert cli.main(["evaluate", "--workdir", str(copied), "--rejudge"]) == 0
     said = capsys.readouterr().out
-    assert "cd_round_2.jsonl: of 16 verdicts 1 changed, and 0 answers are read otherwise" in said
+    assert "cd_round_2.jsonl: of 16 verdicts 1 changed, and 0 answers are read differently" in said
     assert "pi_ref.jsonl: of 16 verdicts 0 changed" in said and "| CD " in said
     assert json.loads((copied / "results.json").read_text()) == expected
     assert path.read_text().splitlines(keepends=True) == [first, *rest]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qsharp_jax.cli import generated
+from qsharp_jax.cli import generated as output_file
 from qsharp_jax.cli.generated import Request
 from qsharp_jax.generate import Generation
 from qsharp_jax.system.errors import UserError
@@ -29,7 +29,7 @@ GENERATION = Generation(
 
 
 def make_line(place: int) -> str:
-    return generated.encode(REQUESTS[place], f"response {place}\u2029", GENERATION, place % 2, SETTINGS)
+    return output_file.encode(REQUESTS[place], f"response {place}\u2029", GENERATION, place % 2, SETTINGS)
 
 
 WHOLE = "".join(map(make_line, range(len(REQUESTS)))).encode()
@@ -48,7 +48,7 @@ def generate(path, *, until: int | None = None) -> list[int]:
             yield place, make_line(place)
 
     with contextlib.suppress(KeyboardInterrupt):
-        generated.write(path, REQUESTS, SETTINGS, lines)
+        output_file.write(path, REQUESTS, SETTINGS, lines)
     return generated
 
 
@@ -70,7 +70,7 @@ def test_lines_in_order_come_as_soon_as_those_before_them():
             yield place, f"line {place}"
             came.append(place)
 
-    order = [(line, len(came)) for line in generated.in_order(ending())]
+    order = [(line, len(came)) for line in output_file.in_order(ending())]
     assert order == [("line 0", 1), ("line 1", 2), ("line 2", 2), ("line 3", 4), ("line 4", 4)]
 
 
@@ -101,9 +101,9 @@ def test_each_line_is_in_the_file_when_the_next_response_is_waited_for(tmp_path)
             sizes.append(path.stat().st_size)
             yield place, make_line(place)
 
-    assert generated.write(path, REQUESTS, SETTINGS, lines) == 0
+    assert output_file.write(path, REQUESTS, SETTINGS, lines) == 0
     assert sizes == [len("".join(map(make_line, range(place))).encode()) for place in range(len(REQUESTS))]
-    assert generated.write(path, REQUESTS, SETTINGS, pytest.fail) == len(REQUESTS)
+    assert output_file.write(path, REQUESTS, SETTINGS, pytest.fail) == len(REQUESTS)
 
 
 def test_a_file_to_which_another_process_writes_is_refused(tmp_path):
@@ -111,10 +111,10 @@ def test_a_file_to_which_another_process_writes_is_refused(tmp_path):
 
     def lines(missing):
         with pytest.raises(UserError, match=f"another process writes to {path}; wait for it to end"):
-            generated.write(path, REQUESTS, SETTINGS, pytest.fail)
+            output_file.write(path, REQUESTS, SETTINGS, pytest.fail)
         yield from ((place, make_line(place)) for place in missing)
 
-    generated.write(path, REQUESTS, SETTINGS, lines)
+    output_file.write(path, REQUESTS, SETTINGS, lines)
     assert path.read_bytes() == WHOLE
 
 
@@ -124,11 +124,11 @@ def test_requests_that_are_alike_are_all_answered(tmp_path):
     requests = [REQUESTS[0], REQUESTS[1], REQUESTS[0]]
     path.write_text(make_line(0), encoding="utf-8")
     answered = []
-    assert generated.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 1
+    assert output_file.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 1
     assert answered == [1, 2]
     path.write_text(make_line(0) * 2, encoding="utf-8")
     answered.clear()
-    assert generated.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 2
+    assert output_file.write(path, requests, SETTINGS, lambda missing: answered.extend(missing) or ()) == 2
     assert answered == [1]
 
 
@@ -168,6 +168,6 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content, w
     path = tmp_path / "out.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as refusal:
-        generated.write(path, REQUESTS, SETTINGS, pytest.fail)
+        output_file.write(path, REQUESTS, SETTINGS, pytest.fail)
     assert words in str(refusal.value) and str(path) in str(refusal.value)
     assert path.read_text(encoding="utf-8") == content

@@ -164,7 +164,7 @@ def test_files_that_cannot_be_read(tmp_path, source):
             command.read(source)
     with pytest.raises(UserError, match="there is no file"):
         command.read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         command.read(tmp_path)
 
 
