@@ -122,7 +122,7 @@ def test_samples_are_judged_again_without_a_model(copied, capsys):
     for more in (["--config.seed=1"], ["--config", CONFIG], ["--config.mesh=single"]):
         assert "give --workdir alone" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *more)
     several = ["--coordinator", "localhost:1", "--processes", "2", "--process", "0"]
-    assert "work of one process" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *several)
+    assert "runs in one process" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge", *several)
     shutil.rmtree(copied / "samples")
     assert "there are no samples of pi_ref" in refused(capsys, "evaluate", "--workdir", copied, "--rejudge")
 
