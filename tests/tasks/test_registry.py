@@ -1,5 +1,7 @@
 """The table of tasks, and what the tokenizers of all generated tasks have in common."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -46,3 +48,13 @@ def test_tokenizers_of_tasks(name, tmp_path):
             ids = loaded.encode(prompt + response)
             assert ids == tokenizer.encode(prompt + response) and not set(ids) & set(range(4))
             assert loaded.decode([1, *ids, 2], skip_special_tokens=True) == prompt + response
+
+
+def test_tasks_records_and_tokenizers_import_nothing_heavy():
+    code = (
+        "import sys, qsharp_jax.tasks.registry, qsharp_jax.tasks.judging, qsharp_jax.data.records\n"
+        "import qsharp_jax.data.tokenizer\n"
+        "print(sorted({'transformers', 'tokenizers', 'datasets', 'pyarrow', 'math_verify'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
