@@ -28,6 +28,7 @@ ALLOWED = {
     },
     "report": {"system", "data", "run", "evaluation", "algorithms"},
     "plan": {"system", "sampling", "models", "tasks", "data", "generate", "train", "run"},
+    "configs": {"run"},
     "experiments": {
         "system", "models", "data", "generate", "train", "run", "evaluation", "algorithms", "report",
     },

@@ -26,7 +26,7 @@ from qsharp_jax.data.records import Rollout
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
-from qsharp_jax.run import checks, models, pretrain, provenance
+from qsharp_jax.run import checks, models, pretrain, provenance, schema
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
@@ -100,7 +100,7 @@ def check(config: ConfigDict) -> None:
     for key in ("methods", "seeds", "changes"):
         if "compare" not in config or key not in config.compare:
             raise UserError(f"the config lacks the setting compare.{key}; add it, as in configs/compare_arithmetic.py")
-    known = configs.VALUE_METHODS + configs.POLICY_METHODS
+    known = schema.VALUE_METHODS + schema.POLICY_METHODS
     for method in config.compare.changes:
         if method not in known:
             raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, known)}")
@@ -149,7 +149,7 @@ def _run_one(its: Session, shared: Path) -> None:
     if _results(its.workdir.results, its.config.algorithm, its.config.rounds):
         return
     copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
-    if its.config.algorithm not in configs.ON_POLICY:
+    if its.config.algorithm not in schema.ON_POLICY:
         copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
     pipeline.run(its)
 
@@ -188,7 +188,7 @@ def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
     method, number = its.config.algorithm, its.config.rounds
     found = _results(its.workdir.results, method, number)
     used = costs(its.workdir.read_metrics())
-    if method not in configs.ON_POLICY:  # the rollouts that it shares were paid for once
+    if method not in schema.ON_POLICY:  # the rollouts that it shares were paid for once
         used["seconds"] += costs(Workdir.attach(folder / SHARED).read_metrics(), ("collect",))["seconds"]
     return {
         "seed": seed,
@@ -311,7 +311,7 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
         (method, seed): report.learning_curve(Workdir.attach(workdir.path / f"seed_{seed}" / method).read_metrics())
         for method in config.compare.methods
         for seed in config.compare.seeds
-        if method in configs.ON_POLICY and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
+        if method in schema.ON_POLICY and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
     }
     plots = {
         "frontier.png": lambda axes: _plot_frontier(axes, lines),
@@ -356,9 +356,9 @@ def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int
     lowest = min([start, *(min(means) for _, means in drawn.values())]) - 1
     for line in lines:
         method, end, first = line["method"], line["objective"], True
-        if method not in configs.ON_POLICY and end < lowest:
+        if method not in schema.ON_POLICY and end < lowest:
             axes.plot([], [], linestyle="--", linewidth=1, color=COLOURS[method], label=f"{NAMES[method]}: {end:.3g}")
-        elif method not in configs.ON_POLICY:
+        elif method not in schema.ON_POLICY:
             axes.axhline(end, linestyle="--", linewidth=1, color=COLOURS[method], label=NAMES[method])
         for (of, _), (at, means) in drawn.items():
             if of == method:

@@ -6,7 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models, problems
+from qsharp_jax.run import models, problems, schema
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError, nearest
@@ -22,20 +22,18 @@ def check_settings(config: ConfigDict) -> None:
     present, algorithm = configs.keys(config), config.get("algorithm")
     pretrained = config.get("ref") == "pretrain"
     # Sections of other commands and algorithms.
-    others = {"compare", "policy", *configs.VALUE_METHODS, *configs.POLICY_METHODS} - {algorithm}
-    if algorithm in configs.POLICY_METHODS:
+    others = {"compare", "policy", *schema.VALUE_METHODS, *schema.POLICY_METHODS} - {algorithm}
+    if algorithm in schema.POLICY_METHODS:
         others.remove("policy")
     if not pretrained:
         others.add("pretrain")
-    if "mesh" not in config:  # --config.mesh=single takes it away
-        others.add("mesh")
-    asked = [key for key in configs.RULES if key.partition(".")[0] not in others]
+    asked = [key for key in schema.RULES if key.partition(".")[0] not in others]
     for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
         if key not in present:
-            raise UserError(f"the config lacks the setting {key}; add it, as in configs/arithmetic.py")
+            raise UserError(f"the config lacks the setting {key}; start from qsharp_jax.run.schema.default_config()")
     for key in present:  # these are arguments of `generate`: another would be refused there, after the pre-training
-        if key.startswith("generate.") and key not in configs.RULES:
-            raise UserError(f"there is no setting {key}; {nearest(key, configs.RULES)}")
+        if key.startswith("generate.") and key not in schema.RULES:
+            raise UserError(f"there is no setting {key}; {nearest(key, schema.RULES)}")
     configs.check(config)
     if config.fit.batch_size % config.fit.accumulate:
         raise UserError(
@@ -68,7 +66,7 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
             " give one, or another attention"
         )
-    if algorithm in configs.POLICY_METHODS:
+    if algorithm in schema.POLICY_METHODS:
         _check_policy(config)
     try:
         registry.get(config.task.name).check(config.task)
@@ -141,8 +139,6 @@ def check(config: ConfigDict) -> None:
 
 def _check_rows(config: ConfigDict) -> None:
     """That a mesh divides the rows of every batch that is learned from."""
-    if "mesh" not in config:
-        return
     data, fsdp = config.mesh.fit.data, config.mesh.fit.fsdp
     learned = "policy" if configs.trains_policy(config) else "fit"
     for section in ("pretrain", learned) if config.ref == "pretrain" else (learned,):

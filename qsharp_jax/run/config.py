@@ -1,48 +1,45 @@
-"""The configuration of a run: a Python file's `get_config()`, changed by `--config.KEY=VALUE`, checked, kept as JSON.
+"""The configuration of a run: a recipe's `get_config()`, changed by `--config.KEY=VALUE`, checked, kept as JSON.
 
-Knows the ranges of the shared sections (`generate`, `collect`, `fit`, ...) and nothing of what is done with them.
 In the error messages and on the command line a key is dotted: `fit.optimizer.clip`.
 """
 
 import ast
 import itertools
-import math
 import runpy
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.sampling import LEAST_ETA, LEAST_TEMPERATURE, OTHERS
+from qsharp_jax.run import schema
+from qsharp_jax.system import settings
 from qsharp_jax.system.errors import UserError, nearest
+
+RECIPES = Path(__file__).parents[1] / "configs"  # the recipes of the package
 
 # ---------------------------------------------------------------------------------------------------------------
 # From the file and the command line
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: list[str]) -> ConfigDict:
-    """Runs the config file's `get_config()` and applies the overrides; the result is locked.
+def load(recipe: str | Path, overrides: list[str]) -> ConfigDict:
+    """Return the locked config of a recipe's `get_config()`, changed by the overrides.
 
-    A `mesh` that is a text is the name of a preset in the `meshes.py` beside the file, or in the folder above, and
-    becomes that preset's section; `--config.mesh=NAME` comes before all other overrides.
+    A `mesh` that is a string is the name of one of the `presets` and becomes that preset's section;
+    `--config.mesh=NAME` comes before all other overrides.
 
-    Raises UserError if the file is missing, fails (naming the line), returns no ConfigDict or holds a value that JSON
-    cannot keep, for an unknown preset, and as `override` does.
+    Args:
+      recipe: a file, or the name of one in `qsharp_jax/configs`, for example "arithmetic" or "math/llama31_8b".
+
+    Raises:
+      UserError: if there is no such file, it fails (naming the line), returns no ConfigDict or holds a value that JSON
+        cannot keep, for an unknown preset, and as `override` does.
     """
-    path = Path(path)
+    path = find(recipe)
     try:
-        source = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"there is no config file {path}; give the path of one, as configs/arithmetic.py") from None
-    module = {"__name__": "config", "__file__": str(path)}
-    beside = [str(folder) for folder in path.resolve().parents[:2]]
-    sys.path[:0] = beside  # so that a config can import the one that it varies, there or in the folder above
-    try:
-        exec(compile(source, str(path), "exec"), module)
+        module = runpy.run_path(str(path))
         if "get_config" not in module:
             raise TypeError("the file defines no get_config()")
         config = module["get_config"]()
@@ -53,50 +50,58 @@ def load(path: str | Path, overrides: list[str]) -> ConfigDict:
         line = _line(e, str(path))
         where = f"{path}, line {line}" if line else path
         what = (str(e).splitlines() or ["no message"])[0]
-        raise UserError(f"{where}: {type(e).__name__}: {what}; mend the config file") from e
-    finally:
-        del sys.path[: len(beside)]
+        raise UserError(f"{where}: {type(e).__name__}: {what}; fix the config file") from e
     names, rest = _split_mesh(overrides)
     if "mesh" not in config and names:
         raise UserError(f'there is no setting --config.mesh in {path}; add c.mesh = "single"')
     if isinstance(name := (names or [config.get("mesh")])[-1], str):
-        with config.unlocked(), config.ignore_type():
-            config.mesh = ConfigDict(preset(path, name))
+        _set_mesh(config, preset(path, name))
     override(config, rest)
     to_json(config)
     return config
 
 
-def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
-    """Changes the mesh of a workdir's config, in place: --config.mesh=single, or single numbers of the one it has.
+def find(recipe: str | Path) -> Path:
+    """Return the path of a recipe, given by its path or by its name in `qsharp_jax/configs`.
 
-    Raises UserError for a name that only the `meshes.py` beside a config file could tell, and as `override` does.
+    Raises:
+      UserError: if there is none.
+    """
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if (path := RECIPES / f"{recipe}.py").is_file():
+        return path
+    names = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("[!_]*.py")]
+    raise UserError(
+        f"there is no config file {recipe}; give a path, or the name of a recipe: {nearest(str(recipe), names)}"
+    )
+
+
+def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
+    """Change the mesh of a workdir's config, in place: `--config.mesh=NAME`, or single numbers of the one it has.
+
+    Raises UserError for an unknown preset, and as `override` does.
     """
     names, rest = _split_mesh(overrides)
-    if names and names[-1] != "single":
-        raise UserError(f"--config.mesh={names[-1]} is looked up beside the config file; give --config too, or single")
-    if names and "mesh" in config:
-        with config.unlocked():
-            del config["mesh"]
+    if names:
+        _set_mesh(config, preset(RECIPES, names[-1]))
     override(config, rest)
 
 
 def presets(path: str | Path) -> dict[str, dict]:
-    """The sections by name in the `meshes.py` beside a config file, or else in the folder above.
+    """Return the sections `mesh` by name: of the `meshes.py` beside a config file, or else of this package.
 
-    Raises UserError if there is no such file, or it does not hold what it should.
+    Raises UserError if the file does not hold what it should.
     """
     path = _presets_file(path)
     try:
         return dict(runpy.run_path(str(path))["PRESETS"])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}, where the mesh is looked up; copy configs/meshes.py there") from None
     except Exception as e:
         raise UserError(f"{path}: {type(e).__name__}: {e}; it must have a table PRESETS, as configs/meshes.py") from e
 
 
 def preset(path: str | Path, name: str) -> dict:
-    """One of the `presets`; UserError for a name that is not among them, as well."""
+    """Return one of the `presets`; UserError for a name that is not among them, as well."""
     known = presets(path)
     if name not in known:
         raise UserError(f"there is no mesh {name!r} in {_presets_file(path)}; {nearest(name, known)}")
@@ -104,9 +109,13 @@ def preset(path: str | Path, name: str) -> dict:
 
 
 def _presets_file(path: str | Path) -> Path:
-    above = Path(path).absolute().parent.with_name("meshes.py")
     beside = Path(path).with_name("meshes.py")
-    return beside if beside.exists() or not above.exists() else above
+    return beside if beside.exists() else RECIPES / "meshes.py"
+
+
+def _set_mesh(config: ConfigDict, section: dict) -> None:
+    with config.unlocked(), config.ignore_type():
+        config.mesh = ConfigDict(section)
 
 
 def _split_mesh(overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -206,77 +215,13 @@ def _words(present: Any, kind: type) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ranges
+# What it says
 # ---------------------------------------------------------------------------------------------------------------
-
-Rule = tuple[Callable[[Any], bool], str]  # what a value must pass, and the same in words
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _whole(least: int) -> Rule:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"a whole number, at least {least}"
-
-
-def _one_of(*names: str) -> Rule:
-    return lambda v: v in names, f"one of {', '.join(names)}"
-
-
-_POSITIVE = (lambda v: _is_number(v) and v > 0, "a number above 0")  # inf is meant: no clipping
-_POSITIVE_FINITE = (lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
-_NOT_NEGATIVE = (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0")
-_SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1")
-_FRACTION = (lambda v: _is_number(v) and 0 <= v < 1, "a number, at least 0 and below 1")
-_UNIT = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-_WITHIN = (lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1")
-_TRUTH = (lambda v: isinstance(v, bool), "true or false")
-
-
-def _is_list(value: Any, passes: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(passes(item) for item in value)
-
-
-_TEMPERATURE = (
-    lambda v: _is_number(v) and (v == 0 or LEAST_TEMPERATURE <= v < math.inf),
-    f"0, which is greedy, or a finite number, at least {LEAST_TEMPERATURE:g}",
-)
-_ETA = (lambda v: _is_number(v) and v >= LEAST_ETA, f"a number, at least {LEAST_ETA:g}")  # inf is meant: no guidance
-_OWN_ETA = (lambda v: v is None or _ETA[0](v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
-_ETAS = (
-    lambda v: _is_list(v, lambda x: _ETA[0](x) and x < math.inf) and v != [],
-    f"a list of finite numbers, at least {LEAST_ETA:g}",
-)
-_ASCENDING = (
-    lambda v: _is_list(v, _is_number) and all(-math.inf < a < b < math.inf for a, b in itertools.pairwise(v)),
-    "a list of finite numbers, each above the one before",
-)
-
-_OPTIMIZER = {
-    "name": _one_of("adamw", "adafactor", "muon"),
-    "learning_rate": _POSITIVE_FINITE,
-    "adam_learning_rate": _POSITIVE_FINITE,
-    "b2": _FRACTION,
-    "weight_decay": _NOT_NEGATIVE,
-    "clip": _POSITIVE,
-    "warmup_steps": _whole(0),
-    "schedule": _one_of("constant", "cosine"),
-    "end_fraction": _UNIT,
-}
-
-VALUE_METHODS = ("qsharp", "cd", "vas")  # of `config.algorithm`: those that learn a guide
-POLICY_METHODS = ("reinforce", "ppo", "dpo", "rpo", "klq")  # those that train a copy of the reference
-ON_POLICY = ("reinforce", "ppo", "klq")  # and learn from rollouts of it; the others' first rollouts are pi_ref's
 
 
 def trains_policy(config: ConfigDict) -> bool:
     """Return whether the algorithm learns a policy instead of a guide."""
-    return config.algorithm in POLICY_METHODS
+    return config.algorithm in schema.POLICY_METHODS
 
 
 def kl_weight(config: ConfigDict) -> float:
@@ -286,122 +231,14 @@ def kl_weight(config: ConfigDict) -> float:
     return config.collect.eta if weight is None else weight
 
 
-RULES: dict[str, Rule] = {
-    "seed": _whole(0),
-    "algorithm": _one_of(*VALUE_METHODS, *POLICY_METHODS),
-    "rounds": _whole(1),
-    "ref": (_is_text, "pretrain, or the folder of a model"),
-    "guide": (_is_text, "ref, scratch, or the folder of a model"),
-    "dtype": (lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for a folder's own"),
-    "prompt_format": _one_of("plain", "chat"),
-    "generate.temperature": _TEMPERATURE,
-    "generate.top_p": _SHARE,
-    "generate.top_k": _whole(0),
-    "generate.top_k_candidates": _whole(1),
-    "generate.others": _one_of(*OTHERS),
-    "generate.max_new_tokens": _whole(1),
-    "generate.prompt_bucket": _whole(1),
-    "collect.prompts": _whole(1),
-    "collect.samples": _whole(1),
-    "collect.batch_size": _whole(1),
-    "collect.eta": _ETA,
-    "collect.shard_rows": _whole(1),
-    "collect.drop_no_variation": _TRUTH,
-    "pretrain.steps": _whole(0),
-    "pretrain.batch_size": _whole(1),
-    "pretrain.stop_loss": _NOT_NEGATIVE,
-    "pretrain.length_bucket": _whole(1),
-    "pretrain.log_every": _whole(1),
-    "pretrain.save_every": _whole(1),
-    "fit.epochs": _whole(1),
-    "fit.batch_size": _whole(1),
-    "fit.accumulate": _whole(1),
-    "fit.remat": _one_of("none", "dots", "full"),
-    "fit.dtype": (lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for the guide's own"),
-    "fit.attention": _one_of("xla", "blocks", "cudnn", "splash"),
-    "fit.lora_rank": _whole(0),
-    "fit.lora_alpha": _POSITIVE_FINITE,
-    "fit.length_bucket": _whole(1),
-    "fit.pack_length": _whole(0),
-    "fit.log_every": _whole(1),
-    "fit.save_every": _whole(1),
-    "fit.holdout": _FRACTION,
-    "fit.evaluate_every": _whole(0),
-    "fit.patience": _whole(0),
-    "fit.projection": _one_of("two_hot", "nearest"),
-    "fit.clip_rewards": _TRUTH,
-    "fit.warm_start": _TRUTH,
-    "fit.future_offsets": _whole(0),
-    "fit.future_weight": _NOT_NEGATIVE,
-    "cd.variant": _one_of("regression", "fudge", "q"),
-    "vas.td_lambda": _UNIT,
-    "evaluate.problems": _whole(1),
-    "evaluate.samples": _whole(1),
-    "evaluate.guided_samples": _whole(1),
-    "evaluate.pass_at": (
-        lambda v: _is_list(v, lambda x: _is_number(x) and x >= 1 and x % 1 == 0) and len(v) == len({*v}),
-        "a list of different whole numbers, at least 1",
-    ),
-    "evaluate.etas": _ETAS,
-    "evaluate.batch_size": _whole(1),
-    "value.type": _one_of("v", "q"),
-    "value.distribution": _one_of("bernoulli", "categorical", "scalar"),
-    "value.atoms": _ASCENDING,
-    "policy.prompts": _whole(1),
-    "policy.batch_size": _whole(1),
-    "policy.log_prob_limit": _POSITIVE,
-    "policy.detach_values": _TRUTH,
-    "reinforce.baseline": _one_of("leave_one_out", "mean"),
-    "reinforce.greedy": _TRUTH,
-    "ppo.epochs": _whole(1),
-    "ppo.clip": _WITHIN,
-    "ppo.gae_lambda": _UNIT,
-    "ppo.value_weight": _NOT_NEGATIVE,
-    "dpo.beta": _OWN_ETA,
-    "dpo.epochs": _whole(1),
-    "rpo.beta": _OWN_ETA,
-    "rpo.alpha": _NOT_NEGATIVE,
-    "rpo.epochs": _whole(1),
-    "klq.tau": _OWN_ETA,
-    "klq.epochs": _whole(1),
-    "klq.return_lambda": _UNIT,
-    "klq.alpha": _SHARE,
-    **{
-        f"{section}.optimizer.{name}": rule
-        for section in ("pretrain", "fit", "policy")
-        for name, rule in _OPTIMIZER.items()
-    },
-    "compare.methods": (
-        lambda v: _is_list(v, lambda x: x in VALUE_METHODS + POLICY_METHODS) and 0 < len(v) == len({*v}),
-        f"a list of different ones of {', '.join(VALUE_METHODS + POLICY_METHODS)}",
-    ),
-    "compare.seeds": (
-        lambda v: _is_list(v, lambda x: type(x) is int and x >= 0) and 0 < len(v) == len({*v}),
-        "a list of different whole numbers, at least 0",
-    ),
-    "mesh.name": (_is_text, "a preset's name"),
-    "mesh.platform": _one_of("any", "cpu", "gpu", "tpu"),
-    "mesh.kind": (_is_text, "words for its devices"),
-    "mesh.topology": (lambda v: isinstance(v, str), "a TPU slice, as v5e:2x4, or empty"),
-    "mesh.slices": _whole(1),
-    "mesh.hosts": _whole(1),
-    "mesh.devices_per_host": _whole(1),
-    **{f"mesh.fit.{axis}": _whole(1) for axis in ("data", "fsdp", "tensor")},
-    **{f"mesh.decode.{axis}": _whole(1) for axis in ("data", "attention_data", "tensor")},
-    **{f"mesh.{name}": _whole(0) for name in ("hbm_bytes", "vmem_bytes")},
-    **{f"mesh.{name}": _NOT_NEGATIVE for name in ("flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth")},
-}
-
-
 def check(config: ConfigDict) -> None:
-    """Checks the ranges of the shared settings; a setting that this config does not have is passed over.
+    """Check the ranges of the settings in `schema.RULES`; one that this config does not have is passed over.
 
     Raises UserError naming the first setting out of range, its value and what is allowed.
     """
     for key, value in _leaves(to_json(config)):
-        passes, words = RULES.get(key, (lambda _: True, ""))
-        if not passes(value):
-            raise UserError(f"config.{key} is {value!r}; it must be {words}")
+        if key in schema.RULES:
+            settings.check(f"config.{key}", value, schema.RULES[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------

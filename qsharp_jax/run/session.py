@@ -44,11 +44,11 @@ class Session:
 
     @functools.cached_property
     def fit_mesh(self) -> Mesh | None:
-        return meshes.preset_mesh(self.config.get("mesh"), "fit")
+        return meshes.preset_mesh(self.config.mesh, "fit")
 
     @functools.cached_property
     def decode_mesh(self) -> Mesh | None:
-        return meshes.preset_mesh(self.config.get("mesh"), "decode")
+        return meshes.preset_mesh(self.config.mesh, "decode")
 
     @property
     def hosts_per_group(self) -> int:

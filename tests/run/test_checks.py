@@ -23,19 +23,8 @@ def test_a_batch_that_its_parts_do_not_divide(tmp_path):
     checks.check(config)
 
 
-def test_a_workdir_of_before_there_were_meshes(tmp_path):
-    """It is one device's; a mesh, once there, is whole."""
-    config = helpers.session(tmp_path).config
-    with config.unlocked():
-        del config.mesh.hosts
-        with pytest.raises(UserError, match="lacks the setting mesh.hosts"):
-            checks.check(config)
-        del config.mesh
-    checks.check(config)
-
-
-def test_a_workdir_of_before_there_were_other_algorithms(tmp_path):
-    """Their sections are asked for where they are used."""
+def test_a_setting_that_is_not_there(tmp_path):
+    """The sections of other algorithms are not needed."""
     config = helpers.session(tmp_path).config
     with config.unlocked():
         del config.cd, config.vas

@@ -5,7 +5,9 @@ import math
 
 import pytest
 from ml_collections import ConfigDict
+from repository import CONFIGS, ROOT
 
+from qsharp_jax.run import checks, schema, settings_page
 from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError, nearest
 
@@ -49,7 +51,7 @@ def test_load_gives_a_locked_config(path):
         ("def helper():\n    return 1 / 0\n\ndef get_config():\n    return helper()\n", "line 2: ZeroDivisionError"),
         ("import json\n\ndef get_config():\n    json.loads('{')\n", "line 4: JSONDecodeError"),
         ("def get_config():\n    raise ValueError\n", "line 2: ValueError: no message"),
-        ("def get_config():\n    raise ValueError('one\\ntwo')\n", "line 2: ValueError: one; mend"),
+        ("def get_config():\n    raise ValueError('one\\ntwo')\n", "line 2: ValueError: one; fix"),
         ("x = 1\n", "no get_config()"),
         ("def get_config():\n    return {}\n", "returns a dict, not an ml_collections.ConfigDict"),
     ],
@@ -279,7 +281,7 @@ RANGES = {  # key: (allowed, forbidden)
 
 
 def test_every_rule_is_tried():
-    assert set(RANGES) == set(configs.RULES)
+    assert set(RANGES) == set(schema.RULES)
 
 
 @pytest.mark.parametrize("key", RANGES)
@@ -298,6 +300,29 @@ def test_check_names_the_key_and_the_value_out_of_range(key):
         with pytest.raises(UserError) as caught:
             configs.check(with_value(value))
         assert str(caught.value).startswith(f"config.{key} is {shown!r}; it must be ")
+
+
+def test_the_defaults_are_in_their_ranges_and_the_page_names_every_setting():
+    """A recipe says only what differs. The command to write the page anew stands at its head."""
+    config = schema.default_config()
+    configs.check(config)
+    assert config.fit.dtype is None and config.get_type("seed") is int and config.fit.get_type("dtype") is str
+    assert (ROOT / "docs" / "config.md").read_text() == settings_page.page()
+
+
+RECIPES = sorted(path.relative_to(configs.RECIPES).with_suffix("") for path in configs.RECIPES.rglob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", [str(name) for name in RECIPES if name.name not in ("meshes", "paper")])
+def test_a_recipe_is_found_by_its_name_and_by_its_path(name):
+    config = configs.load(name, ["--config.mesh=cuda_8"])
+    checks.check_settings(config) if "compare" not in config else configs.check(config)
+    assert config == configs.load(CONFIGS / f"{name}.py", ["--config.mesh=cuda_8"])
+
+
+def test_a_name_that_no_recipe_has_is_refused():
+    with pytest.raises(UserError, match="no config file arithmetik.*did you mean 'arithmetic'"):
+        configs.load("arithmetik", [])
 
 
 def test_check_passes_over_what_is_absent_or_unknown():
@@ -385,16 +410,12 @@ def test_a_mesh_s_name_comes_before_its_sizes(with_mesh):
         (MESHES, ["--config.mesh=v5p8"], "there is no mesh 'v5p8' in .*meshes.py; did you mean 'v5p_8'"),
         (MESHES, ["--config.mesh="], "there is no mesh ''"),
         (MESHES, ["--config.mesh"], "--config.mesh has no value"),
-        (None, [], "there is no .*meshes.py, where the mesh is looked up"),
         ("x = 1\n", [], "meshes.py: KeyError"),
         ("PRESETS = {\n", [], "meshes.py: SyntaxError"),
     ],
 )
 def test_a_mesh_that_is_not_known_is_named(with_mesh, meshes, arguments, words):
-    if meshes is None:
-        with_mesh.with_name("meshes.py").unlink()
-    else:
-        with_mesh.with_name("meshes.py").write_text(meshes)
+    with_mesh.with_name("meshes.py").write_text(meshes)
     with pytest.raises(UserError, match=words):
         configs.load(with_mesh, arguments)
 
@@ -405,16 +426,20 @@ def test_a_config_without_a_mesh_needs_no_presets_and_takes_none(path):
         configs.load(path, ["--config.mesh=v5p_8"])
 
 
-def test_a_stored_config_is_freed_of_its_mesh(with_mesh):
-    """As `--config.mesh=single` asks of a workdir that a slice has made; another name needs the config file."""
+def test_a_stored_config_takes_another_mesh(with_mesh):
+    """As `--config.mesh=single` asks of a workdir that a slice has made; without a file, names are the package's."""
     config = configs.load(with_mesh, ["--config.mesh=v5p_8"])
     configs.override_mesh(config, ["--config.mesh.fit.fsdp=2"])
     assert config.mesh.fit.fsdp == 2
-    with pytest.raises(UserError, match="--config.mesh=v5p_4 is looked up beside the config file"):
-        configs.override_mesh(config, ["--config.mesh=v5p_4"])
-    for _ in range(2):  # also where there is none
-        configs.override_mesh(config, ["--config.mesh=single"])
-        assert "mesh" not in config and config.is_locked
+    with pytest.raises(UserError, match="there is no mesh 'v5p_7'"):
+        configs.override_mesh(config, ["--config.mesh=v5p_7"])
+    configs.override_mesh(config, ["--config.mesh=v5p_16", "--config.mesh.fit.tensor=4"])
+    assert config.mesh.name == "v5p_16" and config.mesh.fit.tensor == 4 and config.is_locked
+
+
+def test_a_mesh_is_looked_up_in_the_package_where_the_config_file_has_none_beside_it(with_mesh):
+    with_mesh.with_name("meshes.py").unlink()
+    assert configs.load(with_mesh, ["--config.mesh=v5p_16"]).mesh.topology == "v5p:2x2x2"
 
 
 def test_differences_may_leave_out_a_section():

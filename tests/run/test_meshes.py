@@ -8,14 +8,14 @@ import re
 import jax
 import pytest
 from ml_collections import ConfigDict
-from repository import CONFIGS
 from tpu_compiler import printed_by
 
 from qsharp_jax.models import meshes
 from qsharp_jax.run import config as configs
+from qsharp_jax.run import schema
 from qsharp_jax.system.errors import UserError
 
-PRESETS = configs.presets(CONFIGS / "arithmetic.py")
+PRESETS = configs.presets(configs.RECIPES)
 NAMES = """
     single cpu cuda_1 cuda_8 v4_8 v4_16 v4_32 v4_64 v5e_4 v5e_8 v5e_16 v5e_32 v5e_64 v5e_128 v5e_256 v5p_8 v5p_16 v5p_32
     v5p_64 v5p_128 v6e_8 v6e_16 v6e_32 v6e_64 v6e_128 v6e_256 v5p_2x128 v5e_2x256 v6e_2x256
@@ -69,11 +69,11 @@ def test_a_preset_s_sizes_agree(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_is_a_section_that_the_rules_allow(name):
-    config = configs.load(CONFIGS / "arithmetic.py", [f"--config.mesh={name}"])
+    config = configs.load("arithmetic", [f"--config.mesh={name}"])
     assert config.mesh.to_dict() == PRESETS[name]
     configs.check(config)
     assert {f"mesh.{key}" for key in configs.keys(config.mesh)} == {
-        key for key in configs.RULES if key.startswith("mesh.")
+        key for key in schema.RULES if key.startswith("mesh.")
     }
 
 

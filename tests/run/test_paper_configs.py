@@ -18,7 +18,7 @@ from qsharp_jax.run import checks
 from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError
 
-ROWS = sorted(path for task in ("gsm8k", "math", "aime", "quality") for path in (CONFIGS / task).glob("*.py"))
+ROWS = sorted(path for task in ("gsm8k", "math", "aime", "quality") for path in (CONFIGS / task).glob("[!_]*.py"))
 NAMES = ["/".join((path.parent.name, path.stem)) for path in ROWS]
 
 # By the names of the folders that the configs ask for: the published size, and its weights as its card counts them.

@@ -1,9 +1,0 @@
-"""All algorithms on the paper's G(2, 20): `qsharp compare`, on an accelerator."""
-
-from compare_star_graph import compared_on_paper_graph
-from ml_collections import ConfigDict
-from star_graph_g2_20 import get_config as run
-
-
-def get_config() -> ConfigDict:
-    return compared_on_paper_graph(run())

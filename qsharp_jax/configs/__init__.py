@@ -1,0 +1,1 @@
+"""Recipes: the settings of a run in which it differs from the defaults of `run/schema.py`, and presets of meshes."""

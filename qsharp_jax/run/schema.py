@@ -1,0 +1,388 @@
+"""The settings of a run: one dataclass per section of its config, one field per setting.
+
+The checks, the defaults of a recipe and docs/config.md are read from here. `generate` is a part of `Sampling`; `task`
+and `model` are checked by the task and by `DecoderConfig`.
+"""
+
+import dataclasses
+import itertools
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from qsharp_jax.sampling import ETA, LEAST_ETA, Sampling
+from qsharp_jax.system.settings import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_FINITE,
+    SHARE,
+    TEXT,
+    TRUTH,
+    UNIT,
+    WITHIN,
+    Rule,
+    is_number,
+    is_whole,
+    one_of,
+    setting,
+    whole,
+)
+
+GENERATE = ("temperature", "top_p", "top_k", "top_k_candidates", "others", "max_new_tokens", "prompt_bucket")
+
+VALUE_METHODS = ("qsharp", "cd", "vas")  # of `config.algorithm`: those that learn a guide
+POLICY_METHODS = ("reinforce", "ppo", "dpo", "rpo", "klq")  # those that train a copy of the reference
+ON_POLICY = ("reinforce", "ppo", "klq")  # and learn from rollouts of it; the others' first rollouts are pi_ref's
+
+
+def _list(words: str, passes: typing.Callable[[list], bool]) -> Rule:
+    return Rule(lambda v: isinstance(v, list) and passes(v), words)
+
+
+def _different(items: list) -> bool:
+    return len(items) == len({*items})
+
+
+FLOATS = Rule(lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for the model's own")
+OWN_ETA = Rule(lambda v: v is None or ETA.passes(v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
+ETAS = _list(
+    f"a list of finite numbers, at least {LEAST_ETA:g}",
+    lambda v: v != [] and all(ETA.passes(x) and x < math.inf for x in v),
+)
+ASCENDING = _list(
+    "a list of finite numbers, each above the one before",
+    lambda v: all(map(is_number, v)) and all(-math.inf < a < b < math.inf for a, b in itertools.pairwise(v)),
+)
+PASS_AT = _list(
+    "a list of different whole numbers, at least 1",
+    lambda v: all(is_number(x) and x >= 1 and x % 1 == 0 for x in v) and _different(v),
+)
+SEEDS = _list(
+    "a list of different whole numbers, at least 0",
+    lambda v: v != [] and all(is_whole(x) and x >= 0 for x in v) and _different(v),
+)
+METHODS = _list(
+    f"a list of different ones of {', '.join(VALUE_METHODS + POLICY_METHODS)}",
+    lambda v: v != [] and all(x in VALUE_METHODS + POLICY_METHODS for x in v) and _different(v),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer and its schedule."""
+
+    name: str = setting(
+        "muon", one_of("adamw", "adafactor", "muon"), "adafactor keeps moments of rows and columns alone"
+    )
+    learning_rate: float = setting(0.02, POSITIVE_FINITE, "at its peak")
+    adam_learning_rate: float = setting(4e-3, POSITIVE_FINITE, "Muon's AdamW, for all but the blocks' matrices")
+    weight_decay: float = setting(0.01, NOT_NEGATIVE, "decoupled weight decay")
+    b2: float = setting(0.98, FRACTION, "AdamW's decay of the second moment")
+    clip: float = setting(1.0, POSITIVE, "largest global norm of the gradient; inf for no clipping")
+    warmup_steps: int = setting(50, whole(0), "linear warm-up", unit="steps")
+    schedule: str = setting("cosine", one_of("constant", "cosine"), "after the warm-up")
+    end_fraction: float = setting(0.05, UNIT, "learning rate at the end, as a fraction of the peak")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """The reference, trained in the workdir by maximum likelihood on the task's texts (with ref = pretrain)."""
+
+    steps: int = setting(1600, whole(0), "the most steps")
+    stop_loss: float = setting(0.0, NOT_NEGATIVE, "stop early at this loss", unit="nats per response token")
+    batch_size: int = setting(32, whole(1), "texts per step")
+    length_bucket: int = setting(24, whole(1), "batches are padded to multiples of this", unit="tokens")
+    log_every: int = setting(50, whole(1), "steps between lines of metrics")
+    save_every: int = setting(400, whole(1), "steps between checkpoints")
+    optimizer: Optimizer = Optimizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """The guide's head."""
+
+    type: str = setting("v", one_of("v", "q"), "v: read at the appended token; q: a head over the vocabulary")
+    distribution: str = setting("bernoulli", one_of("bernoulli", "categorical", "scalar"), "of the reward")
+    atoms: tuple[float, ...] = setting((), ASCENDING, "rewards of the categorical's atoms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """Rollouts of a round."""
+
+    prompts: int = setting(600, whole(1), "new problems per round")
+    samples: int = setting(4, whole(1), "rollouts per problem")
+    eta: float = setting(0.1, ETA, "weight of the KL to the reference; of the roll-in, from round 2 on")
+    batch_size: int = setting(250, whole(1), "rows decoded at once; one that ends is given to the next prompt")
+    shard_rows: int = setting(1200, whole(1), "rollouts per file")
+    drop_no_variation: bool = setting(
+        False, TRUTH, "leave out problems whose rollouts of a round all have the same reward"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The fit of a guide. Policies take accumulate, remat, dtype, attention, length_bucket and save_every from here."""
+
+    epochs: int = setting(5, whole(1), "passes over the rollouts of all rounds")
+    batch_size: int = setting(32, whole(1), "rollouts per step")
+    accumulate: int = setting(1, whole(1), "parts of a batch, for less memory; the step is that of the whole batch")
+    remat: str = setting(
+        "dots", one_of("none", "dots", "full"),
+        "kept for the gradient: none: everything; dots: matrix products; full: the blocks' inputs alone",
+    )  # fmt: skip
+    dtype: str | None = setting(None, FLOATS, "of the fit's products")
+    attention: str = setting(
+        "xla", one_of("xla", "blocks", "cudnn", "splash"),
+        "blocks: for long sequences on a CPU; cudnn: on CUDA, in bfloat16; splash: on TPUs",
+    )  # fmt: skip
+    lora_rank: int = setting(0, whole(0), "rank of learned updates of the trunk's kernels; 0: learn all weights")
+    lora_alpha: float = setting(16.0, POSITIVE_FINITE, "the updates are multiplied by this over the rank")
+    length_bucket: int = setting(24, whole(1), "batches are padded to multiples of this", unit="tokens")
+    pack_length: int = setting(
+        0, whole(0), "length of rows that several rollouts share; 0: one rollout per row", unit="tokens"
+    )
+    holdout: float = setting(0.05, FRACTION, "fraction of the prompts that the guide is measured on, not fitted to")
+    evaluate_every: int = setting(0, whole(0), "steps between measurements of the guide; 0: at the end alone")
+    patience: int = setting(
+        0, whole(0), "stop after so many measurements without a better nll and keep the best guide; 0: off"
+    )
+    projection: str = setting("two_hot", one_of("two_hot", "nearest"), "of rewards on a categorical's atoms")
+    clip_rewards: bool = setting(False, TRUTH, "clip rewards to the range of the atoms")
+    warm_start: bool = setting(True, TRUTH, "start from the guide of the round before; the paper starts anew")
+    future_offsets: int = setting(0, whole(0), "later tokens that the auxiliary loss predicts; 0: off")
+    future_weight: float = setting(1.0, NOT_NEGATIVE, "weight of the auxiliary loss")
+    log_every: int = setting(50, whole(1), "steps between lines of metrics")
+    save_every: int = setting(250, whole(1), "steps between checkpoints")
+    optimizer: Optimizer = Optimizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Algorithms that train a copy of the reference."""
+
+    batch_size: int = setting(64, whole(1), "rollouts per step; of dpo and rpo both of a pair")
+    prompts: int = setting(64, whole(1), "of ppo and klq: prompts of a batch of rollouts, each collect.samples times")
+    log_prob_limit: float = setting(1e-4, POSITIVE, "largest difference of sampler and trainer", unit="nats")
+    detach_values: bool = setting(
+        True, TRUTH, "of ppo and klq: the value head's error changes the head alone, not the trunk"
+    )
+    optimizer: Optimizer = Optimizer(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class CD:
+    """Controlled decoding."""
+
+    variant: str = setting(
+        "regression", one_of("regression", "fudge", "q"),
+        "regression of pi_ref's rewards; fudge: their likelihood, and a tilt by log p; q: Bellman targets",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VAS:
+    """Value augmented sampling."""
+
+    td_lambda: float = setting(0.95, UNIT, "of the fitted returns; 1: the reward itself, 0: the next token's value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+    """REINFORCE."""
+
+    baseline: str = setting(
+        "leave_one_out", one_of("leave_one_out", "mean"), "of the prompt's other samples, or of all rollouts at hand"
+    )
+    greedy: bool = setting(False, TRUTH, "the paper's variant: the most probable tokens, one response per prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """Proximal policy optimization."""
+
+    epochs: int = setting(4, whole(1), "over each batch of rollouts")
+    clip: float = setting(0.2, WITHIN, "of the ratio to the policy that sampled")
+    gae_lambda: float = setting(0.95, UNIT, "of the advantages")
+    value_weight: float = setting(0.5, NOT_NEGATIVE, "of the value head's squared error")
+
+
+@dataclasses.dataclass(frozen=True)
+class KLQ:
+    """KL-regularized Q-learning."""
+
+    tau: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
+    epochs: int = setting(4, whole(1), "over each batch of rollouts")
+    return_lambda: float = setting(0.95, UNIT, "of the returns")
+    alpha: float = setting(1.0, SHARE, "how far the targets go from the old action value to the lambda-return")
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO:
+    """Direct preference optimization."""
+
+    beta: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
+    epochs: int = setting(4, whole(1), "over all pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class RPO:
+    """DPO with the chosen response's likelihood."""
+
+    beta: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
+    alpha: float = setting(1.0, NOT_NEGATIVE, "weight of the chosen response's likelihood per token")
+    epochs: int = setting(4, whole(1), "over all pairs")
+
+
+ALGORITHMS = {
+    "cd": CD(),
+    "vas": VAS(),
+    "reinforce": Reinforce(),
+    "ppo": PPO(),
+    "klq": KLQ(),
+    "dpo": DPO(),
+    "rpo": RPO(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """The evaluation on test problems."""
+
+    problems: int = setting(500, whole(1), "test problems")
+    samples: int = setting(8, whole(1), "of pi_ref per problem: pass@k, majority and best of so many")
+    guided_samples: int = setting(1, whole(1), "of what is learned, per problem and eta; the paper has 8")
+    pass_at: tuple[float, ...] = setting((), PASS_AT, "k of pass@k, at most samples; (): 1, 2, 4, ... up to samples")
+    etas: tuple[float, ...] = setting((0.5, 0.2, 0.1, 0.05), ETAS, "etas that the last guide is evaluated at")
+    batch_size: int = setting(250, whole(1), "rows decoded at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitMesh:
+    """Sizes of the axes of the mesh for fitting."""
+
+    data: int = setting(1, whole(1), "copies of the weights, each with a part of the rows")
+    fsdp: int = setting(1, whole(1), "parts of the weights, each with a part of the rows")
+    tensor: int = setting(1, whole(1), "parts of heads and hidden units")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeMesh:
+    """Sizes of the axes of the mesh for decoding."""
+
+    data: int = setting(1, whole(1), "copies of the weights, each with a part of the rows")
+    attention_data: int = setting(1, whole(1), "parts of the rows in attention, of heads and hidden units elsewhere")
+    tensor: int = setting(1, whole(1), "parts of heads and hidden units")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices: `--config.mesh=NAME` takes a preset of configs/meshes.py."""
+
+    name: str = setting("single", Rule(TEXT.passes, "a preset's name"), "the preset")
+    platform: str = setting("any", one_of("any", "cpu", "gpu", "tpu"), "of the devices, as JAX calls it")
+    kind: str = setting("one device", Rule(TEXT.passes, "words for its devices"), "words for the devices")
+    topology: str = setting(
+        "", Rule(lambda v: isinstance(v, str), "a TPU slice, as v5e:2x4, or empty"), "of one TPU slice"
+    )
+    slices: int = setting(1, whole(1), "slices")
+    hosts: int = setting(1, whole(1), "hosts per slice")
+    devices_per_host: int = setting(1, whole(1), "devices per host")
+    fit: FitMesh = FitMesh()
+    decode: DecodeMesh = DecodeMesh()
+    flops: float = setting(0.0, NOT_NEGATIVE, "dense bfloat16 per second and device; 0: not known")
+    hbm_bytes: int = setting(0, whole(0), "memory of a device; 0: not known")
+    vmem_bytes: int = setting(0, whole(0), "memory beside it, where the compiler keeps a layer's temporaries")
+    hbm_bandwidth: float = setting(0.0, NOT_NEGATIVE, "of a device's memory", unit="bytes/s")
+    ici_bandwidth: float = setting(0.0, NOT_NEGATIVE, "into a device from its slice, over all links", unit="bytes/s")
+    dcn_bandwidth: float = setting(0.0, NOT_NEGATIVE, "into a device from other slices", unit="bytes/s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """`qsharp compare` alone. `changes` holds overrides of single algorithms, as `changes.ppo = ("ppo.clip=0.1",)`."""
+
+    methods: tuple[str, ...] = setting((*VALUE_METHODS, *POLICY_METHODS), METHODS, "algorithms to compare")
+    seeds: tuple[int, ...] = setting((0, 1, 2), SEEDS, "one run per algorithm and seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run."""
+
+    seed: int = setting(0, whole(0), "of everything that is random")
+    algorithm: str = setting(
+        "qsharp", one_of(*VALUE_METHODS, *POLICY_METHODS),
+        "qsharp, cd and vas learn a guide; the others train a copy of the reference",
+    )  # fmt: skip
+    rounds: int = setting(2, whole(1), "rounds of rollouts and training")
+    ref: str = setting(
+        "pretrain", Rule(TEXT.passes, "pretrain, or the folder of a model"),
+        "the reference: pretrain makes it from the sections model and pretrain; or a folder as transformers keeps it",
+    )  # fmt: skip
+    guide: str = setting(
+        "ref", Rule(TEXT.passes, "ref, scratch, or the folder of a model"),
+        "how the first guide starts: ref: from the reference's weights; scratch: at random, of the section model; or a"
+        " folder, of a model or guide",
+    )  # fmt: skip
+    dtype: str | None = setting(None, FLOATS, "of models in folders")
+    prompt_format: str = setting(
+        "plain", one_of("plain", "chat"), "chat: one turn in the chat template of the reference's folder"
+    )
+    pretrain: Pretrain = Pretrain()
+    value: Value = Value()
+    generate: Sampling = Sampling()
+    collect: Collect = Collect()
+    fit: Fit = Fit()
+    policy: Policy = Policy()
+    evaluate: Evaluate = Evaluate()
+    mesh: Mesh = Mesh()
+    compare: Compare = Compare()
+
+
+def sections() -> dict[str, Any]:
+    """Return the defaults of every section, dotted, from the outermost in; "" is the config itself."""
+    return dict(_sections("", Run())) | ALGORITHMS
+
+
+def _sections(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:
+    yield prefix, section
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(value := getattr(section, field.name)):
+            yield from _sections(f"{prefix}.{field.name}".lstrip("."), value)
+
+
+def settings(section: Any) -> dict[str, dataclasses.Field]:
+    """Return the settings that lie directly in a section, by name."""
+    fields = {field.name: field for field in dataclasses.fields(section) if "rule" in field.metadata}
+    return {name: fields[name] for name in GENERATE} if isinstance(section, Sampling) else fields
+
+
+RULES: dict[str, Rule] = {
+    f"{key}.{name}".lstrip("."): field.metadata["rule"]
+    for key, section in sections().items()
+    for name, field in settings(section).items()
+}
+
+
+def default_config() -> ConfigDict:
+    """Return a config of all defaults but `compare`, with empty sections `task` and `model`, for a recipe to change."""
+    config = ConfigDict()
+    for key, section in sections().items():
+        if key.partition(".")[0] in ("mesh", "compare"):
+            continue
+        parent, _, name = key.rpartition(".")
+        if key:
+            (config[parent] if parent else config)[name] = ConfigDict()
+        part = config[key] if key else config
+        types = typing.get_type_hints(type(section))
+        for name in settings(section):
+            value = getattr(section, name)
+            part[name] = config_dict.placeholder(typing.get_args(types[name])[0]) if value is None else value
+    config.mesh = "single"
+    config.task, config.model = ConfigDict(), ConfigDict()
+    return config
