@@ -1,9 +1,8 @@
-"""How good a policy is on held-out problems: reward, KL to `pi_ref`, and what reranking makes of `pi_ref`'s samples.
+"""Evaluation of a policy on held-out problems: reward, KL to `pi_ref`, and reranking of `pi_ref`'s samples.
 
-Every method's samples are kept in the workdir as JSON lines (see `samples.py`), and every figure is computed from them:
-an evaluation that was stopped goes on where it was, and samples are judged again without a model. Intervals are 95%, by
-bootstrap over problems.
-It knows nothing about training.
+Every method's samples are stored in the workdir as JSON lines (see `samples.py`), and all statistics are computed from
+them: a stopped evaluation resumes, and samples are judged again without a model. Intervals are 95%, by bootstrap over
+problems.
 """
 
 import dataclasses
@@ -44,12 +43,12 @@ Made = dict[tuple[str, int], list[dict]]  # samples by method and round
 def evaluate(
     session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool, mode: str | None = "qsharp"
 ) -> list[dict]:
-    """All rows of `results.json`, which it writes, for the guides of some rounds.
+    """Return all rows of `results.json`, and write the file, for the guides of some rounds.
 
-    pi_ref sampled, greedy, and cut to as many tokens as the guide scores, and the run's algorithm after each round at
-    the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at every eta of the
-    config, Q#'s as CD at the same, and as the judge of pi_ref's samples. A method that trains the policy itself is
-    measured after each round as it is; the row's eta is that of its objective.
+    Measured are pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
+    each round at the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at
+    every eta of the config, Q#'s as CD at the same, and as a reranker of pi_ref's samples. A method that trains the
+    policy is measured after each round as it is; the row's eta is that of its objective.
 
     Args:
       mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
@@ -92,12 +91,12 @@ def evaluate(
 
 
 def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
-    """Judges the samples that are there again, by the answers beside them, and writes their files and `results.json`.
+    """Judge the stored samples again by the answers beside them, and write their files and `results.json`.
 
-    No model, no data set and no device is needed.
+    This needs no model, data set or device.
 
     Returns:
-      the rows of `results.json`, and by file: samples, verdicts that changed, answers that are read otherwise.
+      The rows of `results.json`, and by file: samples, rewards that changed, parsed answers that changed.
 
     Raises:
       UserError: if there are no samples, or naming a damaged line.
@@ -145,16 +144,16 @@ def _read_judged(path: Path) -> list[dict]:
     return rows
 
 
-# --- Figures --------------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------------------------
 
-Figures = dict[str, dict[str, float]]  # by name and problem
+Statistics = dict[str, dict[str, float]]  # by name and problem
 
 
 def _write_results(session: Session, made: Made, last: int, scored: list[dict] | None) -> list[dict]:
-    """Makes all rows of the samples of a run.
+    """Write and return the rows of `results.json`.
 
     Args:
-      last: the round of the guide that `scored` is by.
+      last: the round of the guide that gave the values in `scored`.
     """
     parts = {
         (method, number, eta): part
@@ -163,13 +162,13 @@ def _write_results(session: Session, made: Made, last: int, scored: list[dict] |
     }
     config = session.config.evaluate
     sizes = {config.samples, config.guided_samples}
-    figures = {
+    statistics = {
         place: measure(part, _classes(judge(session), part), config.pass_at, sizes) for place, part in parts.items()
     }
     rows = [
-        _row(method, number, figures[method, number, eta], eta=eta)
+        _row(method, number, statistics[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
-        | _compared(figures, method, number, eta)
+        | _compared(statistics, method, number, eta)
         for (method, number, eta), part in parts.items()
     ]
     if scored is not None:
@@ -188,7 +187,7 @@ def _by_eta(samples: Sequence[dict]) -> dict[float | None, list[dict]]:
 
 
 def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
-    """Each problem's part of `items`, of which there is one a sample, in the order in which problems come."""
+    """Group `items`, one per sample, by problem, in the order of the problems."""
     groups = defaultdict(list)
     for sample, item in zip(samples, items, strict=True):
         groups[sample["problem_id"]].append(item)
@@ -196,7 +195,7 @@ def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
 
 
 def _classes(judge: Judge, samples: Sequence[dict]) -> dict[str, list[str | None]]:
-    """The answers to each problem, with one spelling for all that are the same; see `Judge.classes`."""
+    """Return the answers to each problem, equal ones with one spelling; see `Judge.classes`."""
     groups = _groups(samples, samples)
     problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
     answers = [[sample["parsed"] for sample in group] for group in groups.values()]
@@ -204,30 +203,30 @@ def _classes(judge: Judge, samples: Sequence[dict]) -> dict[str, list[str | None
 
 
 def _least(samples: Sequence[dict]) -> int:
-    """How many samples each problem has."""
+    """Return how many samples each problem has at least."""
     return min(Counter(sample["problem_id"] for sample in samples).values())
 
 
 def measure(
     samples: Sequence[dict],
     answers: Mapping[str, Sequence[str | None]],
-    asked: Sequence[float],
+    passes: Sequence[float],
     majorities: Collection[int],
-) -> Figures:
-    """The figures of one method's samples, problem by problem.
+) -> Statistics:
+    """Compute the statistics of one method's samples, problem by problem.
 
     Args:
-      answers: of each problem's samples, one spelling for all that are the same.
-      asked: k of pass@k, of which those are taken that there are samples for; empty for 1, 2, 4, ... and all.
-      majorities: k of maj1@k, the numbers of samples that methods to be compared have.
+      answers: of each problem's samples, equal ones with one spelling.
+      passes: k of pass@k, as far as there are as many samples; empty for 1, 2, 4, ... and all.
+      majorities: k of maj1@k: the numbers of samples of the methods to compare.
 
     Returns:
-      reward: mean over the problem's samples, for rewards 0 and 1 pass@1.
-      kl, kl_truncated, response_tokens: means; of a response's exact KL to pi_ref, in nats, before and after
+      reward: mean over the problem's samples; for rewards 0 and 1 pass@1.
+      kl, kl_truncated, response_tokens: means of a response's exact KL to pi_ref, in nats, before and after
         truncation, and of its length.
-      finished, no_answer: shares of the responses that ended by a stop token, and in which no answer was found.
-      pass_K: pass@K, for the K asked for.
-      majority_K: reward of the answer that most of the first K samples have, for the K above 1 that there are.
+      finished, no_answer: shares of responses that end with a stop token, and without an answer.
+      pass_K: pass@K.
+      majority_K: reward of the most frequent answer of the first K samples, for K above 1.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
     most = _least(samples)
@@ -239,31 +238,31 @@ def measure(
         "finished": [sample["finished"] for sample in samples],
         "no_answer": [sample["parsed"] is None for sample in samples],
     }
-    figures: Figures = {
+    statistics: Statistics = {
         name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
         for name, items in means.items()
     }
-    for k in _sizes(asked, most):
-        figures[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
+    for k in _sizes(passes, most):
+        statistics[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
     for k in sorted(k for k in majorities if 1 < k <= most):
-        figures[f"majority_{k}"] = {
+        statistics[f"majority_{k}"] = {
             name: majority(answers[name][:k], group[:k], np.ones(k)) for name, group in rewards.items()
         }
-    return figures
+    return statistics
 
 
-def _sizes(asked: Sequence[float], most: int) -> list[int]:
-    """The k of pass@k, where there are `most` samples."""
-    return sorted({int(k) for k in asked if k <= most} or {most, *(2**i for i in range(most.bit_length()))})
+def _sizes(passes: Sequence[float], most: int) -> list[int]:
+    """Return the k of pass@k for `most` samples."""
+    return sorted({int(k) for k in passes if k <= most} or {most, *(2**i for i in range(most.bit_length()))})
 
 
 def rerank_rows(
     number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]], scored: list[dict]
 ) -> list[dict]:
-    """pass@k, majority, best of k and weighted majority, with k the samples that each problem has.
+    """Return rows for pass@k, majority, best of k and weighted majority, with k the samples that each problem has.
 
     Args:
-      answers: of each problem's samples, one spelling for all that are the same.
+      answers: of each problem's samples, equal ones with one spelling.
       scored: for each sample the guide's "values", of which the last counts, and the "seconds" of both.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
@@ -284,27 +283,27 @@ def rerank_rows(
     ]
 
 
-def _row(method: str, number: int, figures: Figures, *, eta: float | None = None) -> dict:
-    """The means over problems, each with its interval."""
-    row = {"method": method, "eta": eta, "round": number, "n": len(figures["reward"])}
+def _row(method: str, number: int, statistics: Statistics, *, eta: float | None = None) -> dict:
+    """Return the means over problems, each with its interval."""
+    row = {"method": method, "eta": eta, "round": number, "n": len(statistics["reward"])}
     row |= {"kl": None, "kl_truncated": None}
-    for name, per_problem in figures.items():
+    for name, per_problem in statistics.items():
         row |= with_interval(name, list(per_problem.values()))
     return row
 
 
-def _compared(figures: Mapping[tuple, Figures], method: str, number: int, eta: float | None) -> dict[str, float]:
-    """Paired differences of what was learned to pi_ref, and of Q# to CD by the same guide at the same eta.
+def _compared(statistics: Mapping[tuple, Statistics], method: str, number: int, eta: float | None) -> dict[str, float]:
+    """Return paired differences of a learned method to pi_ref, and of Q# to CD by the same guide at the same eta.
 
-    Of FIGURE they are FIGURE_minus_pi_ref and FIGURE_minus_cd, with intervals over the problems' differences.
+    They are called NAME_minus_pi_ref and NAME_minus_cd, with intervals over the problems' differences.
     """
-    made, found = figures[method, number, eta], {}
+    mine, compared = statistics[method, number, eta], {}
     others = {} if method.startswith("pi_ref") else {"pi_ref": ("pi_ref", 0, None)}
     others |= {"cd": ("cd", number, eta)} if method == "qsharp" else {}
-    for name, place in others.items():
-        theirs = figures.get(place, {})
-        for figure in made:
-            if figure in theirs and (figure in ("reward", "kl") or figure.startswith(("pass_", "majority_"))):
-                each = [made[figure][problem] - theirs[figure][problem] for problem in made[figure]]
-                found |= with_interval(f"{figure}_minus_{name}", each)
-    return found
+    for other, place in others.items():
+        theirs = statistics.get(place, {})
+        for name in mine:
+            if name in theirs and (name in ("reward", "kl") or name.startswith(("pass_", "majority_"))):
+                differences = [mine[name][problem] - theirs[name][problem] for problem in mine[name]]
+                compared |= with_interval(f"{name}_minus_{other}", differences)
+    return compared

@@ -1,7 +1,7 @@
-"""Samples of every method on the test problems: JSON lines in the workdir, one file a method.
+"""Samples of every method on the test problems: JSON lines in the workdir, one file per method.
 
-While a method is under way its samples are in shards, each whole or absent, in a folder of the file's name; an
-evaluation that was stopped goes on from them. Several processes share the shards. It knows nothing about figures.
+Until a method is finished its samples are in shards, each whole or absent, in a folder of the file's name, from which a
+stopped evaluation resumes. Several processes share the shards.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_a
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
 
-SAMPLE = (  # what a sample has; those of guides also have "values", one a token, None where it was no candidate
+SAMPLE = (  # keys of a sample; those of guides also have "values", one per token, None if it was not a candidate
     "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
     "seconds",
 )  # fmt: skip
 
-# A row of a file, which is waited for (its judgement), and the time at which it was computed.
+# Waits for the judgement of a row, and returns the row and the time at which it was computed.
 Ended = Callable[[], tuple[dict, float]]
 
 
@@ -52,9 +52,9 @@ def sample_method(
     etas: Sequence[float] = (math.inf,),
     samples: int = 1,
 ) -> list[dict]:
-    """Responses to every test problem, `samples` for each of `etas`, all of them in the same batches.
+    """Return `samples` responses to every test problem for each of `etas`, decoded in the same batches.
 
-    They are read from the workdir as far as they are there, for the same etas.
+    Those that the workdir already has for the same etas are read from it.
 
     Args:
       method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
@@ -70,7 +70,7 @@ def sample_method(
     size = max(1, rows // each) * each  # of a shard: whole problems, about as many responses as are decoded at once
 
     def ended(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Ended]]:
-        """All prompts and seeds are passed, whatever is missing, so that the programs are the same."""
+        """Pass all prompts and seeds, whatever is missing, so that the programs are the same."""
         order = [place for shard in shards for place in sorted(shard, key=lambda place: len(prompts[place // each]))]
         batch = ContinuousBatch(
             ref,
@@ -103,7 +103,7 @@ def sample_method(
 
 
 def _judged(session: Session, problem: Problem, eta: float, part: Generation, row: int, now: float) -> Ended:
-    """The sample that a row of `part` is; its judgement begins at once."""
+    """Start to judge the response in a row of `part`; the result is its sample."""
     response = models.tokenizer(session).decode(part.response(row))
     judgement = judge(session).submit(problem, response)
     numbers = {
@@ -127,7 +127,7 @@ def _judged(session: Session, problem: Problem, eta: float, part: Generation, ro
 
 
 def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
-    """`pi_ref`'s samples with the guide's value at every response token, kept like samples are."""
+    """Return the guide's values at every response token of `pi_ref`'s samples, stored like samples."""
     rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
     examples = [
         Example(models.tokenizer(session).encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples
@@ -165,10 +165,10 @@ def samples_path(session: Session, method: str, number: int) -> Path:
 
 
 def write_samples(path: Path, rows: list[dict]) -> None:
-    """Writes a samples file, whole or not at all.
+    """Write a samples file, whole or not at all.
 
     Raises:
-      UserError: if a number is NaN or infinite, which JSON does not know.
+      UserError: if a number is NaN or infinite, which JSON does not have.
     """
     try:
         write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
@@ -180,7 +180,7 @@ def write_samples(path: Path, rows: list[dict]) -> None:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The rows of a samples file.
+    """Read the rows of a samples file.
 
     Raises:
       UserError: naming the damaged line.
@@ -201,16 +201,16 @@ def _in_shards(
     shards: Sequence[Sequence[int]],
     ended: Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Ended]]],
 ) -> list[dict]:
-    """The rows of a samples file, in every process; what is missing of them is computed and kept shard by shard.
+    """Return the rows of a samples file, in every process; missing rows are computed and stored shard by shard.
 
-    A row's seconds are increased by its share of the time that its shard took: from the last shard's end to its own.
+    A row's share of the time since the previous shard's end is added to its seconds.
 
     Args:
-      keys: of each row, items that it has to have; a file or shard with other rows is of another evaluation.
-      shards: the rows' places in each.
+      keys: items that each row must have; a file or shard with other rows belongs to another evaluation.
+      shards: the places of the rows in each.
       ended: gives the places and rows of some shards as they are computed, in the processes that lead.
     """
-    # What the first process finds counts, for those that decode together have to do the same.
+    # The files that the first process finds count, since processes of a group have to do the same.
     if (rows := multihost.gather([_read_matching(path, keys)])[0]) is not None:
         if session.workdir.writes:
             remove_folder(_shard_folder(path))  # left by a kill after the file was written
@@ -248,7 +248,7 @@ def _shard_folder(path: Path) -> Path:
 
 
 def _read_matching(path: Path, keys: Sequence[Mapping[str, Any]]) -> list[dict] | None:
-    """The rows of a file; None if there is none, or one whose rows have other items than `keys`."""
+    """Read the rows of a file; None if it does not exist, or its rows do not have the items of `keys`."""
     if not path.exists():
         return None
     rows = read_samples(path)
@@ -264,9 +264,9 @@ def _merged(paths: Sequence[Path], shards: Sequence[Sequence[int]]) -> list[dict
 
 
 def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON knows no infinity
+    return number if math.isfinite(number) else None  # JSON has no infinity
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """None where no value is known."""
+    """Round to four digits; None where no value is known."""
     return [_finite(value) for value in np.round(values.astype(float), 4).tolist()]

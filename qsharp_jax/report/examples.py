@@ -1,4 +1,4 @@
-"""Held-out problems answered by pi_ref and by what was learned, the two side by side."""
+"""Held-out problems answered by pi_ref and by the learned method, side by side."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 
 IN_TEXT = 3  # examples in report.md and on the terminal
-KINDS = {  # of problems by whether pi_ref and what was learned are right, and how many of each a page shows
+KINDS = {  # problems by whether pi_ref and the learned method are right, and how many of each kind a page shows
     (False, True): ("only {learned} is right", 4),
     (True, False): ("only pi_ref is right", 2),
     (True, True): ("both are right", 2),
@@ -18,7 +18,7 @@ KINDS = {  # of problems by whether pi_ref and what was learned are right, and h
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The first responses of both methods to one problem; `place` is pi_ref's among its samples."""
+    """The first response of each method to one problem; `place` is the index of pi_ref's among its samples."""
 
     before: dict
     after: dict
@@ -31,11 +31,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Attributes:
-    method: what was learned.
-    eta: at which it is shown.
-    pairs: one a problem, in the problems' order.
-    samples: all that there are of pi_ref, and of the method at that eta, by name.
+    """The responses to show.
+
+    Attributes:
+      method: the learned method.
+      eta: at which it is shown.
+      pairs: one per problem, in the problems' order.
+      samples: all samples of pi_ref, and of the method at that eta, by name.
     """
 
     method: str
@@ -45,7 +47,7 @@ class Examples:
 
 
 def find(session: Session, number: int) -> Examples | None:
-    """The run's examples at its own eta, or else the smallest that was measured; None without samples of both."""
+    """Find the examples at the run's own eta, or else the smallest that was measured; None without samples of both."""
     method = session.config.algorithm
     paths = [measure.samples_path(session, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
     if not all(path.exists() for path in paths):
@@ -65,12 +67,12 @@ def find(session: Session, number: int) -> Examples | None:
 
 
 def text(session: Session, found: Examples | None) -> str:
-    """A few problems as plain text, first those where the guide made the difference."""
+    """Format a few problems as plain text, first those where the guide made the difference."""
     if found is None:
         return f"(no samples of both pi_ref and {NAMES[session.config.algorithm]})"
     name = f"{NAMES[found.method]} eta {found.eta:<6g}"
     pairs = sorted(found.pairs, key=lambda pair: pair.before["reward"] - pair.after["reward"])
-    # Two where it helped, and one as it came, so that the page does not only flatter.
+    # Two where it helped, and one from the middle, so that the text does not only flatter.
     chosen = pairs[: IN_TEXT - 1] + pairs[len(pairs) // 2 :][:1]
     verdict = {True: "right", False: "wrong"}
     return "\n\n".join(

@@ -1,7 +1,6 @@
 """A page of responses, unguided and guided side by side, each token shaded by the value that the guide gives it.
 
-One HTML file that needs no other: the style is in it, and there is no script. It knows nothing about how the samples
-were made.
+It is one HTML file without scripts, with its style inside.
 """
 
 import html
@@ -13,8 +12,12 @@ from qsharp_jax.report.names import NAMES
 from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 
-SHADES = 21  # from the least value to the greatest
-_ENDS = ((244, 165, 110), (247, 247, 242), (125, 190, 225))  # orange, nearly white, blue: for all kinds of eyes
+SHADES = 21  # from the smallest value to the largest
+_ENDS = (
+    (244, 165, 110),
+    (247, 247, 242),
+    (125, 190, 225),
+)  # orange, nearly white, blue: color-blind safe
 _LONG = 1500  # characters; a longer problem is folded up
 
 STYLE = """
@@ -45,10 +48,10 @@ p, li { max-width: 60rem; }
 
 
 def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> str:
-    """The page's HTML.
+    """Return the page's HTML.
 
     Args:
-      scored: the guide's "values" of pi_ref's samples; None where there is no guide, and then nothing is shaded.
+      scored: the guide's "values" of pi_ref's samples; None without a guide, and then nothing is shaded.
     """
     shown = {kind: [pair for pair in found.pairs if pair.kind == kind][:most] for kind, (_, most) in KINDS.items()}
     pairs = [pair for some in shown.values() for pair in some]
@@ -146,7 +149,7 @@ def _side(
 def _tokens(
     tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], text: Tokenizer
 ) -> str:
-    """The response, a span a token; what a token holds back is shown with the one that completes it."""
+    """Return a response with one span per token; bytes of an unfinished character go to the token that completes it."""
     *pieces, rest = text.decode_stream([token] for token in tokens)
     pieces[-1] += rest
     spans = []
@@ -170,15 +173,15 @@ def _shade(value: float, scale: tuple[float, float]) -> int:
 
 
 def _shades() -> str:
-    return "".join(f".v{number} {{ background: {_colour(number / (SHADES - 1))}; }}\n" for number in range(SHADES))
+    return "".join(f".v{number} {{ background: {_color(number / (SHADES - 1))}; }}\n" for number in range(SHADES))
 
 
-def _colour(share: float) -> str:
-    """Of a place between the least value, 0, and the greatest, 1."""
+def _color(share: float) -> str:
+    """Return the color of a value between the smallest, 0, and the largest, 1."""
     low, middle, high = _ENDS
     ends, part = ((low, middle), share * 2) if share < 0.5 else ((middle, high), share * 2 - 1)
     return _rgb(tuple(round(a + (b - a) * part) for a, b in zip(*ends, strict=True)))
 
 
-def _rgb(colour: Sequence[int]) -> str:
-    return f"rgb({', '.join(map(str, colour))})"
+def _rgb(color: Sequence[int]) -> str:
+    return f"rgb({', '.join(map(str, color))})"

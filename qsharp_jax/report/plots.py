@@ -1,4 +1,4 @@
-"""The plots of a report. Each draws on one pair of axes, from rows of `results.json`, samples or metrics."""
+"""Plots of a report, each on one pair of axes, from rows of `results.json`, samples or metrics."""
 
 import itertools
 from collections import defaultdict
@@ -29,14 +29,14 @@ def save_plot(path, draw) -> None:
 
 
 def _errors(rows: list[dict], name: str = "reward") -> list[list[float]] | None:
-    """The two arms of a figure's intervals; None where it has none."""
+    """Return the lower and upper errors of a statistic; None if a row has no interval."""
     if any(row.get(f"{name}_low") is None for row in rows):
         return None
     return [[row[name] - row[f"{name}_low"] for row in rows], [row[f"{name}_high"] - row[name] for row in rows]]
 
 
 def frontier(axes, rows: list[dict]) -> None:
-    """pass@1 against KL over eta, with intervals of both, beside pi_ref and what its samples make."""
+    """Draw pass@1 against KL over eta, with intervals of both, beside pi_ref and the reranking of its samples."""
     number = max(row["round"] for row in rows)
     for method in GUIDED:
         line = [row for row in rows if row["method"] == method and row["round"] == number]
@@ -48,21 +48,21 @@ def frontier(axes, rows: list[dict]) -> None:
             kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=NAMES[method],
             color=COLOURS[method],
         )  # fmt: skip
-        # Q#'s points gather where its tilt saturates, so only the line's ends are named; and lines that begin alike are
-        # named on both sides.
+        # Points gather where the tilt saturates, so only the ends of a line are labeled; lines that begin at the same
+        # place have their labels on different sides.
         first = (6, -12) if method == "qsharp" else (-36, 5)
         for row, offset in zip((line[0], line[-1]), (first, (6, -12)), strict=True):
             place, text = (row["kl"], row["reward"]), f"η={eta_of(row):g}"
             axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=COLOURS[method])
     for row in rows:
         if row["method"] in POLICIES and row["round"] == number:
-            at, colour = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
+            at, color = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
             errors = _errors([row]), _errors([row], "kl")
-            axes.errorbar(*at, *errors, marker="o", capsize=3, label=NAMES[row["method"]], color=colour)
+            axes.errorbar(*at, *errors, marker="o", capsize=3, label=NAMES[row["method"]], color=color)
     start = [row for row in rows if row["method"] == "pi_ref"]
     if start:
-        reward, colour = [start[0]["reward"]], COLOURS["pi_ref"]
-        axes.errorbar([0], reward, _errors(start), marker="s", capsize=3, label="pi_ref", color=colour)
+        reward, color = [start[0]["reward"]], COLOURS["pi_ref"]
+        axes.errorbar([0], reward, _errors(start), marker="s", capsize=3, label="pi_ref", color=color)
     for row in rows:
         if row["method"].startswith(("best_of", "majority")):
             style = "--" if row["method"].startswith("best_of") else ":"
@@ -77,7 +77,7 @@ def frontier(axes, rows: list[dict]) -> None:
 
 
 def rounds(axes, rows: list[dict]) -> None:
-    """Reward of the guide at the strongest guidance that every round was evaluated at, or of the trained policy."""
+    """Draw the reward by round, of a guide at the smallest eta that all rounds were evaluated at, or of a policy."""
     by_round = defaultdict(dict)
     method = learned(rows)
     for row in rows:
@@ -99,39 +99,39 @@ def rounds(axes, rows: list[dict]) -> None:
 
 
 def learning_curve(metrics: list[dict]) -> list[dict]:
-    """The lots of rollouts of a policy's training, each once, with the rollouts up to its end as "rollouts_so_far"."""
+    """Return the metrics of each batch of rollouts that a policy was trained on, with the count "rollouts_so_far"."""
     last = {(line["phase"], line["step"]): line for line in metrics if "log_prob_gap" in line}
     so_far = itertools.accumulate(line["rollouts"] for line in last.values())
     return [line | {"rollouts_so_far": count} for line, count in zip(last.values(), so_far, strict=True)]
 
 
-def learning(axes, lots: list[dict]) -> None:
-    """Of the rollouts that a policy learned from."""
-    for name, colour in (("reward", "#1f5fa8"), ("objective", "#c8641e"), ("kl", "#555555")):
+def learning(axes, batches: list[dict]) -> None:
+    """Draw reward, objective and KL of the rollouts that a policy was trained on."""
+    for name, color in (("reward", "#1f5fa8"), ("objective", "#c8641e"), ("kl", "#555555")):
         label = name if name != "kl" else "KL (nats a response)"
-        axes.plot(*smoothed(lots, name), label=label, color=colour)
+        axes.plot(*smoothed(batches, name), label=label, color=color)
     axes.set(xlabel="rollouts", title="Training")
     axes.legend(fontsize=8)
 
 
-def smoothed(lots: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Rollouts so far, and the mean of a figure over the last twentieth of all lots up to there."""
-    width = max(len(lots) // 20, 1)
-    means = [float(np.mean([line[name] for line in lots[max(i - width + 1, 0) : i + 1]])) for i in range(len(lots))]
-    return [line["rollouts_so_far"] for line in lots], means
+def smoothed(batches: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Return the rollouts so far, and the mean of a metric over the last twentieth of all batches up to there."""
+    width, numbers = max(len(batches) // 20, 1), [line[name] for line in batches]
+    means = [float(np.mean(numbers[max(i - width + 1, 0) : i + 1])) for i in range(len(numbers))]
+    return [line["rollouts_so_far"] for line in batches], means
 
 
 def calibration(axes, scored: list[dict]) -> None:
-    """Mean value against mean reward, in bins, at several places of `pi_ref`'s responses; a dot's area is its share."""
+    """Draw mean value against mean reward, in bins, at several places of `pi_ref`'s responses."""
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
     rewards = np.asarray([sample["reward"] for sample in scored])
-    for place, colour in zip(PLACES, ("#c6dcef", "#92bfe0", "#5598cd", "#2a6fae", "#0f3661"), strict=True):
+    for place, color in zip(PLACES, ("#c6dcef", "#92bfe0", "#5598cd", "#2a6fae", "#0f3661"), strict=True):
         predicted = at_place(scored, place)
         bins = score.calibration(predicted, rewards)
         label = f"{PLACES[place]} (ECE {score.calibration_error(predicted, rewards):.3f})"
         at, observed = [b["predicted"] for b in bins], [b["observed"] for b in bins]
-        axes.plot(at, observed, linewidth=1, color=colour, label=label)
-        axes.scatter(at, observed, [5 + 250 * b["count"] / len(scored) for b in bins], color=colour)
+        axes.plot(at, observed, linewidth=1, color=color, label=label)
+        axes.scatter(at, observed, [5 + 250 * b["count"] / len(scored) for b in bins], color=color)
     axes.set(
         xlabel="value given by the guide (a dot's area: share of the responses)",
         ylabel="mean reward",
@@ -141,24 +141,24 @@ def calibration(axes, scored: list[dict]) -> None:
 
 
 def at_place(scored: Sequence[dict], place: float) -> np.ndarray:
-    """[n] values at a place of each response, from 0, its first token, to 1, its last."""
+    """Return the values, [n], at a place of each response, from 0 (first token) to 1 (last token)."""
     return np.asarray([sample["values"][round(place * (len(sample["values"]) - 1))] for sample in scored])
 
 
 def lengths(axes, samples: dict[str, list[dict]]) -> None:
-    """Mean reward of the responses by their length, for each method's samples."""
+    """Draw mean reward by response length for each method's samples."""
     for name, of_method in samples.items():
         bins = reward_by_length(of_method)
         at, reward = [b["response_tokens"] for b in bins], [b["reward"] for b in bins]
-        colour = COLOURS[name]
-        axes.errorbar(at, reward, _errors(bins), marker="o", capsize=3, color=colour, label=NAMES[name])
+        color = COLOURS[name]
+        axes.errorbar(at, reward, _errors(bins), marker="o", capsize=3, color=color, label=NAMES[name])
     axes.set(xlabel="tokens of a response (mean of each bin)", ylabel="mean reward", ylim=(0, None))
     axes.set_title("Reward against response length")
     axes.legend(fontsize=8)
 
 
 def reward_by_length(samples: Sequence[dict]) -> list[dict[str, float]]:
-    """Bins of the samples by length, from short to long: mean tokens, mean reward with its interval, and the count.
+    """Bin the samples by length, from short to long: mean tokens, mean reward with its interval, and the count.
 
     The interval is a bootstrap over the problems that have samples in the bin.
     """

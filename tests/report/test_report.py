@@ -346,9 +346,9 @@ def test_a_long_problem_is_folded_up(tmp_path):
 def test_shades_go_from_the_least_to_the_greatest():
     assert [page._shade(value, (0.0, 1.0)) for value in (0.0, 0.5, 1.0)] == [0, 10, 20]
     assert [page._shade(value, (-2.0, 2.0)) for value in (-2.0, 0.0, 2.0)] == [0, 10, 20]
-    ends = [page._colour(share) for share in (0.0, 0.5, 1.0)]
-    assert ends == [page._rgb(colour) for colour in page._ENDS]
-    assert len(set(map(page._colour, np.arange(21) / 20))) == 21
+    ends = [page._color(share) for share in (0.0, 0.5, 1.0)]
+    assert ends == [page._rgb(color) for color in page._ENDS]
+    assert len(set(map(page._color, np.arange(21) / 20))) == 21
 
 
 # --- What cannot be reported ----------------------------------------------------------------------------------------
