@@ -60,8 +60,8 @@ def write(session: Session) -> str:
     found = examples.find(session, number)
     if found:
         draw["lengths.png"] = lambda axes: plots.lengths(axes, found.samples)
-    if lots := learning_curve(metrics):
-        draw["learning.png"] = lambda axes: plots.learning(axes, lots)
+    if batches := learning_curve(metrics):
+        draw["learning.png"] = lambda axes: plots.learning(axes, batches)
     for name, of_axes in draw.items():
         save_plot(folder / name, of_axes)
     collected, shown = rollouts_table(metrics), table(rows)
