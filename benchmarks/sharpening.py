@@ -48,7 +48,7 @@ def measure_run(session: Session) -> Found:
         rewards = [judgement.reward for judgement in judge(session)(problems, texts)]
         return Measured(*(np.reshape(x, (-1, SAMPLES)).mean(1) for x in (rewards, made.kl.sum(1))))
 
-    samples = measure.read_samples(measure.samples_path(session, "pi_ref", 0))
+    samples = measure.read_samples(measure.samples_path(session.workdir, "pi_ref", 0))
     reward = np.asarray(statistics.by_problem(samples, "reward"))
     found = {("pi_ref", float("inf")): Measured(reward, np.zeros(len(reward)))}
     found |= {("qsharp", f"eta {eta:g}"): of(guide, replace(sampling, eta=eta)) for eta in ETAS}

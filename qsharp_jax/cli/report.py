@@ -16,6 +16,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import report
-    from qsharp_jax.run.session import Session
 
-    print(report.write(Session(workdir)))
+    print(report.write(workdir))

@@ -24,4 +24,4 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     session = Session(workdir, options.profile)
     pipeline.run(session)
     if workdir.writes:
-        print("\n" + report.write(session))
+        print("\n" + report.write(session.workdir))

@@ -105,14 +105,14 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
     learned = (session.config.algorithm, f"{session.config.algorithm}_greedy", "cd")
     places = [*of_pi_ref, *itertools.product(learned, rounds)]
-    paths = {place: path for place in places if (path := samples_path(session, *place)).exists()}
+    paths = {place: path for place in places if (path := samples_path(session.workdir, *place)).exists()}
     if ("pi_ref", 0) not in paths:
         raise UserError(
             f"there are no samples of pi_ref in {session.workdir.samples}; run `qsharp evaluate --workdir"
             f" {session.workdir.path}` first"
         )
     last = max(number for _, number in paths)
-    scored_path = samples_path(session, "pi_ref_values", last)
+    scored_path = samples_path(session.workdir, "pi_ref_values", last)
     made = {place: _read_judged(path) for place, path in paths.items()}
     scored = read_samples(scored_path) if scored_path.exists() else None
     if scored is not None and len(scored) != len(made["pi_ref", 0]):

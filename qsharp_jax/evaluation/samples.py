@@ -18,6 +18,7 @@ import numpy as np
 
 from qsharp_jax import rollouts
 from qsharp_jax.data.batches import Example, length_batches
+from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.evaluation import score
 from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel
@@ -25,12 +26,14 @@ from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.judging import Judge
 
 SAMPLE = (  # keys of a sample; those of guides also have "values", one per token, None if it was not a candidate
     "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
@@ -62,10 +65,10 @@ def sample_method(
       sampling: with any eta.
       number: of the round that fitted the guide; 0 for pi_ref.
     """
-    text, problems = models.tokenizer(session), test_problems(session)
+    tokenizer, problems = models.tokenizer(session), test_problems(session)
     each = len(etas) * samples
     plan = list(itertools.product(problems, etas, range(samples)))
-    prompts = [text.encode_prompt(problem.prompt) for problem in problems]
+    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
     rows = session.config.evaluate.batch_size
     size = max(1, rows // each) * each  # of a shard: whole problems, about as many responses as are decoded at once
 
@@ -90,22 +93,24 @@ def sample_method(
                 if multihost.leads(session.hosts_per_group):
                     for row, place in enumerate(places.tolist()):
                         problem, eta, _ = plan[place]
-                        yield place, _judged(session, problem, eta, part, row, now)
+                        yield place, _judged(tokenizer, judge(session), problem, eta, part, row, now)
                 bar.update(len(places))
 
     return _in_shards(
         session,
-        samples_path(session, method, number),
+        samples_path(session.workdir, method, number),
         [{"problem_id": problem.problem_id, "eta": _finite(eta)} for problem, eta, _ in plan],
         [range(begin, min(begin + size, len(plan))) for begin in range(0, len(plan), size)],
         ended,
     )
 
 
-def _judged(session: Session, problem: Problem, eta: float, part: Generation, row: int, now: float) -> Ended:
+def _judged(
+    tokenizer: Tokenizer, judge: Judge, problem: Problem, eta: float, part: Generation, row: int, now: float
+) -> Ended:
     """Start to judge the response in a row of `part`; the result is its sample."""
-    response = models.tokenizer(session).decode(part.response(row))
-    judgement = judge(session).submit(problem, response)
+    response = tokenizer.decode(part.response(row))
+    judgement = judge.submit(problem, response)
     numbers = {
         "finished": bool(part.finished[row]),
         "eta": _finite(eta),
@@ -129,9 +134,8 @@ def _judged(session: Session, problem: Problem, eta: float, part: Generation, ro
 def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
     """Return the guide's values at every response token of `pi_ref`'s samples, stored like samples."""
     rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
-    examples = [
-        Example(models.tokenizer(session).encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples
-    ]
+    tokenizer = models.tokenizer(session)
+    examples = [Example(tokenizer.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
     shards: list[list[int]] = []  # whole batches, so that they are those of scoring everything at once
     for _, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         if not shards or len(shards[-1]) >= rows:
@@ -150,7 +154,7 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
 
     return _in_shards(
         session,
-        samples_path(session, "pi_ref_values", number),
+        samples_path(session.workdir, "pi_ref_values", number),
         [{"problem_id": sample["problem_id"]} for sample in samples],
         shards,
         ended,
@@ -160,8 +164,8 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def samples_path(session: Session, method: str, number: int) -> Path:
-    return session.workdir.samples / (f"{method}_round_{number}.jsonl" if number else f"{method}.jsonl")
+def samples_path(workdir: Workdir, method: str, number: int) -> Path:
+    return workdir.samples / (f"{method}_round_{number}.jsonl" if number else f"{method}.jsonl")
 
 
 def write_samples(path: Path, rows: list[dict]) -> None:

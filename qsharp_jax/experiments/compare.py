@@ -177,7 +177,7 @@ def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> di
     """Result of a way of sampling that costs no training of its own; its KL is that of what was sampled."""
     its = Session(Workdir.attach(folder))
     row = _results(its.workdir.results, method, number)
-    rewards = _rewards(measure.samples_path(its, method, number))
+    rewards = _rewards(measure.samples_path(its.workdir, method, number))
     kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
     objective = row["reward"] - configs.kl_weight(its.config) * kl
     return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": objective}
@@ -193,7 +193,7 @@ def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
     return {
         "seed": seed,
         "method": method,
-        "rewards": _rewards(measure.samples_path(its, method, number)),
+        "rewards": _rewards(measure.samples_path(its.workdir, method, number)),
         "kl": found["kl"],
         "objective": found["reward"] - configs.kl_weight(its.config) * found["kl"],
         "flops_budget": flops,

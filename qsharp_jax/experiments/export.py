@@ -60,7 +60,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
 
 def _results(session: Session) -> list[dict]:
     """None before the first evaluation."""
-    return report.read_results(session) if session.workdir.results.exists() else []
+    return report.read_results(session.workdir) if session.workdir.results.exists() else []
 
 
 def _metrics(rows: list[dict], number: int) -> dict[str, str]:

@@ -1,7 +1,4 @@
-"""The report of a run: tables, plots and examples, all from the workdir's files.
-
-It knows nothing about models: whoever has the workdir can make the report again.
-"""
+"""The report of a run: tables, plots and examples, all from the workdir's files, so that it can be written again."""
 
 import json
 
@@ -11,7 +8,8 @@ from qsharp_jax.report.names import COLOURS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
 from qsharp_jax.report.tables import markdown, rollouts_table, table
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.session import Session
+from qsharp_jax.run import models
+from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 
@@ -29,15 +27,15 @@ __all__ = [
 ]
 
 
-def read_results(session: Session) -> list[dict]:
-    """The rows of `results.json`.
+def read_results(workdir: Workdir) -> list[dict]:
+    """Read the rows of `results.json`.
 
     Raises:
       UserError: if there are none, or if the file is damaged.
     """
-    path = session.workdir.results
+    path = workdir.results
     if not path.exists():
-        raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {session.workdir.path}` first")
+        raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {workdir.path}` first")
     content = path.read_bytes()  # of a bucket, it too may raise a ValueError
     try:
         return json.loads(content)
@@ -45,19 +43,19 @@ def read_results(session: Session) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
 
 
-def write(session: Session) -> str:
-    """Writes `report.md`, the plots and `examples.html`, and returns the text that ends a run on the terminal."""
-    rows, metrics = read_results(session), session.workdir.read_metrics()
-    folder, number = session.workdir.path, max(row["round"] for row in rows)
+def write(workdir: Workdir) -> str:
+    """Write `report.md`, the plots and `examples.html`, and return the text that ends a run on the terminal."""
+    rows, metrics = read_results(workdir), workdir.read_metrics()
+    folder, number = workdir.path, max(row["round"] for row in rows)
     draw = {
         "frontier.png": lambda axes: plots.frontier(axes, rows),
         "rounds.png": lambda axes: plots.rounds(axes, rows),
     }
-    scored_path = measure.samples_path(session, "pi_ref_values", number)
+    scored_path = measure.samples_path(workdir, "pi_ref_values", number)
     scored = measure.read_samples(scored_path) if scored_path.exists() else None
     if scored:
         draw["calibration.png"] = lambda axes: plots.calibration(axes, scored)
-    found = examples.find(session, number)
+    found = examples.find(workdir, number)
     if found:
         draw["lengths.png"] = lambda axes: plots.lengths(axes, found.samples)
     if batches := learning_curve(metrics):
@@ -65,11 +63,11 @@ def write(session: Session) -> str:
     for name, of_axes in draw.items():
         save_plot(folder / name, of_axes)
     collected, shown = rollouts_table(metrics), table(rows)
-    paper = tables.paper_table(rows, configs.kl_weight(session.config))
+    paper = tables.paper_table(rows, configs.kl_weight(workdir.config))
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
-    differences, pairs = tables.differences_table(rows), examples.text(session, found)
+    differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, found)
     parts = [
-        f"# {session.config.task.name}: {folder.name}",
+        f"# {workdir.config.task.name}: {folder.name}",
         *((paper, tables.HOW_PAPER, "## All results") if paper else ()),
         shown,
         tables.HOW,
@@ -83,9 +81,10 @@ def write(session: Session) -> str:
     ]
     names = ["report.md", "results.json", *draw]
     if found:
-        write_atomic(folder / "examples.html", page.make(session, found, scored))
+        tokenizer = models.make_tokenizer(workdir.config, workdir.date)
+        write_atomic(folder / "examples.html", page.make(workdir.config.task.name, found, scored, tokenizer))
         parts.append("[More of them](examples.html)" + (", each token shaded by the guide's value." if scored else "."))
         names.append("examples.html")
-    write_atomic(session.workdir.report, "\n\n".join(parts) + "\n")
+    write_atomic(workdir.report, "\n\n".join(parts) + "\n")
     files = ", ".join(str(folder / name) for name in names)
     return "\n\n".join(part for part in (collected, paper, shown, pairs, f"Files: {files}") if part)

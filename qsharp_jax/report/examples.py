@@ -5,7 +5,7 @@ import dataclasses
 from qsharp_jax.evaluation import measure
 from qsharp_jax.report.names import NAMES, eta_of
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 
 IN_TEXT = 3  # examples in report.md and on the terminal
 KINDS = {  # problems by whether pi_ref and the learned method are right, and how many of each kind a page shows
@@ -46,15 +46,15 @@ class Examples:
     samples: dict[str, list[dict]]
 
 
-def find(session: Session, number: int) -> Examples | None:
+def find(workdir: Workdir, number: int) -> Examples | None:
     """Find the examples at the run's own eta, or else the smallest that was measured; None without samples of both."""
-    method = session.config.algorithm
-    paths = [measure.samples_path(session, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
+    method = workdir.config.algorithm
+    paths = [measure.samples_path(workdir, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
     if not all(path.exists() for path in paths):
         return None
     unguided, guided = map(measure.read_samples, paths)
     etas = {eta_of(sample) for sample in guided}
-    eta = configs.kl_weight(session.config)
+    eta = configs.kl_weight(workdir.config)
     eta = eta if eta in etas else min(etas)
     guided = [sample for sample in guided if eta_of(sample) == eta]
     places, first = {}, {}
@@ -66,10 +66,10 @@ def find(session: Session, number: int) -> Examples | None:
     return Examples(method, eta, pairs, {"pi_ref": unguided, method: guided})
 
 
-def text(session: Session, found: Examples | None) -> str:
+def text(method: str, found: Examples | None) -> str:
     """Format a few problems as plain text, first those where the guide made the difference."""
     if found is None:
-        return f"(no samples of both pi_ref and {NAMES[session.config.algorithm]})"
+        return f"(no samples of both pi_ref and {NAMES[method]})"
     name = f"{NAMES[found.method]} eta {found.eta:<6g}"
     pairs = sorted(found.pairs, key=lambda pair: pair.before["reward"] - pair.after["reward"])
     # Two where it helped, and one from the middle, so that the text does not only flatter.

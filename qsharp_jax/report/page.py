@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.report.examples import KINDS, Examples, Pair
 from qsharp_jax.report.names import NAMES
-from qsharp_jax.run import models
-from qsharp_jax.run.session import Session
 
 SHADES = 21  # from the smallest value to the largest
 _ENDS = (
@@ -47,10 +45,11 @@ p, li { max-width: 60rem; }
 """
 
 
-def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> str:
+def make(task: str, found: Examples, scored: Sequence[dict] | None, tokenizer: Tokenizer) -> str:
     """Return the page's HTML.
 
     Args:
+      task: its name.
       scored: the guide's "values" of pi_ref's samples; None without a guide, and then nothing is shaded.
     """
     shown = {kind: [pair for pair in found.pairs if pair.kind == kind][:most] for kind, (_, most) in KINDS.items()}
@@ -59,15 +58,12 @@ def make(session: Session, found: Examples, scored: Sequence[dict] | None) -> st
     values = [value for _, *both in sides for side in both for value in side or () if value is not None]
     scale = min([0.0, *values]), max([1.0, *values])
     name = f"{NAMES[found.method]}, eta {found.eta:g}"
-    title = f"{session.config.task.name}: pi_ref and {name}"
+    title = f"{task}: pi_ref and {name}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _introduction(found, name, shown),
         _legend(scale) if values else "<p>There is no guide here whose values could be shown.</p>",
-        *(
-            _example(number, *side, name, scale, models.tokenizer(session))
-            for number, side in enumerate(sides, start=1)
-        ),
+        *(_example(number, *side, name, scale, tokenizer) for number, side in enumerate(sides, start=1)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -111,7 +107,7 @@ def _example(
     after: Sequence[float | None] | None,
     name: str,
     scale: tuple[float, float],
-    text: Tokenizer,
+    tokenizer: Tokenizer,
 ) -> str:
     words, answer = _words(KINDS[pair.kind][0], name), html.escape(pair.before["answer"])
     prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
@@ -119,13 +115,13 @@ def _example(
         prompt = f"<details><summary>The problem ({len(pair.before['prompt'])} characters)</summary>{prompt}</details>"
     return (
         f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n{prompt}\n"
-        f'<div class="pair">\n{_side("pi_ref", pair.before, before, scale, text)}\n'
-        f"{_side(name, pair.after, after, scale, text)}\n</div>"
+        f'<div class="pair">\n{_side("pi_ref", pair.before, before, scale, tokenizer)}\n'
+        f"{_side(name, pair.after, after, scale, tokenizer)}\n</div>"
     )
 
 
 def _side(
-    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], text: Tokenizer
+    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], tokenizer: Tokenizer
 ) -> str:
     right = sample["reward"] > 0
     answer = "no answer" if sample["parsed"] is None else f"answer {sample['parsed']}"
@@ -142,20 +138,20 @@ def _side(
         f'<div class="side"><h3>{html.escape(name)} <span class="{"right" if right else "wrong"}">'
         f"{'right' if right else 'wrong'}</span></h3>"
         f'<div class="facts">{html.escape("; ".join(facts))}</div>'
-        f'<div class="response">{_tokens(sample["tokens"], values, scale, text)}</div></div>'
+        f'<div class="response">{_tokens(sample["tokens"], values, scale, tokenizer)}</div></div>'
     )
 
 
 def _tokens(
-    tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], text: Tokenizer
+    tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], tokenizer: Tokenizer
 ) -> str:
     """Return a response with one span per token; bytes of an unfinished character go to the token that completes it."""
-    *pieces, rest = text.decode_stream([token] for token in tokens)
+    *pieces, rest = tokenizer.decode_stream([token] for token in tokens)
     pieces[-1] += rest
     spans = []
     for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
         shown = html.escape(piece).replace("\n", '<i class="mark">\u21b5</i>\n')
-        if token in text.stop_ids:
+        if token in tokenizer.stop_ids:
             shown += '<i class="mark">end</i>'
         if values is None:
             spans.append(shown)

@@ -171,7 +171,7 @@ def test_a_policy_is_measured_and_reported_like_a_guide():
     objective, _ = bandit.exact_objective(session, ref, made)
     assert rows[3]["eta"] == configs.kl_weight(session.config) and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1
     assert rows[3]["reward"] - configs.kl_weight(session.config) * rows[3]["kl"] == pytest.approx(objective, abs=0.15)
-    assert re.search(r"\| REINFORCE +\| 0.2 ", report.write(session))
+    assert re.search(r"\| REINFORCE +\| 0.2 ", report.write(session.workdir))
     assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
 
 

@@ -138,7 +138,7 @@ def test_a_method_that_is_stopped_goes_on_from_its_shards(stoppable, tmp_path, m
     rows = sample(session, ref, guide)
     assert len(places) == 8 * (5 - len(whole))
     assert_same_samples(rows, expected)
-    assert samples.read_samples(samples.samples_path(session, "qsharp", 1)) == rows
+    assert samples.read_samples(samples.samples_path(session.workdir, "qsharp", 1)) == rows
     assert all(row["seconds"] > 0 for row in rows)
     assert [path.name for path in session.workdir.samples.iterdir()] == ["qsharp_round_1.jsonl"]
     forbid_sampling(monkeypatch)
@@ -232,5 +232,5 @@ def test_two_hosts_share_the_shards_and_go_on_from_those_of_both(tmp_path):
             assert shards_of(two, "qsharp_round_1")
         else:
             assert all(output.splitlines()[-1] == "40" for output, _ in outputs), outputs
-    assert_same_samples(samples.read_samples(samples.samples_path(two, "qsharp", 1)), expected)
+    assert_same_samples(samples.read_samples(samples.samples_path(two.workdir, "qsharp", 1)), expected)
     assert not shards_of(two, "qsharp_round_1")

@@ -13,7 +13,6 @@ import pytest
 from qsharp_jax import report
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.report import page, plots, tables
-from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 
@@ -52,16 +51,16 @@ def fill(session, rows=ROWS, etas=(0.5, 0.1)):
     """The files that an evaluation leaves: results, and the samples behind them."""
     session.workdir.results.write_text(json.dumps(rows))
     unguided = [make_sample(f"p{i}", None, 0.0, f"unguided {i}.{j}") for i in range(5) for j in range(3)]
-    measure.write_samples(measure.samples_path(session, "pi_ref", 0), unguided)
+    measure.write_samples(measure.samples_path(session.workdir, "pi_ref", 0), unguided)
     guided = [
         make_sample(f"p{i}", eta, float(i == 3), f"guided {i} at {eta}", [0.25, None, 0.875])
         for i in range(5)
         for eta in etas
     ]
-    measure.write_samples(measure.samples_path(session, "qsharp", 2), guided)
+    measure.write_samples(measure.samples_path(session.workdir, "qsharp", 2), guided)
     rng = np.random.default_rng(0)
     values = [{"values": rng.random(3).tolist(), "reward": 0.0, "problem_id": f"p{i // 3}"} for i in range(15)]
-    measure.write_samples(measure.samples_path(session, "pi_ref_values", 2), values)
+    measure.write_samples(measure.samples_path(session.workdir, "pi_ref_values", 2), values)
     return session
 
 
@@ -169,7 +168,7 @@ PLOTS = ("frontier.png", "rounds.png", "calibration.png", "lengths.png")
 def test_a_report_is_a_page_and_its_pictures(tmp_path):
     """report.md holds the table and names every picture; the text for the terminal holds the table and every path."""
     session = fill(helpers.session(tmp_path))
-    text = report.write(session)
+    text = report.write(session.workdir)
     page = (tmp_path / "report.md").read_text()
     assert report.table(ROWS) in page and report.table(ROWS) in text
     for name in PLOTS:
@@ -182,7 +181,7 @@ def test_a_report_is_a_page_and_its_pictures(tmp_path):
 def test_the_examples_begin_where_the_guide_made_the_difference(tmp_path):
     """At the eta of collection, beside pi_ref's first sample of the same problem."""
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    page = report.write(session)
+    page = report.write(session.workdir)
     first = page.index("prompt of p3")
     assert all(first <= page.index(f"prompt of p{i}") for i in range(5) if f"prompt of p{i}" in page)
     assert "unguided 3.0   (wrong)" in page and "guided 3 at 0.1 " in page and "right; answer 1,2,3" in page
@@ -192,13 +191,13 @@ def test_the_examples_begin_where_the_guide_made_the_difference(tmp_path):
 def test_whoever_has_the_files_can_make_the_report_again(tmp_path):
     """In another session, opened without a config; no model is needed, and none is there."""
     session = fill(helpers.session(tmp_path))
-    text, page = report.write(session), (tmp_path / "report.md").read_text()
+    text, page = report.write(session.workdir), (tmp_path / "report.md").read_text()
     session.workdir.close()
     shown = (tmp_path / "examples.html").read_text()
     for name in ("report.md", "examples.html", *PLOTS):
         (tmp_path / name).unlink()
     with Workdir.open(tmp_path) as workdir:
-        assert report.write(Session(workdir)) == text
+        assert report.write(workdir) == text
     assert (tmp_path / "report.md").read_text() == page and all((tmp_path / name).exists() for name in PLOTS)
     assert (tmp_path / "examples.html").read_text() == shown
     assert not (tmp_path / "ref").exists() and not (tmp_path / "guide").exists()
@@ -217,7 +216,7 @@ def test_a_report_of_what_there_is(tmp_path, rows):
     """Without a guide, without CD, without samples or values: what is missing is left out."""
     session = helpers.session(tmp_path)
     session.workdir.results.write_text(json.dumps(rows))
-    report.write(session)
+    report.write(session.workdir)
     page = (tmp_path / "report.md").read_text()
     assert report.table(rows) in page and "calibration" not in page and "no samples" in page
     size_of_png(tmp_path / "frontier.png"), size_of_png(tmp_path / "rounds.png")
@@ -234,7 +233,7 @@ def test_guidance_at_eta_inf_is_shown_as_such(tmp_path):
         make_row("cd", 0.37, round=2, kl=0.0, kl_truncated=0.0),
     ]
     fill(session, rows, etas=(None, 0.1))
-    page = report.write(session)
+    page = report.write(session.workdir)
     header, _, *lines = cells_of(report.table(rows))
     assert [line[header.index("eta")] for line in lines] == ["", "inf", "inf", "0.1", "0.1", "inf"]
     assert "Q# eta inf" in page and math.isinf(session.config.collect.eta)
@@ -298,7 +297,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_is_whole_and_needs_no_other_file(tmp_path):
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    report.write(session)
+    report.write(session.workdir)
     text = (tmp_path / "examples.html").read_text()
     found = Page(text)
     assert {"html", "head", "style", "body", "h1"} <= set(found.tags) and "script" not in found.tags
@@ -309,8 +308,8 @@ def test_the_page_is_whole_and_needs_no_other_file(tmp_path):
 def test_the_page_shows_each_token_with_its_value(tmp_path):
     """Both responses, pi_ref's by the file of values, and what is known of each."""
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    values = measure.read_samples(measure.samples_path(session, "pi_ref_values", 2))
-    report.write(session)
+    values = measure.read_samples(measure.samples_path(session.workdir, "pi_ref_values", 2))
+    report.write(session.workdir)
     found = Page((tmp_path / "examples.html").read_text())
     shown = [a["data-v"] for a in found.attributes if "data-v" in a]
     order = [3, 0, 1]  # the one that guidance solved, and two of those that neither did
@@ -326,20 +325,20 @@ def test_the_page_shows_each_token_with_its_value(tmp_path):
 
 def test_the_page_escapes_what_is_in_texts(tmp_path):
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    path = measure.samples_path(session, "pi_ref", 0)
+    path = measure.samples_path(session.workdir, "pi_ref", 0)
     bad = '<script>alert("&amp;")</script>'
     rows = [row | {"prompt": bad, "answer": bad, "parsed": bad} for row in measure.read_samples(path)]
     measure.write_samples(path, rows)
-    report.write(session)
+    report.write(session.workdir)
     text = (tmp_path / "examples.html").read_text()
     assert "<script" not in text and bad in "".join(Page(text).texts)
 
 
 def test_a_long_problem_is_folded_up(tmp_path):
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    path = measure.samples_path(session, "pi_ref", 0)
+    path = measure.samples_path(session.workdir, "pi_ref", 0)
     measure.write_samples(path, [row | {"prompt": "word " * 1000} for row in measure.read_samples(path)])
-    report.write(session)
+    report.write(session.workdir)
     assert Page((tmp_path / "examples.html").read_text()).tags.count("details") == 3
 
 
@@ -357,7 +356,7 @@ def test_shades_go_from_the_least_to_the_greatest():
 def test_without_results_it_says_what_to_run(tmp_path):
     session = helpers.session(tmp_path)
     with pytest.raises(UserError) as caught:
-        report.write(session)
+        report.write(session.workdir)
     message = str(caught.value)
     assert str(session.workdir.results) in message and f"qsharp evaluate --workdir {tmp_path}" in message
 
@@ -366,4 +365,4 @@ def test_damaged_results_are_named(tmp_path):
     session = helpers.session(tmp_path)
     session.workdir.results.write_text(json.dumps(ROWS)[:-20])
     with pytest.raises(UserError, match=f"{session.workdir.results} is damaged.*evaluate again"):
-        report.write(session)
+        report.write(session.workdir)
