@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.cli import commands
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.run.workdir import Workdir, check_is_workdir
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
@@ -152,10 +152,13 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
         raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
 
+    config = None if options.config is None else configs.load(options.config, rest)
+    if config is None:  # before JAX is imported
+        check_is_workdir(files.make_path(options.workdir))
+
     from qsharp_jax.run import checks, models, provenance
 
-    if options.config is not None:
-        config = configs.load(options.config, rest)
+    if config is not None:
         checks.check_settings(config)
         _check_mesh(config, options.config)
         checks.check(config)

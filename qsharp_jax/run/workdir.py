@@ -58,8 +58,8 @@ class Workdir:
         """
         path = files.make_path(path)
         stored = path / "config.json"
-        if config is None and not files.is_file(stored):
-            raise UserError(f"{path} is no workdir, for it has no config.json; give a run's --workdir, or a --config")
+        if config is None:
+            check_is_workdir(path)
         if not files.is_remote(path):  # a bucket has no folders to make
             try:
                 (path / "samples").mkdir(parents=True, exist_ok=True)
@@ -190,6 +190,12 @@ class Workdir:
             except ValueError:
                 raise UserError(f"{self.metrics}, line {number}, is damaged; delete that line") from None
         return rows
+
+
+def check_is_workdir(path: Path) -> None:
+    """Raise a UserError if a folder holds no run."""
+    if not files.is_file(path / "config.json"):
+        raise UserError(f"{path} is not a workdir: it has no config.json; give a run's --workdir, or a --config")
 
 
 def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:

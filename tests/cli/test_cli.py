@@ -245,7 +245,7 @@ def test_a_workdir_of_another_config_is_left_alone(copied, capsys):
 
 
 def test_a_folder_that_is_no_workdir_is_named(tmp_path, capsys):
-    assert "is no workdir" in refused(capsys, "report", "--workdir", tmp_path)
+    assert "is not a workdir" in refused(capsys, "report", "--workdir", tmp_path)
 
 
 @pytest.mark.parametrize("command", ["run", "fit"])

@@ -99,7 +99,7 @@ def test_what_is_no_workdir_is_refused_and_left_alone(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (tmp_path / "absent", tmp_path, file):
-        with pytest.raises(UserError, match="no workdir"):
+        with pytest.raises(UserError, match="is not a workdir"):
             Workdir.open(path)
     for path in (file, file / "inside"):
         with pytest.raises(UserError, match="a file is in the way"):

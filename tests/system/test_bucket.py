@@ -132,7 +132,7 @@ def test_a_workdir_in_a_bucket_keeps_its_config_and_metrics(bucket):
         assert [row["step"] for row in workdir.read_metrics()] == [0, 1, 2, 3]
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         opened(seed=1)
-    with pytest.raises(UserError, match="gs://bucket/none is no workdir"):
+    with pytest.raises(UserError, match="gs://bucket/none is not a workdir"):
         Workdir.open("gs://bucket/none")
 
 
