@@ -18,8 +18,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from qsharp_jax import train
-from qsharp_jax.algorithms import guides
-from qsharp_jax.algorithms.guides import aggregate
+from qsharp_jax.algorithms import value_based
+from qsharp_jax.algorithms.value_based import aggregate
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
@@ -42,14 +42,14 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None = None) -> dict[str, float]:
     """pi_ref's rollouts, whatever guide there is."""
-    return guides.collect(session, number, ref, None)
+    return value_based.collect(session, number, ref, None)
 
 
 def fit(
     session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
 ) -> ValueModel:
-    """As `guides.fit`, by the loss of `config.cd.variant`."""
-    fitted = functools.partial(guides.fit, session, number, ref, data, previous)
+    """As `value_based.fit`, by the loss of `config.cd.variant`."""
+    fitted = functools.partial(value_based.fit, session, number, ref, data, previous)
     match session.config.cd.variant:
         case "regression":
             return fitted(error="squared")  # (V - r)^2 / 2

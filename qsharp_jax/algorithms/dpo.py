@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.algorithms import policy, qsharp
-from qsharp_jax.algorithms.policy import PolicyBatch
+from qsharp_jax.algorithms import policy_based, value_based
+from qsharp_jax.algorithms.policy_scores import PolicyBatch, make_batch, score
 from qsharp_jax.data.batches import Batches, from_rollout
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -36,13 +36,13 @@ from qsharp_jax.system.errors import UserError
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:
     """All rounds; `after_round` is told each round's number and policy."""
-    first = params = policy.start(session, ref)
+    first = params = policy_based.start(session, ref)
     made = None
     for number in range(1, session.config.rounds + 1):
-        qsharp.collect(session, number, ref, None)
-        data = qsharp.aggregate(session, number)
+        value_based.collect(session, number, ref, None)
+        data = value_based.aggregate(session, number)
         params = fit(session, number, first, params if session.config.fit.warm_start else first, data)
-        made = policy.finish(session, params)
+        made = policy_based.finish(session, params)
         after_round(number, made)
     return made
 
@@ -98,27 +98,26 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     print(f"round {number}: {len(pairs)} pairs; {skipped} of {prompts} prompts skipped, all rewards equal")
     examples, rows = [from_rollout(rollout) for rollout in data], session.config.policy.batch_size
     with session.fitting():
-        _, ref_log_probs, _ = policy.score(session, first, examples)
+        _, ref_log_probs, _ = score(session, first, examples)
 
     def make(groups: Sequence[Sequence[Pair]], most: int, width: int) -> PolicyBatch:
         """The chosen in the first half of the rows, the rejected in the second in the same order."""
         found = [pair for (pair,) in groups]
         padding = [None] * (most - len(found))
         order = [*(pair.chosen for pair in found), *padding, *(pair.rejected for pair in found)]
-        return policy.make_batch(examples, {"ref_log_probs": ref_log_probs}, order, rows=2 * most, width=width)
+        return make_batch(examples, {"ref_log_probs": ref_log_probs}, order, rows=2 * most, width=width)
 
     batches = Batches(
         pairs, rows=rows // 2, bucket=session.config.fit.length_bucket, seed=session.seed("fit"), make=make
     )
     alpha = config.alpha if session.config.algorithm == "rpo" else 0.0
-    return policy.fit(
-        session,
-        number,
-        params,
-        batches,
-        functools.partial(loss, beta=configs.kl_weight(session.config), alpha=alpha),
-        total_steps=config.epochs * batches.steps_per_epoch,
-    )
+    objective = functools.partial(loss, beta=configs.kl_weight(session.config), alpha=alpha)
+    steps = config.epochs * batches.steps_per_epoch
+    log_every = session.config.fit.log_every
+    with policy_based.training(session, number, params, objective, total_steps=steps, log_every=log_every) as trainer:
+        while not trainer.done:
+            trainer.update(batches[trainer.step])
+    return trainer.state.params
 
 
 def loss(

@@ -1,17 +1,17 @@
 """PPO: Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), with the KL in the reward.
 
     pi_theta <- pi_ref, V <- 0
-    for lot l = 1, 2, ...:
-        y ~ pi_theta(. | x) for some prompts x; pi_old <- pi_theta, V_old <- V
-        r_t = [t is the last] r(x, y) - eta log pi_old(y_t | s_t) / pi_ref(y_t | s_t)              the objective's parts
+    for each batch of problems:
+        y ~ pi_theta(. | x) for its prompts x; pi_old <- pi_theta, V_old <- V                       sample
+        r_t = [t is the last] r(x, y) - eta log pi_old(y_t | s_t) / pi_ref(y_t | s_t)               token targets
         A_t = sum_{l >= 0} lambda^l delta_{t+l},   delta_t = r_t + V_old(s_{t+1}) - V_old(s_t)      GAE, undiscounted
-        for some epochs, for each batch:
+        for some epochs, for each minibatch:                                                        update
             rho_t = pi_theta(y_t | s_t) / pi_old(y_t | s_t)
-            minimise  -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                                  (eq. 7)
-                      + c mean_t (V(s_t) - (A_t + V_old(s_t)))^2                                                 (eq. 9)
+            minimize  -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (eq. 7)
+                      + c mean_t (V(s_t) - (A_t + V_old(s_t)))^2                                    (eq. 9)
 
 V is a linear head on the policy's own trunk, which learns from it too if policy.detach_values is false. GAE:
-arXiv 1506.02438, eq. 16. The KL's weight is collect.eta.
+arXiv 1506.02438, eq. 16. The weight of the KL is collect.eta.
 """
 
 import functools
@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.algorithms import policy
-from qsharp_jax.algorithms.policy import Numbers, PolicyBatch, Sampled
+from qsharp_jax.algorithms import policy_based
+from qsharp_jax.algorithms.policy_based import OnPolicyTraining, RolloutBatch
+from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch, mean_per_token
 from qsharp_jax.generate import for_decoding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run import config as configs
@@ -30,38 +31,39 @@ from qsharp_jax.run.session import Session
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:
-    """All rounds; `after_round` is told each round's number and policy."""
-    config, params, made = session.config.ppo, policy.start(session, ref, value_head=True), None
-    ref = for_decoding(ref)
-    for number in range(1, session.config.rounds + 1):
-        params = policy.improve(
-            session,
-            number,
-            ref,
-            params,
-            worth=functools.partial(worth, eta=configs.kl_weight(session.config), gae_lambda=config.gae_lambda),
-            loss=functools.partial(loss, clip=config.clip, value_weight=config.value_weight),
-            prompts=session.config.policy.prompts,
-            samples=session.config.collect.samples,
-            epochs=config.epochs,
+    """Train the policy; `after_round` is called with each round's number and policy."""
+    config, settings, eta = session.config, session.config.ppo, configs.kl_weight(session.config)
+    clipped = functools.partial(loss, clip=settings.clip, value_weight=settings.value_weight)
+    params, ref = policy_based.start(session, ref, value_head=True), for_decoding(ref)
+    for number in range(1, config.rounds + 1):
+        training = OnPolicyTraining(
+            session, number, ref, config.policy.prompts, config.collect.samples, settings.epochs
         )
-        made = policy.finish(session, params)
-        after_round(number, made)
-    return made
+        with training.resume(params, clipped):
+            for index in training.remaining():
+                rollout_batch = training.sample(index)
+                targets = token_targets(rollout_batch, eta=eta, gae_lambda=settings.gae_lambda)
+                for epoch in range(settings.epochs):
+                    for minibatch in training.minibatches(rollout_batch, targets, epoch):
+                        training.update(minibatch)
+        params = training.params
+        policy = policy_based.finish(session, params)
+        after_round(number, policy)
+    return policy
 
 
-def worth(lot: Sampled, *, eta: float, gae_lambda: float) -> Numbers:
-    """Advantages and the values' targets, [N, M]."""
+def token_targets(rollout_batch: RolloutBatch, *, eta: float, gae_lambda: float) -> Numbers:
+    """Compute advantages and targets of the values, [N, M] each."""
     # r_t = [t is the last] r - eta log pi_old / pi_ref
-    rewards = lot.token_rewards - eta * (lot.log_probs - lot.ref_log_probs)
-    found = advantages(rewards, lot.values, gae_lambda)
-    return {"old_log_probs": lot.log_probs, "advantages": found, "returns": found + lot.values}
+    rewards = rollout_batch.token_rewards - eta * (rollout_batch.log_probs - rollout_batch.ref_log_probs)
+    gae = advantages(rewards, rollout_batch.values, gae_lambda)
+    return {"old_log_probs": rollout_batch.log_probs, "advantages": gae, "returns": gae + rollout_batch.values}
 
 
 def advantages(rewards: np.ndarray, values: np.ndarray, gae_lambda: float) -> np.ndarray:
-    """GAE of [N, M] token rewards and V(s_t), both 0 past a response's end."""
+    """GAE of token rewards and V(s_t), [N, M] each, both 0 past a response's end."""
     # delta_t = r_t + V(s_{t+1}) - V(s_t);  A_t = delta_t + lambda A_{t+1}
-    return policy.discounted_sum(rewards + policy.next_values(values) - values, gae_lambda)
+    return policy_based.discounted_sum(rewards + policy_based.next_values(values) - values, gae_lambda)
 
 
 def loss(
@@ -73,18 +75,18 @@ def loss(
     clip: float,
     value_weight: float,
 ) -> tuple[jax.Array, dict]:
-    """Equation 9 without the entropy, which the KL to pi_ref stands for."""
+    """Equation 9 without its entropy term, which the KL to pi_ref replaces."""
     advantages = batch.numbers["advantages"]
     log_ratio = log_probs - batch.numbers["old_log_probs"]
     ratio = jnp.exp(log_ratio)
     # min(rho A, clip(rho, 1 - eps, 1 + eps) A)
     surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
-    policy_loss = -policy.a_token(surrogate, batch, whole)
-    value_loss = policy.a_token((values - batch.numbers["returns"]) ** 2, batch, whole)
+    policy_loss = -mean_per_token(surrogate, batch, whole)
+    value_loss = mean_per_token((values - batch.numbers["returns"]) ** 2, batch, whole)
     metrics = {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
-        "clipped": policy.a_token(jnp.abs(ratio - 1) > clip, batch, whole),
-        "kl_to_old": policy.a_token(ratio - 1 - log_ratio, batch, whole),
+        "clipped": mean_per_token(jnp.abs(ratio - 1) > clip, batch, whole),
+        "kl_to_old": mean_per_token(ratio - 1 - log_ratio, batch, whole),
     }
     return policy_loss + value_weight * value_loss, metrics

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.algorithms.guides import aggregate, collect, fit
+from qsharp_jax.algorithms.value_based import aggregate, collect, fit
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run.session import Session

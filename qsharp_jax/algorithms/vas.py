@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.algorithms import guides
-from qsharp_jax.algorithms.guides import aggregate
+from qsharp_jax.algorithms import value_based
+from qsharp_jax.algorithms.value_based import aggregate
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
@@ -38,17 +38,17 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None = None) -> dict[str, float]:
     """pi_ref's rollouts, whatever guide there is."""
-    return guides.collect(session, number, ref, None)
+    return value_based.collect(session, number, ref, None)
 
 
 def fit(
     session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
 ) -> ValueModel:
-    """As `guides.fit`, to the lambda-returns of `config.vas.td_lambda`."""
+    """As `value_based.fit`, to the lambda-returns of `config.vas.td_lambda`."""
     returns = functools.partial(
         targets.td_lambda, config=models.fit_config(session), decay=session.config.vas.td_lambda
     )  # G_t
-    return guides.fit(session, number, ref, data, previous, error="squared", targets=returns)  # (V - G)^2 / 2
+    return value_based.fit(session, number, ref, data, previous, error="squared", targets=returns)  # (V - G)^2 / 2
 
 
 def mode(config: ConfigDict) -> str:

@@ -1,7 +1,7 @@
-"""Maximum-likelihood training: one state, one jitted step, one loop, for the language model and for the guide."""
+"""Training: one state, one jitted step, one loop, for language models, guides and policies."""
 
 from qsharp_jax.models.decoder import Params
-from qsharp_jax.train.loop import Loop, fit
+from qsharp_jax.train.loop import Loop, Trainer, fit, training
 from qsharp_jax.train.losses import (
     Error,
     Targets,
@@ -24,6 +24,7 @@ __all__ = [
     "Schedule",
     "Targets",
     "TrainState",
+    "Trainer",
     "check_rewards",
     "fit",
     "future_token_loss",
@@ -36,5 +37,6 @@ __all__ = [
     "make_schedule",
     "state_shardings",
     "train_step",
+    "training",
     "value_loss",
 ]

@@ -1,12 +1,14 @@
-"""The training loop: from the last checkpoint to the end, with metrics, evaluations and the best parameters kept.
+"""The training loop: resume from the last checkpoint, update, log, save, evaluate, and keep the best parameters.
 
-It knows nothing about tasks, sampling or where the batches come from.
+`fit` runs a whole training over batches that exist beforehand. An algorithm that makes its batches as it learns writes
+its own loop over the `Trainer` that `training` gives it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -28,16 +30,16 @@ from qsharp_jax.train.trace import Trace
 
 
 class BatchSource(Protocol):
-    """`dataset.Batches`, or anything whose batch is a function of the step."""
+    """`data.batches.Batches`, or anything whose batch is a function of the step."""
 
     def __getitem__(self, step: int) -> Batch: ...
 
 
-AGREE_EVERY = 8  # steps: to ask the other processes is to wait for the device
+AGREE_EVERY = 8  # steps; processes wait for the device when they agree
 
 
 def told_to_stop(step: int) -> bool:
-    """Whether a SIGTERM asks to save and stop after this step; several processes agree, once in so many steps."""
+    """Return true if a SIGTERM asks to save and stop after this step; several processes agree every few steps."""
     if jax.process_count() == 1:
         return sigterm.requested()
     return step % AGREE_EVERY == 0 and not multihost.everywhere(not sigterm.requested())
@@ -45,34 +47,222 @@ def told_to_stop(step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How often the loop looks up, in steps, and where it writes.
+    """What a training does besides its updates; all intervals are in steps.
 
-    `measure` is asked at the end, and every `evaluate_every` steps if that is not 0; its numbers are logged. With
-    `patience` they have an "nll": after so many evaluations since the one with the least, training ends.
-
-    `sample`, for batches that the model itself makes as it learns, is told before the first step and then every
-    `sample_every` steps how many times it has been told before, and the parameters of that step; its numbers are
-    logged. Checkpoints are then of steps that a sample follows alone, so that a training that goes on makes the samples
-    that one that never stopped would have made.
+    Attributes:
+      total_steps: of the whole training, those before a resume included.
+      log_every, save_every: intervals of log lines and checkpoints.
+      name: of the phase, in metrics and progress bars.
+      log: takes a line of metrics.
+      stop: takes the averages of each log line, and ends the training if it returns true.
+      measure: returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never).
+      patience: if not 0, training ends after this many evaluations without a lower "nll", and the parameters with the
+        lowest are kept.
+      save_unit: checkpoints and stops come after multiples of this only. A training whose batches depend on earlier
+        parameters then resumes where it would make new ones.
+      stop_requested: called with the step after each one that ends a unit.
+      flops: of a step, for the speed in the log.
+      profile: folder for a profiler trace of some steps; None: no trace.
     """
 
     total_steps: int
     log_every: int
     save_every: int
-    name: str  # of the phase, in metrics and progress bars
+    name: str
     log: Callable[[dict], None]
-    stop: Callable[[dict], bool] = lambda metrics: False  # asked with the averages at each log line
+    stop: Callable[[dict], bool] = lambda metrics: False
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
-    patience: int = 0  # 0: off
-    sample: Callable[[int, Params], dict] | None = None
-    sample_every: int = 1
-    stop_requested: Callable[[int], bool] = told_to_stop  # asked after each step
-    flops: Flops | None = None  # of a step, for the speed in the log
-    profile: Path | None = None  # folder for a trace of some steps; None: no trace
+    patience: int = 0
+    save_unit: int = 1
+    stop_requested: Callable[[int], bool] = told_to_stop
+    flops: Flops | None = None
+    profile: Path | None = None
 
 
-@sigterm.deferred()
+class Trainer:
+    """One training in progress; `training` makes it.
+
+    Attributes:
+      state: after the last update; each update donates the one before.
+      step: number of updates, those before a resume included.
+      finished: true if an earlier process finished this training: `state` is its result, and there is nothing to do.
+      done: true when there are no more updates to make.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        checkpoints: Checkpoints,
+        loop: Loop,
+        schedule: Schedule,
+        accumulate: int,
+    ):
+        self._loop, self._checkpoints, self._schedule = loop, checkpoints, schedule
+        self._clock = Clock(loop.flops)
+        self.state = checkpoints.restore(state)
+        self.step = int(self.state.step)
+        self.finished = self.done = checkpoints.finished()
+        self._bar = Bar(None, loop.name, initial=self.step, total=loop.total_steps, disable=self.finished)
+        if self.finished:
+            return
+        self.done = self.step >= loop.total_steps
+        step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
+        # The new state's shardings are given: if the compiler chose others, the next step would compile again.
+        on_mesh = not jax.sharding.get_mesh().empty
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state) if on_mesh else None
+        self._step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+        self._best, self._evaluated_at = checkpoints.best(), -1
+        self._window: list[dict] = []  # metrics of the updates since the last log line
+        self._metrics: dict[str, jax.Array] = {}  # of the last update
+        self._trace = Trace(loop.profile)
+        self._clock.start(self.state.params)
+        self._tell_unsaved()
+
+    def update(self, batch: Batch) -> None:
+        """Take one step on a batch; write the log line and the checkpoint that are due after it.
+
+        Raises:
+          UserError: if the loss or its gradient is not finite.
+          Stopped: if `Loop.stop_requested`; the state is saved.
+        """
+        loop = self._loop
+        with self._clock.lost():
+            self._trace.before_step(self.state, self._clock.warm)
+        with self._clock.step(batch, self._metrics), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+            rate = np.float32(self._schedule(self.step))
+            self.state, self._metrics = self._step_fn(self.state, sharding.place_rows(batch), rate)
+        self._window.append(self._metrics)
+        self.step += 1
+        self._bar.update()
+        last, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
+        saving = unit_ends and self.step % loop.save_every == 0
+        stopping = unit_ends and loop.stop_requested(self.step)
+        self.done = last
+        if last or saving or stopping or self.step % loop.log_every == 0:
+            self.done = loop.stop(self._log_averages()) or last
+        if self.done and not last:
+            return
+        if stopping or (saving and not last):
+            with self._clock.lost():
+                self._save()
+        if stopping:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[Params]:
+        """Yield the model's parameters for other work, whose time does not count as training.
+
+        Raises:
+          Stopped: at a SIGTERM or Ctrl-C meanwhile, or if the work raises it; the state is saved.
+        """
+        jax.block_until_ready(self.state)
+        with self._clock.lost():
+            try:
+                with sigterm.interruptible():
+                    yield self.state.model
+            except Stopped:
+                self._save()
+                raise
+
+    def log(self, metrics: dict) -> None:
+        """Write a line about the present step."""
+        self._loop.log({"phase": self._loop.name, "step": self.step, **metrics})
+
+    def evaluate(self) -> None:
+        """Log what `Loop.measure` returns; save parameters that are the best so far; become `done` without patience."""
+        loop, best = self._loop, self._best
+        with self.between_steps() as params:
+            metrics = loop.measure(params)
+        self._evaluated_at = self.step
+        if loop.patience and metrics["nll"] < (best.loss if best else math.inf):
+            self._best = Best(self.step, metrics["nll"])
+        if metrics:
+            self.log(metrics | ({"best_step": self._best.step} if self._best else {}))
+        if self._best is not best and not self.done:
+            with self._clock.lost():
+                self._checkpoints.save_best(self.state.params, self._best)
+        since_best = self.step - (self._best.step if self._best else 0)
+        if loop.patience and since_best >= loop.patience * loop.evaluate_every:
+            self.done = True
+
+    def finish(self) -> None:
+        """Evaluate, return to the best parameters if there is patience, and save the final checkpoint."""
+        self._bar.close()
+        self._trace.end(self.state)
+        if self._evaluated_at != self.step:
+            self.evaluate()
+        if self._best and self._best.step < self.step:
+            self.state = self.state.replace(params=self._checkpoints.restore_best(self._best, self.state.params))
+        self._save(final=True)
+
+    def close(self) -> None:
+        """Wait until everything that was saved is on disk."""
+        self._bar.close()
+        self._checkpoints.wait()
+
+    def _log_averages(self) -> dict[str, float]:
+        """Log the averages over the updates since the last line, and the speed."""
+        window = jax.device_get(self._window)
+        means = {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
+        # A gradient that is not finite has spoiled the parameters already; the loss shows it one step later.
+        if not np.isfinite([means["loss"], means["gradient_norm"]]).all():
+            raise UserError(
+                f"{self._loop.name}: the loss or its gradient is not finite by step {self.step}; the last good"
+                " checkpoint is kept. Lower the learning rate"
+            )
+        speed = self._clock.lap()
+        with self._clock.lost():
+            self.log({**means, **speed, **device_memory()})
+        self._bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+        self._window = []
+        return means
+
+    def _save(self, *, final: bool = False) -> None:
+        """Save a checkpoint, which may still be being written when this returns."""
+        self._checkpoints.save(self.state, best=None if final else self._best, final=final)
+        self._tell_unsaved(f", and the checkpoint of {self.step} if it is not whole yet")
+
+    def _tell_unsaved(self, more: str = "") -> None:
+        sigterm.unsaved(f"the steps of {self._loop.name!r} after {self.step}{more}")
+
+
+@contextlib.contextmanager
+def training(
+    state: TrainState,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    loop: Loop,
+    schedule: Schedule = lambda step: 1.0,
+    accumulate: int = 1,
+) -> Iterator[Trainer]:
+    """Yield the trainer of a training that goes on from its last checkpoint; everything is on disk when it ends.
+
+    Inside, a SIGTERM or Ctrl-C waits for the end of a unit of steps (`Loop.save_unit`), or for `between_steps`.
+
+    Args:
+      accumulate: as in `train_step`.
+
+    Raises:
+      Stopped: at the end, if there was a signal.
+      OSError: naming the folder, if a checkpoint cannot be written.
+    """
+    with sigterm.deferred():
+        trainer = Trainer(
+            state, loss_fn=loss_fn, optimizer=optimizer, checkpoints=checkpoints, loop=loop, schedule=schedule,
+            accumulate=accumulate,
+        )  # fmt: skip
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+
 def fit(
     state: TrainState,
     batches: BatchSource,
@@ -84,139 +274,27 @@ def fit(
     schedule: Schedule = lambda step: 1.0,
     accumulate: int = 1,
 ) -> TrainState:
-    """Trains to `loop.total_steps`, from the last checkpoint if there is one, and saves at the end.
+    """Train on `batches[step]` to `loop.total_steps`; arguments and errors as of `training` and `Trainer.update`.
 
-    Returns at once if the last checkpoint is a final one. With `loop.patience`, the parameters that are returned, and
-    lie in the final checkpoint, are those of the best evaluation. All that was saved is on disk at the end, whatever
-    the end is.
-
-    Args:
-      accumulate: as in `train_step`.
-
-    Raises:
-      UserError: if the loss or its gradient is not finite; the last good checkpoint stays.
-      Stopped: if `loop.stop_requested`, or at SIGTERM or Ctrl-C in an evaluation or while sampling; the present step is
-        saved.
-      OSError: naming the folder, if a checkpoint cannot be written.
+    A training whose last checkpoint is final returns at once. With `loop.patience` the returned parameters, also in the
+    final checkpoint, are those of the best evaluation.
     """
-    clock = Clock(loop.flops)
-    state = checkpoints.restore(state)
-    if checkpoints.finished():
-        return state
-    step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
-    # On a mesh the new state's place is said: the compiler may find another, and the next step were another program.
-    places = None if jax.sharding.get_mesh().empty else jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
-    try:
-        return _train(state, batches, step_fn, checkpoints, loop, schedule, clock)
-    finally:
-        checkpoints.wait()
-
-
-def _train(
-    state: TrainState,
-    batches: BatchSource,
-    step_fn: Callable[..., tuple[TrainState, dict]],
-    checkpoints: Checkpoints,
-    loop: Loop,
-    schedule: Schedule,
-    clock: Clock,
-) -> TrainState:
-    """`fit`, from the state on. A checkpoint is of the moment before the evaluation that its step may have."""
-    best = checkpoints.best()
-    first, evaluated = int(state.step), False
-    window: list[dict] = []
-    metrics: dict[str, jax.Array] = {}
-    trace = Trace(loop.profile)
-    clock.start(state.params)
-    sigterm.unsaved(f"the steps of {loop.name!r} after {first}")
-    for step in (bar := Bar(range(first, loop.total_steps), loop.name, initial=first, total=loop.total_steps)):
-        if step > 0 and loop.evaluate_every > 0 and step % loop.evaluate_every == 0:
-            best_before, evaluated = best, True
-            jax.block_until_ready(state)
-            with clock.lost():
-                best = _evaluate(state, loop, checkpoints, best)
-                if best is not best_before:
-                    checkpoints.save_best(state.params, best)
-            if loop.patience and step - (best.step if best else 0) >= loop.patience * loop.evaluate_every:
-                break
-        if loop.sample is not None and step % loop.sample_every == 0:
-            jax.block_until_ready(state)
-            with clock.lost():
-                sample = functools.partial(loop.sample, step // loop.sample_every)
-                loop.log({"phase": loop.name, "step": step, **_ask(sample, state, loop, checkpoints, best)})
-        batch, evaluated = clock.fetch(batches, step, metrics), False
-        with clock.lost():
-            trace.before_step(state, clock.warm)
-        with clock.step(batch), jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = step_fn(state, sharding.place_rows(batch), np.float32(schedule(step)))
-        window.append(metrics)
-        last, between = step + 1 == loop.total_steps, (step + 1) % loop.sample_every == 0
-        saving = between and (step + 1) % loop.save_every == 0
-        stopping = between and loop.stop_requested(step + 1)
-        if last or saving or stopping or (step + 1) % loop.log_every == 0:
-            means = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
-            # A gradient that is not finite has spoilt the parameters, though their loss comes with the next step only.
-            if not np.isfinite([means["loss"], means["gradient_norm"]]).all():
-                raise UserError(
-                    f"{loop.name}: the loss or its gradient is not finite by step {step + 1}; the last good checkpoint"
-                    " is kept. Lower the learning rate"
-                )
-            speed = clock.lap()
-            with clock.lost():
-                loop.log({"phase": loop.name, "step": step + 1, **means, **speed, **device_memory()})
-            bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            window = []
-            if loop.stop(means):
-                break
-        if stopping or (saving and not last):
-            with clock.lost():
-                _save(state, loop, checkpoints, best=best)
-        if stopping:
-            raise Stopped
-    bar.close()
-    trace.end(state)
-    if not evaluated:
-        best = _evaluate(state, loop, checkpoints, best)
-    if best and best.step < int(state.step):
-        state = state.replace(params=checkpoints.restore_best(best, state.params))
-    _save(state, loop, checkpoints, final=True)
-    return state
-
-
-def _save(
-    state: TrainState, loop: Loop, checkpoints: Checkpoints, *, best: Best | None = None, final: bool = False
-) -> None:
-    """`Checkpoints.save`; the checkpoint may still be being written when this returns."""
-    checkpoints.save(state, best=best, final=final)
-    step = int(state.step)
-    sigterm.unsaved(f"the steps of {loop.name!r} after {step}, and the checkpoint of {step} if it is not whole yet")
-
-
-def _evaluate(state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None) -> Best | None:
-    """Logs what is measured of the parameters; the best so far, which with `loop.patience` these may now be."""
-    step, measures = int(state.step), _ask(loop.measure, state, loop, checkpoints, best)
-    if loop.patience and measures["nll"] < (best.loss if best else math.inf):
-        best = Best(step, measures["nll"])
-    if measures:
-        loop.log({"phase": loop.name, "step": step, **measures, **({"best_step": best.step} if best else {})})
-    return best
-
-
-def _ask(
-    what: Callable[[Params], dict], state: TrainState, loop: Loop, checkpoints: Checkpoints, best: Best | None
-) -> dict:
-    """What is made of the parameters, which may take long: a SIGTERM meanwhile saves them and ends the training."""
-    try:
-        with sigterm.interruptible():
-            return what(state.model)
-    except Stopped:
-        _save(state, loop, checkpoints, best=best)
-        raise
+    with training(
+        state, loss_fn=loss_fn, optimizer=optimizer, checkpoints=checkpoints, loop=loop, schedule=schedule,
+        accumulate=accumulate,
+    ) as trainer:  # fmt: skip
+        while not trainer.done:
+            if loop.evaluate_every and trainer.step > 0 and trainer.step % loop.evaluate_every == 0:
+                trainer.evaluate()
+            if not trainer.done:
+                trainer.update(batches[trainer.step])
+        if not trainer.finished:
+            trainer.finish()
+    return trainer.state
 
 
 def device_memory() -> dict[str, int]:
-    """Peak bytes in use on the first device; where the device is the host, those of this process."""
+    """Return the peak of bytes in use: on the first device, or of this process where the device is the host."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
         return {"peak_bytes": machine.peak_memory()}

@@ -104,12 +104,12 @@ def peak(params: Any) -> float | None:
 
 
 class Clock:
-    """Wall time of a training in this process, told apart into steps and all the rest.
+    """Wall time of a training in this process, divided into steps and everything else.
 
     Steps are dispatched: the call returns before the device has computed. So time is only read where the device is
-    known to be done (`lap`), and from what lies between two such places, that is taken away in which the device had to
-    wait: calls that compile, fetches of a batch that came after the device was done, and what is put under `lost`.
-    What may be both, as a compilation while earlier steps still run, counts as lost: goodput is never flattered.
+    known to be done (`lap`). From the time between two laps the time that the device had to wait is subtracted: calls
+    that compile, gaps between steps after which the device was idle, and everything under `lost`. What may be both,
+    such as a compilation while earlier steps still run, counts as lost, so goodput is never overstated.
     """
 
     def __init__(self, flops: Flops | None = None):
@@ -122,32 +122,32 @@ class Clock:
 
     def _restart(self) -> None:
         self._lap, self._lost, self._tokens, self._operations = time.monotonic(), 0.0, 0, 0.0
+        self._gap = self._lap  # start of the present gap between steps, moved by what is lost inside of it
 
     def start(self, params: Any) -> None:
-        """Ends the preparations (a checkpoint that is read): from here on there are steps, on these parameters."""
+        """End the preparations, such as reading a checkpoint; steps on these parameters follow."""
         self._peak = peak(params)
         self._restart()
 
     @contextlib.contextmanager
     def lost(self) -> Iterator[None]:
-        """For what keeps the device waiting; it is to be done with its steps before."""
+        """Count the time inside as lost; the device must be done with the steps before."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self._lost += time.monotonic() - began
-
-    def fetch(self, batches: Any, step: int, last: dict[str, jax.Array]) -> Batch:
-        """`batches[step]`: lost time, unless the device was busy all the while with the step that gave `last`."""
-        began = time.monotonic()
-        batch = batches[step]
-        if all(metric.is_ready() for metric in last.values()):
-            self._lost += time.monotonic() - began
-        return batch
+            seconds = time.monotonic() - began
+            self._lost, self._gap = self._lost + seconds, self._gap + seconds
 
     @contextlib.contextmanager
-    def step(self, batch: Batch) -> Iterator[None]:
-        """For the call of a step on a batch; the first of a shape compiles, or loads a program, and is lost."""
+    def step(self, batch: Batch, last: dict[str, jax.Array]) -> Iterator[None]:
+        """Time the call of a step on a batch; the first of a shape compiles, or loads a program, and is lost.
+
+        Args:
+          last: metrics of the step before: if they are ready, the device has waited for the batch.
+        """
+        if all(metric.is_ready() for metric in last.values()):
+            self._lost += time.monotonic() - self._gap
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
         compiles = shapes not in self._shapes
         with self.lost() if compiles else contextlib.nullcontext():
@@ -157,6 +157,7 @@ class Clock:
         self._tokens += int(np.count_nonzero(batch.segments))
         if self._flops is not None:
             self._operations += self._flops(batch)
+        self._gap = time.monotonic()
 
     def lap(self) -> dict[str, float]:
         """The speed since the last lap; to be called when the device is done with every step.

@@ -25,14 +25,14 @@ def test_the_gradient_where_it_sampled_is_that_of_a_regularised_policy_gradient(
     """-2 alpha A (tau grad log pi + grad V), with A the GAE of the KL-penalised reward, as PPO has it."""
     sequences, logits, values = setting()
     which = np.asarray([0, 2, 4, 5, 8])
-    lot = sequences.sampled(logits, values, which)
-    numbers = klq.worth(lot, tau=TAU, return_lambda=LAMBDA, alpha=ALPHA)
+    sampled = sequences.sampled(logits, values, which)
+    numbers = klq.token_targets(sampled, tau=TAU, return_lambda=LAMBDA, alpha=ALPHA)
     batch = sequences.batch(numbers, which)
 
     def loss(tables):
         return sequences.loss(functools.partial(klq.loss, tau=TAU), *tables, batch, which)[0]
 
-    advantages = ppo.worth(lot, eta=TAU, gae_lambda=LAMBDA)["advantages"]
+    advantages = ppo.token_targets(sampled, eta=TAU, gae_lambda=LAMBDA)["advantages"]
     mask = sequences.mask[which]
 
     def identity(tables):
@@ -53,7 +53,7 @@ def test_the_optimal_policy_and_value_are_its_fixed_point(return_lambda):
     q, v, optimal = tabular.soft_bellman(sequences.tree, TAU)
     logits = np.log(np.where(optimal > 0, optimal, 1.0))
     every = np.arange(len(sequences.rewards))
-    lot = sequences.sampled(logits, v, every)
-    targets = klq.worth(lot, tau=TAU, return_lambda=return_lambda, alpha=1.0)["targets"]
+    sampled = sequences.sampled(logits, v, every)
+    targets = klq.token_targets(sampled, tau=TAU, return_lambda=return_lambda, alpha=1.0)["targets"]
     want = np.where(sequences.mask, q[sequences.nodes, sequences.tokens], 0)
     np.testing.assert_allclose(targets, want, atol=1e-5)

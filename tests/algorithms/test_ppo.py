@@ -45,8 +45,8 @@ def test_at_lambda_1_the_returns_are_samples_of_the_objective():
     """Their mean over all sequences is what the oracle gives: E reward - eta KL, from the first token on."""
     sequences, logits, values = setting()
     every = np.arange(len(sequences.rewards))
-    lot = sequences.sampled(logits, values, every)
-    returns = ppo.worth(lot, eta=ETA, gae_lambda=1.0)["returns"]
+    sampled = sequences.sampled(logits, values, every)
+    returns = ppo.token_targets(sampled, eta=ETA, gae_lambda=1.0)["returns"]
     probability = np.exp(sequences.log_probs(logits).sum(1))
     table = np.where(sequences.tree.pi_ref > 0, jax.nn.softmax(logits), 0)
     reward, kl = tabular.evaluate(sequences.tree, table)
@@ -57,7 +57,7 @@ def test_at_ratio_1_the_gradient_is_reinforce_with_the_same_advantages():
     """PPO's mean is over tokens and REINFORCE's over responses: a factor of their numbers lies between."""
     sequences, logits, values = setting()
     which = np.asarray([0, 3, 5, 7])
-    numbers = ppo.worth(sequences.sampled(logits, values, which), eta=ETA, gae_lambda=LAMBDA)
+    numbers = ppo.token_targets(sequences.sampled(logits, values, which), eta=ETA, gae_lambda=LAMBDA)
     batch = sequences.batch(numbers, which)
     clipped = functools.partial(ppo.loss, clip=0.2, value_weight=0.0)
 
@@ -98,7 +98,7 @@ def test_the_clip_by_hand(ratio, advantage, loss, slope):
 def test_the_values_are_drawn_to_the_returns():
     sequences, logits, values = setting()
     which = np.asarray([1, 4, 7])
-    numbers = ppo.worth(sequences.sampled(logits, values, which), eta=ETA, gae_lambda=LAMBDA)
+    numbers = ppo.token_targets(sequences.sampled(logits, values, which), eta=ETA, gae_lambda=LAMBDA)
     batch = sequences.batch(numbers, which)
     zero = sequences.batch(numbers | {"advantages": np.zeros_like(numbers["advantages"])}, which)
     loss = functools.partial(ppo.loss, clip=0.2, value_weight=0.5)

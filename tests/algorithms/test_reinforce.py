@@ -44,8 +44,8 @@ def expected_gradient(samples, baseline):
     total = 0
     for which in itertools.product(range(len(probability)), repeat=samples):
         which = np.asarray(which)
-        lot = sequences.sampled(logits, values, which, samples)
-        batch = sequences.batch({"advantages": reinforce.advantages(lot, ETA, baseline)}, which)
+        sampled = sequences.sampled(logits, values, which, samples)
+        batch = sequences.batch(reinforce.token_targets(sampled, eta=ETA, baseline=baseline), which)
         total += probability[which].prod() * -gradient(logits, batch, which)
     return total
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.algorithms import policy
-from qsharp_jax.algorithms.policy import Sampled
+from qsharp_jax.algorithms.policy_based import RolloutBatch
+from qsharp_jax.algorithms.policy_scores import make_batch
 from qsharp_jax.data.batches import Example
 
 
@@ -45,19 +45,19 @@ class Sequences:
         """[P, M] of a table [N]: of the node that each token is chosen at."""
         return jnp.where(self.mask, jnp.asarray(table)[self.nodes], 0)
 
-    def sampled(self, logits, values, which, samples=1) -> Sampled:
+    def sampled(self, logits, values, which, samples=1) -> RolloutBatch:
         """Some of the sequences, as if this policy had drawn them."""
         examples = [
             Example([0], self.tokens[i][self.mask[i]].tolist(), float(self.rewards[i])) for i in which
         ]  # fmt: skip
         numbers = (self.mask, self.log_probs(logits), self.ref_log_probs, self.values(values))
-        return Sampled(examples, samples, *(np.asarray(x)[which] for x in numbers))
+        return RolloutBatch(examples, samples, *(np.asarray(x)[which] for x in numbers))
 
     def batch(self, numbers, which):
         """A batch of some sequences, with numbers [len(which), M]."""
         examples = [Example([0], self.tokens[i][self.mask[i]].tolist()) for i in which]
         width = 1 + self.mask.shape[1]
-        return policy.make_batch(examples, numbers, range(len(which)), rows=len(which), width=width)
+        return make_batch(examples, numbers, range(len(which)), rows=len(which), width=width)
 
     def loss(self, loss, logits, values, batch, which):
         """An algorithm's loss of a table of logits and one of values, on a batch of some sequences."""

@@ -219,61 +219,58 @@ def test_evaluations_between(tmp_path):
         assert state.params["x"][0] == measured[-1]["nll"]
 
 
-class Sampling:
-    """Batches that are samples of the parameters: what `fit` is given as `sample` and as batches."""
-
-    def __init__(self, ending=None):
-        self.told, self.ending = [], ending
-
-    def sample(self, count, params):
-        if count == self.ending:
-            raise Stopped
-        self.told.append((count, float(params["x"][0])))
-        return {"mean": float(params["x"][0])}
-
-    def __getitem__(self, step):
-        return SimpleBatch(jnp.float32(self.told[-1][1] + 1), np.ones((1, 3), np.int32))
+UNIT = 3
 
 
-def sampling_fit(folder, source, lines=None, **changes):
-    return toy_fit(folder, source, lines=lines, total_steps=12, sample=source.sample, sample_every=3, **changes)
+def sampling_fit(folder, lines=None, stopped_at=None, killed_at=None, **changes):
+    """A training whose batches come from its parameters: before every third update, a target that is x + 1.
+
+    Returns the state, and every sample with its number.
+    """
+    loop, samples = make_loop(lines, total_steps=12, save_unit=UNIT, **changes), []
+    with train.training(
+        toy_state(), loss_fn=toy_loss, optimizer=SGD, checkpoints=Checkpoints(folder), loop=loop
+    ) as trainer:
+        while not trainer.done:
+            with trainer.between_steps() as params:
+                number, x = trainer.step // UNIT, float(params["x"][0])
+                if number == stopped_at:
+                    raise Stopped
+                if number == killed_at:
+                    raise Killed
+            samples.append((number, x))
+            trainer.log({"mean": x})
+            for _ in range(UNIT):
+                trainer.update(SimpleBatch(jnp.float32(x + 1), np.ones((1, 3), np.int32)))
+        trainer.finish()
+    return trainer.state, samples
 
 
-def test_samples_of_the_present_parameters(tmp_path):
-    """Before the first step and after every third, with what it logs; x moves 0.2 of the way to the sample's x + 1 a
-    step."""
-    source, lines = Sampling(), []
-    sampling_fit(tmp_path, source, lines)
-    moved = 1 - 0.8**3
-    np.testing.assert_allclose(source.told, [(count, count * moved) for count in range(4)], rtol=1e-5)
+def test_batches_made_from_the_present_parameters(tmp_path):
+    """x moves 0.2 of the way to the target in a step."""
+    lines = []
+    _, samples = sampling_fit(tmp_path, lines)
+    moved = 1 - 0.8**UNIT
+    np.testing.assert_allclose(samples, [(number, number * moved) for number in range(4)], rtol=1e-5)
     assert [line["step"] for line in lines if "mean" in line] == [0, 3, 6, 9]
 
 
-def test_a_training_that_samples_is_saved_between_samples(tmp_path):
-    """Checkpoints every fourth step are of the twelfth alone; told to stop in a sample or between two, it goes on and
-    ends the same."""
-    straight = sampling_fit(tmp_path / "straight", Sampling())
+def test_checkpoints_come_between_units_of_steps(tmp_path):
+    """Checkpoints every fourth step come at the twelfth alone; stopped in a sample or between two, training resumes
+    with the sample that comes next and ends the same."""
+    straight, _ = sampling_fit(tmp_path / "straight")
     with pytest.raises(Stopped):
-        sampling_fit(tmp_path / "in", Sampling(ending=2))
+        sampling_fit(tmp_path / "in", stopped_at=2)
     with pytest.raises(Stopped):
-        sampling_fit(tmp_path / "between", Sampling(), stop_requested=lambda step: step >= 4)
+        sampling_fit(tmp_path / "between", stop_requested=lambda step: step >= 4)
     for name in ("in", "between"):
         assert int(Checkpoints(tmp_path / name).restore(toy_state()).step) == 6
-        source = Sampling()
-        assert_trees_equal(sampling_fit(tmp_path / name, source), straight)
-        assert [count for count, _ in source.told] == [2, 3]
-    with pytest.raises(KeyboardInterrupt):
-        sampling_fit(tmp_path / "killed", Dying())
+        state, samples = sampling_fit(tmp_path / name)
+        assert_trees_equal(state, straight)
+        assert [number for number, _ in samples] == [2, 3]
+    with pytest.raises(Killed):
+        sampling_fit(tmp_path / "killed", killed_at=3)
     assert int(Checkpoints(tmp_path / "killed").restore(toy_state()).step) == 0
-
-
-class Dying(Sampling):
-    """Killed in the last lot, before the twelfth step."""
-
-    def sample(self, count, params):
-        if count == 3:
-            raise KeyboardInterrupt
-        return super().sample(count, params)
 
 
 EVERY, PATIENCE = 5, 3

@@ -142,8 +142,8 @@ def timed(monkeypatch, fetch: float, host: float, runs: float, compile: float = 
     laps, last = [], {}
     for _ in range(2):
         for _ in range(steps):
-            batch = clock.fetch(Slow(device, fetch), 0, last)
-            with clock.step(batch):
+            batch = Slow(device, fetch)[0]
+            with clock.step(batch, last):
                 device.dispatch(host + compile, runs)
             last, compile = {"loss": device}, 0.0
         device.wait()
@@ -184,8 +184,7 @@ def test_evaluations_and_saves_are_lost(monkeypatch):
     device = Device(monkeypatch)
     clock = throughput.Clock()
     clock.start({"x": jax.numpy.zeros(1)})
-    batch = clock.fetch(Slow(device, 0.0), 0, {})
-    with clock.step(batch):
+    with clock.step(Slow(device, 0.0)[0], {}):
         device.dispatch(0.0, 2.0)
     device.wait()
     with clock.lost():

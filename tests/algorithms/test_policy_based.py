@@ -15,7 +15,8 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import algorithms, generate, report, train
-from qsharp_jax.algorithms import dpo, klq, policy, ppo, reinforce
+from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, reinforce
+from qsharp_jax.algorithms.policy_based import OnPolicyTraining
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.evaluation import measure
@@ -32,19 +33,19 @@ EXAMPLES = [Example([1, 2, 3], [4, 5]), Example([6], [7, 1, 2, 3]), Example([2, 
 
 
 def with_value_head(params):
-    return params | {policy.VALUE_HEAD: helpers.random_params({"kernel": jnp.zeros((32, 1)), "bias": jnp.zeros(1)}, 3)}
+    return params | {policy_scores.VALUE_HEAD: helpers.random_params({"kernel": jnp.zeros((32, 1)), "bias": jnp.zeros(1)}, 3)}
 
 
 def scorer(**changes):
-    return policy.Scorer(**dict(config=MODEL.config, temperature=1.0, vocab_size=V, detach_values=True) | changes)
+    return policy_scores.Scorer(**dict(config=MODEL.config, temperature=1.0, vocab_size=V, detach_values=True) | changes)
 
 
 def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
     """At a temperature of its own, with ids that pad the vocabulary; V is of the state before the token."""
     by, params = scorer(temperature=0.7, vocab_size=V - PADDED), with_value_head(MODEL.params)
-    batch = policy.make_batch(EXAMPLES, {}, range(4), rows=5, width=8)
+    batch = policy_scores.make_batch(EXAMPLES, {}, range(4), rows=5, width=8)
     log_probs, values = jax.jit(by)(params, batch)
-    exact, head = numpy_decoder.to_float64(MODEL.params), numpy_decoder.to_float64(params[policy.VALUE_HEAD])
+    exact, head = numpy_decoder.to_float64(MODEL.params), numpy_decoder.to_float64(params[policy_scores.VALUE_HEAD])
     want_log_probs, want_values = np.zeros(log_probs.shape), np.zeros(log_probs.shape)
     for row, example in enumerate(EXAMPLES):
         tokens = [*example.prompt, *example.response]
@@ -61,12 +62,12 @@ def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
 @pytest.mark.parametrize("detached", [True, False])
 def test_the_values_error_moves_the_trunk_unless_they_are_detached(detached):
     """Either way all of it is learned by the head, and log-probabilities move the trunk as they would without it."""
-    params, batch = with_value_head(MODEL.params), policy.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
+    params, batch = with_value_head(MODEL.params), policy_scores.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
 
     def gradient(of, detach_values):
         by = scorer(detach_values=detach_values)
         grads = dict(jax.jit(jax.grad(lambda params: of(*by(params, batch)).sum()))(params))
-        return grads.pop(policy.VALUE_HEAD), grads
+        return grads.pop(policy_scores.VALUE_HEAD), grads
 
     head, trunk = gradient(lambda _, values: (values - 1) ** 2, detached)
     chex.assert_trees_all_close(head, gradient(lambda _, values: (values - 1) ** 2, False)[0], atol=1e-6)
@@ -93,8 +94,8 @@ def test_a_step_on_a_batch_in_parts_is_that_of_the_whole(name):
     numbers = {key: rng.normal(size=(4, 4)) for key in NUMBERS}
     # Of pairs the chosen come first, then the rejected; one place of each is empty.
     rows = [0, 1, 2, None, 2, 3, 0, None] if name == "rpo" else [0, 1, None, 2, 3]
-    batch = policy.make_batch(EXAMPLES, numbers, rows, rows=8, width=8)
-    loss = functools.partial(policy._loss, by=scorer(), loss=LOSSES[name])
+    batch = policy_scores.make_batch(EXAMPLES, numbers, rows, rows=8, width=8)
+    loss = functools.partial(policy_based._loss, by=scorer(), loss=LOSSES[name])
     optimizer = train.make_optimizer(helpers.optimizer_config(clip=1.0))
     state = train.init_state(params, optimizer)
     whole, parts = (
@@ -124,17 +125,17 @@ def run(session, ref, after_round=lambda number, guide: None):
 
 @functools.cache
 def trained(name):
-    """A finished run: the session, the reference, the policy, and how many programs there were after each lot."""
-    programs, sample = [], policy.sample
+    """A finished run: the session, the reference, the policy, and how many programs there were after each batch."""
+    programs, sample = [], OnPolicyTraining.sample
 
-    def counting(*arguments, **more):
-        found = sample(*arguments, **more)
-        functions = (generate.decode, generate.prefill, policy._score)
+    def counting(training, index):
+        rollout_batch = sample(training, index)
+        functions = (generate.decode, generate.prefill, policy_scores._score)
         programs.append(sum(function._cache_size() for function in functions))
-        return found
+        return rollout_batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "sample", counting)
+        patch.setattr(OnPolicyTraining, "sample", counting)
         session = bandit.session(tempfile.mkdtemp(), name)
         ref = bandit.reference(session)
         return session, ref, run(session, ref), programs
@@ -180,18 +181,18 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    """Killed while it samples the fourth lot, after a checkpoint at the second: the same policy, bit for bit."""
+    """Killed while it samples the fourth batch, after a checkpoint at the second: the same policy, bit for bit."""
     settings = ("ppo", "collect.prompts=64", "fit.save_every=4", "ppo.epochs=2")
     straight, killed = bandit.session(tmp_path / "straight", *settings), bandit.session(tmp_path / "killed", *settings)
-    ref, sample = bandit.reference(straight), policy.sample
+    ref, sample = bandit.reference(straight), OnPolicyTraining.sample
 
-    def dying(*arguments, lot, **more):
-        if lot == 3:
+    def dying(training, index):
+        if index == 3:
             raise Killed
-        return sample(*arguments, lot=lot, **more)
+        return sample(training, index)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(policy, "sample", dying)
+        patch.setattr(OnPolicyTraining, "sample", dying)
         run(killed, ref)
     assert "4" in {path.name for path in (killed.workdir.guide_folder(1) / "training").iterdir()}
     want, got = run(straight, ref), run(killed, ref)
@@ -205,7 +206,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
 def test_sampler_and_trainer_that_differ_are_told_apart(tmp_path):
     session = bandit.session(tmp_path, "reinforce", "policy.log_prob_limit=1e-12")
-    with pytest.raises(UserError, match="reinforce, round 1, lot 0: .* differ by .*log_prob_limit is 1e-12"):
+    with pytest.raises(UserError, match="reinforce, round 1, batch 0: .* differ by .*log_prob_limit is 1e-12"):
         run(session, bandit.reference(session))
 
 

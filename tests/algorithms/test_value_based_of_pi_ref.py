@@ -8,7 +8,7 @@ import tabular
 from ml_collections import ConfigDict
 
 from qsharp_jax import guidance
-from qsharp_jax.algorithms import cd, guides, qsharp, vas
+from qsharp_jax.algorithms import cd, qsharp, value_based, vas
 from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
@@ -38,7 +38,7 @@ def test_a_run_learns_from_rollouts_of_pi_ref_alone(tmp_path, monkeypatch, algor
         asked.append((number, guide))
         write_rollouts(session, number)
 
-    monkeypatch.setattr(guides, "collect", collect)
+    monkeypatch.setattr(value_based, "collect", collect)
     guide = algorithm.run(session, ref, told.setdefault)
     numbers = list(range(1, rounds + 1))
     assert asked == [(number, None) for number in numbers] and sorted(told) == numbers

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal
 
-from qsharp_jax.algorithms import guides
+from qsharp_jax.algorithms import value_based
 from qsharp_jax.data.records import Rollout, write_shard
 from qsharp_jax.models import value
 from qsharp_jax.run import models
@@ -32,8 +32,8 @@ def test_the_fit_of_a_run(tmp_path):
     before = jax.tree.map(np.array, ref.params)
     for number in (1, 2):
         write_rollouts(session, number)
-    data = guides.aggregate(session, 2)
-    guide = guides.fit(session, 2, ref, data, None)
+    data = value_based.aggregate(session, 2)
+    guide = value_based.fit(session, 2, ref, data, None)
     assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
     assert set(guide.params) == {"trunk", "head"} and guide.params["head"]["kernel"].any()
     assert_trees_equal(models.load_guide(session, 2).params, guide.params)
@@ -57,6 +57,6 @@ def test_a_warm_start_is_from_the_guide_of_the_round_before(tmp_path, warm):
     before = helpers.random_guide(ref.config, seed=3)
     write_rollouts(session, 1)
     write_rollouts(session, 2)
-    guide = guides.fit(session, 2, ref, guides.aggregate(session, 2), before)
+    guide = value_based.fit(session, 2, ref, value_based.aggregate(session, 2), before)
     start = before.params if warm else value.init(jax.random.key(0), guide.config, ref.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), guide.params, start)
