@@ -81,9 +81,9 @@ def train(session: Session, file: Path) -> None:
     here = {"sampled": 0, "judged": 0}
     sample, submit = rollouts.sample, judging.Judge.submit
 
-    def counting_sample(ref, guide, prompts, **settings):
+    def counting_sample(ref, guide, prompts, sampling, **settings):
         here["sampled"] += len(prompts)
-        return sample(ref, guide, prompts, **settings)
+        return sample(ref, guide, prompts, sampling, **settings)
 
     def counting_submit(*arguments):
         here["judged"] += 1
