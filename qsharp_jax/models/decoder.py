@@ -74,7 +74,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 
 
 def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
-    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
+    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct` leaves."""
     sizes = leaves.axis_sizes(config)
 
     def shapes(table: Mapping[str, Leaf], *first: int) -> Params:

@@ -92,7 +92,7 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
 
 
 def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
-    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct`s."""
+    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct` leaves."""
     table, sizes = _head_leaves(config)
     head = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape(sizes), jnp.dtype(dtype)), table)
     return {"trunk": _without_head(decoder.abstract(config.trunk, dtype))} | head

@@ -1,6 +1,6 @@
 """A reference and guides in folders, as `transformers` keeps models: tokenizers, shapes, and the weights when asked.
 
-Everything that can be refused without the weights is refused before they are read. It knows nothing about runs.
+Everything that can be refused without the weights is refused before they are read.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from qsharp_jax.generate import Guide, guide_names
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 
@@ -92,6 +93,49 @@ class Folders:
 
     def _dtype(self, folder: Path) -> str:
         return self.dtype or stored_dtype(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Models in memory.
+
+    Attributes:
+      ref: the reference.
+      guide: the guide, a tuple of several, or None.
+      tokenizer: the reference's.
+      sampling: a `Sampling` with the tokenizer's stop ids and vocabulary; change the rest by `dataclasses.replace`.
+    """
+
+    ref: LanguageModel
+    guide: Guide | None
+    tokenizer: Tokenizer
+    sampling: Sampling
+
+
+def load(
+    ref: str | Path,
+    guide: str | Path | Sequence[str | Path] | None = None,
+    *,
+    dtype: str | None = None,
+    prompt_format: str = "plain",
+) -> Loaded:
+    """Load a reference, and a guide or several, from folders of `transformers`.
+
+    Args:
+      ref: folder of a language model.
+      guide: folder of a guide that goes with it, or folders of several.
+      dtype: "float32" or "bfloat16", for weights and computation; by default each folder's own.
+      prompt_format: "plain", or "chat" for prompts as one turn of the tokenizer's chat template.
+
+    Raises:
+      UserError: for a folder that does not hold such a model, or a guide with other tokens than the reference.
+    """
+    guides = [guide] if isinstance(guide, str | Path) else guide or []
+    folders = Folders(Path(ref), [Path(folder) for folder in guides], dtype=dtype, prompt_format=prompt_format)
+    tokenizer = folders.tokenizer
+    candidates = min(Sampling.top_k_candidates, tokenizer.vocab_size)
+    sampling = Sampling(top_k_candidates=candidates, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
+    return Loaded(folders.load_ref(), folders.load_guide() if guides else None, tokenizer, sampling)
 
 
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:

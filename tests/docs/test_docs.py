@@ -12,7 +12,7 @@ from helpers import quick_compilation  # noqa: F401
 from repository import ROOT
 from text_models import make_guide, make_ref
 
-from qsharp_jax.cli import arguments
+from qsharp_jax.cli import commands
 from qsharp_jax.models import hf
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,7 +52,7 @@ def test_the_python_of_a_page_runs(page, folders, monkeypatch, capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_of_a_page_parse(line):
     words = shlex.split(line.partition("&")[0].replace("$i", "0"))
-    options, rest = arguments.parser().parse_known_args(words[1:])
+    options, rest = commands.parser().parse_known_args(words[1:])
     assert all(word.startswith("--config.") for word in rest)
 
 
