@@ -7,10 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for IDEs and type checkers
-    from qsharp_jax import generate, guidance, values
-    from qsharp_jax.generate import ContinuousBatch, stream
-    from qsharp_jax.run.folders import load
-    from qsharp_jax.sampling import Sampling
+    from qsharp_jax import generate as generate
+    from qsharp_jax import guidance as guidance
+    from qsharp_jax import values as values
+    from qsharp_jax.generate import ContinuousBatch as ContinuousBatch
+    from qsharp_jax.generate import stream as stream
+    from qsharp_jax.run.folders import load as load
+    from qsharp_jax.sampling import Sampling as Sampling
 
 __version__ = "0.1.0"
 

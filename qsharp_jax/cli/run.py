@@ -3,10 +3,23 @@
 import argparse
 
 from qsharp_jax.cli.arguments import CONFIG_HELP, add_config, add_processes, add_profile, add_workdir
+from qsharp_jax.run import schema
 from qsharp_jax.run.workdir import Workdir
 
 SUMMARY = "everything: reference, the config's algorithm, evaluation, report; resumes when repeated"
-EPILOG = CONFIG_HELP
+
+
+def _settings() -> str:
+    """One line per setting: its key, its default, and what it means."""
+    lines = []
+    for prefix, section in schema.sections().items():
+        for name, field in schema.settings(section).items():
+            key, default = f"{prefix}.{name}".lstrip("."), str(getattr(section, name))
+            lines.append(f"  {key:33} {default:12} {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+EPILOG = f"{CONFIG_HELP}\n\nSettings and their defaults, which recipes change:\n\n{_settings()}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass per section of its config, one field per setting.
 
-The checks, the defaults of a recipe and docs/config.md are read from here. `generate` is a part of `Sampling`; `task`
-and `model` are checked by the task and by `DecoderConfig`.
+The checks, the defaults of a recipe, `qsharp run --help` and docs/config.md are read from here. `generate` is a part of
+`Sampling`; `task` and `model` are checked by the task and by `DecoderConfig`.
 """
 
 import dataclasses
