@@ -1,4 +1,4 @@
-"""Installs qsharp_jax and the `qsharp` command; the runtime dependencies stand in requirements.txt."""
+"""Install qsharp_jax and the `qsharp` command; the runtime dependencies are in requirements.txt."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,20 @@ setup(
     name="qsharp_jax",
     version=re.search(r'__version__ = "(.+)"', (here / "qsharp_jax/__init__.py").read_text()).group(1),
     description="Q#: distributional value guidance of language models while decoding, in JAX",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={"Paper": "https://arxiv.org/abs/2502.20548"},
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["qsharp_jax*"]),
     package_data={"qsharp_jax": ["py.typed"]},
@@ -22,7 +35,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]", "gcsfs>=2025.9"],
         "gcs": ["gcsfs>=2025.9"],  # for workdirs in buckets
-        # PyTorch is what parity is judged by; libtpu compiles for TPUs on a machine that has none.
+        # PyTorch is the oracle of parity; libtpu compiles for TPUs on a machine that has none.
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
