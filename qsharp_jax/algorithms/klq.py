@@ -48,8 +48,8 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
                 targets = token_targets(
                     rollout_batch, tau=tau, return_lambda=settings.return_lambda, alpha=settings.alpha
                 )
-                for epoch in range(settings.epochs):
-                    for minibatch in training.minibatches(rollout_batch, targets, epoch):
+                for _ in range(settings.epochs):
+                    for minibatch in training.minibatches(rollout_batch, targets):
                         training.update(minibatch)
         params = training.params
         policy = policy_based.finish(session, params)

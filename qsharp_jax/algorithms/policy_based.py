@@ -270,9 +270,10 @@ class OnPolicyTraining:
         )
         return RolloutBatch(examples, self.samples, mask, log_probs, drawn["ref_log_probs"], values)
 
-    def minibatches(self, rollout_batch: RolloutBatch, targets: Numbers, epoch: int) -> Iterator[PolicyBatch]:
-        """Yield all rollouts in parts of nearly one size, in an order of the epoch's own."""
+    def minibatches(self, rollout_batch: RolloutBatch, targets: Numbers) -> Iterator[PolicyBatch]:
+        """Yield all rollouts in parts of nearly one size, in another order in every epoch of the round."""
         examples, config = rollout_batch.examples, self.session.config
+        epoch = self._trainer.step // self._minibatches
         order = np.random.default_rng((self.session.seed(f"policy {self.number}"), epoch)).permutation(len(examples))
         width = -(-max(map(len, examples)) // config.fit.length_bucket) * config.fit.length_bucket
         for indices in np.array_split(order, self._minibatches):

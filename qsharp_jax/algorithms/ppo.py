@@ -43,8 +43,8 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
             for index in training.remaining():
                 rollout_batch = training.sample(index)
                 targets = token_targets(rollout_batch, eta=eta, gae_lambda=settings.gae_lambda)
-                for epoch in range(settings.epochs):
-                    for minibatch in training.minibatches(rollout_batch, targets, epoch):
+                for _ in range(settings.epochs):
+                    for minibatch in training.minibatches(rollout_batch, targets):
                         training.update(minibatch)
         params = training.params
         policy = policy_based.finish(session, params)

@@ -39,7 +39,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
             for index in training.remaining():
                 rollout_batch = training.sample(index)
                 targets = token_targets(rollout_batch, eta=eta, baseline=settings.baseline)
-                for minibatch in training.minibatches(rollout_batch, targets, epoch=0):
+                for minibatch in training.minibatches(rollout_batch, targets):
                     training.update(minibatch)
         params = training.params
         policy = policy_based.finish(session, params)
