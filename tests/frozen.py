@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_name("frozen_numbers.json")
-# XLA compiles quickly, and one thread computes everything: sums then do not depend on the number of cores.
+# Quick to compile. The number of cores is a part of `machine`, as XLA divides some sums among threads.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
@@ -67,7 +67,8 @@ PROMPTS = ("Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam ha
 RESPONSES = ("54-12=42. \\boxed{42}", "12-7=5. \\boxed{7}")
 SAMPLING = ("--eta", "0.005,inf", "--samples", "4", "--seed", "3", "--top-k-candidates", "8", "--max-new-tokens", "16")
 READABLE = ("reward", "kl", "kl_high", "response_tokens", "finished", "pass_1", "reward_minus_cd")
-TIMES = ("second", "flops", "goodput", "bytes")  # parts of the names of what a clock or an allocator says
+NOT_FROZEN = ("second", "flops", "goodput", "bytes")  # parts of the names of what a clock or an allocator says
+OF_THIS_PROCESS = ("tokens", "row_steps")  # in metrics.jsonl; 0 for what a resumed run found done
 
 
 def machine() -> dict:
@@ -81,6 +82,7 @@ def machine() -> dict:
     model = [facts.get(name, "") for name in ("vendor_id", "cpu family", "model", "stepping")]
     return {
         "cpu": [platform.machine(), *model],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_flags": digest(sorted(facts.get("flags", "").split())),
         "jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": numpy.__version__,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -120,8 +122,8 @@ def run_arguments(name: str, workdir: Path, *changes: str) -> list[str]:
 # Read results from files
 
 
-def is_timed(name: str) -> bool:
-    return any(part in name for part in TIMES)
+def is_frozen(name: str) -> bool:
+    return not any(part in name for part in NOT_FROZEN)
 
 
 def measure_run(workdir: Path) -> dict:
@@ -129,7 +131,9 @@ def measure_run(workdir: Path) -> dict:
     numbers, same, rows, bits = {}, {}, {}, {}
     metrics = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        row = {name: value for name, value in json.loads(line).items() if not is_timed(name)}
+        row = {
+            name: value for name, value in json.loads(line).items() if is_frozen(name) and name not in OF_THIS_PROCESS
+        }
         metrics[row["phase"], row.get("step")] = row  # after a kill the last of several
     for (phase, step), row in metrics.items():
         label = phase if step is None else f"{phase}, {step}"
@@ -140,7 +144,7 @@ def measure_run(workdir: Path) -> dict:
     for row in json.loads((workdir / "results.json").read_text()):
         label = " ".join(str(row[name]) for name in ("method", "eta", "round"))
         numbers |= {f"{label}: {name}": row[name] for name in READABLE if row.get(name) is not None}
-        bits[label] = digest({name: value for name, value in row.items() if not is_timed(name)})
+        bits[label] = digest({name: value for name, value in row.items() if is_frozen(name)})
     same["results"] = len(json.loads((workdir / "results.json").read_text()))
     return {"same": same, "numbers": numbers, "rows": rows, "bits": bits}
 
@@ -243,11 +247,11 @@ def measure() -> dict[str, dict]:
 
 
 def kill(workdir: Path) -> None:
-    """Start the run on star graphs and kill it as soon as its second fit has logged a step."""
+    """Start the run on star graphs and kill it once its second fit has logged a step behind its first checkpoint."""
     arguments = run_arguments("star graph", workdir)
     process = subprocess.Popen([sys.executable, "-m", "qsharp_jax.cli", *arguments], stdout=subprocess.DEVNULL)
     metrics = workdir / "metrics.jsonl"
-    while not (metrics.exists() and '"round 2: fit"' in metrics.read_text()):
+    while not (metrics.exists() and '"phase": "round 2: fit", "step": 6,' in metrics.read_text()):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
