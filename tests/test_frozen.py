@@ -24,7 +24,6 @@ def measured() -> dict:
     return frozen.measure_elsewhere()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", RECORDED["cases"])
 def test_a_command_gives_the_recorded_numbers(measured, case):
     exact = measured["machine"] == RECORDED["machine"]
@@ -32,7 +31,6 @@ def test_a_command_gives_the_recorded_numbers(measured, case):
     assert not moved, "\n".join(["on the same kind of machine" if exact else "on another kind of machine", *moved])
 
 
-@pytest.mark.slow
 def test_a_killed_and_resumed_run_gives_the_numbers_of_an_uninterrupted_one(measured):
     cases = measured["cases"]
     assert not differences(cases[frozen.KILLED], cases["star graph"], exact=True)
