@@ -29,7 +29,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["qsharp_jax*"]),
-    package_data={"qsharp_jax": ["py.typed"]},
+    package_data={"qsharp_jax": ["py.typed", "*.pyi"]},
     install_requires=[line for line in requirements if line],
     extras_require={
         "cuda": ["jax[cuda12]"],

@@ -1,19 +1,11 @@
 """Q# in JAX: a small value model, learned from rollouts, that steers a frozen language model while it decodes.
 
 The names below are imported when they are first used, so that `import qsharp_jax` loads neither JAX nor models.
+`__init__.pyi` names them for IDEs and type checkers.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # for IDEs and type checkers
-    from qsharp_jax import generate as generate
-    from qsharp_jax import guidance as guidance
-    from qsharp_jax import values as values
-    from qsharp_jax.generate import ContinuousBatch as ContinuousBatch
-    from qsharp_jax.generate import stream as stream
-    from qsharp_jax.run.folders import load as load
-    from qsharp_jax.sampling import Sampling as Sampling
+from typing import Any
 
 __version__ = "0.1.0"
 

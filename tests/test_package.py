@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,9 @@ def test_every_public_name_is_there(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         getattr(qsharp_jax, "nothing")  # noqa: B009
+
+
+def test_the_stub_names_what_the_package_has():
+    """An IDE reads the stub; a name that stands in one place only would be missing in the other."""
+    stub = Path(qsharp_jax.__file__).with_name("__init__.pyi").read_text()
+    assert {line.split()[-1] for line in stub.splitlines() if " as " in line} == set(qsharp_jax.__all__) - {"__version__"}
