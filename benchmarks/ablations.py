@@ -339,7 +339,7 @@ def _plot_frontier(axes: Any, found: dict[tuple[Changes, int], Found]) -> None:
         points = [[run_[method, float(eta)] for run_ in runs] for eta in ETAS.split(",")]
         xs = [float(np.mean([part.kl.mean() for part in parts])) for parts in points]
         rewards = [[part.reward for part in parts] for parts in points]
-        _series(axes, xs, rewards, label=report.NAMES[method], color=report.COLOURS[method])
+        _series(axes, xs, rewards, label=report.NAMES[method], color=report.COLORS[method])
     _series(axes, [0], [[run_["pi_ref", float("inf")].reward for run_ in runs]], label="pi_ref", color="#555555")
     axes.set_xscale("symlog", linthresh=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -362,7 +362,7 @@ def _plot_variants(axes: Any, found: dict, ablation: str, xs: dict[str, float], 
     for method in methods:
         for eta, style in zip(map(float, FEW_ETAS.split(",")), ("-", "--"), strict=True):
             points = {x: [found[changes[x], seed][method, eta].reward for seed in common] for x in there}
-            label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLOURS[method]
+            label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLORS[method]
             _series(axes, [*points], [*points.values()], label=label, color=colour, linestyle=style)
     words = f"seeds: {', '.join(map(str, common))}" + (" (problems alone)" if len(common) == 1 else "")
     axes.text(0.99, 0.01, words, transform=axes.transAxes, ha="right", fontsize=8)

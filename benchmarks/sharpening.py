@@ -83,7 +83,7 @@ def plot(axes: Any, runs: list[Found]) -> None:
             points.append((kl, mean, *statistics.over_seeds(rewards), "power" in key[1]))
         points.sort()
         kl, mean, low, high, _ = map(np.asarray, zip(*points, strict=True))
-        colour = report.COLOURS[method]
+        colour = report.COLORS[method]
         axes.errorbar(
             kl, mean, [mean - low, high - mean], color=colour, marker="o", capsize=3, label=report.NAMES[method]
         )

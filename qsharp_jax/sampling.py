@@ -36,6 +36,7 @@ TEMPERATURE = Rule(
     lambda v: is_number(v) and bool(v == 0 or np.float32(LEAST_TEMPERATURE) <= np.float32(v) < np.inf),
     f"0, which is greedy, or a finite number, at least {LEAST_TEMPERATURE:g}",
 )
+OWN_ETA = Rule(lambda v: v is None or ETA.passes(v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
 FINITE = Rule(lambda v: is_number(v) and math.isfinite(v), "a finite number")
 IDS = Rule(lambda v: all(is_whole(token) and token >= 0 for token in v), "token ids")
 

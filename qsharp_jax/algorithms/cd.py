@@ -12,25 +12,41 @@ It learns from pi_ref's rollouts alone. They are collected and fitted in as many
 so far, so that both have as many rollouts and as many steps.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from qsharp_jax import train
-from qsharp_jax.algorithms import value_based
-from qsharp_jax.algorithms.value_based import aggregate
-from qsharp_jax.data.records import Rollout
-from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.value import ValueModel
-from qsharp_jax.run import models
-from qsharp_jax.run.session import Session
+from qsharp_jax.algorithms.base import Algorithm
 from qsharp_jax.system.errors import UserError
-from qsharp_jax.train import targets
+from qsharp_jax.system.settings import one_of, setting
+
+if TYPE_CHECKING:
+    from qsharp_jax import train
+    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.models.decoder import LanguageModel
+    from qsharp_jax.models.value import ValueModel
+    from qsharp_jax.run.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Controlled decoding."""
+
+    variant: str = setting(
+        "regression", one_of("regression", "fudge", "q"),
+        "regression of pi_ref's rewards; fudge: their likelihood, and a tilt by log p; q: Bellman targets",
+    )  # fmt: skip
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
-    """Controlled Decoding; `after_round` is told each round's number and guide."""
+    """Fit a guide per round; `after_round` is called with each round's number and guide."""
+    from qsharp_jax.algorithms.value_based import aggregate
+
     guide = None
     for number in range(1, session.config.rounds + 1):
         collect(session, number, ref)
@@ -41,14 +57,20 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
 
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None = None) -> dict[str, float]:
-    """pi_ref's rollouts, whatever guide there is."""
+    """Collect pi_ref's rollouts; the guide is not used."""
+    from qsharp_jax.algorithms import value_based
+
     return value_based.collect(session, number, ref, None)
 
 
 def fit(
     session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
 ) -> ValueModel:
-    """As `value_based.fit`, by the loss of `config.cd.variant`."""
+    """Fit V by the loss of `config.cd.variant`."""
+    from qsharp_jax.algorithms import value_based
+    from qsharp_jax.run import models
+    from qsharp_jax.train import targets
+
     fitted = functools.partial(value_based.fit, session, number, ref, data, previous)
     match session.config.cd.variant:
         case "regression":
@@ -70,7 +92,10 @@ def fit(
 
 
 def _flops(session: Session) -> train.Flops:
-    """Of a step of CD-Q: beside the guide's, pi_ref's forward pass (a third of a training's) and V of all tokens."""
+    """Return the FLOPs of a step of CD-Q: the guide's, pi_ref's forward pass (a third of a step's), V of all tokens."""
+    from qsharp_jax import train
+    from qsharp_jax.run import models
+
     config = models.guide_config(session)
     guide = train.guide_flops(config, session.config.fit.future_offsets)
     ref, head = train.language_model_flops(models.ref_config(session)), 2 * config.trunk.embed * config.trunk.vocab_size
@@ -78,12 +103,16 @@ def _flops(session: Session) -> train.Flops:
 
 
 def mode(config: ConfigDict) -> str:
-    """How the guide tilts pi_ref, of `guidance.MODES`: by V / eta, or by log V."""
+    """Return the mode of `guidance.MODES`: pi_ref is tilted by V / eta, or by log V."""
     return "expectation" if config.cd.variant == "fudge" else "cd"
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a UserError unless the variant goes with the guide's head."""
+    """Check that the variant goes with the guide's head.
+
+    Raises:
+      UserError: if not.
+    """
     if config.cd.variant == "fudge" and config.value.distribution != "bernoulli":
         raise UserError(
             f"config.cd.variant fudge learns a probability, and config.value.distribution is"
@@ -94,3 +123,9 @@ def check(config: ConfigDict) -> None:
             "config.cd.variant q takes the mean over all next tokens, which a Q-type guide gives in one pass; give"
             " config.value.type=q, or config.algorithm=vas with td_lambda 0, which takes the rollout's next token alone"
         )
+
+
+CD = Algorithm(
+    name="cd", label="CD", color="#c8641e", learns="guide", settings=Settings(), run=run, collect=collect, fit=fit,
+    mode=mode, check=check,
+)  # fmt: skip

@@ -14,28 +14,49 @@ The soft optimal policy is pi_ref exp((Q - V) / tau), so a policy and a state va
             minimize  mean_t (Q(s_t, y_t) - G_t)^2
 
 Undiscounted, and V is 0 past the end. At theta_old the gradient is -2 alpha A_t (tau grad log pi + grad V) with A the
-GAE of the KL-penalized reward: PPO's, without a clip. V is a linear head on the policy's own trunk, which learns from
+GAE (arXiv 1506.02438) of the KL-penalized reward. V is a linear head on the policy's own trunk, which learns from
 it too if policy.detach_values is false: then 1 / tau times as much as from log pi. tau, the weight of the KL, is
 config.klq.tau, or collect.eta.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
+from qsharp_jax.algorithms.base import Algorithm
+from qsharp_jax.sampling import OWN_ETA
+from qsharp_jax.system.settings import SHARE, UNIT, setting, whole
 
-from qsharp_jax.algorithms import policy_based
-from qsharp_jax.algorithms.policy_based import OnPolicyTraining, RolloutBatch
-from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch, mean_per_token
-from qsharp_jax.generate import for_decoding
-from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.run import config as configs
-from qsharp_jax.run.session import Session
+if TYPE_CHECKING:
+    import jax
+
+    from qsharp_jax.algorithms.policy_based import RolloutBatch
+    from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch
+    from qsharp_jax.models.decoder import LanguageModel
+    from qsharp_jax.run.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """KL-regularized Q-learning."""
+
+    tau: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
+    epochs: int = setting(4, whole(1), "over each batch of rollouts")
+    return_lambda: float = setting(0.95, UNIT, "of the returns")
+    alpha: float = setting(1.0, SHARE, "how far the targets go from the old action value to the lambda-return")
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:
     """Train the policy; `after_round` is called with each round's number and policy."""
-    config, settings, tau = session.config, session.config.klq, configs.kl_weight(session.config)
+    from qsharp_jax.algorithms import policy_based
+    from qsharp_jax.algorithms.policy_based import OnPolicyTraining
+    from qsharp_jax.generate import for_decoding
+    from qsharp_jax.run.config import kl_weight
+
+    config, settings, tau = session.config, session.config.klq, kl_weight(session.config)
     squared = functools.partial(loss, tau=tau)
     params, ref = policy_based.start(session, ref, value_head=True), for_decoding(ref)
     for number in range(1, config.rounds + 1):
@@ -59,20 +80,29 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
 
 def token_targets(rollout_batch: RolloutBatch, *, tau: float, return_lambda: float, alpha: float) -> Numbers:
     """Compute the targets G_t, [N, M], beside the reference's log-probabilities that Q needs."""
+    from qsharp_jax.algorithms.policy_based import discounted_sum, next_values
+
     # Q_old = tau log pi / pi_ref + V_old
     q = tau * (rollout_batch.log_probs - rollout_batch.ref_log_probs) + rollout_batch.values
     # delta_t = r_t + V_old(s_{t+1}) - Q_old(s_t, y_t)
-    delta = rollout_batch.token_rewards + policy_based.next_values(rollout_batch.values) - q
+    delta = rollout_batch.token_rewards + next_values(rollout_batch.values) - q
     # G_t = Q_old + alpha Delta_t;  Delta_t = delta_t + lambda Delta_{t+1}
-    targets = q + alpha * policy_based.discounted_sum(delta, return_lambda)
+    targets = q + alpha * discounted_sum(delta, return_lambda)
     return {"ref_log_probs": rollout_batch.ref_log_probs, "targets": targets}
 
 
 def loss(
     log_probs: jax.Array, values: jax.Array, batch: PolicyBatch, whole: PolicyBatch, *, tau: float
 ) -> tuple[jax.Array, dict]:
-    """mean_t (Q - G)^2."""
+    """Compute mean_t (Q - G)^2."""
+    from qsharp_jax.algorithms.policy_scores import mean_per_token
+
     q = tau * (log_probs - batch.numbers["ref_log_probs"]) + values
     return mean_per_token((q - batch.numbers["targets"]) ** 2, batch, whole), {
         "value": mean_per_token(values, batch, whole)
     }
+
+
+KLQ = Algorithm(
+    name="klq", label="KLQ", color="#1fa39a", learns="policy", on_policy=True, settings=Settings(), eta="tau", run=run
+)

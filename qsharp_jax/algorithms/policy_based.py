@@ -121,7 +121,7 @@ def training(
     log_every: int,
     save_unit: int = 1,
 ) -> Iterator[Trainer]:
-    """Yield the trainer of a round's policy, which goes on from its last checkpoint; the policy is kept at the end.
+    """Yield the trainer of a round's policy, resumed from its last checkpoint; the policy is kept at the end.
 
     Args:
       number: of the round.

@@ -65,12 +65,12 @@ def make_batch(
 
 
 def mean_per_token(x: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> jax.Array:
-    """The mean of x [B, T] over response tokens; where the batch is a part of `whole`, its part of the whole's mean."""
+    """Return the mean of x [B, T] over response tokens; of a part of `whole`, its part of the mean."""
     return jnp.where(batch.response_mask, x, 0).sum() / jnp.maximum(whole.response_mask.sum(), 1)
 
 
 def mean_per_response(x: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> jax.Array:
-    """The mean over responses of x [B, T] summed over their tokens; parts as in `mean_per_token`."""
+    """Return the mean over responses of x [B, T] summed over their tokens; parts as in `mean_per_token`."""
     return jnp.where(batch.response_mask, x, 0).sum() / jnp.maximum(whole.response_mask.any(1).sum(), 1)
 
 
@@ -79,7 +79,7 @@ def mean_per_response(x: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> j
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """How a policy's log-probabilities are computed in training; hashable, so that it can be a static argument.
+    """Log-probabilities of a policy in training; hashable, so that it can be a static argument.
 
     Attributes:
       config: the policy's shape.

@@ -14,25 +14,44 @@ V is a linear head on the policy's own trunk, which learns from it too if policy
 arXiv 1506.02438, eq. 16. The weight of the KL is collect.eta.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.algorithms import policy_based
-from qsharp_jax.algorithms.policy_based import OnPolicyTraining, RolloutBatch
-from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch, mean_per_token
-from qsharp_jax.generate import for_decoding
-from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.run import config as configs
-from qsharp_jax.run.session import Session
+from qsharp_jax.algorithms.base import Algorithm
+from qsharp_jax.system.settings import NOT_NEGATIVE, UNIT, WITHIN, setting, whole
+
+if TYPE_CHECKING:
+    import jax
+
+    from qsharp_jax.algorithms.policy_based import RolloutBatch
+    from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch
+    from qsharp_jax.models.decoder import LanguageModel
+    from qsharp_jax.run.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Proximal policy optimization."""
+
+    epochs: int = setting(4, whole(1), "over each batch of rollouts")
+    clip: float = setting(0.2, WITHIN, "of the ratio to the policy that sampled")
+    gae_lambda: float = setting(0.95, UNIT, "of the advantages")
+    value_weight: float = setting(0.5, NOT_NEGATIVE, "of the value head's squared error")
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:
     """Train the policy; `after_round` is called with each round's number and policy."""
-    config, settings, eta = session.config, session.config.ppo, configs.kl_weight(session.config)
+    from qsharp_jax.algorithms import policy_based
+    from qsharp_jax.algorithms.policy_based import OnPolicyTraining
+    from qsharp_jax.generate import for_decoding
+
+    config, settings, eta = session.config, session.config.ppo, session.config.collect.eta
     clipped = functools.partial(loss, clip=settings.clip, value_weight=settings.value_weight)
     params, ref = policy_based.start(session, ref, value_head=True), for_decoding(ref)
     for number in range(1, config.rounds + 1):
@@ -62,8 +81,10 @@ def token_targets(rollout_batch: RolloutBatch, *, eta: float, gae_lambda: float)
 
 def advantages(rewards: np.ndarray, values: np.ndarray, gae_lambda: float) -> np.ndarray:
     """GAE of token rewards and V(s_t), [N, M] each, both 0 past a response's end."""
+    from qsharp_jax.algorithms.policy_based import discounted_sum, next_values
+
     # delta_t = r_t + V(s_{t+1}) - V(s_t);  A_t = delta_t + lambda A_{t+1}
-    return policy_based.discounted_sum(rewards + policy_based.next_values(values) - values, gae_lambda)
+    return discounted_sum(rewards + next_values(values) - values, gae_lambda)
 
 
 def loss(
@@ -76,6 +97,10 @@ def loss(
     value_weight: float,
 ) -> tuple[jax.Array, dict]:
     """Equation 9 without its entropy term, which the KL to pi_ref replaces."""
+    import jax.numpy as jnp
+
+    from qsharp_jax.algorithms.policy_scores import mean_per_token
+
     advantages = batch.numbers["advantages"]
     log_ratio = log_probs - batch.numbers["old_log_probs"]
     ratio = jnp.exp(log_ratio)
@@ -90,3 +115,6 @@ def loss(
         "kl_to_old": mean_per_token(ratio - 1 - log_ratio, batch, whole),
     }
     return policy_loss + value_weight * value_loss, metrics
+
+
+PPO = Algorithm(name="ppo", label="PPO", color="#2c7a4b", learns="policy", on_policy=True, settings=Settings(), run=run)

@@ -7,23 +7,27 @@
         fit Z by maximum likelihood on all of D
         pi_{k+1}(y|x) ∝ pi_ref(y|x) E_{z ~ Z(x,y)}[exp(z / eta)]
 
-There is no step for the policy: it is pi_ref with the guide beside it. It knows nothing about evaluation.
+There is no step for the policy: it is pi_ref with the guide beside it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ml_collections import ConfigDict
+from qsharp_jax.algorithms.base import Algorithm
 
-from qsharp_jax.algorithms.value_based import aggregate, collect, fit
-from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.value import ValueModel
-from qsharp_jax.run.session import Session
-
-__all__ = ["aggregate", "collect", "fit", "mode", "run"]
+if TYPE_CHECKING:
+    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.models.decoder import LanguageModel
+    from qsharp_jax.models.value import ValueModel
+    from qsharp_jax.run.session import Session
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueModel], None]) -> ValueModel:
-    """Algorithm 1; `after_round` is told each round's number and guide."""
+    """Run Algorithm 1; `after_round` is called with each round's number and guide."""
+    from qsharp_jax.algorithms.value_based import aggregate
+
     guide = None
     for number in range(1, session.config.rounds + 1):
         collect(session, number, ref, guide)
@@ -33,6 +37,23 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, ValueM
     return guide
 
 
-def mode(config: ConfigDict) -> str:
-    """How the guide tilts pi_ref, of `guidance.MODES`."""
-    return "qsharp"
+def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
+    """Roll in with the guide up to a random switch, finish with pi_ref."""
+    from qsharp_jax.algorithms import value_based
+
+    return value_based.collect(session, number, ref, guide)
+
+
+def fit(
+    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+) -> ValueModel:
+    """Fit Z by maximum likelihood."""
+    from qsharp_jax.algorithms import value_based
+
+    return value_based.fit(session, number, ref, data, previous, error="nll")
+
+
+QSHARP = Algorithm(
+    name="qsharp", label="Q#", color="#1f5fa8", learns="guide", run=run, collect=collect, fit=fit,
+    mode=lambda config: "qsharp", extra_modes=("cd",),
+)  # fmt: skip

@@ -13,23 +13,45 @@ variant of Q#'s own program, one response of the likeliest tokens per prompt: it
 is collect.eta.
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from qsharp_jax.algorithms import policy_based
-from qsharp_jax.algorithms.policy_based import OnPolicyTraining, RolloutBatch
-from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch, mean_per_response
-from qsharp_jax.generate import for_decoding
-from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.run import config as configs
-from qsharp_jax.run.session import Session
+from qsharp_jax.algorithms.base import Algorithm
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.settings import TRUTH, one_of, setting
+
+if TYPE_CHECKING:
+    import jax
+
+    from qsharp_jax.algorithms.policy_based import RolloutBatch
+    from qsharp_jax.algorithms.policy_scores import Numbers, PolicyBatch
+    from qsharp_jax.models.decoder import LanguageModel
+    from qsharp_jax.run.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """REINFORCE."""
+
+    baseline: str = setting(
+        "leave_one_out", one_of("leave_one_out", "mean"), "of the prompt's other samples, or of all rollouts at hand"
+    )
+    greedy: bool = setting(False, TRUTH, "the paper's variant: the most probable tokens, one response per prompt")
 
 
 def run(session: Session, ref: LanguageModel, after_round: Callable[[int, LanguageModel], None]) -> LanguageModel:
     """Train the policy; `after_round` is called with each round's number and policy."""
-    config, settings, eta = session.config, session.config.reinforce, configs.kl_weight(session.config)
+    from qsharp_jax.algorithms import policy_based
+    from qsharp_jax.algorithms.policy_based import OnPolicyTraining
+    from qsharp_jax.generate import for_decoding
+
+    config, settings, eta = session.config, session.config.reinforce, session.config.collect.eta
     samples = 1 if settings.greedy else config.collect.samples
     prompts = config.policy.batch_size // samples  # a batch of rollouts is one update: the next needs the new policy
     params, ref = policy_based.start(session, ref), for_decoding(ref)
@@ -61,5 +83,32 @@ def token_targets(rollout_batch: RolloutBatch, *, eta: float, baseline: str) -> 
 
 
 def loss(log_probs: jax.Array, values: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> tuple[jax.Array, dict]:
-    """The loss whose gradient is -mean_i A_i grad log pi(y_i | x)."""
+    """Compute the loss whose gradient is -mean_i A_i grad log pi(y_i | x)."""
+    from qsharp_jax.algorithms.policy_scores import mean_per_response
+
     return -mean_per_response(batch.numbers["advantages"] * log_probs, batch, whole), {}
+
+
+def check(config: ConfigDict) -> None:
+    """Check that the baseline has samples to be computed from, and that a step takes whole prompts.
+
+    Raises:
+      UserError: if not.
+    """
+    samples = 1 if config.reinforce.greedy else config.collect.samples
+    if config.reinforce.baseline == "leave_one_out" and samples < 2:
+        raise UserError(
+            "config.reinforce.baseline leave_one_out needs other samples of a prompt: give config.collect.samples"
+            " of at least 2 and config.reinforce.greedy false, or the baseline mean"
+        )
+    if config.policy.batch_size % samples:
+        raise UserError(
+            f"config.policy.batch_size is {config.policy.batch_size}; reinforce takes whole prompts, so a multiple of"
+            f" config.collect.samples, {samples}"
+        )
+
+
+REINFORCE = Algorithm(
+    name="reinforce", label="REINFORCE", color="#7a2f8f", learns="policy", on_policy=True, settings=Settings(),
+    run=run, check=check,
+)  # fmt: skip

@@ -1,7 +1,6 @@
 """The steps that algorithms which learn a guide are made of: collect a round's rollouts, read them, fit the guide.
 
-What the guide is fitted to, and by which loss, is the algorithm's to say. Everything lies in the workdir, so that a run
-that was stopped anywhere goes on from there. It knows nothing about evaluation.
+An algorithm chooses the targets and the loss of the fit. All results are in the workdir, so that a stopped run resumes.
 """
 
 import dataclasses
@@ -50,15 +49,15 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
         )
     rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
     answered = np.mean([task(session).parse(rollout.text) is not None for rollout in rollouts_])
-    figures = rollouts.statistics(rollouts_) | {"answered": float(answered)}
+    statistics = rollouts.statistics(rollouts_) | {"answered": float(answered)}
     session.workdir.append_metrics(
-        {"phase": f"round {number}: collect", **figures, **decoded, "seconds": time.monotonic() - began}
+        {"phase": f"round {number}: collect", **statistics, **decoded, "seconds": time.monotonic() - began}
     )
-    return figures
+    return statistics
 
 
 def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
-    """The rollouts of this round and all before it, of the problems that are to be learned from.
+    """Return the rollouts of this round and all before it, of the problems that are to be learned from.
 
     Raises:
       UserError: if none are left; and as `read_rounds`.
@@ -88,11 +87,11 @@ def fit(
     beside: Params | None = None,
     flops: train.Flops | None = None,
 ) -> ValueModel:
-    """A guide fitted to all the data, but for the prompts that are held out to measure it on.
+    """Fit a guide to all the data, except for the prompts that are held out to measure it on.
 
     It starts from `previous`, the guide of the round before, where the config says so and there is one; else from
     `Session.first_guide`, which may need the reference. It comes back where it was fitted, `Session.for_decoding` moves
-    it on.
+    it.
 
     Args:
       error, targets: of `train.value_loss`; by default the likelihood of the observed reward-to-go.
@@ -191,5 +190,5 @@ def _without(params: Params, names: Iterable[str]) -> Params:
 
 
 def _is_held_out(rollout: Rollout, share: float) -> bool:
-    """By prompt, so that no response to a held-out prompt is learned from in any round."""
+    """Return whether the rollout's prompt is held out, in every round."""
     return zlib.crc32(rollout.prompt_id.encode()) < share * 2**32

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import algorithms
+    from qsharp_jax.algorithms.registry import ALGORITHMS
     from qsharp_jax.run import models, pretrain, provenance
     from qsharp_jax.run.session import Session
 
     session = Session(workdir)
-    algorithm = algorithms.get(session.config.algorithm)
+    algorithm = ALGORITHMS[session.config.algorithm]
     rounds.check_separate_steps(session.config)
     provenance.check_problems(session)
     number = options.round or min(models.fitted_rounds(workdir) + 1, session.config.rounds)

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import algorithms, report
+    from qsharp_jax import report
     from qsharp_jax.evaluation import measure
-    from qsharp_jax.run import config, models, provenance
+    from qsharp_jax.run import models, provenance
     from qsharp_jax.run.session import Session
 
     session = Session(workdir)
@@ -35,6 +35,4 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     provenance.check_problems(session)
     ref = models.load_ref(session)
     guides = {number: models.load_guide(session, number) for number in range(1, models.fitted_rounds(workdir) + 1)}
-    algorithm = algorithms.get(session.config.algorithm)
-    mode = None if config.trains_policy(session.config) else algorithm.mode(session.config)
-    print(report.table(measure.evaluate(session, ref, guides, full=True, mode=mode)))
+    print(report.table(measure.evaluate(session, ref, guides, full=True)))

@@ -20,17 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
-    from qsharp_jax import algorithms
+    from qsharp_jax.algorithms import value_based
+    from qsharp_jax.algorithms.registry import ALGORITHMS
     from qsharp_jax.run import checks, models
     from qsharp_jax.run.session import Session
 
     session = Session(workdir, options.profile)
-    algorithm = algorithms.get(session.config.algorithm)
+    algorithm = ALGORITHMS[session.config.algorithm]
     rounds.check_separate_steps(session.config)
     checks.check_devices(session)
     number = options.round or max(workdir.collected_rounds(), 1)
     rounds.check_round(session.config, number)
-    data = algorithm.aggregate(session, number, skip_damaged=options.skip_damaged)
+    data = value_based.aggregate(session, number, skip_damaged=options.skip_damaged)
     previous = models.load_guide(session, number - 1) if session.config.fit.warm_start and number > 1 else None
     ref = None if models.folder(session.config, "ref") else models.load_ref(session)
     algorithm.fit(session, number, ref, data, previous)

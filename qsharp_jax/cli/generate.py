@@ -14,7 +14,7 @@ from typing import Any
 from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import ETA, OTHERS, Sampling
+from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
 from qsharp_jax.system import files, settings
 from qsharp_jax.system.errors import UserError
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " generation_config.json, the tokenizer's eos and the end of a turn in its chat template)",
     )  # fmt: skip
     parser.add_argument(
-        "--mode", choices=("qsharp", "cd", "expectation"),
+        "--mode", choices=MODES,
         help=f"{FIELDS['mode'].metadata['help']} (default: as the run's algorithm does; for folders qsharp)",
     )  # fmt: skip
 
@@ -208,13 +208,12 @@ def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> 
 
 
 def _mode(workdir: Workdir | None) -> str:
-    """How the algorithm of a run tilts; a policy is sampled as it is."""
+    """Return the mode in which the algorithm of a run tilts; a policy is sampled as it is."""
     if workdir is None:
         return "qsharp"
-    from qsharp_jax import algorithms
+    from qsharp_jax.algorithms.registry import ALGORITHMS
 
-    algorithm = algorithms.get(workdir.config.get("algorithm", "qsharp"))
-    return algorithm.mode(workdir.config) if hasattr(algorithm, "mode") else "qsharp"
+    return ALGORITHMS[workdir.config.algorithm].mode(workdir.config) or "qsharp"
 
 
 def _default_etas(workdir: Workdir | None, options: argparse.Namespace) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.evaluation.samples import (
     SAMPLE,
     read_samples,
@@ -40,20 +41,17 @@ from qsharp_jax.tasks.judging import Judge
 Made = dict[tuple[str, int], list[dict]]  # samples by method and round
 
 
-def evaluate(
-    session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool, mode: str | None = "qsharp"
-) -> list[dict]:
+def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool) -> list[dict]:
     """Return all rows of `results.json`, and write the file, for the guides of some rounds.
 
     Measured are pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
     each round at the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at
-    every eta of the config, Q#'s as CD at the same, and as a reranker of pi_ref's samples. A method that trains the
+    every eta of the config, in the extra modes of its record at the same, and as a reranker of pi_ref's samples. A
     policy is measured after each round as it is; the row's eta is that of its objective.
-
-    Args:
-      mode: how the guides tilt the reference, of `guidance.MODES`; None for policies.
     """
     config, last = session.config.evaluate, max(guides, default=0)
+    algorithm = ALGORITHMS[session.config.algorithm]
+    has_guides, own_eta = algorithm.learns == "guide", configs.kl_weight(session.config)
     sampling = models.sampling(session)
     greedy = dataclasses.replace(sampling, temperature=0.0)
     # As few tokens as the guide scores, or fewer where top_k leaves fewer.
@@ -65,27 +63,25 @@ def evaluate(
             session, "pi_ref_top_k", ref, None, top_k, number=0, samples=config.guided_samples
         ),
     }
-    method = session.config.algorithm
-    if not configs.trains_policy(session.config):
+    method = algorithm.name
+    if has_guides:
+        mode = algorithm.mode(session.config)
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     for number, guide in guides.items():
-        every = full and number == last and not configs.trains_policy(session.config)
-        etas = list(config.etas) if every else [configs.kl_weight(session.config)]
+        etas = list(config.etas) if full and number == last and has_guides else [own_eta]
         made[method, number] = sample_method(
             session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )
     if full and guides:
         name = f"{method}_greedy"
-        made[name, last] = sample_method(
-            session, name, ref, guides[last], greedy, number=last, etas=[configs.kl_weight(session.config)]
-        )
-    if full and guides and method == "qsharp":
-        made["cd", last] = sample_method(
-            session, "cd", ref, guides[last], dataclasses.replace(sampling, mode="cd"), number=last,
-            etas=list(config.etas), samples=config.guided_samples,
-        )  # fmt: skip
+        made[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[own_eta])
+        for mode in algorithm.extra_modes:
+            made[mode, last] = sample_method(
+                session, mode, ref, guides[last], dataclasses.replace(sampling, mode=mode), number=last,
+                etas=list(config.etas), samples=config.guided_samples,
+            )  # fmt: skip
     scored = None
-    if full and guides and not configs.trains_policy(session.config):
+    if full and guides and has_guides:
         scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
     return _write_results(session, made, last, scored)
 
@@ -103,7 +99,8 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     """
     rounds = range(1, session.config.rounds + 1)
     of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
-    learned = (session.config.algorithm, f"{session.config.algorithm}_greedy", "cd")
+    algorithm = ALGORITHMS[session.config.algorithm]
+    learned = (algorithm.name, f"{algorithm.name}_greedy", *algorithm.extra_modes)
     places = [*of_pi_ref, *itertools.product(learned, rounds)]
     paths = {place: path for place in places if (path := samples_path(session.workdir, *place)).exists()}
     if ("pi_ref", 0) not in paths:
@@ -293,13 +290,14 @@ def _row(method: str, number: int, statistics: Statistics, *, eta: float | None 
 
 
 def _compared(statistics: Mapping[tuple, Statistics], method: str, number: int, eta: float | None) -> dict[str, float]:
-    """Return paired differences of a learned method to pi_ref, and of Q# to CD by the same guide at the same eta.
+    """Return paired differences of a learned method to pi_ref, and to its guide's extra modes at the same eta.
 
-    They are called NAME_minus_pi_ref and NAME_minus_cd, with intervals over the problems' differences.
+    They are called NAME_minus_pi_ref and NAME_minus_MODE, with intervals over the problems' differences.
     """
     mine, compared = statistics[method, number, eta], {}
     others = {} if method.startswith("pi_ref") else {"pi_ref": ("pi_ref", 0, None)}
-    others |= {"cd": ("cd", number, eta)} if method == "qsharp" else {}
+    extra_modes = ALGORITHMS[method].extra_modes if method in ALGORITHMS else ()
+    others |= {mode: (mode, number, eta) for mode in extra_modes}
     for other, place in others.items():
         theirs = statistics.get(place, {})
         for name in mine:

@@ -1,12 +1,12 @@
 """Algorithms side by side: each from the same pi_ref, with equal budgets of rollouts and of gradient FLOPs.
 
 Every method and seed is a run of its own in a workdir of its own, DIR/seed_S/METHOD, which all commands understand.
-DIR/seed_S/pi_ref has what they share: the reference, its rollouts of the first round, its evaluation. All figures are
-read from these workdirs' files, so that a comparison that was stopped goes on where it was.
+DIR/seed_S/pi_ref has what they share: the reference, its rollouts of the first round, its evaluation. All statistics
+are read from these workdirs' files, so that a comparison that was stopped goes on where it was.
 
 The budget of rollouts is the config's, rounds x prompts x samples. That of gradient FLOPs is what Q#'s fits take,
 `fit.epochs` passes over all rollouts so far in every round. A method that goes over its data as often as it likes takes
-the whole number of passes that comes nearest; REINFORCE, which has one pass, leaves the rest.
+the whole number of passes that comes nearest; one without epochs leaves the rest.
 """
 
 import json
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from qsharp_jax import algorithms, report, train
-from qsharp_jax.algorithms import dpo, qsharp
+from qsharp_jax import report, train
+from qsharp_jax.algorithms import value_based
+from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT
 from qsharp_jax.data.batches import from_rollout
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
-from qsharp_jax.run import checks, models, pretrain, provenance, schema
+from qsharp_jax.run import checks, models, pretrain, provenance
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
@@ -35,17 +36,15 @@ from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.system.files import write_atomic
 
 SHARED = "pi_ref"  # name of the workdir that the methods of a seed share
-COLOURS = {
-    "pi_ref": "#555555", "pi_ref_top_k": "#a0a0a0", "qsharp": "#1f5fa8", "qsharp_greedy": "#7aa6d6", "cd": "#c8641e",
-    "vas": "#b58a00", "reinforce": "#7a2f8f", "ppo": "#2c7a4b", "dpo": "#a3263a", "rpo": "#e07a8b", "klq": "#1fa39a",
-}  # fmt: skip
+GREEDY = f"{DEFAULT}_greedy"
+COLORS = report.COLORS | {"pi_ref_top_k": "#a0a0a0", GREEDY: "#7aa6d6"}
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
 def run(workdir: Workdir) -> str:
-    """All runs that are not there yet, then the table and the plots; returns the text that ends it on the terminal.
+    """Run what is missing, write the table and the plots, and return the text for the terminal.
 
     A method that ends by a `UserError` is named with its sentence, and the others go on.
 
@@ -56,17 +55,17 @@ def run(workdir: Workdir) -> str:
     rows, failures = [], []
     for seed in workdir.config.compare.seeds:
         folder = workdir.path / f"seed_{seed}"
-        with Workdir.open(folder / SHARED, settings(workdir.config, seed, "qsharp"), date=workdir.date) as shared:
+        with Workdir.open(folder / SHARED, settings(workdir.config, seed, DEFAULT), date=workdir.date) as shared:
             flops, epochs = _share(Session(shared))
         rows += [_row_of_samples(folder / SHARED, seed, method) for method in ("pi_ref", "pi_ref_top_k")]
         for method in workdir.config.compare.methods:
-            asked = settings(workdir.config, seed, method, epochs.get(method))
-            with Workdir.open(folder / method, asked, ref_in=SHARED, date=workdir.date) as its:
+            config = settings(workdir.config, seed, method, epochs.get(method))
+            with Workdir.open(folder / method, config, ref_in=SHARED, date=workdir.date) as its:
                 try:
                     _run_one(Session(its), folder / SHARED)
                     rows.append(_row(Session(its), folder, seed, flops))
-                    if method == "qsharp":
-                        rows.append(_row_of_samples(folder / method, seed, "qsharp_greedy", its.config.rounds))
+                    if method == DEFAULT:
+                        rows.append(_row_of_samples(folder / method, seed, GREEDY, its.config.rounds))
                 except UserError as error:
                     failures.append(f"{NAMES[method]}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr)
@@ -74,25 +73,25 @@ def run(workdir: Workdir) -> str:
 
 
 def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = None) -> ConfigDict:
-    """The config of one method's run.
+    """Return the config of one method's run.
 
     Args:
       epochs: passes over its data that fill the budget; None for a method that has no such setting.
     """
-    made = config.copy_and_resolve_references()
-    with made.unlocked():
-        del made.compare
-        made.seed, made.algorithm = seed, method
-        made.evaluate.etas = (made.collect.eta,)
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        del changed.compare
+        changed.seed, changed.algorithm = seed, method
+        changed.evaluate.etas = (changed.collect.eta,)
     changes = config.compare.changes.get(method, ())
-    configs.override(made, [f"--config.{change}" for change in changes])
+    configs.override(changed, [f"--config.{change}" for change in changes])
     if epochs is not None:
-        made[method].epochs = epochs
-    return made.lock()
+        changed[method].epochs = epochs
+    return changed.lock()
 
 
 def check(config: ConfigDict) -> None:
-    """That the section `compare` is there, and that every method's settings can be.
+    """Check that the section `compare` exists, and the settings of every method.
 
     Raises:
       UserError: naming what cannot.
@@ -100,28 +99,25 @@ def check(config: ConfigDict) -> None:
     for key in ("methods", "seeds", "changes"):
         if "compare" not in config or key not in config.compare:
             raise UserError(f"the config lacks the setting compare.{key}; add it, as in configs/compare_arithmetic.py")
-    known = schema.VALUE_METHODS + schema.POLICY_METHODS
     for method in config.compare.changes:
-        if method not in known:
-            raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, known)}")
+        if method not in ALGORITHMS:
+            raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, ALGORITHMS)}")
     for method in config.compare.methods:
-        asked = settings(config, config.compare.seeds[0], method)
-        checks.check(asked)
-        algorithms.check(asked)
+        checks.check(settings(config, config.compare.seeds[0], method))
 
 
 def _share(shared: Session) -> tuple[float, dict[str, int]]:
-    """What a seed's methods share is made, and their budget counted; see `budget`."""
+    """Make what the methods of a seed share, and return their `budget`."""
     checks.check_devices(shared)
     provenance.check_problems(shared)
     ref = pretrain.run(shared)
-    qsharp.collect(shared, 1, ref, None)
+    value_based.collect(shared, 1, ref, None)
     measure.evaluate(shared, ref, {}, full=False)
-    return budget(shared, qsharp.aggregate(shared, 1))
+    return budget(shared, value_based.aggregate(shared, 1))
 
 
 def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, int]]:
-    """The gradient FLOPs of a method, and the epochs that come nearest to them, by method.
+    """Return the gradient FLOPs of a method, and the epochs that come nearest to them, by method.
 
     Args:
       data: the first round's rollouts; the later rounds' are taken to be as long.
@@ -131,31 +127,33 @@ def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, i
     of_guide = train.guide_flops(models.guide_config(shared), config.fit.future_offsets)
     of_policy = train.language_model_flops(models.ref_config(shared))
     flops = config.fit.epochs * passes * (1 - config.fit.holdout) * _flops(of_guide, data)
-    pairs, _ = dpo.make_pairs(data)
-    of_pairs = _flops(of_policy, [data[place] for pair in pairs for place in (pair.chosen, pair.rejected)])
-    of_epoch = dict.fromkeys(("ppo", "klq"), rounds * _flops(of_policy, data))
-    of_epoch |= dict.fromkeys(("dpo", "rpo"), passes * of_pairs)
-    return flops, {method: max(round(flops / cost), 1) for method, cost in of_epoch.items() if cost}
+    epochs = {}
+    for method, algorithm in ALGORITHMS.items():
+        if algorithm.learns == "policy" and hasattr(algorithm.settings, "epochs"):
+            of_epoch = _flops(of_policy, algorithm.epoch_rollouts(data))
+            if cost := of_epoch * (rounds if algorithm.on_policy else passes):
+                epochs[method] = max(round(flops / cost), 1)
+    return flops, epochs
 
 
 def _flops(of_batch: train.Flops, data: Sequence[Rollout]) -> float:
-    """Of one gradient of all the rollouts."""
+    """Return the FLOPs of one gradient of all the rollouts."""
     lengths = np.asarray([len(from_rollout(rollout)) for rollout in data])
     return of_batch(SimpleNamespace(segments=np.arange(lengths.max(initial=0)) < lengths[:, None]))
 
 
 def _run_one(its: Session, shared: Path) -> None:
-    """One method's run, from what it shares on; one that is finished is left alone."""
+    """Run one method from what it shares with the others, unless it is finished."""
     if _results(its.workdir.results, its.config.algorithm, its.config.rounds):
         return
     copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
-    if its.config.algorithm not in schema.ON_POLICY:
+    if not ALGORITHMS[its.config.algorithm].on_policy:
         copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
     pipeline.run(its)
 
 
 def copy_missing(source: Path, target: Path, pattern: str) -> None:
-    """Files that are not there yet."""
+    """Copy the files that the target lacks."""
     if not files.is_remote(target):
         target.mkdir(parents=True, exist_ok=True)
     for path in source.glob(pattern):
@@ -168,13 +166,13 @@ def copy_missing(source: Path, target: Path, pattern: str) -> None:
 
 
 def _results(path: Path, method: str, number: int) -> dict | None:
-    """A method's line of a round in a run's results.json, if there is one."""
+    """Return a method's row of a round in a run's results.json; None if there is none."""
     rows = json.loads(files.read_text(path)) if path.exists() else []
     return next((row for row in rows if (row["method"], row["round"]) == (method, number)), None)
 
 
 def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
-    """Result of a way of sampling that costs no training of its own; its KL is that of what was sampled."""
+    """Return the result of a way of sampling without training of its own; its KL is that of the samples."""
     its = Session(Workdir.attach(folder))
     row = _results(its.workdir.results, method, number)
     rewards = _rewards(measure.samples_path(its.workdir, method, number))
@@ -184,25 +182,25 @@ def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> di
 
 
 def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
-    """What a finished run came to and what it took."""
+    """Return the result and the costs of a finished run."""
     method, number = its.config.algorithm, its.config.rounds
-    found = _results(its.workdir.results, method, number)
+    result = _results(its.workdir.results, method, number)
     used = costs(its.workdir.read_metrics())
-    if method not in schema.ON_POLICY:  # the rollouts that it shares were paid for once
+    if not ALGORITHMS[method].on_policy:  # the rollouts that it shares were paid for once
         used["seconds"] += costs(Workdir.attach(folder / SHARED).read_metrics(), ("collect",))["seconds"]
     return {
         "seed": seed,
         "method": method,
         "rewards": _rewards(measure.samples_path(its.workdir, method, number)),
-        "kl": found["kl"],
-        "objective": found["reward"] - configs.kl_weight(its.config) * found["kl"],
+        "kl": result["kl"],
+        "objective": result["reward"] - configs.kl_weight(its.config) * result["kl"],
         "flops_budget": flops,
         **used,
     }
 
 
 def _rewards(path: Path) -> list[float]:
-    """Of each problem, the mean over its samples."""
+    """Return the mean reward over each problem's samples."""
     by_problem: dict[str, list[float]] = {}
     for sample in measure.read_samples(path):
         by_problem.setdefault(sample["problem_id"], []).append(sample["reward"])
@@ -210,7 +208,7 @@ def _rewards(path: Path) -> list[float]:
 
 
 def costs(metrics: Sequence[dict], phases: Sequence[str] = ()) -> dict[str, float]:
-    """What a run's rounds took, by its metrics.
+    """Return the costs of a run's rounds, from its metrics.
 
     A line that came twice, before a kill and after it, counts once; pre-training and evaluation count for nothing.
 
@@ -244,7 +242,7 @@ def costs(metrics: Sequence[dict], phases: Sequence[str] = ()) -> dict[str, floa
 
 COLUMNS = (
     "method", "reward", "95% interval", "by seed", "KL", "objective", "seconds", "rollouts", "gradient FLOPs",
-    "of budget", "tokens/s", "of Q#'s",
+    "of budget", "tokens/s", f"of {ALGORITHMS[DEFAULT].label}'s",
 )  # fmt: skip
 
 HOW = (
@@ -259,7 +257,7 @@ HOW = (
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """One line a method over its seeds, in the order in which they come."""
+    """Return one line per method over its seeds, in the order in which they come."""
     by_method: dict[str, list[dict]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
@@ -275,8 +273,8 @@ def summary(rows: Sequence[dict]) -> list[dict]:
 
 
 def table(lines: Sequence[dict], rollouts: int) -> str:
-    """A Markdown table of what `summary` gives; `rollouts` is the budget."""
-    speed = next((line["tokens_per_second"] for line in lines if line["method"] == "qsharp"), None)
+    """Make a Markdown table of what `summary` returns; `rollouts` is the budget."""
+    speed = next((line["tokens_per_second"] for line in lines if line["method"] == DEFAULT), None)
     cells = []
     for line in lines:
         seeds = statistics.seeds_in_words(len(line["by_seed"]))
@@ -311,7 +309,7 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
         (method, seed): report.learning_curve(Workdir.attach(workdir.path / f"seed_{seed}" / method).read_metrics())
         for method in config.compare.methods
         for seed in config.compare.seeds
-        if method in schema.ON_POLICY and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
+        if ALGORITHMS[method].on_policy and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
     }
     plots = {
         "frontier.png": lambda axes: _plot_frontier(axes, lines),
@@ -330,9 +328,9 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
 def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:
     for line in lines:
         error = [[line["reward"] - line["reward_low"]], [line["reward_high"] - line["reward"]]]
-        colour = COLOURS[line["method"]]
+        color = COLORS[line["method"]]
         label = f"{NAMES[line['method']]} ({statistics.seeds_in_words(len(line['by_seed']))})"
-        axes.errorbar([line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=colour, label=label)
+        axes.errorbar([line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=color, label=label)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="Reward against KL")
     axes.legend(fontsize=8)
@@ -341,28 +339,29 @@ def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:
 def _plot_costs(axes: Any, lines: Sequence[dict]) -> None:
     paid = [line for line in lines if "seconds" in line]
     names, seconds = [NAMES[line["method"]] for line in paid], [line["seconds"] for line in paid]
-    axes.barh(names, seconds, color=[COLOURS[line["method"]] for line in paid])
+    axes.barh(names, seconds, color=[COLORS[line["method"]] for line in paid])
     axes.invert_yaxis()
     axes.set(xlabel="seconds of collecting and training", title="Wall time")
 
 
 def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int], list[dict]]) -> None:
-    """The objective of the rollouts that policies learned from; what the others came to at the end, as lines across.
+    """Draw the objective of the rollouts that policies learned from; of other methods their last one, as lines across.
 
-    One that came to far less than is seen of the others is named with its number alone, for its line would flatten all.
+    A method far below the others is named with its number alone, since its line would flatten all.
     """
     drawn = {key: report.smoothed(lots, "objective") for key, lots in curves.items() if lots}
     start = next((line["objective"] for line in lines if line["method"] == "pi_ref"), 0.0)
     lowest = min([start, *(min(means) for _, means in drawn.values())]) - 1
     for line in lines:
         method, end, first = line["method"], line["objective"], True
-        if method not in schema.ON_POLICY and end < lowest:
-            axes.plot([], [], linestyle="--", linewidth=1, color=COLOURS[method], label=f"{NAMES[method]}: {end:.3g}")
-        elif method not in schema.ON_POLICY:
-            axes.axhline(end, linestyle="--", linewidth=1, color=COLOURS[method], label=NAMES[method])
+        on_policy = method in ALGORITHMS and ALGORITHMS[method].on_policy
+        if not on_policy and end < lowest:
+            axes.plot([], [], linestyle="--", linewidth=1, color=COLORS[method], label=f"{NAMES[method]}: {end:.3g}")
+        elif not on_policy:
+            axes.axhline(end, linestyle="--", linewidth=1, color=COLORS[method], label=NAMES[method])
         for (of, _), (at, means) in drawn.items():
             if of == method:
-                axes.plot(at, means, linewidth=1, color=COLOURS[method], label=NAMES[method] if first else None)
+                axes.plot(at, means, linewidth=1, color=COLORS[method], label=NAMES[method] if first else None)
                 first = False
     axes.set(xlabel="rollouts", ylabel="reward - eta KL", title="Objective while training")
     axes.legend(fontsize=8)

@@ -13,7 +13,7 @@ from qsharp_jax.system.errors import UserError
 
 
 def write(session: Session, what: str, folder: str | Path) -> None:
-    """Writes the reference, or the guide, or policy, of the last round that has one.
+    """Write the reference, or the guide, or policy, of the last round that has one.
 
     Args:
       what: "ref" or "guide".
@@ -59,12 +59,12 @@ def write(session: Session, what: str, folder: str | Path) -> None:
 
 
 def _results(session: Session) -> list[dict]:
-    """None before the first evaluation."""
+    """Read the rows of results.json; none before the first evaluation."""
     return report.read_results(session.workdir) if session.workdir.results.exists() else []
 
 
 def _metrics(rows: list[dict], number: int) -> dict[str, str]:
-    """The lines of the card's table: those of a round's guide, or of the reference alone (round 0)."""
+    """Return the lines of the card's table: those of a round's guide, or of the reference alone (round 0)."""
     made = {}
     for row in rows:
         if row["round"] == number:

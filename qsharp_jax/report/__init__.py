@@ -4,7 +4,7 @@ import json
 
 from qsharp_jax.evaluation import measure
 from qsharp_jax.report import examples, page, plots, tables
-from qsharp_jax.report.names import COLOURS, NAMES
+from qsharp_jax.report.names import COLORS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
 from qsharp_jax.report.tables import markdown, rollouts_table, table
 from qsharp_jax.run import config as configs
@@ -14,7 +14,7 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "NAMES",
     "learning_curve",
     "markdown",

@@ -1,9 +1,11 @@
-"""What methods are called and how they are coloured, in tables, plots and pages alike."""
+"""Names and colors of methods, in tables, plots and pages alike."""
 
 import math
 
-POLICIES = {"reinforce": "REINFORCE", "ppo": "PPO", "dpo": "DPO", "rpo": "RPO", "klq": "KLQ"}
-LEARNED = {"qsharp": "Q#", "cd": "CD", "vas": "VAS"} | POLICIES
+from qsharp_jax.algorithms import registry
+from qsharp_jax.algorithms.registry import ALGORITHMS
+
+LEARNED = {name: algorithm.label for name, algorithm in ALGORITHMS.items()}
 NAMES = {
     "pi_ref": "pi_ref",
     "pi_ref_greedy": "pi_ref, greedy",
@@ -11,18 +13,16 @@ NAMES = {
     **LEARNED,
     **{f"{method}_greedy": f"{name}, greedy" for method, name in LEARNED.items()},
 }
-GUIDED = ("qsharp", "cd", "vas")
-COLOURS = {"qsharp": "#1f5fa8", "cd": "#c8641e", "vas": "#b58a00", "pi_ref": "#555555"} | dict.fromkeys(
-    POLICIES, "#2c7a4b"
-)
+GUIDED, POLICIES = registry.names("guide"), registry.names("policy")
+COLORS = {"pi_ref": "#555555"} | {name: algorithm.color for name, algorithm in ALGORITHMS.items()}
 
 
 def eta_of(guided: dict) -> float:
-    """Of a guided row or sample: JSON knows no infinity."""
+    """Return the eta of a guided row or sample: JSON has no infinity."""
     return math.inf if guided["eta"] is None else guided["eta"]
 
 
 def learned(rows: list[dict]) -> str:
-    """The method that a run's rows are about."""
+    """Return the method that a run's rows are about."""
     methods = {row["method"] for row in rows}
-    return next((method for method in ("qsharp", *POLICIES, "cd", "vas") if method in methods), "qsharp")
+    return next((method for method in ALGORITHMS if method in methods), registry.DEFAULT)

@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # a report needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 from qsharp_jax.evaluation import score, statistics  # noqa: E402
-from qsharp_jax.report.names import COLOURS, GUIDED, NAMES, POLICIES, eta_of, learned  # noqa: E402
+from qsharp_jax.report.names import COLORS, GUIDED, NAMES, POLICIES, eta_of, learned  # noqa: E402
 from qsharp_jax.system.files import writing  # noqa: E402
 
 PLACES = {0.0: "first token", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "last token"}  # of a response
@@ -46,22 +46,22 @@ def frontier(axes, rows: list[dict]) -> None:
         kl, reward = [row["kl"] for row in line], [row["reward"] for row in line]
         axes.errorbar(
             kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=NAMES[method],
-            color=COLOURS[method],
+            color=COLORS[method],
         )  # fmt: skip
         # Points gather where the tilt saturates, so only the ends of a line are labeled; lines that begin at the same
         # place have their labels on different sides.
-        first = (6, -12) if method == "qsharp" else (-36, 5)
+        first = (6, -12) if method == GUIDED[0] else (-36, 5)
         for row, offset in zip((line[0], line[-1]), (first, (6, -12)), strict=True):
             place, text = (row["kl"], row["reward"]), f"η={eta_of(row):g}"
-            axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=COLOURS[method])
+            axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=COLORS[method])
     for row in rows:
         if row["method"] in POLICIES and row["round"] == number:
-            at, color = ([row["kl"]], [row["reward"]]), COLOURS[row["method"]]
+            at, color = ([row["kl"]], [row["reward"]]), COLORS[row["method"]]
             errors = _errors([row]), _errors([row], "kl")
             axes.errorbar(*at, *errors, marker="o", capsize=3, label=NAMES[row["method"]], color=color)
     start = [row for row in rows if row["method"] == "pi_ref"]
     if start:
-        reward, color = [start[0]["reward"]], COLOURS["pi_ref"]
+        reward, color = [start[0]["reward"]], COLORS["pi_ref"]
         axes.errorbar([0], reward, _errors(start), marker="s", capsize=3, label="pi_ref", color=color)
     for row in rows:
         if row["method"].startswith(("best_of", "majority")):
@@ -91,7 +91,7 @@ def rounds(axes, rows: list[dict]) -> None:
         line += [by_round[number][min(shared)] for number in sorted(by_round)]
     axes.errorbar(
         [row["round"] for row in line], [row["reward"] for row in line], _errors(line), marker="o", capsize=3,
-        color=COLOURS[method], label=label,
+        color=COLORS[method], label=label,
     )  # fmt: skip
     axes.set_xticks([row["round"] for row in line], [str(row["round"]) if row["round"] else "pi_ref" for row in line])
     axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(0, 1))
@@ -150,7 +150,7 @@ def lengths(axes, samples: dict[str, list[dict]]) -> None:
     for name, of_method in samples.items():
         bins = reward_by_length(of_method)
         at, reward = [b["response_tokens"] for b in bins], [b["reward"] for b in bins]
-        color = COLOURS[name]
+        color = COLORS[name]
         axes.errorbar(at, reward, _errors(bins), marker="o", capsize=3, color=color, label=NAMES[name])
     axes.set(xlabel="tokens of a response (mean of each bin)", ylabel="mean reward", ylim=(0, None))
     axes.set_title("Reward against response length")

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.report.names import GUIDED, NAMES, eta_of
 
 COLUMNS = (
@@ -87,7 +88,9 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     etas = {eta_of(row) for row in learned}
     eta = eta if eta in etas else min(etas)
     order = list(NAMES)
-    order.insert(order.index("qsharp"), order.pop(order.index("cd")))  # the paper's
+    for algorithm in ALGORITHMS.values():
+        for mode in algorithm.extra_modes:  # before the algorithm's own, as in the paper
+            order.insert(order.index(algorithm.name), order.pop(order.index(mode)))
     chosen = [row for row in rows if row["method"] in ("pi_ref", "pi_ref_top_k")]
     chosen += [row for row in learned if eta_of(row) == eta]
     chosen.sort(key=lambda row: order.index(row["method"]))
@@ -135,14 +138,15 @@ HOW_DIFFERENCES = (
 
 
 def differences_table(rows: Sequence[dict]) -> str:
-    """Make a table of the paired differences to pi_ref and of Q# to CD; empty if there are none."""
+    """Make a table of the paired differences to pi_ref and to the guide's other modes; empty if there are none."""
+    others = ["pi_ref", *(mode for algorithm in ALGORITHMS.values() for mode in algorithm.extra_modes)]
     lines, sizes = [], set()
     for row in rows:
-        sizes |= {name for name in row if re.fullmatch(r"majority_\d+_minus_(pi_ref|cd)", name)}
+        sizes |= {name for name in row if re.fullmatch(rf"majority_\d+_minus_({'|'.join(others)})", name)}
     size = max((int(name.split("_")[1]) for name in sizes), default=0)
     figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
     head = ["difference", "eta", "round", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
-    for other in ("pi_ref", "cd"):
+    for other in others:
         for row in rows:
             if f"reward_minus_{other}" in row:
                 name, eta, number = _who(row)

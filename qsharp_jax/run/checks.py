@@ -5,25 +5,27 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models, problems, schema
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError, nearest
-from qsharp_jax.tasks import registry
+from qsharp_jax.tasks import registry as tasks
 
 
 def check_settings(config: ConfigDict) -> None:
-    """That all settings are there, in their ranges, and go together.
+    """Check that all settings are present, in their ranges, and go together.
 
     Raises:
       UserError: naming the setting, its value and what is allowed.
     """
-    present, algorithm = configs.keys(config), config.get("algorithm")
+    present, algorithm = configs.keys(config), ALGORITHMS.get(config.get("algorithm"))
+    trains_policy = algorithm is not None and algorithm.learns == "policy"
     pretrained = config.get("ref") == "pretrain"
     # Sections of other commands and algorithms.
-    others = {"compare", "policy", *schema.VALUE_METHODS, *schema.POLICY_METHODS} - {algorithm}
-    if algorithm in schema.POLICY_METHODS:
+    others = {"compare", "policy", *ALGORITHMS} - {config.get("algorithm")}
+    if trains_policy:
         others.remove("policy")
     if not pretrained:
         others.add("pretrain")
@@ -66,10 +68,16 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
             " give one, or another attention"
         )
-    if algorithm in schema.POLICY_METHODS:
+    if trains_policy:
         _check_policy(config)
+    algorithm.check(config)
+    if trains_policy and config.policy.batch_size % config.fit.accumulate:
+        raise UserError(
+            f"config.policy.batch_size is {config.policy.batch_size}; it must be a multiple of"
+            f" {config.fit.accumulate}, config.fit.accumulate"
+        )
     try:
-        registry.get(config.task.name).check(config.task)
+        tasks.get(config.task.name).check(config.task)
     except ValueError as error:
         raise UserError(str(error)) from None
     except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
@@ -78,35 +86,14 @@ def check_settings(config: ConfigDict) -> None:
 
 
 def _check_policy(config: ConfigDict) -> None:
-    """That the settings of a method that trains the policy itself go together."""
-    name, samples, rows = config.algorithm, config.collect.samples, config.policy.batch_size
+    """Check the settings that all algorithms share which train the policy itself."""
+    name = config.algorithm
     if config.guide != "ref":
         raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
     if config.fit.lora_rank:
         raise UserError(f"config.fit.lora_rank is {config.fit.lora_rank}; {name} trains all weights, so give 0")
     if config.generate.temperature == 0:
         raise UserError(f"config.generate.temperature is 0; {name} samples the policy that it trains, so give more")
-    in_pairs = name in ("dpo", "rpo")
-    if in_pairs and samples < 2:
-        raise UserError(f"config.collect.samples is {samples}; {name} compares two rollouts of a prompt")
-    if name == "reinforce":
-        of_prompt = 1 if config.reinforce.greedy else samples
-        if config.reinforce.baseline == "leave_one_out" and of_prompt < 2:
-            raise UserError(
-                "config.reinforce.baseline leave_one_out needs other samples of a prompt: give config.collect.samples"
-                " of at least 2 and config.reinforce.greedy false, or the baseline mean"
-            )
-        if rows % of_prompt:
-            raise UserError(
-                f"config.policy.batch_size is {rows}; reinforce takes whole prompts, so a multiple of"
-                f" config.collect.samples, {of_prompt}"
-            )
-    parts = config.fit.accumulate * (2 if in_pairs else 1)
-    if rows % parts:
-        raise UserError(
-            f"config.policy.batch_size is {rows}; it must be a multiple of {parts}, config.fit.accumulate"
-            + (" times the two rollouts of a pair" if in_pairs else "")
-        )
 
 
 def check(config: ConfigDict) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.run import schema
 from qsharp_jax.system import settings
 from qsharp_jax.system.errors import UserError, nearest
@@ -221,12 +222,12 @@ def _words(present: Any, kind: type) -> str:
 
 def trains_policy(config: ConfigDict) -> bool:
     """Return whether the algorithm learns a policy instead of a guide."""
-    return config.algorithm in schema.POLICY_METHODS
+    return ALGORITHMS[config.algorithm].learns == "policy"
 
 
 def kl_weight(config: ConfigDict) -> float:
     """Return eta of the objective E reward - eta KL(pi || pi_ref): the algorithm's own, or `collect.eta`."""
-    own = {"dpo": "beta", "rpo": "beta", "klq": "tau"}.get(config.algorithm)
+    own = ALGORITHMS[config.algorithm].eta
     weight = config[config.algorithm][own] if own else None
     return config.collect.eta if weight is None else weight
 

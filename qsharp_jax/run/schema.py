@@ -1,7 +1,8 @@
 """The settings of a run: one dataclass per section of its config, one field per setting.
 
 The checks, the defaults of a recipe, `qsharp run --help` and docs/config.md are read from here. `generate` is a part of
-`Sampling`; `task` and `model` are checked by the task and by `DecoderConfig`.
+`Sampling`; the sections of algorithms are in their files; `task` and `model` are checked by the task and by
+`DecoderConfig`.
 """
 
 import dataclasses
@@ -13,17 +14,16 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from qsharp_jax.algorithms import registry
 from qsharp_jax.sampling import ETA, LEAST_ETA, Sampling
 from qsharp_jax.system.settings import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_FINITE,
-    SHARE,
     TEXT,
     TRUTH,
     UNIT,
-    WITHIN,
     Rule,
     is_number,
     is_whole,
@@ -33,10 +33,6 @@ from qsharp_jax.system.settings import (
 )
 
 GENERATE = ("temperature", "top_p", "top_k", "top_k_candidates", "others", "max_new_tokens", "prompt_bucket")
-
-VALUE_METHODS = ("qsharp", "cd", "vas")  # of `config.algorithm`: those that learn a guide
-POLICY_METHODS = ("reinforce", "ppo", "dpo", "rpo", "klq")  # those that train a copy of the reference
-ON_POLICY = ("reinforce", "ppo", "klq")  # and learn from rollouts of it; the others' first rollouts are pi_ref's
 
 
 def _list(words: str, passes: typing.Callable[[list], bool]) -> Rule:
@@ -48,7 +44,6 @@ def _different(items: list) -> bool:
 
 
 FLOATS = Rule(lambda v: v in (None, "float32", "bfloat16"), "float32, bfloat16, or none for the model's own")
-OWN_ETA = Rule(lambda v: v is None or ETA.passes(v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
 ETAS = _list(
     f"a list of finite numbers, at least {LEAST_ETA:g}",
     lambda v: v != [] and all(ETA.passes(x) and x < math.inf for x in v),
@@ -66,8 +61,8 @@ SEEDS = _list(
     lambda v: v != [] and all(is_whole(x) and x >= 0 for x in v) and _different(v),
 )
 METHODS = _list(
-    f"a list of different ones of {', '.join(VALUE_METHODS + POLICY_METHODS)}",
-    lambda v: v != [] and all(x in VALUE_METHODS + POLICY_METHODS for x in v) and _different(v),
+    f"a list of different ones of {', '.join(registry.ALGORITHMS)}",
+    lambda v: v != [] and all(x in registry.ALGORITHMS for x in v) and _different(v),
 )
 
 
@@ -165,88 +160,13 @@ class Fit:
 class Policy:
     """Algorithms that train a copy of the reference."""
 
-    batch_size: int = setting(64, whole(1), "rollouts per step; of dpo and rpo both of a pair")
-    prompts: int = setting(64, whole(1), "of ppo and klq: prompts of a batch of rollouts, each collect.samples times")
+    batch_size: int = setting(64, whole(1), "rollouts per step; both of a pair count")
+    prompts: int = setting(
+        64, whole(1), "of a batch of rollouts, each collect.samples times, for algorithms with a value head"
+    )
     log_prob_limit: float = setting(1e-4, POSITIVE, "largest difference of sampler and trainer", unit="nats")
-    detach_values: bool = setting(
-        True, TRUTH, "of ppo and klq: the value head's error changes the head alone, not the trunk"
-    )
+    detach_values: bool = setting(True, TRUTH, "a value head's error changes the head alone, not the trunk")
     optimizer: Optimizer = Optimizer(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3)
-
-
-@dataclasses.dataclass(frozen=True)
-class CD:
-    """Controlled decoding."""
-
-    variant: str = setting(
-        "regression", one_of("regression", "fudge", "q"),
-        "regression of pi_ref's rewards; fudge: their likelihood, and a tilt by log p; q: Bellman targets",
-    )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class VAS:
-    """Value augmented sampling."""
-
-    td_lambda: float = setting(0.95, UNIT, "of the fitted returns; 1: the reward itself, 0: the next token's value")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reinforce:
-    """REINFORCE."""
-
-    baseline: str = setting(
-        "leave_one_out", one_of("leave_one_out", "mean"), "of the prompt's other samples, or of all rollouts at hand"
-    )
-    greedy: bool = setting(False, TRUTH, "the paper's variant: the most probable tokens, one response per prompt")
-
-
-@dataclasses.dataclass(frozen=True)
-class PPO:
-    """Proximal policy optimization."""
-
-    epochs: int = setting(4, whole(1), "over each batch of rollouts")
-    clip: float = setting(0.2, WITHIN, "of the ratio to the policy that sampled")
-    gae_lambda: float = setting(0.95, UNIT, "of the advantages")
-    value_weight: float = setting(0.5, NOT_NEGATIVE, "of the value head's squared error")
-
-
-@dataclasses.dataclass(frozen=True)
-class KLQ:
-    """KL-regularized Q-learning."""
-
-    tau: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
-    epochs: int = setting(4, whole(1), "over each batch of rollouts")
-    return_lambda: float = setting(0.95, UNIT, "of the returns")
-    alpha: float = setting(1.0, SHARE, "how far the targets go from the old action value to the lambda-return")
-
-
-@dataclasses.dataclass(frozen=True)
-class DPO:
-    """Direct preference optimization."""
-
-    beta: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
-    epochs: int = setting(4, whole(1), "over all pairs")
-
-
-@dataclasses.dataclass(frozen=True)
-class RPO:
-    """DPO with the chosen response's likelihood."""
-
-    beta: float | None = setting(None, OWN_ETA, "weight of the KL; none: collect.eta")
-    alpha: float = setting(1.0, NOT_NEGATIVE, "weight of the chosen response's likelihood per token")
-    epochs: int = setting(4, whole(1), "over all pairs")
-
-
-ALGORITHMS = {
-    "cd": CD(),
-    "vas": VAS(),
-    "reinforce": Reinforce(),
-    "ppo": PPO(),
-    "klq": KLQ(),
-    "dpo": DPO(),
-    "rpo": RPO(),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,9 +224,9 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """`qsharp compare` alone. `changes` holds overrides of single algorithms, as `changes.ppo = ("ppo.clip=0.1",)`."""
+    """`qsharp compare` alone. `changes` holds overrides of single algorithms, as `changes.NAME = ("fit.epochs=2",)`."""
 
-    methods: tuple[str, ...] = setting((*VALUE_METHODS, *POLICY_METHODS), METHODS, "algorithms to compare")
+    methods: tuple[str, ...] = setting((*registry.ALGORITHMS,), METHODS, "algorithms to compare")
     seeds: tuple[int, ...] = setting((0, 1, 2), SEEDS, "one run per algorithm and seed")
 
 
@@ -316,8 +236,8 @@ class Run:
 
     seed: int = setting(0, whole(0), "of everything that is random")
     algorithm: str = setting(
-        "qsharp", one_of(*VALUE_METHODS, *POLICY_METHODS),
-        "qsharp, cd and vas learn a guide; the others train a copy of the reference",
+        registry.DEFAULT, one_of(*registry.ALGORITHMS),
+        f"{', '.join(registry.names('guide'))} learn a guide; the others train a copy of the reference",
     )  # fmt: skip
     rounds: int = setting(2, whole(1), "rounds of rollouts and training")
     ref: str = setting(
@@ -346,7 +266,8 @@ class Run:
 
 def sections() -> dict[str, Any]:
     """Return the defaults of every section, dotted, from the outermost in; "" is the config itself."""
-    return dict(_sections("", Run())) | ALGORITHMS
+    algorithms = {name: one.settings for name, one in registry.ALGORITHMS.items() if one.settings is not None}
+    return dict(_sections("", Run())) | algorithms
 
 
 def _sections(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsharp_jax.algorithms import dpo
+from qsharp_jax.algorithms.policy_scores import PolicyBatch
 from qsharp_jax.data.records import Rollout
 
 BETA = 0.4
@@ -68,7 +69,7 @@ def test_rpo_by_hand():
     rows = [np.asarray(leaf) for leaf in (batch.tokens, batch.segments, batch.positions, batch.response_mask)]
     spread = [np.stack([leaf[0], 0 * leaf[0], leaf[1], 0 * leaf[1]]) for leaf in rows]
     numbers = {"ref_log_probs": np.insert(batch.numbers["ref_log_probs"], [1, 2], 0.0, axis=0)}
-    batch = dpo.PolicyBatch(*spread, numbers)
+    batch = PolicyBatch(*spread, numbers)
     log_probs = jnp.float32([[0, -0.5, -1.5], [0, 0, 0], [0, -0.9, 0], [0, 0, 0]])
 
     chosen, rejected = (-0.5 - 1.5) - (-1.0 - 2.0), -0.9 - -0.7
@@ -104,7 +105,7 @@ def test_pairs_are_all_of_one_prompt_with_different_rewards(made):
 
 def test_an_empty_half_counts_for_nothing():
     """A batch without a pair has the loss 0, not nan."""
-    empty = dpo.PolicyBatch(
+    empty = PolicyBatch(
         *(np.zeros((4, 3), kind) for kind in (int, int, int, bool)), {"ref_log_probs": np.zeros((4, 3))}
     )
     zeros = jnp.zeros((4, 3))

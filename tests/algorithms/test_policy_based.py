@@ -14,9 +14,10 @@ import numpy_decoder
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import algorithms, generate, report, train
+from qsharp_jax import generate, report, train
 from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, reinforce
 from qsharp_jax.algorithms.policy_based import OnPolicyTraining
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds
 from qsharp_jax.evaluation import measure
@@ -120,7 +121,7 @@ def bandit_is_a_task():
 
 
 def run(session, ref, after_round=lambda number, guide: None):
-    return algorithms.get(session.config.algorithm).run(session, ref, after_round)
+    return ALGORITHMS[session.config.algorithm].run(session, ref, after_round)
 
 
 @functools.cache

@@ -21,7 +21,8 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
-from qsharp_jax import algorithms, rollouts
+from qsharp_jax import rollouts
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import sharding
 from qsharp_jax.run import config as configs
@@ -91,7 +92,7 @@ def train(session: Session, file: Path) -> None:
 
     rollouts.sample, judging.Judge.submit = counting_sample, counting_submit
     ref = session.for_decoding(bandit.reference(session))
-    policy = algorithms.get(session.config.algorithm).run(session, ref, lambda number, policy: None)
+    policy = ALGORITHMS[session.config.algorithm].run(session, ref, lambda number, policy: None)
     leaves = jax.tree.leaves_with_path(sharding.to_host(policy.params))
     np.savez(file, **here, **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
 

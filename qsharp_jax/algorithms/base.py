@@ -1,0 +1,47 @@
+"""The record of an algorithm: everything about it that the rest of the package reads."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """An algorithm, one per name in `config.algorithm`.
+
+    Attributes:
+      name: in the config, in files and on the command line.
+      label: in tables and plots.
+      color: in plots, as matplotlib takes it.
+      learns: a "guide", which is a `ValueModel` beside pi_ref, or a "policy", which is a trained copy of pi_ref.
+      run: (session, ref, after_round) -> the last guide or policy. It makes all rounds, resumes from what is in the
+        workdir, and calls `after_round(number, guide)` after each.
+      settings: an instance of its settings' dataclass, with the defaults; None if it has no settings. The config's
+        section is called like the algorithm.
+      eta: the setting that is its weight of the KL; None: `collect.eta`.
+      on_policy: whether it learns from rollouts of its own policy; the first rollouts of all others are pi_ref's.
+      mode: config -> the mode of `guidance.MODES` in which its guide tilts pi_ref; None for a policy.
+      extra_modes: modes in which the last guide is measured beside its own; a mode is also the method of its rows.
+      check: config -> None; raises a UserError unless its settings go with the others.
+      collect, fit: the steps of a round that learns a guide, for `qsharp collect` and `qsharp fit`: (session, number,
+        ref, guide) -> statistics, and (session, number, ref, data, previous guide) -> guide.
+      epoch_rollouts: data -> the rollouts of which an epoch takes gradients, for the budgets of `qsharp compare`. It is
+        used for an algorithm with a setting `epochs`.
+    """
+
+    name: str
+    label: str
+    color: str
+    learns: Literal["guide", "policy"]
+    run: Callable[..., Any]
+    settings: Any = None
+    eta: str | None = None
+    on_policy: bool = False
+    mode: Callable[[ConfigDict], str | None] = lambda config: None
+    extra_modes: tuple[str, ...] = ()
+    check: Callable[[ConfigDict], None] = lambda config: None
+    collect: Callable[..., dict[str, float]] | None = None
+    fit: Callable[..., Any] | None = None
+    epoch_rollouts: Callable[[Sequence], Sequence] = lambda data: data
