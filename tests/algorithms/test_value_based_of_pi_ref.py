@@ -58,7 +58,7 @@ def test_cd_by_regression_is_vas_with_lambda_1_and_fudge_goes_by_the_likelihood(
         session = helpers.session(tmp_path / name, "fit.epochs=1", "fit.holdout=0", setting)
         write_rollouts(session, 1)
         ref = helpers.random_model(models.tokenizer(session).vocab_size)
-        fitted[name] = algorithm.fit(session, 1, ref, algorithm.aggregate(session, 1), None).params
+        fitted[name] = algorithm.fit(session, 1, ref, value_based.aggregate(session, 1), None).params
         line = session.workdir.read_metrics()[0]
         assert ("nll" in line, "squared" in line) == (name == "fudge", name != "fudge")
     helpers.assert_trees_equal(fitted["vas"], fitted["regression"])
@@ -82,8 +82,8 @@ def test_fudge_tilts_by_log_p_and_samples_pi_ref_given_success():
 
 
 def test_the_others_tilt_by_the_mean():
-    assert {vas.mode(settings("q")), *(cd.mode(settings(name)) for name in ("regression", "q"))} == {"cd"}
-    assert qsharp.mode(settings("q")) == "qsharp"
+    assert {vas.VAS.mode(settings("q")), *(cd.mode(settings(name)) for name in ("regression", "q"))} == {"cd"}
+    assert qsharp.QSHARP.mode(settings("q")) == "qsharp"
     assert {"qsharp", "cd", "expectation"} == set(guidance.MODES)
 
 
