@@ -180,7 +180,7 @@ def make_trunk(folder: Path, seed: int, name: str) -> None:
 
 
 def is_finished(workdir: Workdir) -> bool:
-    """Whether the last round's guide has been evaluated; CD comes last."""
+    """Check that the last round's guide has been evaluated; CD comes last."""
     return workdir.results.exists() and any(row["method"] == "cd" for row in json.loads(workdir.results.read_text()))
 
 
@@ -188,7 +188,7 @@ def is_finished(workdir: Workdir) -> bool:
 
 
 class Measured(NamedTuple):
-    """Of one method, eta and seed: by problem, the mean reward [n] and KL [n] of its samples."""
+    """Mean reward [n] and KL [n] by problem, over the samples of one method, eta and seed."""
 
     reward: np.ndarray
     kl: np.ndarray
@@ -198,7 +198,7 @@ Found = dict[tuple[str, float | str], Measured]  # by method and eta, or a setti
 
 
 def read(workdir: Workdir) -> Found:
-    """What a finished run measured, by its samples."""
+    """Measurements of a finished run, from its samples."""
     found = {}
     rounds = workdir.config.rounds
     for method, name in (("pi_ref", "pi_ref"), ("qsharp", f"qsharp_round_{rounds}"), ("cd", f"cd_round_{rounds}")):
@@ -222,7 +222,7 @@ def read_all(folder: Path) -> dict[tuple[Changes, int], Found]:
 
 
 def at_kl(found: Found, method: str, kl: float) -> np.ndarray:
-    """A method's rewards [n] at a KL: of two neighbouring etas, each taken with a probability.
+    """A method's rewards [n] at a KL: of two neighboring etas, each taken with a probability.
 
     The KL of such a mixture is at most the mean of the two, so it is a policy within `kl`; beyond the largest KL that
     the method comes to it is the policy of that.
@@ -257,7 +257,7 @@ HOW = (
     " its 95% interval: of several seeds Student's t over their means, of one a bootstrap over problems, which"
     " leaves out how runs differ; KL is the exact KL(pi || pi_ref) of a response in nats, before truncation,"
     " averaged. Differences are paired by problem. At CD's KL means: Q# at the KL that CD has in that line, by"
-    " drawing one of the two neighbouring etas for each response (a mixture's KL is at most the mean of the two), or"
+    " drawing one of the two neighboring etas for each response (a mixture's KL is at most the mean of the two), or"
     " at Q#'s largest KL where CD's is larger still. The next column compares the objective, each reward less eta"
     " times its KL. The last is Q#'s reward less that of the variant without changes at the same eta and seeds."
 )
@@ -362,8 +362,8 @@ def _plot_variants(axes: Any, found: dict, ablation: str, xs: dict[str, float], 
     for method in methods:
         for eta, style in zip(map(float, FEW_ETAS.split(",")), ("-", "--"), strict=True):
             points = {x: [found[changes[x], seed][method, eta].reward for seed in common] for x in there}
-            label, colour = f"{report.NAMES[method]}, eta {eta:g}", report.COLORS[method]
-            _series(axes, [*points], [*points.values()], label=label, color=colour, linestyle=style)
+            label, color = f"{report.NAMES[method]}, eta {eta:g}", report.COLORS[method]
+            _series(axes, [*points], [*points.values()], label=label, color=color, linestyle=style)
     words = f"seeds: {', '.join(map(str, common))}" + (" (problems alone)" if len(common) == 1 else "")
     axes.text(0.99, 0.01, words, transform=axes.transAxes, ha="right", fontsize=8)
     axes.set_xscale("log")

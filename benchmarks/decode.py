@@ -43,7 +43,7 @@ def llama_shape(embed: int, layers: int, heads: int) -> DecoderConfig:
 
 
 def shapes(name: str) -> tuple[DecoderConfig, DecoderConfig]:
-    """Of the reference and of the guide's trunk."""
+    """Configs of the reference and of the guide's trunk."""
     if name == "small":
         return llama_shape(768, 12, 12), llama_shape(384, 6, 6)
     return tuple(config.make(size, dtype="bfloat16") for size in ("llama3.1-8b", "llama3.2-1b"))
@@ -67,7 +67,7 @@ def models(name: str) -> tuple[LanguageModel, ValueModel]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every program does: `batch` prompts of `prompt` tokens, `steps` new ones for each."""
+    """The work of every program: `batch` prompts of `prompt` tokens, `steps` new ones for each."""
 
     batch: int
     prompt: int
@@ -163,7 +163,7 @@ class Torch:
         self.generate = functools.partial(logits_processor.generate, candidates=CANDIDATES, eta=ETA)
 
     def milliseconds(self, guided: bool, work: Work, steps: int) -> tuple[float, float]:
-        """Of a run of one new token, and of one step more, the mean of `steps` - 1."""
+        """Time of a run of one new token, and of each further step (mean of `steps` - 1)."""
         guide = self.guide if guided else None
         _, first = self.generate(self.ref, guide, work.prompts(), 1)
         _, all_ = self.generate(self.ref, guide, work.prompts(), steps)

@@ -32,7 +32,7 @@ CD_ETAS = (1.0, 0.5, 0.2, 0.14, 0.1, 0.07, 0.05)
 
 
 def measure_run(session: Session) -> Found:
-    """By method and setting, in words; pi_ref's is an eta of inf."""
+    """Results by method and setting, in words; pi_ref has an eta of inf."""
     ref, guide = models.load_ref(session), models.load_guide(session)
     problems = [problem for problem in test_problems(session) for _ in range(SAMPLES)]
     prompts = [models.tokenizer(session).encode_prompt(problem.prompt) for problem in problems[::SAMPLES]]
@@ -83,13 +83,13 @@ def plot(axes: Any, runs: list[Found]) -> None:
             points.append((kl, mean, *statistics.over_seeds(rewards), "power" in key[1]))
         points.sort()
         kl, mean, low, high, _ = map(np.asarray, zip(*points, strict=True))
-        colour = report.COLORS[method]
+        color = report.COLORS[method]
         axes.errorbar(
-            kl, mean, [mean - low, high - mean], color=colour, marker="o", capsize=3, label=report.NAMES[method]
+            kl, mean, [mean - low, high - mean], color=color, marker="o", capsize=3, label=report.NAMES[method]
         )
         sharpened = [point[:2] for point in points if point[-1]]
         if sharpened:
-            axes.plot(*zip(*sharpened, strict=True), "s", color=colour, markersize=9, label="Q#, tilt to a power")
+            axes.plot(*zip(*sharpened, strict=True), "s", color=color, markersize=9, label="Q#, tilt to a power")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     title = f"Beyond conditioning on success, 95% intervals ({statistics.seeds_in_words(len(runs))})"

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of guided decoding on a slice of TPUs, asked for on a machine without one.
+"""Compile guided decoding for a slice of TPUs on a machine that has none.
 
     pip install ".[tpu]"
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
@@ -67,7 +67,7 @@ CASES = {
 
 
 def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
-    """What the table says of a case, by column, and the facts that the tests check."""
+    """The table's entries for a case, by column, and the facts that the tests check."""
     began = time.monotonic()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = meshes.make_mesh(case.mesh, sharding.DECODE, devices)

@@ -73,7 +73,7 @@ def row(use: str, name: str, models: tuple[str, str], attention: str, forecast_o
 
 
 def _hosts(names: list[str]) -> list[str]:
-    """Of presets that decode on the same host, the first."""
+    """The first of the presets that decode on the same host."""
     of = {}
     for name in names:
         of.setdefault((PRESETS[name]["kind"], tuple(PRESETS[name]["decode"].items())), name)

@@ -36,7 +36,7 @@ LEARNING_RATE, B1, B2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.98, 0.01, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is trained on what, and how."""
+    """The model, the data and the settings of a training."""
 
     trunk: DecoderConfig
     rows: int
@@ -66,7 +66,7 @@ class Work:
         return [(tokens, *pair) for pair in [*pairs, (t.embed, t.mlp), (t.embed, t.mlp), (t.mlp, t.embed)]]
 
     def flops(self) -> tuple[int, int]:
-        """Of a step: the products with weights, and attention's (each token with half of its segment)."""
+        """FLOPs of a step: the products with weights, and attention's (each token with half of its segment)."""
         t = self.trunk
         weights = 3 * 2 * t.layers * sum(m * k * n for m, k, n in self.products())
         pairs = self.rows * self.length * self.length // self.segments // 2
@@ -178,12 +178,12 @@ PARTS = {  # of the profile, by the names in an operation's source
     "norms": r"norm/",
     "feed-forward's silu": r"silu|Block/mul",
     "rotation": r"Block/concatenate|Block/sub|Block/add|Block/split",
-    "optimiser and clipping": r"train_step\)/(?!jvp|transpose)",
+    "optimizer and clipping": r"train_step\)/(?!jvp|transpose)",
 }
 
 
 def profile(ours: Ours) -> None:
-    """Where a step's time goes, by the program's operations; on a CPU, sums over its threads."""
+    """Split a step's time by the program's operations; on a CPU, sums over its threads."""
     sources = dict(re.findall(r'%?([\w.-]+) = .*op_name="([^"]*)"', ours.step.as_text()))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -1,4 +1,4 @@
-"""What the examples share: the library's tilt on token trees, their command line, tables and pictures.
+"""Code that the examples share: the library's tilt on token trees, their command line, tables and pictures.
 
 Shapes: N nodes of a tree, V vocabulary, M distinct rewards of whole sequences.
 """
@@ -20,7 +20,7 @@ from qsharp_jax import guidance, values
 matplotlib.use("Agg")  # pictures go to files, and need no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = {
+COLORS = {
     "exact": "#111111", "qsharp": "#1f5fa8", "cd": "#c8641e", "expectation": "#2e8b57", "best": "#8a4fa0",
     "pi_ref": "#777777",
 }  # fmt: skip

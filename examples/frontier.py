@@ -2,7 +2,7 @@
 
     python examples/frontier.py        (some 10 s on a core; the picture is runs/examples/frontier.png)
 
-A token tree of a few thousand nodes. Its frontier is what KL-regularised control can do at all: for each eta the point
+A token tree of a few thousand nodes. Its frontier is what KL-regularized control can do at all: for each eta the point
 (KL, reward) of pi*_eta, by soft Bellman backups; no policy lies above it. Against it, by dynamic programming too:
 
     Q#            pi_ref tilted by E exp(z / eta) under the law Z* of the reward: on the frontier at every eta
@@ -65,21 +65,21 @@ def best_reward(tree: tabular.Tree, kl: float) -> float:
 def draw(found: dict) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     styles = {
-        "exact": dict(color=common.COLOURS["exact"], linewidth=1.5),
-        "qsharp": dict(color=common.COLOURS["qsharp"], linestyle="none", marker="o", markersize=5),
-        "cd": dict(color=common.COLOURS["cd"], marker="o", markersize=4),
-        "qsharp_fitted": dict(color=common.COLOURS["qsharp"], linestyle="--", linewidth=1),
-        "cd_fitted": dict(color=common.COLOURS["cd"], linestyle="--", linewidth=1),
+        "exact": dict(color=common.COLORS["exact"], linewidth=1.5),
+        "qsharp": dict(color=common.COLORS["qsharp"], linestyle="none", marker="o", markersize=5),
+        "cd": dict(color=common.COLORS["cd"], marker="o", markersize=4),
+        "qsharp_fitted": dict(color=common.COLORS["qsharp"], linestyle="--", linewidth=1),
+        "cd_fitted": dict(color=common.COLORS["cd"], linestyle="--", linewidth=1),
     }
     for method, style in styles.items():
         axes.plot(*found[method].T, label=NAMES[method], **style)
-    colour = common.COLOURS["best"]
-    axes.plot(*found["best"].T, color=colour, marker="^", markersize=5, linestyle=":", label="best of n")
+    color = common.COLORS["best"]
+    axes.plot(*found["best"].T, color=color, marker="^", markersize=5, linestyle=":", label="best of n")
     for n, place in zip(found["numbers"], found["best"], strict=True):
-        axes.annotate(str(n), place, (5, -9), textcoords="offset points", fontsize=7, color=colour)
-    axes.plot(*found["expectation"].T, color=common.COLOURS["expectation"], marker="D", linestyle="none",
+        axes.annotate(str(n), place, (5, -9), textcoords="offset points", fontsize=7, color=color)
+    axes.plot(*found["expectation"].T, color=common.COLORS["expectation"], marker="D", linestyle="none",
               label="expectation (log E z)")  # fmt: skip
-    axes.plot(*found["pi_ref"].T, color=common.COLOURS["pi_ref"], marker="s", linestyle="none", label="pi_ref")
+    axes.plot(*found["pi_ref"].T, color=common.COLORS["pi_ref"], marker="s", linestyle="none", label="pi_ref")
     common.tidy(
         axes, xlabel="KL to pi_ref (nats a sequence)", ylabel="expected reward",
         title=f"Reward against KL on a tree of {found['nodes']:,} nodes, {ROLLOUTS:,} rollouts where fitted",

@@ -32,15 +32,15 @@ from qsharp_jax import values
 CASES = {"bandit": (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4), "chain": (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)}  # epsilons
 CHANCES = 16
 LOSSES = {"likelihood": "likelihood (Q#)", "squared": "squared loss of the mean"}
-COLOURS = {"likelihood": common.COLOURS["qsharp"], "squared": common.COLOURS["cd"]}
+COLORS = {"likelihood": common.COLORS["qsharp"], "squared": common.COLORS["cd"]}
 ERROR = 0.1  # "enough" rollouts leave this probability of choosing the wrong guide
 
 
 @functools.cache
 def outcomes(case: str, epsilon: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What a rollout of pi_ref can be, [K] probabilities, and by how much it speaks for the true guide, [K] by loss.
+    """Probabilities [K] of pi_ref's rollouts, and how much each favors the true guide, [K] by loss.
 
-    The latter is the wrong guide's loss less the true one's, summed over the rollout's labelled tokens.
+    The latter is the wrong guide's loss less the true one's, summed over the rollout's labeled tokens.
     """
     rates = np.array([epsilon, 8 * epsilon])
     # Of each answer: the probability of passing each chance on the way to a reward of 1.
@@ -80,7 +80,7 @@ def nll(loss: str, mean: np.ndarray, reward: float) -> np.ndarray:
 
 
 def wrong_choices(case: str, epsilon: float, rollouts: int, repetitions: int, rng: np.random.Generator) -> dict:
-    """By loss: the share of repetitions in which so many rollouts choose the wrong guide."""
+    """Share of repetitions, by loss, in which so many rollouts choose the wrong guide."""
     probabilities, gains = outcomes(case, epsilon)
     counts = rng.multinomial(rollouts, probabilities / probabilities.sum(), size=repetitions)
     return {loss: float(np.mean(counts @ gain < 0)) for loss, gain in gains.items()}
@@ -131,11 +131,11 @@ def draw(found: dict) -> plt.Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 7.2), layout="constrained")
     for (choice, needed), (case, part) in zip(grid, found.items(), strict=True):
         for loss, label in LOSSES.items():
-            colour = COLOURS[loss]
-            choice.plot(part["numbers"], part["wrong"][loss], color=colour, marker="o", markersize=4, label=label)
+            color = COLORS[loss]
+            choice.plot(part["numbers"], part["wrong"][loss], color=color, marker="o", markersize=4, label=label)
             slope = f"{label}: slope {part['slope'][loss]:.2f}"
-            needed.plot(part["epsilons"], part["enough"][loss], color=colour, marker="o", markersize=4, label=slope)
-            needed.plot(part["epsilons"], part["expected"][loss], color=colour, linestyle="--", linewidth=1)
+            needed.plot(part["epsilons"], part["enough"][loss], color=color, marker="o", markersize=4, label=slope)
+            needed.plot(part["epsilons"], part["expected"][loss], color=color, linestyle="--", linewidth=1)
         needed.plot([], [], color="#555555", linestyle="--", linewidth=1, label="central limit theorem")
         choice.axhline(ERROR, color="#999999", linestyle=":", linewidth=1)
         choice.set(xscale="log", ylim=(-0.02, 0.55))

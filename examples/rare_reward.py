@@ -39,7 +39,7 @@ def draw(found: dict) -> plt.Figure:
         for method, label in METHODS.items():
             style = dict(linestyle="none", marker="o", markersize=5, markevery=4) if method == "qsharp" else {}
             style |= dict(linestyle="--") if method == "cd" else {}
-            axes.plot(found["etas"], found[method][name], color=common.COLOURS[method], label=label, **style)
+            axes.plot(found["etas"], found[method][name], color=common.COLORS[method], label=label, **style)
         axes.set_xscale("log")
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""How fast a guide fitted to n rollouts becomes optimal: the loss falls as 1/n, with a constant that is known.
+"""Convergence rate of a guide fitted to n rollouts: the loss falls as 1/n, with a constant that is known.
 
     python examples/rate.py        (some 20 s on a core; the picture is runs/examples/rate.png)
 
@@ -40,7 +40,7 @@ def constant(tree: tabular.Tree, eta: float) -> float:
 
 def loss(tree: tabular.Tree, rollouts: int, eta: float, rng: np.random.Generator) -> float:
     """V*_eta less what a policy earns whose guide was fitted to so many rollouts."""
-    counts = tabular.sample(tree, tree.pi_ref, rollouts, rng)  # [N, M], the table before it is normalised
+    counts = tabular.sample(tree, tree.pi_ref, rollouts, rng)  # [N, M], the table before it is normalized
     _, kl = tabular.evaluate(tree, common.guided(tree, counts, eta), base=tabular.soft_bellman(tree, eta)[2])
     return eta * kl[0]
 
@@ -65,7 +65,7 @@ def run(quick: bool = False) -> dict:
 
 
 def slope(rollouts: np.ndarray, losses: np.ndarray) -> float:
-    """Of log loss against log n, by least squares over n of 10,000 and more."""
+    """Slope of log loss against log n, by least squares over n of 10,000 and more."""
     late = rollouts >= 10_000
     return np.polyfit(np.log(rollouts[late]), np.log(losses[late]), 1)[0]
 
@@ -73,11 +73,11 @@ def slope(rollouts: np.ndarray, losses: np.ndarray) -> float:
 def draw(found: dict) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(6.2, 4.4), layout="constrained")
     n = found["rollouts"]
-    for eta, colour in zip(ETAS, ("#e0a030", "#c8641e", "#4a8cc7", "#123f6d"), strict=True):
+    for eta, color in zip(ETAS, ("#e0a030", "#c8641e", "#4a8cc7", "#123f6d"), strict=True):
         mean, interval = found["mean"][eta], found["interval"][eta]
-        axes.errorbar(n, mean, [mean - interval[:, 0], interval[:, 1] - mean], color=colour, marker="o", markersize=4,
+        axes.errorbar(n, mean, [mean - interval[:, 0], interval[:, 1] - mean], color=color, marker="o", markersize=4,
                       linestyle="none", capsize=2, label=f"eta {eta:g}: slope {found['slope'][eta]:.2f}")  # fmt: skip
-        axes.plot(n, found["constant"][eta] / n, color=colour, linewidth=1, linestyle="--")
+        axes.plot(n, found["constant"][eta] / n, color=color, linewidth=1, linestyle="--")
     axes.plot([], [], color="#555555", linewidth=1, linestyle="--", label="theory, constant / n")
     axes.set(xscale="log", yscale="log")
     common.tidy(

@@ -1,9 +1,8 @@
-"""An exact oracle for KL-regularised control of token trees, in float64 numpy, which tests and examples share.
+"""An exact oracle for KL-regularized control of token trees, in float64 numpy, which tests and examples share.
 
 Laws Z*(x, y) of the reward-to-go under pi_ref, soft Bellman values Q*_eta and V*_eta, the optimal policy pi*_eta, and
 the expected reward and KL of any policy ("Q#", arXiv 2502.20548, sections 2 and 4). Trees of 10^5 nodes take well under
-a second. Shapes: N nodes, V vocabulary, M distinct rewards of whole sequences. It knows nothing about JAX or about the
-package that it judges.
+a second. Shapes: N nodes, V vocabulary, M distinct rewards of whole sequences.
 """
 
 import dataclasses
@@ -100,7 +99,7 @@ def random_tree(
 
 
 def toy_tree() -> Tree:
-    """Where CD fails (Theorems 4.1, 4.2): token 0 pays 0.1 surely; token 1 leads to 1 with probability 0.05, else 0."""
+    """A tree where CD fails (Theorems 4.1, 4.2): token 0 pays 0.1 surely; token 1 pays 1 with probability 0.05."""
     return Tree(
         first_child=np.array([1, -1, 3, -1, -1]),
         pi_ref=np.array([[0.5, 0.5], [0, 0], [0.05, 0.95], [0, 0], [0, 0]]),
@@ -114,7 +113,7 @@ def toy_tree() -> Tree:
 class Laws:
     """Z*(x, y) for every node x and token y that pi_ref may choose: where it ends, and what it has been paid by then.
 
-    The leaves are laid out so that those below a node are neighbours; a law is a slice of them.
+    The leaves are laid out so that those below a node are neighbors; a law is a slice of them.
     """
 
     def __init__(self, tree: Tree):
@@ -182,7 +181,7 @@ def sample(tree: Tree, policy: np.ndarray, count: int, rng: np.random.Generator)
 
 
 def _added_up(tree: Tree, at_ends: np.ndarray) -> np.ndarray:
-    """What lies at the ends, [N, ...], added up for every node that they are below."""
+    """Sum what lies at the ends, [N, ...], for every node that they are below."""
     for level in reversed(tree.inner_by_level):
         at_ends[level] = at_ends[tree.children(level)].sum(axis=1)
     return at_ends

@@ -45,7 +45,7 @@ PER_ROW = ("eta", "temperature", "top_p", "top_k", "weights", "budget", "candida
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How responses are decoded. `dataclasses.replace` changes a field and checks again.
+    """Settings of decoding. `dataclasses.replace` changes a field and checks again.
 
     The fields of `PER_ROW` may be one number or an array with one entry per row, where rows are the prompts' samples,
     a prompt's next to each other. All are data of the compiled program, except that one with truncation (some row has

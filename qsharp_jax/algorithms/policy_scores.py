@@ -21,7 +21,7 @@ from qsharp_jax.models.decoder import Params
 from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system import multihost
-from qsharp_jax.train.chunked import at_labelled
+from qsharp_jax.train.chunked import at_labeled
 
 VALUE_HEAD = "value_head"  # beside the policy's parameters while an algorithm trains one with it
 
@@ -108,7 +108,7 @@ class Scorer:
         )  # fmt: skip
         before, tokens, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.response_mask[:, 1:]
         heads = {name: params[name] for name in ("embedding", "head") if name in params}
-        log_probs = at_labelled(self._log_probs, heads, before, tokens, mask, width=self.config.vocab_size)
+        log_probs = at_labeled(self._log_probs, heads, before, tokens, mask, width=self.config.vocab_size)
         values = jnp.zeros(mask.shape)
         if VALUE_HEAD in params:
             head = params[VALUE_HEAD]

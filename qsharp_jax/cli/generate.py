@@ -208,7 +208,7 @@ def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> 
 
 
 def _mode(workdir: Workdir | None) -> str:
-    """Return the mode in which the algorithm of a run tilts; a policy is sampled as it is."""
+    """The guidance mode of a run's algorithm; a policy is sampled as it is."""
     if workdir is None:
         return "qsharp"
     from qsharp_jax.algorithms.registry import ALGORITHMS

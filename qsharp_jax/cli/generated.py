@@ -2,7 +2,6 @@
 
 On standard output they come in the order of the prompts. A file gets each line as its response ends, so that a command
 that was stopped goes on behind what is there; when the last line has come, they are put into the order of the prompts.
-It knows nothing of models.
 """
 
 import json
@@ -113,7 +112,7 @@ def write(
 
 
 def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]) -> dict[int, Span]:
-    """Where the file holds responses to the requests, by their places.
+    """Find where the file holds responses to the requests, by their places.
 
     Half a line that a kill left at the end is cut off.
 

@@ -23,7 +23,7 @@ def compared(c: ConfigDict) -> ConfigDict:
 
 
 def compared_on_paper_graph(c: ConfigDict) -> ConfigDict:
-    """As `compared`, with what the larger policies of star_graph_paper.py need."""
+    """Settings of `compared`, with what the larger policies of star_graph_paper.py need."""
     c = compared(c)
     c.compare.changes = ConfigDict()
     c.policy.optimizer.learning_rate = 1e-5

@@ -47,7 +47,7 @@ def tpu(name: str, generation: str, chips: int, slices: int = 1) -> dict:
     """`chips` are of one slice."""
     flat = generation in ("v5e", "v6e")
     here = 8 if flat and chips == 8 else 4  # of a host: the one of 8 chips is a slice by itself
-    # Weights and optimiser are divided over all chips, rows over `fsdp`: from 64 chips on a batch of 32 to 64 rows runs
+    # Weights and optimizer are divided over all chips, rows over `fsdp`: from 64 chips on a batch of 32 to 64 rows runs
     # out. And where `fsdp` would be the whole of a square or of a box, the TPU compiler has no way to scatter
     # gradients: it sums them whole on every chip, for twice the bytes (benchmarks/RESULTS.md).
     tensor = ({16: 2, 64: 2, 128: 4, 256: 4} if flat else {8: 2, 16: 2, 32: 2, 64: 2}).get(chips, 1)

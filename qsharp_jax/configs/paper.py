@@ -1,4 +1,4 @@
-"""What the rows of the paper's tables share (arXiv 2502.20548, Section 5.2): its hyper-parameters, models in folders.
+"""Settings shared by the paper's tables (arXiv 2502.20548, Section 5.2): its hyper-parameters, models in folders.
 
 The rows are the files in gsm8k/, math/, aime/ and quality/. With the models' folders at hand, a row is made by
 

@@ -28,7 +28,7 @@ from qsharp_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program.
+    """The compiler's report on a program.
 
     Attributes:
       bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.

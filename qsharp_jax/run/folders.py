@@ -139,7 +139,7 @@ def load(
 
 
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
-    """That models have the tokens of a text's tokenizer.
+    """Check that models have the tokens of a text's tokenizer.
 
     Args:
       configs: the models' shapes, by their names in a message.

@@ -1,6 +1,6 @@
 """The reference model made on the spot: maximum likelihood on a task's texts, prompt given, response learned.
 
-What a downloaded model is for the large tasks. It knows nothing about rewards.
+What a downloaded model is for the large tasks.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""What a run was made with, by its hashes: the files of its models' folders, and its problems.
+"""Hashes of a run's inputs: the files of its models' folders, and its problems.
 
 They stand in the workdir's config.json, under "hashes" beside the settings. A run that goes on with other weights or
-problems than it began with is refused: its guide would be of neither. Knows nothing about what is in a model's files.
+problems than it began with is refused: its guide would be of neither.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ Files = dict[str, dict]  # by name: sha256, and size in bytes and mtime_ns, by w
 
 
 def check_folders(workdir: Workdir) -> None:
-    """That the models' folders hold the files that they held when the run began; in a new run they are noted.
+    """Check that the models' folders hold the same files as when the run began; in a new run they are noted.
 
     A file is read only if its size or time of change is not as noted: all of them in a new run, none as a rule later.
 
@@ -53,7 +53,7 @@ def check_folders(workdir: Workdir) -> None:
 
 
 def check_problems(session: Session) -> None:
-    """That the task gives the problems that it gave when the run began; in a new run they are noted.
+    """Check that the task gives the same problems as when the run began; in a new run they are noted.
 
     Raises:
       UserError: naming the task and the split.

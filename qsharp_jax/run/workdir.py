@@ -1,6 +1,6 @@
 """A run's folder on disk: where its files lie, who may write there, and what goes wrong with files.
 
-It may lie in a bucket: `files.py` and `lock.py` know what differs there. Knows nothing of models, rollouts or JAX: it
+It may lie in a bucket: `files.py` and `lock.py` know what differs there. It
 hands out paths, keeps the config, appends metrics.
 """
 
@@ -97,7 +97,7 @@ class Workdir:
         return cls(path, settings, writes=False, ref_in=ref_in, date=date or datetime.date.today())
 
     def read_hashes(self) -> dict[str, Any]:
-        """What config.json holds beside the settings about what the run was made with; see `hashes.py`."""
+        """The entries of config.json, beside the settings, about the run's inputs; see `hashes.py`."""
         return _read_json(self.path / "config.json").get("hashes", {})
 
     def write_hashes(self, hashes: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What this machine has: cores, free memory, and the most memory that this process has used."""
+"""Resources of this machine: cores, free memory, and the most memory that this process has used."""
 
 import os
 import sys

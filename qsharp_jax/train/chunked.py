@@ -1,7 +1,7 @@
-"""What a head makes of the hidden states at the labelled positions of a batch: sums over them, or a number at each.
+"""Apply a head to the hidden states at the labeled positions of a batch: sums over them, or a number at each.
 
 A head's arrays (logits [B, T, V], or a Q-type's columns [B, T, M, D]) can be larger than the model. Where they would
-be, each row's labelled positions are moved to its front, and taken a few at a time: none is computed past the last.
+be, each row's labeled positions are moved to its front, and taken a few at a time: none is computed past the last.
 Shapes: B rows, T positions, D embed.
 """
 
@@ -19,7 +19,7 @@ NUMBERS = 1 << 27  # that a head may have at a time, over all devices: 512 MiB i
 Head = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def labelled_sum(
+def labeled_sum(
     head: Head, params: Any, hidden: jax.Array, others: Any, mask: jax.Array, *, width: int
 ) -> tuple[jax.Array, Any]:
     """`head(params, hidden, others, mask)`, with at most `NUMBERS` numbers of the head's arrays at a time.
@@ -29,7 +29,7 @@ def labelled_sum(
     Args:
       hidden: [B, T, D].
       others: a tree of [B, T] arrays that the head needs.
-      mask: [B, T], true at labelled positions.
+      mask: [B, T], true at labeled positions.
       width: numbers that the head has for each position.
     """
     chex.assert_rank([hidden, mask], [3, 2])
@@ -83,7 +83,7 @@ def _backward(head: Head, positions: int, kept: tuple, cotangent: tuple) -> tupl
 _sum_of_parts.defvjp(_forward, _backward)
 
 
-def at_labelled(
+def at_labeled(
     head: Callable[[Any, jax.Array, Any], jax.Array],
     params: Any,
     hidden: jax.Array,
@@ -92,7 +92,7 @@ def at_labelled(
     *,
     width: int,
 ) -> jax.Array:
-    """[B, T] numbers `head(params, hidden, others)` at labelled positions, 0 elsewhere; arguments as `labelled_sum`.
+    """[B, T] numbers `head(params, hidden, others)` at labeled positions, 0 elsewhere; arguments as `labeled_sum`.
 
     Of the head's own arrays none is kept for the gradient where they are taken in parts: they are computed again.
     """

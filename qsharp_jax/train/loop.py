@@ -47,7 +47,7 @@ def told_to_stop(step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a training does besides its updates; all intervals are in steps.
+    """Actions of a training besides its updates; all intervals are in steps.
 
     Attributes:
       total_steps: of the whole training, those before a resume included.

@@ -1,6 +1,6 @@
 """Maximum likelihood: of the next token for a language model, of the reward-to-go for a guide.
 
-The guide's loss is the negative log-likelihood of the observed reward-to-go at every labelled token (arXiv 2502.20548,
+The guide's loss is the negative log-likelihood of the observed reward-to-go at every labeled token (arXiv 2502.20548,
 Algorithm 1). Shapes: B rows, T tokens, D embed, V vocabulary, F offsets of the future-token loss.
 
 A loss and its metrics are means over a batch. Where `whole` is given, `batch` is a part of its rows, and the sums are
@@ -24,7 +24,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.system.errors import UserError
-from qsharp_jax.train.chunked import labelled_sum
+from qsharp_jax.train.chunked import labeled_sum
 
 Error = Literal["nll", "squared"]
 # of (params, hidden [B, T, D], batch) -> what the values are fitted to in the place of the reward-to-go, [B, T]
@@ -36,7 +36,7 @@ def language_model_loss(
 ) -> tuple[jax.Array, dict]:
     """Mean cross-entropy of the next token, in nats, over response tokens."""
     hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
-    sums = labelled_sum(
+    sums = labeled_sum(
         functools.partial(_next_token, config=config),
         {name: params[name] for name in ("embedding", "head") if name in params},
         hidden[:, :-1],
@@ -78,7 +78,7 @@ def value_loss(
     attend_by: Attention = "xla",
     packed: bool = True,
 ) -> tuple[jax.Array, dict]:
-    """Mean negative log-likelihood of the reward-to-go over all labelled tokens of the batch.
+    """Mean negative log-likelihood of the reward-to-go over all labeled tokens of the batch.
 
     With "future" heads in `params`, `future_weight` times the loss of predicting the later tokens of successful
     rollouts is added, from the same forward pass: a value that depends on tokens several steps ahead is otherwise
@@ -99,7 +99,7 @@ def value_loss(
     fitted_to = batch.reward_to_go
     if targets is not None:
         fitted_to = targets(*jax.lax.stop_gradient((params, hidden)), batch)
-    sums = labelled_sum(
+    sums = labeled_sum(
         functools.partial(_reward_to_go, config=config, error=error, projection=projection, clip=clip),
         {"head": params["head"]},
         value.read_from(config, hidden, batch.tokens, batch.segments),
@@ -160,7 +160,7 @@ def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: 
     total, count = 0.0, 0.0
     for offset, head in enumerate(heads, start=1):
         targets, mask = batch.tokens[:, offset:], _has_future(batch, offset)
-        total += labelled_sum(_later_token, head, hidden[:, :-offset], targets, mask, width=head.shape[-1])[0]
+        total += labeled_sum(_later_token, head, hidden[:, :-offset], targets, mask, width=head.shape[-1])[0]
         count += _has_future(batch if whole is None else whole, offset).sum()
     return total / jnp.maximum(count, 1)
 

@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate's course, from the config.
+"""The optimizer and the learning rate schedule, from the config.
 
 It knows leaves by their names alone.
 """

@@ -1,6 +1,6 @@
-"""One update: the gradient of a batch, taken whole or in parts, and the optimiser's step.
+"""One update: the gradient of a batch, taken whole or in parts, and the optimizer's step.
 
-Shapes: B rows, T tokens. It knows nothing about what the loss is of.
+Shapes: B rows, T tokens.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,9 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, frozen: 
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation) -> TrainState | None:
-    """Where the state of parameters that lie on a mesh belongs, a tree like it; None for those that lie on none.
+    """Shardings of the optimizer state of sharded parameters, a tree like it; None for parameters on no mesh.
 
-    What the optimiser keeps for a parameter, in its shape, lies as the parameter does. The rest, which is small
+    What the optimizer keeps for a parameter, in its shape, lies as the parameter does. The rest, which is small
     (counts, Adafactor's rows and columns), is whole on every device.
 
     Args:
@@ -112,7 +112,7 @@ def train_step(
 
 
 def _accumulated(gradient_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple:
-    """What `gradient_fn` gives for the batch, as the sum over its parts: the activations of one exist at a time."""
+    """Compute `gradient_fn` of the batch as the sum over its parts: the activations of one exist at a time."""
     chex.assert_is_divisible(len(batch.tokens), parts)
 
     # Every part takes rows from all over the batch: from each device's share of them, where devices divide the rows.

@@ -1,4 +1,4 @@
-"""What values are fitted to, where it is not the observed reward: numbers made of the values themselves.
+"""Targets that are computed from the values themselves rather than from the observed reward.
 
 TD(lambda) along the rollout, and the Bellman backup over all next tokens. Both are of the present parameters, and no
 gradient goes through them, as in the papers: there is no second, older network. The reward comes at a response's last
@@ -99,7 +99,7 @@ def bellman(
     )
 
     def expected(at: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Of the tokens after one position of all rows: [B, D], [B, D] -> sum_z pi_ref(z | x, y) V(x, y z), [B]."""
+        """Expected value of the next position: [B, D], [B, D] -> sum_z pi_ref(z | x, y) V(x, y z), [B]."""
         hidden, ref_hidden = at
         pi_ref = _probabilities(decoder.logits(ref, ref_config, ref_hidden)[:, :vocab_size], **sampling)
         outputs = value.outputs_of_all(params, config, hidden)[:, :vocab_size]
@@ -113,7 +113,7 @@ def bellman(
 
 
 def _probabilities(logits: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Of the next token as `generate` draws it, [B, V]."""
+    """Probabilities of the next token as `generate` draws it, [B, V]."""
     temperatures = jnp.full(len(logits), temperature, jnp.float32)
     logits = guidance.temper(logits, temperatures)
     if temperature == 0 or top_k > 0 or top_p < 1:

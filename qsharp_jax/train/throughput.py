@@ -1,7 +1,7 @@
-"""How fast training runs: model FLOP/s, their share of what the devices can do, and the share of time spent in steps.
+"""Training speed: model FLOP/s, their share of what the devices can do, and the share of time spent in steps.
 
 FLOPs are counted as in PaLM, appendix B (Chowdhery et al., arXiv 2204.02311): what forward and backward pass of the
-model need, whatever the program computes again or for padding. Shapes: B rows, T tokens. It knows nothing about losses.
+model need, whatever the program computes again or for padding. Shapes: B rows, T tokens.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def step_flops(batch: Batch, *, matmul_parameters: int, attention: int) -> float
 
     6 N for a token, and 12 L H E n for a token of a sequence of n: 2 N and 4 L H E n forward (scores, and the values'
     sum), twice that backward. Causal attention is counted as if every token attended to all of its own sequence, as
-    PaLM does. Not counted are padding, rematerialisation, embedding look-ups, norms, softmax and the optimiser.
+    PaLM does. Not counted are padding, rematerialisation, embedding look-ups, norms, softmax and the optimizer.
 
     Args:
       matmul_parameters: N, parameters that a token is multiplied with: the blocks' kernels and the output head.

@@ -1,6 +1,6 @@
 """A trace of a few training steps for a profiler's eyes: what ran on host and devices, and when.
 
-TensorBoard shows it with its profile plugin (`pip install xprof`). It knows nothing about what a step does.
+TensorBoard shows it with its profile plugin (`pip install xprof`).
 """
 
 import contextlib

@@ -78,7 +78,7 @@ def test_numbers_at_labelled_positions_do_not_depend_on_the_parts(numbers, monke
         def head(weights, hidden, scale):
             return jax.nn.softplus(hidden @ weights) * scale
 
-        found = chunked.at_labelled(head, weights, hidden, scale, mask, width=5)
+        found = chunked.at_labeled(head, weights, hidden, scale, mask, width=5)
         return (found * np.arange(17)).sum() ** 2, found
 
     want = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, hidden)
@@ -101,7 +101,7 @@ def test_parts_without_a_label_are_not_computed(monkeypatch):
     mask = np.zeros((2, 64), bool)
     mask[0, [5, 9, 40]] = mask[1, [0, 7, 8, 62, 63]] = True
     hidden = np.float32(rng.normal(size=(2, 64, 4)))
-    total, _ = chunked.labelled_sum(head, 2.0, hidden, (), mask, width=1)
+    total, _ = chunked.labeled_sum(head, 2.0, hidden, (), mask, width=1)
     jax.effects_barrier()
     assert len(computed) == 5 and sum(m.sum() for m in computed) == 8
     np.testing.assert_allclose(total, 2 * hidden[mask].sum(), rtol=1e-5)
