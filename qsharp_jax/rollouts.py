@@ -262,17 +262,17 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Summarize one round.
 
     Returns:
-      the number of rollouts, mean reward, mean response tokens, share of finished responses, labelled share of response
+      the number of rollouts, mean reward, mean response tokens, share of finished responses, labeled share of response
       tokens, and share of the problems whose rollouts do not all have the same reward.
     """
     problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(rollouts)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
-    labelled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
+    labeled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
     return {
         "rollouts": len(rollouts),
         "reward": float(np.mean([rollout.reward for rollout in rollouts])),
         "response_tokens": float(lengths.mean()),
         "finished": float(np.mean([rollout.finished for rollout in rollouts])),
-        "labelled": float(labelled.sum() / lengths.sum()),
+        "labelled": float(labeled.sum() / lengths.sum()),
         "varied": varied / problems,
     }

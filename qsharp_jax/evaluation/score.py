@@ -152,18 +152,18 @@ def quality(
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
 
     Returns:
-      nll, brier, calibration_error: over labelled tokens; negative log-likelihood in nats.
+      nll, brier, calibration_error: over labeled tokens; negative log-likelihood in nats.
       ranking: within prompts.
     """
     of_batch = functools.partial(_means_and_nll, guide, projection=projection, clip=clip)
     numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
     both = np.concatenate([n[len(e.prompt) + e.first_label :] for n, e in zip(numbers, examples, strict=True)])
-    labelled, nll = both[:, 0], both[:, 1]
+    labeled, nll = both[:, 0], both[:, 1]
     rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])
     last = np.asarray([n[-1, 0] for n in numbers])
     return {
         "nll": float(np.mean(nll, dtype=np.float64)),
-        "brier": float(np.mean((labelled - rewards) ** 2)),
-        "calibration_error": calibration_error(labelled, rewards),
+        "brier": float(np.mean((labeled - rewards) ** 2)),
+        "calibration_error": calibration_error(labeled, rewards),
         "ranking": ranking(last, np.asarray([e.reward for e in examples]), prompt_ids),
     }

@@ -125,7 +125,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_rows(config: ConfigDict) -> None:
-    """That a mesh divides the rows of every batch that is learned from."""
+    """Check that the mesh divides the rows of every training batch."""
     data, fsdp = config.mesh.fit.data, config.mesh.fit.fsdp
     learned = "policy" if configs.trains_policy(config) else "fit"
     for section in ("pretrain", learned) if config.ref == "pretrain" else (learned,):
@@ -139,8 +139,9 @@ def _check_rows(config: ConfigDict) -> None:
 
 
 def check_problems(config: ConfigDict) -> None:
-    """That the task has as many problems as are asked for, and that they and the responses to them fit into the models'
-    contexts and into packed rows.
+    """Check that the task has as many problems as the config needs, and that they fit with their responses.
+
+    A prompt and its response must fit into both models' contexts and into packed rows.
 
     This takes seconds, so it is for new runs only. A workdir keeps its settings, so one that shows to be impossible
     after the pre-training would cost a new one.
@@ -171,7 +172,7 @@ def check_problems(config: ConfigDict) -> None:
 
 
 def check_devices(session: Session) -> None:
-    """That the meshes are those of the devices that are there, and that the fit's attention runs on them.
+    """Check that the meshes match the devices, and that the fit's attention runs on them.
 
     Raises:
       UserError: saying what they need.
