@@ -1,4 +1,4 @@
-"""What `import qsharp_jax` gives to a notebook."""
+"""Names that `import qsharp_jax` gives to a notebook."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def test_importing_the_package_is_light():
 
 
 def test_decoding_imports_where_fcntl_is_missing():
-    """As on Windows; `resource` is imported on Linux by psutil itself."""
+    """Windows has no fcntl; `resource` is imported on Linux by psutil itself."""
     code = "import sys; sys.modules.update(fcntl=None); import qsharp_jax; qsharp_jax.stream"
     subprocess.run([sys.executable, "-c", code], check=True)
 

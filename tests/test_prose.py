@@ -6,7 +6,7 @@ import re
 import pytest
 from repository import ROOT
 
-FILES = sorted(path for folder in ("qsharp_jax", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("qsharp_jax", "benchmarks", "examples", "docs") for path in (ROOT / folder).rglob("*.py"))
 ODD = re.compile(r"(Of|That|What|As|By|Whether|Where|How)\b(?! to )")
 BRITISH = re.compile(r"\b(behaviour|colour|regularis|optimis|normalis|initialis|labell|neighbour|licence|organis)", re.I)
 

@@ -254,7 +254,7 @@ def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):
 
 
 def test_statistics_by_hand():
-    """Of one problem a response of 5 tokens with labels from the third on, and one of 3 with labels on all; of another
+    """One problem has a response of 5 tokens with labels from the third on, and one of 3 with labels on all; of another
     two that are alike: their rewards do not vary."""
     common = dict(round=2, prompt_tokens=[1], eta=0.1, seed=0, text="")
     figures = rollouts.statistics(

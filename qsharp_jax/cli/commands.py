@@ -1,13 +1,13 @@
-"""The parser of all commands. Each command is a file with SUMMARY, EPILOG, `add_arguments` and `run`."""
+"""The parser of all commands. A command is a file with SUMMARY, EPILOG, `add_arguments` and `run`, and its name here."""
 
 import argparse
+import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
 from qsharp_jax import __version__
-from qsharp_jax.cli import collect, compare, evaluate, export, fit, generate, judge, plan, report, run, score
 from qsharp_jax.system.errors import UserError
 
 DESCRIPTION = """\
@@ -22,10 +22,8 @@ models of your own, a folder for each with config.json, safetensors and tokenize
   qsharp generate --ref DIR --guide DIR "a prompt"
   qsharp score --ref DIR --guide DIR --input FILE --output FILE"""
 
-COMMANDS: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (run, compare, collect, fit, generate, score, judge, evaluate, report, plan, export)
-}
+_NAMES = "run", "compare", "collect", "fit", "generate", "score", "judge", "evaluate", "report", "plan", "export"
+COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}
 
 _PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be several
 _PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.generate import api
+import qsharp_jax.generate.api as api
 from qsharp_jax.generate.loop import prefill, while_loop
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.generate.step import decode_one_token

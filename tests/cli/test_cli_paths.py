@@ -63,7 +63,7 @@ COMMANDS = {  # of which PATH is to be refused
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> dict[str, str]:
-    """What the words in capitals stand for; the tests leave it as it is."""
+    """Paths for the words in capitals; the tests leave it as it is."""
     folder = tmp_path_factory.mktemp("there")
     names = "REF RUN LINES IDS FILE FOLDER LOOP MISSING NEW".split()
     places = {name: folder / name.lower() for name in names} | {"LONG": folder / ("n" * 300)}

@@ -37,7 +37,7 @@ ORDER = [3, 0, 1, 2, 11, 4, 10, 5, 9, 6, 8, 7]  # in which the responses end
 
 
 def generate(path, *, until: int | None = None) -> list[int]:
-    """What the command does, with responses that need no model: the places that it makes, before it is stopped."""
+    """Do what the command does, with responses that need no model: the places that it makes, before it is stopped."""
     generated = []
 
     def lines(missing):

@@ -66,7 +66,7 @@ def new_workdir(path: Path, like: Path) -> Path:
 
 
 def reached(workdir: Path) -> str:
-    """What was last written, of all that a run goes on from, and what was being written."""
+    """The files last written, of all that a run goes on from, and what was being written."""
     files = [path for name in ("ref", "rollouts", "guide", "samples") for path in (workdir / name).rglob("*")]
     if not files:
         return "nothing"

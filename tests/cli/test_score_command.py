@@ -34,7 +34,7 @@ def expected_tokens(record) -> tuple[list[int], list[int]]:
 
 
 def log_probs(examples, bucket):
-    """Of every token a number that tells which it is, and after which."""
+    """A number per token that tells which it is, and after which."""
     assert all(len(example) <= bucket < max(2 * len(example), 33) for example in examples)
     return [-np.float32(1) / 3 * (np.asarray(e.response) + len(e.prompt)) for e in examples]
 
@@ -44,7 +44,7 @@ def means(examples, bucket):
 
 
 def score(source, output, **changes):
-    """What the command does, with scorers that need no model."""
+    """Do what the command does, with scorers that need no model."""
     records = command.read(source)
     scorers = dict(log_probs=log_probs, means=means) | changes
     added = [*["ref_log_probs"] * bool(scorers["log_probs"]), *["values", "value"] * bool(scorers["means"])]

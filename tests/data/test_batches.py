@@ -166,7 +166,7 @@ def test_a_packed_batch_by_hand():
 
 
 def test_padding_is_under_a_twentieth_of_packed_batches():
-    """Of lengths as reasoning rollouts have them, log-normal, in rows of twice the longest; buckets leave more."""
+    """Lengths as reasoning rollouts have them, log-normal, in rows of twice the longest; buckets leave more."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.0, 0.6, 1500), 20, 1024).astype(int)
     examples = [Example([1] * 10, [2] * (length - 10)) for length in lengths]

@@ -104,7 +104,7 @@ def test_a_chat_prompt_is_one_turn_and_its_response_ends_the_next(folder):
 
 
 def test_bos_is_not_put_before_a_text_that_has_it_already(folder, capsys):
-    """As a chat template's text has; said once, however many prompts there are."""
+    """A plain prompt may start with bos, as a chat template's text does; said once, however many prompts there are."""
     text, own = Tokenizer.load(folder), bpe.make(bos=False)
     written = own.apply_chat_template([{"role": "user", "content": "Sam"}], tokenize=False, add_generation_prompt=True)
     for prompt in (written, "<|bos|>", "<|bos|>a", "<|bos|><|bos|>"):

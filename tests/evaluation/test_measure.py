@@ -200,7 +200,7 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
 
 
 def test_differences_are_paired(evaluated):
-    """Of each problem's means, computed from the samples; Q#'s to CD's at the same eta, and nothing to itself."""
+    """Differences of each problem's means, computed from the samples; Q#'s to CD's at the same eta, and nothing to itself."""
     session, _, _, rows = evaluated
 
     def means(name, eta, key):

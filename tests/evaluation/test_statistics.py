@@ -18,7 +18,7 @@ from qsharp_jax.evaluation import statistics
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=8), st.data())
 def test_pass_at_k_is_the_mean_over_all_subsets(rewards, data):
-    """Of whether one of k samples is right; and Chen's formula."""
+    """Compare with the indicator that one of k samples is right, and with Chen's formula."""
     k, n, right = data.draw(st.integers(1, len(rewards))), len(rewards), int(sum(rewards))
     subsets = [max(subset) for subset in itertools.combinations(rewards, k)]
     assert statistics.pass_at(k, rewards) == pytest.approx(np.mean(subsets))
@@ -161,7 +161,7 @@ def test_the_pooled_interval_draws_problems_with_all_their_samples():
 
 
 def simulate(rng, seeds, problems, shift=0.0, spread=0.03):
-    """Of each seed, rewards of problems of its own under two policies that differ by `shift` in their mean.
+    """Draw for each seed rewards of its own problems under two policies whose means differ by `shift`.
 
     Each problem is solved with a probability of its own, and a run's mean is off by a normal deviate of `spread`.
     """
@@ -190,7 +190,7 @@ def test_the_interval_over_seeds_covers_the_truth_as_often_as_it_says(seeds, pro
 
 
 def test_an_interval_over_the_pooled_problems_is_too_narrow():
-    """What `over_seeds` is for: with three seeds it holds the true mean in about 70% of cases."""
+    """The reason for `over_seeds`: with three seeds it holds the true mean in about 70% of cases."""
     rng = np.random.default_rng(0)
     intervals = [statistics.bootstrap(simulate(rng, 3, 400)[:, 0].ravel(), resamples=200) for _ in range(300)]
     assert np.mean([low <= 0.35 <= high for low, high in intervals]) < 0.8

@@ -11,7 +11,7 @@ import rate
 
 
 def shown(example, tmp_path):
-    """What the example found, quickly; its picture and its words are made."""
+    """Run the example quickly, and return its numbers; its plot and its table are made too."""
     found = example.run(quick=True)
     figure = example.draw(found)
     figure.savefig(tmp_path / "picture.png")
@@ -22,7 +22,7 @@ def shown(example, tmp_path):
 
 
 def test_cd_keeps_to_the_sure_reward_and_qsharp_finds_the_rare_one(tmp_path):
-    """As eta falls; Q# is the optimal policy at every eta."""
+    """Limits as eta falls; Q# is the optimal policy at every eta."""
     found = shown(rare_reward, tmp_path)
     assert (np.diff(found["etas"]) < 0).all()
     for name in ("right", "reward", "kl", "objective"):

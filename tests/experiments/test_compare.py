@@ -76,7 +76,7 @@ def test_a_collection_that_found_its_shards_took_what_the_first_one_took():
 
 
 def test_epochs_fill_the_budget(tmp_path):
-    """By hand: 6 N FLOPs a token and 12 L H E n more for a sequence of n, as PaLM counts them."""
+    """Count by hand: 6 N FLOPs a token and 12 L H E n more for a sequence of n, as PaLM counts them."""
     session = bandit.session(tmp_path, "qsharp", "rounds=2", "collect.prompts=5", "fit.epochs=7", "fit.holdout=0.1")
     lengths = [2, 3, 3, 3, 2, 3]
     rewards = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
@@ -204,7 +204,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
 
 
 def test_a_summary_s_interval_is_over_seeds_and_says_how_many():
-    """Of one seed over its problems."""
+    """The interval of one seed over its problems."""
     common = dict(kl=1.0, objective=0.1)
     rewards = {0: [0.0, 0.1], 1: [0.3, 0.326], 2: [0.303, 0.303]}
     rows = [dict(seed=seed, method="dpo", rewards=of, **common) for seed, of in rewards.items()]

@@ -1,4 +1,4 @@
-"""What a caller of `generate` sees: pi_ref without a guide, one program for all settings, where rows end, refusals."""
+"""`generate` as a caller sees it: pi_ref without a guide, one program for all settings, where rows end, refusals."""
 
 import dataclasses
 import functools

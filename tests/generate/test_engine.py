@@ -34,7 +34,7 @@ def batch_of(
 
 
 def run(*arguments, **options):
-    """By place: the fields of its response."""
+    """Fields of every response, by its place."""
     found = {}
     for places, part in batch_of(*arguments, **options):
         for row, place in enumerate(places.tolist()):
@@ -156,7 +156,7 @@ def test_shared_slots_that_suffice_change_nothing():
 
 @pytest.mark.slow
 def test_a_response_that_has_begun_is_finished_within_its_budget():
-    """What follows is what `generate` gives after prompt and beginning, with the rest of the budget; nothing after a
+    """The rest is what `generate` gives after prompt and beginning, with the rest of the budget; nothing after a
     stop token, or where the budget is used up. The beginnings make the prompts longer than their bucket."""
     ref, guide = decoding_models("v-bernoulli")
     begun = {0: [9], 4: [1, 1, 1, 1, 1, 1], 5: [7] * (N - 1), 9: [3] * N, 13: [8, STOPS[0]], 20: [], 22: [4, 4, 4]}

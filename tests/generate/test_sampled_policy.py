@@ -35,7 +35,7 @@ CONTROLS = {name: x for name, x in MIXED.items() if name != "eta"}
 
 
 def policy(seed=5) -> LanguageModel:
-    """Of the reference's shape, with other weights."""
+    """A policy of the reference's shape with other weights."""
     return LanguageModel(numpy_decoder.random_params(seed, decoder.init, DEEP), DEEP)
 
 

@@ -148,7 +148,7 @@ def test_a_candidates_value_is_the_one_it_gets_when_it_is_in_the_cache(monkeypat
 
 @pytest.mark.parametrize("case", ["v-categorical", "q-bernoulli"])
 def test_values_are_those_of_a_teacher_forced_pass(case):
-    """Of tokens that were no candidates too, which a high temperature draws often."""
+    """Values of tokens that were no candidates too, which a high temperature draws often."""
     ref, guide = models(case)
     got = run(case, rng=SEEDS, **{**MIXED, "temperature": 3.0})
     length = max(map(len, PROMPTS)) + N

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of decoding and of training, asked for on a machine without a TPU.
+"""Decoding and training compiled for a TPU, on a machine without one.
 
 libtpu compiles for a named slice (`v5e:2x2`) and the program is read, not run. It does so in a process of its own,
 which is this file run as a script: libtpu wants to be loaded before JAX has settled on a backend.
@@ -73,7 +73,7 @@ def compile_decode(mesh):
     """The program that `generate` would run, for arguments of the shapes that it would give to it."""
 
     class Called(Exception):
-        """What `decode` was called with."""
+        """The arguments that `decode` was called with."""
 
     def prefill(params, config, tokens, start, **sizes):
         real = functools.partial(generate.prefill, config=config, **sizes)

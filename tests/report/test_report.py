@@ -79,7 +79,7 @@ def cells_of(table):
 
 
 def test_the_tables_columns_line_up():
-    """As text too: every line is as long as the others, and has its bars where they have theirs."""
+    """The table reads as text too: every line is as long as the others, and has its bars where they have theirs."""
     lines = report.table(ROWS).splitlines()
     assert len(lines) == 2 + len(ROWS)
     bars = [[at for at, character in enumerate(line) if character == "|"] for line in lines]

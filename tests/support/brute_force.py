@@ -109,7 +109,7 @@ def truncate(log_pi, temperature, top_k, top_p):
 
 
 def log_weights(mode, eta, atoms, probs):
-    """What laws [..., n] add to a logit, [...]."""
+    """The log-weights that laws [..., n] add to a logit, [...]."""
     if np.isinf(eta):
         return np.zeros(np.shape(probs)[:-1])
     mean = (probs * atoms).sum(-1)

@@ -32,7 +32,7 @@ class Bucket:
         self._generation = 1000
 
     def write(self, name: str, data: bytes, query: dict[str, str]) -> bool:
-        """Whether the preconditions hold, and so it was written."""
+        """Write if the preconditions hold, and say so."""
         with self.lock:
             wanted = query.get("ifGenerationMatch")
             if wanted is not None and int(wanted) != self.generations.get(name, 0):

@@ -137,7 +137,7 @@ class World:
 
 
 def verb(call: list[str]) -> str:
-    """What kind of call it is: gcloud's verb, and for a host's command that of host.sh."""
+    """The kind of call: gcloud's verb, and for a host's command that of host.sh."""
     words = " ".join(call)
     for kind in ("install", "start", "state", "stop", "log"):
         if f"host.sh {kind}" in words:
@@ -197,7 +197,7 @@ def gcloud(fake: Path, words: list[str]):
 
 
 def lose(fake: Path):
-    """What a pre-emption does: the programs end, the disks are gone."""
+    """Do what a preemption does: the programs end, the disks are gone."""
     for path in (fake / "home").glob("*/qsharp/PID"):
         try:
             os.killpg(int(path.read_text()), signal.SIGKILL)

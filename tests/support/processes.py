@@ -11,7 +11,7 @@ from repository import PYTHONPATH, ROOT
 
 
 def free_port() -> int:
-    """Of which the next one up is free as well."""
+    """Find a port whose successor is free as well."""
     while True:
         with socket.socket() as one, socket.socket() as next_up, contextlib.suppress(OSError):
             one.bind(("", 0))

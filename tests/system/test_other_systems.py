@@ -1,4 +1,4 @@
-"""What macOS and Windows lack is taken away: importing, `--help`, `generate` and `judge` still work."""
+"""Without what macOS and Windows lack: importing, `--help`, `generate` and `judge` still work."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_generate_into_a_file_warns_that_it_is_not_locked(qsharp, ref, tmp_path)
 
 
 def test_judge_asks_its_workers(qsharp, tmp_path):
-    """Of two answers one is right by algebra alone."""
+    """One of two answers is right by algebra alone."""
     records = [{"response": rf"\boxed{{{answer}}}", "answer": "x+1"} for answer in ("1+x", "x-1")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     qsharp("judge", "--task", "math", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")

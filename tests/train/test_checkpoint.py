@@ -145,7 +145,7 @@ def test_finished_is_said_by_the_last_checkpoint(tmp_path):
 
 
 def test_a_finished_training_may_be_saved_at_a_step_that_is_there(tmp_path):
-    """As after a stop at the last step: the best parameters in its place, and never a moment without either."""
+    """A stop at the last step: the best parameters in its place, and never a moment without either."""
     save(tmp_path, 1, 5)
     other = make_state(5).replace(params=make_state(3).params)
     checkpoints = Checkpoints(tmp_path)
@@ -306,7 +306,7 @@ def test_a_checkpoint_without_the_best_that_it_refers_to_is_damaged(tmp_path):
 
 
 def wrapped(error):
-    """As Orbax wraps what TensorStore raises for one array."""
+    """The form in which Orbax wraps what TensorStore raises for one array."""
     outer = Exception("Encountered error while reading array index: (slice(0, 2, 1),)")
     outer.__cause__ = error
     return outer
@@ -390,7 +390,7 @@ def test_all_that_read_raise_it(healthy, monkeypatch):
 
 
 def test_damage_that_a_second_read_does_not_meet_is_none(healthy, monkeypatch, capfd):
-    """As of bits that the network flipped, or a listing that was behind."""
+    """An error such as of bits that the network flipped, or a listing that was behind."""
     for error in (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), FileNotFoundError(errno.ENOENT, "")):
         with monkeypatch.context() as patch:
             failed = fail_reads(patch, error, times=1)

@@ -9,7 +9,7 @@ from qsharp_jax.train.damage import DamagedError, is_damage, root_cause
 
 
 def wrapped(error):
-    """As Orbax wraps what TensorStore raises for one array."""
+    """The form in which Orbax wraps what TensorStore raises for one array."""
     outer = Exception("Encountered error while reading array index: (slice(0, 2, 1),)")
     outer.__cause__ = error
     return outer

@@ -82,12 +82,12 @@ def fit(folder: Path, devices: int, steps: int, ending: int | None = None):
 
 
 def digest(tree) -> str:
-    """Of every leaf's bits."""
+    """A hash of every leaf's bits."""
     return hashlib.sha256(b"".join(sharding.to_host(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
 
 
 def same(restored, saved, asked) -> dict[str, bool]:
-    """What came back bit for bit, and whether it lies where it was asked for."""
+    """Names of what came back bit for bit, and where it lies."""
     parts = {"params": "params", "moments": "opt_state", "position": "step"}
     found = {name: digest(getattr(restored, part)) == digest(getattr(saved, part)) for name, part in parts.items()}
     at = [leaf.sharding for leaf in jax.tree.leaves(restored)] == [leaf.sharding for leaf in jax.tree.leaves(asked)]
@@ -105,7 +105,7 @@ def filled(state):
 
 
 def matrix(folder: Path) -> dict[str, dict[str, bool]]:
-    """By the devices before and after."""
+    """Results by the devices before and after."""
     found, optimizer = {}, train.make_optimizer(helpers.optimizer_config())
     for before in MESHES:
         kept = folder / str(before)

@@ -115,7 +115,7 @@ if __name__ == "__main__":
 
 
 def run(*cases: int) -> list:
-    """What `main` finds on eight fake devices."""
+    """Results of `main` on eight fake devices."""
     environment = os.environ | {
         "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": PYTHONPATH,

@@ -1,4 +1,4 @@
-"""What values are fitted to: TD(lambda) against sums written out, and fixed points against the exact values of a tree."""
+"""Targets of values: TD(lambda) against sums written out, and fixed points against the exact values of a tree."""
 
 import functools
 
@@ -137,7 +137,7 @@ def solve(params, batch, weights, loss, sweeps):
 
 @pytest.mark.parametrize("decay", [0.0, 0.7])
 def test_the_fixed_point_of_td_is_the_expected_reward(table, decay):
-    """Of those of the batch's sequences that pass a node: to it, their frequencies are the policy."""
+    """Among the batch's sequences that pass a node: to it, their frequencies are the policy."""
     batch, nodes = table
     config = ValueConfig(trunk(), distribution="scalar")
     params = {"trunk": {}, "head": {"kernel": jnp.zeros((len(TREE.reward), 1)), "bias": jnp.zeros(1)}}

@@ -39,7 +39,7 @@ def full_batch() -> Batch:
 
 
 def lowered_flops(loss_fn, make_params) -> float:
-    """Of loss and gradient, as XLA counts them: layers unrolled, since it counts the body of a loop once."""
+    """FLOPs of loss and gradient, as XLA counts them: layers unrolled, since it counts the body of a loop once."""
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     return step.lower(jax.eval_shape(make_params), jax.tree.map(jax.numpy.asarray, full_batch())).cost_analysis()[
         "flops"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 
+import qsharp_jax.tasks.judging.units as units
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.judging import units
 from qsharp_jax.tasks.judging.dress import Answer, undress
 from qsharp_jax.tasks.judging.pool import Pool
 

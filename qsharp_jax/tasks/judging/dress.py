@@ -9,7 +9,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from qsharp_jax.tasks.judging import units
+import qsharp_jax.tasks.judging.units as units
 
 __all__ = ["Answer", "undress"]
 

@@ -112,7 +112,7 @@ def test_classes(judge):
     st.sets(st.sampled_from(list(itertools.combinations("abcdef", 2)))),
 )
 def test_classes_are_closed_under_sameness(answers, pairs):
-    """What is the same by way of others is one class, against a walk over the graph; right answers are not drawn in."""
+    """Answers that are the same by way of others are one class, against a walk over the graph; right answers are not drawn in."""
     judge, first = Judge(registry.get("math")), {answer: place for place, answer in reversed([*enumerate(answers)])}
     same = {tuple(sorted(pair, key=lambda answer: first.get(answer, 99))) for pair in pairs}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -184,7 +184,7 @@ def test_all_of_gsm8k_is_right_by_its_own_solutions(split):
 @needs_real_data
 @pytest.mark.parametrize(("name", "number", "share"), [("math", 500, 0.99), ("aime", 30, 1.0)])
 def test_the_solutions_of_math_and_aime_are_right(name, number, share):
-    """As they are written, several with other boxes before the last."""
+    """Responses as models write them, several with other boxes before the last."""
     problems, worked = solutions(name)
     judgements = SHARED(problems, worked)
     failed = [(p.problem_id, p.answer, j.parsed) for p, j in zip(problems, judgements) if j.reward != 1.0]
@@ -214,7 +214,7 @@ def test_an_answer_with_one_digit_changed_is_wrong(name):
 @needs_real_data
 @pytest.mark.parametrize("name", ["gsm8k", "math", "aime"])
 def test_another_problems_answer_is_wrong(name):
-    """As far as its value is another: compared as numbers where both are, else as texts without blanks and signs of
+    """Answers differ as far as their values do: compared as numbers where both are, else as texts without blanks and signs of
     layout, which the two must differ in.
     """
     problems, _ = solutions(name)
