@@ -1,4 +1,4 @@
-"""The parser of all commands. A command is a file with SUMMARY, EPILOG, `add_arguments` and `run`, and its name here."""
+"""The parser of all commands. A command is one file (SUMMARY, EPILOG, `add_arguments`, `run`), and its name here."""
 
 import argparse
 import importlib
