@@ -1,9 +1,11 @@
 """An algorithm is one file and one line of the registry, and its record is read without JAX."""
 
+import ast
 import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from repository import ROOT
@@ -12,21 +14,34 @@ from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT, RECORDS
 
 PACKAGE = ROOT / "qsharp_jax"
 HOMES = {name: line.partition(":")[0] for name, line in zip(ALGORITHMS, RECORDS, strict=True)}
-# "cd" is also a mode of guidance, some docstrings cite a paper, and a refusal may advise another algorithm.
-EXCEPTED = {
-    "cd": {"sampling.py", "guidance.py", "values.py", "train/targets.py", "algorithms/qsharp.py", "algorithms/vas.py"},
-    "vas": {"guidance.py", "values.py", "generate/step.py", "algorithms/cd.py"},
-}
+MODES = {"cd": {"sampling.py", "guidance.py", "algorithms/qsharp.py", "algorithms/vas.py"}}  # also a mode of guidance
+ADVICE = {"vas": {"algorithms/cd.py"}}  # a refusal that advises another algorithm
+
+
+def names_in(path: Path) -> set[str]:
+    """The identifiers of a file, and the words of its strings that are no docstrings; prose may cite what it likes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            words |= {*re.split(r"[^\w]+", node.value), node.value}
+        elif isinstance(node, ast.ImportFrom):
+            words |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        words |= {getattr(node, field) for field in ("id", "attr", "arg") if isinstance(getattr(node, field, 0), str)}
+    return words
+
+
+FILES = {path.relative_to(PACKAGE).as_posix(): names_in(path) for path in PACKAGE.rglob("*.py")}
 
 
 # The name of the default algorithm is also that of the package and of the command.
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != DEFAULT])
 def test_no_other_file_names_an_algorithm(name):
-    mine = {f"algorithms/{HOMES[name]}.py", "algorithms/registry.py"} | EXCEPTED.get(name, set())
-    words = re.compile(rf"\b({re.escape(name)}|{re.escape(ALGORITHMS[name].label)})\b", re.IGNORECASE)
-    files = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-    naming = {path for path, text in files.items() if not path.startswith("configs/") and words.search(text)}
-    assert naming <= mine
+    allowed = {f"algorithms/{HOMES[name]}.py", "algorithms/registry.py"} | MODES.get(name, set()) | ADVICE.get(name, set())
+    naming = {path for path, words in FILES.items() if words & {name, ALGORITHMS[name].label}}
+    others = {path for path in naming - allowed if not path.startswith("configs/")}
+    assert not others, f"only {HOMES[name]}.py and the registry may name {name}"
 
 
 def test_records_are_complete():
