@@ -10,7 +10,7 @@ Every task has
 
 A task that is not symbolic has
 
-  reward(problem, response) -> float       the verified reward, 0.0 or 1.0
+  reward(problem, response) -> float       the verified reward; other values than 0.0 and 1.0 want a categorical guide
 
 A task that is not finite has what its reference model is trained on
 
