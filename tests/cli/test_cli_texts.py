@@ -461,7 +461,7 @@ def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, 
 @pytest.mark.parametrize(
     ("changes", "mode"),
     [
-        ({}, "qsharp"), ({"algorithm": "vas"}, "cd"), ({"algorithm": "cd", "cd": {"variant": "fudge"}}, "expectation"),
+        ({"algorithm": "qsharp"}, "qsharp"), ({"algorithm": "vas"}, "cd"), ({"algorithm": "cd", "cd": {"variant": "fudge"}}, "expectation"),
         ({"algorithm": "cd", "cd": {"variant": "regression"}}, "cd"), ({"algorithm": "ppo"}, "qsharp"),
     ],
 )  # fmt: skip
