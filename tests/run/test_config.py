@@ -425,7 +425,7 @@ def test_a_config_without_a_mesh_needs_no_presets_and_takes_none(path):
 
 
 def test_a_stored_config_takes_another_mesh(with_mesh):
-    """As `--config.mesh=single` asks of a workdir that a slice has made; without a file, names are the package's."""
+    """A workdir that a slice made may resume on one device; without a file, names are the package's."""
     config = configs.load(with_mesh, ["--config.mesh=v5p_8"])
     configs.override_mesh(config, ["--config.mesh.fit.fsdp=2"])
     assert config.mesh.fit.fsdp == 2
