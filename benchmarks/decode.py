@@ -90,9 +90,8 @@ def ours(
     )  # fmt: skip
     jax.block_until_ready(run.state)
     filled = time.perf_counter()
-    until = jnp.int32(steps)
     jax.block_until_ready(
-        generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings, until=until)
+        generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings, steps=jnp.int32(steps))
     )
     return (filled - began) * 1e3, (time.perf_counter() - filled) / steps * 1e3
 

@@ -95,13 +95,12 @@ def stream(
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
     run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record)
-    state, shown, until, going_on = run.state, np.zeros(len(run.controls.seed), int), 0, True
-    while going_on:
-        until += BLOCK
-        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, until=np.int32(until))
+    state, shown, active = run.state, np.zeros(len(run.controls.seed), int), True
+    while active:
+        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, steps=np.int32(BLOCK))
         tokens, lengths = sharding.to_host((state.record.token, state.length))
         yield [row[begin:end].tolist() for row, begin, end in zip(tokens, shown, lengths, strict=True)]
-        shown, going_on = lengths, bool(sharding.to_host(state.active(run.controls)).any())
+        shown, active = lengths, bool(sharding.to_host(state.active(run.controls)).any())
     return run.generation(state)
 
 

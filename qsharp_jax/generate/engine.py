@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.generate.api as api
-from qsharp_jax.generate.loop import prefill, while_loop
+from qsharp_jax.generate.loop import decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
-from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import cpu_form, kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
@@ -79,34 +78,6 @@ def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
             dropped=jnp.where(given, 0, state.dropped),
         )
     )
-
-
-@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
-def decode_until_free(
-    ref: LanguageModel,
-    guide: Guide | None,
-    state: State,
-    controls: Controls,
-    enough: jax.Array | int,
-    *,
-    settings: Settings,
-) -> State:
-    """Decode until at least `enough` rows have ended, at most `LONGEST` steps. The carry is updated in place."""
-    last = state.step + LONGEST
-
-    def going_on(state: State) -> jax.Array:
-        return (jnp.sum(~state.active(controls)) < enough) & (state.step < last)
-
-    def step(state: State, _: None) -> tuple[State, None]:
-        place = jnp.arange(state.record.token.shape[1]) == state.length[:, None]  # each row has its own, [R, N]
-        state, new = decode_one_token(ref, guide, state, controls, settings)
-        record = jax.tree.map(lambda kept, new: jnp.where(place, new[:, None], kept), state.record, new)
-        return sharding.constrain_rows(state.replace(record=record)), None
-
-    def block(state: State) -> State:
-        return jax.lax.scan(step, state, None, length=BLOCK)[0]
-
-    return while_loop(going_on, block, state)
 
 
 class ContinuousBatch:
@@ -180,9 +151,10 @@ class ContinuousBatch:
             if (self._place < 0).all():
                 break
             controls = self._row_controls()
-            self._state = decode_until_free(
-                self._ref, self._guide, self._state, controls, np.int32(enough), settings=self._settings
-            )
+            self._state = decode(
+                self._ref, self._guide, self._state, controls,
+                settings=self._settings, block=BLOCK, enough=np.int32(enough), steps=np.int32(LONGEST),
+            )  # fmt: skip
             if ended is not None:  # while the devices go on
                 yield ended
             ended = self._ended()

@@ -17,7 +17,7 @@ from qsharp_jax.models import cpu_form, decoder, kv_cache, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 
-BLOCK = 8  # steps between two looks at whether every row has ended
+BLOCK = 8  # steps between two checks whether every row has ended
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "samples"))
@@ -44,7 +44,7 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
     return sharding.constrain_rows(cache)
 
 
-@functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("settings", "block"), donate_argnames=("state",))
 def decode(
     ref: LanguageModel,
     guide: Guide | None,
@@ -52,39 +52,28 @@ def decode(
     controls: Controls,
     *,
     settings: Settings,
-    until: jax.Array | int | None = None,
+    block: int = BLOCK,
+    enough: jax.Array | int | None = None,
+    steps: jax.Array | int | None = None,
 ) -> State:
-    """Decode until every row has ended, or `until` steps are done. The carry is updated in place.
+    """Decode until `enough` rows have ended (default: all of them), or `steps` steps are done. `state` is donated.
 
-    A block is a scan: the loop's condition, which a device has to wait for, is looked at once a block.
+    The device has to wait for the loop's condition, so it is evaluated once per `block` steps, which are a scan.
     """
-    room = state.record.token.shape[1]
-    last = room if until is None else jnp.minimum(until, room)
+    rows, room = state.record.token.shape
+    enough = rows if enough is None else enough
+    last = state.step + (room if steps is None else steps)
 
-    def going_on(state: State) -> jax.Array:
-        return state.active(controls).any() & (state.step < last)
+    def unfinished(state: State) -> jax.Array:
+        return (jnp.sum(~state.active(controls)) < enough) & (state.step < last)
 
-    def block(state: State) -> State:
-        first = state.step
-        state, new = jax.lax.scan(
-            lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, None, length=BLOCK
-        )
-        new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, BLOCK]
-        record = jax.tree.map(
-            lambda kept, block: jax.lax.dynamic_update_slice(kept, block, (jnp.int32(0), first)), state.record, new
-        )
-        return sharding.constrain_rows(state.replace(record=record))
-
-    return while_loop(going_on, block, state)
-
-
-def while_loop(going_on: Callable[[State], jax.Array], block: Callable[[State], State], state: State) -> State:
-    """Repeat `block` while `going_on`. The cache of a single row on one device goes without its axis of rows."""
+    def step(state: State, _: None) -> tuple[State, None]:
+        return sharding.constrain_rows(decode_one_token(ref, guide, state, controls, settings)), None
 
     def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
         return state.replace(ref_cache=change(state.ref_cache), guide_cache=kv_cache.each(change, state.guide_cache))
 
-    if len(state.pending) > 1 or not jax.sharding.get_abstract_mesh().empty:
-        return jax.lax.while_loop(going_on, block, state)
-    state = jax.lax.while_loop(going_on, block, of_caches(cpu_form.without_rows, state))
-    return of_caches(cpu_form.with_rows, state)
+    squeeze = rows == 1 and jax.sharding.get_abstract_mesh().empty  # the caches of a single row on one device
+    state = of_caches(cpu_form.without_rows, state) if squeeze else state
+    state = jax.lax.while_loop(unfinished, lambda state: jax.lax.scan(step, state, length=block)[0], state)
+    return of_caches(cpu_form.with_rows, state) if squeeze else state

@@ -130,10 +130,8 @@ def test_control_returns_every_so_many_steps(monkeypatch):
     batch = batch_of(rows=COUNT)
     want = [places.tolist() for places, _ in batch]
     monkeypatch.setattr(engine, "LONGEST", 2)
-    engine.decode_until_free.clear_cache()
     often = batch_of(rows=COUNT)
     parts = [places.tolist() for places, _ in often]
-    engine.decode_until_free.clear_cache()
     assert len(want) == 1 and len(parts) == -(-N // 2)
     assert sorted(itertools.chain(*parts)) == sorted(want[0]) == list(range(COUNT))
     assert often.row_steps == batch.row_steps
@@ -221,7 +219,7 @@ def test_useful_row_steps():
 
 
 def test_other_prompts_settings_and_orders_recompile_nothing():
-    programs = [engine.decode_until_free, engine.refill, engine.prefill, engine.empty_state]
+    programs = [engine.decode, engine.refill, engine.prefill, engine.empty_state]
     run()
     before = [program._cache_size() for program in programs]
     run(rng=5, eta=2.0, temperature=0.5, starts=((place, ()) for place in (23, 1, 0, 2, 7, 8)))
@@ -236,8 +234,8 @@ def test_the_caches_are_updated_in_place():
     words = f"f32[{','.join(map(str, shape))}]"
     source = np.full(3, -1, np.int32)
     refill = engine.refill.lower(batch._state, batch._waiting, source)
-    decode = engine.decode_until_free.lower(
-        batch._ref, batch._guide, batch._state, batch._row_controls(), np.int32(1), settings=batch._settings
+    decode = engine.decode.lower(
+        batch._ref, batch._guide, batch._state, batch._row_controls(), settings=batch._settings, enough=np.int32(1)
     )
     buffers = 2 * (len(batch._state.ref_cache.keys) + len(batch._state.guide_cache.keys))
     for lowered in (refill, decode):
