@@ -4,16 +4,8 @@ they consist of.
 Prompts and responses are token ids.
 """
 
-from qsharp_jax.generate.api import (
-    Run,
-    cache_size,
-    caches,
-    for_decoding,
-    generate,
-    guide_names,
-    row_seeds,
-    stream,
-)
+from qsharp_jax.generate.api import Run, cache_size, for_decoding, generate, stream
+from qsharp_jax.generate.checks import caches, guide_names, row_seeds
 from qsharp_jax.generate.engine import ContinuousBatch
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (

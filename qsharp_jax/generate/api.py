@@ -4,32 +4,27 @@ Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K 
 """
 
 import functools
-import math
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from qsharp_jax.generate.checks import check_memory, checked
 from qsharp_jax.generate.loop import BLOCK, decode, prefill
 from qsharp_jax.generate.state import (
     RECORDED,
-    Controls,
     Generation,
     Guide,
     Record,
-    Settings,
     State,
     first_state,
     gives_values,
 )
-from qsharp_jax.models import cpu_form, decoder, kv_cache, memory, sharding, value
-from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models import cpu_form, decoder, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
-from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
-from qsharp_jax.system.errors import UserError
 
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 
@@ -148,83 +143,6 @@ class Run:
         return to_generation(state, self.max_new_tokens, guided=gives_values(self.guide))
 
 
-def checked(
-    ref: LanguageModel,
-    guide: Guide | None,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    rng: Any,
-    samples: int,
-    rows: int,
-    record: Collection[str],
-) -> tuple[Guide | None, Controls, Settings]:
-    """Check the arguments of `generate` against each other, and split `sampling` for the loop.
-
-    `rows` are those of the loop; controls have an entry for each of the prompts' samples.
-
-    Returns:
-      the guide, None where none runs, and what is data of the compiled program and what is part of it.
-    """
-    if samples < 1:
-        raise UserError(f"samples is {samples}; it must be at least 1")
-    vocab_size = ref.config.vocab_size if sampling.vocab_size is None else sampling.vocab_size
-    responses = len(prompts) * samples
-    controls, settings = split(sampling, rng, responses, rows, vocab_size, record)
-    weights = _checked_weights(guide, sampling.weights, responses, sampling.mode)
-    if not isinstance(guide, LanguageModel) and np.isinf(controls.eta).all():
-        guide = None
-    for member in members(guide):
-        if isinstance(member, ValueModel):
-            _check_guide(member.config, sampling, vocab_size)
-        _check_vocabulary(ref, member, vocab_size)
-    if guide is not None:
-        controls = controls.replace(weights=weights)
-    _check_prompts(ref, guide, prompts, controls.budget.reshape(-1, samples).max(1, initial=0), vocab_size)
-    return guide, controls, settings
-
-
-def split(
-    sampling: Sampling, rng: Any, responses: int, rows: int, vocab_size: int, record: Collection[str]
-) -> tuple[Controls, Settings]:
-    """Split the settings into the per-response arrays and what is compiled in, for a loop of `rows` rows.
-
-    Raises:
-      UserError: for an array that has not one entry per response, or seeds out of range.
-    """
-
-    def per_row(name: str, value: Any, dtype: Any) -> np.ndarray:
-        array = np.asarray(value, dtype)
-        if array.ndim > 1 or (array.ndim == 1 and array.shape != (responses,)):
-            raise UserError(f"{name} has shape {array.shape}; give one number, or one for each of the {responses} rows")
-        return np.broadcast_to(array, (responses,))
-
-    seeds = per_row("rng", row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng, np.int64)
-    if not np.all((0 <= seeds) & (seeds < 2**32)):
-        raise UserError(f"rng is {rng}; it must be 0 or more, and less than 2^32 where it is one per row")
-    controls = Controls(
-        eta=per_row("eta", sampling.eta, np.float32),
-        temperature=per_row("temperature", sampling.temperature, np.float32),
-        top_p=per_row("top_p", sampling.top_p, np.float32),
-        top_k=per_row("top_k", sampling.top_k, np.int32),
-        threshold=per_row("candidate_threshold", sampling.candidate_threshold, np.float32),
-        budget=per_row("budget", sampling.max_new_tokens if sampling.budget is None else sampling.budget, np.int32),
-        seed=seeds.astype(np.uint32),
-    )
-    slots = 0 if sampling.candidate_slots is None else math.ceil(sampling.candidate_slots * rows)
-    settings = Settings(
-        stop_ids=tuple(sampling.stop_ids),
-        vocab_size=vocab_size,
-        candidates=sampling.top_k_candidates,
-        slots=min(slots, rows * sampling.top_k_candidates),
-        mode=sampling.mode,
-        others=sampling.others,
-        truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
-        record=tuple(name for name in RECORDED if name in record),
-    )
-    return controls, settings
-
-
 def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded prompts [B, P] int32, and the place [B] where each begins."""
     width = padded_length(max(map(len, prompts)), prompt_bucket)
@@ -283,111 +201,3 @@ def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int) -> int:
 def _steps(max_new_tokens: int) -> int:
     """Round up to whole blocks."""
     return -(-max_new_tokens // BLOCK) * BLOCK
-
-
-def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[str, KVCache]:
-    """The models' caches as `jax.ShapeDtypeStruct`s, for `memory.check_memory`.
-
-    Args:
-      configs: of the decoders that run, by name: "reference", "guide".
-      rows: of a batch, all samples of its prompts.
-      size: positions, see `cache_size`.
-    """
-    return {f"the {name}'s cache": kv_cache.abstract(config, rows, size) for name, config in configs.items()}
-
-
-def row_seeds(seed: int, rows: int) -> np.ndarray:
-    """[rows] uint32 seeds drawn from one."""
-    return np.random.SeedSequence(int(seed)).generate_state(rows)
-
-
-def members(guide: Guide | None) -> tuple[ValueModel | LanguageModel, ...]:
-    """Return the models that a guide consists of."""
-    return guide if isinstance(guide, tuple) else () if guide is None else (guide,)
-
-
-def guide_names(count: int) -> list[str]:
-    """Names of `count` guides in messages."""
-    return ["guide"] if count == 1 else [f"guide {number}" for number in range(1, count + 1)]
-
-
-def _checked_weights(guide: Guide | None, given: Any, rows: int, mode: str) -> np.ndarray | None:
-    """[rows, G] of several guides, None of one."""
-    if not isinstance(guide, tuple):
-        if given is not None:
-            raise UserError("weights are of several guides; give a tuple of them as the guide")
-        return None
-    types = {member.config.type if isinstance(member, ValueModel) else None for member in guide}
-    if len(types) != 1 or None in types:
-        raise UserError("guides that are composed must be V-types, or Q-types, all of them, and at least one")
-    weights = np.asarray([] if given is None else given, np.float32)
-    if weights.shape not in ((len(guide),), (rows, len(guide))) or not np.isfinite(weights).all():
-        raise UserError(
-            f"weights are {given}; give one finite number for each of the {len(guide)} guides, or such numbers for each"
-            f" of the {rows} rows"
-        )
-    if mode == "expectation" and (weights <= 0).any():
-        raise UserError(f'weights are {given}; in the mode "expectation" they must be above 0')
-    return np.broadcast_to(weights, (rows, len(guide)))
-
-
-def _check_prompts(
-    ref: LanguageModel,
-    guide: Guide | None,
-    prompts: Sequence[Sequence[int]],
-    budget: np.ndarray,
-    vocab_size: int,
-) -> None:
-    """`budget` is the longest response of each prompt, [B]."""
-    if not prompts:
-        raise UserError("there are no prompts; give at least one")
-    positions = {"reference": ref.config.max_positions}
-    if guide is not None:
-        positions["guide"] = min(value.trunk(member).config.max_positions for member in members(guide))
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {row} is empty; a prompt needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise UserError(f"prompt {row} has token ids outside the vocabulary of {vocab_size}")
-        for name, longest in positions.items():
-            if len(prompt) + budget[row] > longest:
-                raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens, which with max_new_tokens = {budget[row]} is more than"
-                    f" the {name}'s {longest} positions; shorten the prompt or the response"
-                )
-
-
-def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) -> None:
-    """Check that the caches fit into memory beside the weights, which are loaded already."""
-    configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
-    for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
-        configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
-    memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), existing=weights)
-
-
-def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, vocab_size: int) -> None:
-    # Embeddings of one vocabulary may be padded to different sizes.
-    theirs, guides = ref.config.vocab_size, value.trunk(guide).config.vocab_size
-    if vocab_size > min(theirs, guides):
-        raise UserError(
-            f"the guide's vocabulary has {guides} entries, the reference's {theirs}, of which {vocab_size} are in use;"
-            " use a guide with the reference's vocabulary"
-        )
-    if isinstance(guide, LanguageModel) and guides != theirs:
-        raise UserError(
-            f"the policy has {guides} tokens in its embedding, the reference {theirs}; their logits are compared token"
-            " by token, so pad them to one size"
-        )
-
-
-def _check_guide(guide: ValueConfig, sampling: Sampling, vocab_size: int) -> None:
-    never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
-    if sampling.mode == "expectation" and not never_negative:
-        raise UserError(
-            'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
-            " bernoulli guide, or a categorical one with atoms of 0 and more"
-        )
-    if sampling.top_k_candidates > vocab_size:
-        raise UserError(f"top_k_candidates is {sampling.top_k_candidates}; it must be in 1 .. {vocab_size}")
-    if sampling.candidate_slots is not None and guide.type == "q":
-        raise UserError("a Q-type guide reads all candidates at one position: leave candidate_slots out")

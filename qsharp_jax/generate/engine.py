@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.generate.api as api
+from qsharp_jax.generate.checks import check_memory, checked
 from qsharp_jax.generate.loop import decode, prefill
 from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.models import cpu_form, kv_cache, sharding, value
@@ -116,7 +117,7 @@ class ContinuousBatch:
             which come out of its budget. It is read as rows become free. By default all places, with none.
         """
         self._rows = rows = sharding.round_rows(rows)
-        self._guide, controls, self._settings = api.checked(
+        self._guide, controls, self._settings = checked(
             ref, guide, prompts, sampling, rng=rng, samples=samples, rows=rows, record=record
         )
         self._controls = jax.tree.map(np.asarray, controls)
@@ -125,7 +126,7 @@ class ContinuousBatch:
         self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
         size = api.cache_size(max(map(len, prompts)), self._new, self._bucket)
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
-        api.check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
+        check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
             ref.config, trunk, rows, size, self._new, self._settings,
