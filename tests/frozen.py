@@ -37,35 +37,39 @@ ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # the programs' folder is not a part of their keys
     "TQDM_DISABLE": "1",
 }
+# Values enter the tilt nonlinearly at these eta: where 1/eta is large, Q# tilts by log p + 1/eta, in which a wrong eta
+# cancels. The warm-up is short, so that so few steps learn enough to guide by.
 ARITHMETIC = (
     "rounds=2", "task.max_events=1", "task.equation_fraction=0",
     "pretrain.steps=40", "pretrain.batch_size=16", "pretrain.log_every=20", "pretrain.length_bucket=64",
     "collect.prompts=16", "collect.samples=8", "collect.batch_size=64", "collect.shard_rows=64",
     "generate.max_new_tokens=24", "generate.prompt_bucket=48",
     "fit.epochs=2", "fit.batch_size=16", "fit.length_bucket=64", "fit.log_every=4", "fit.holdout=0.2",
-    "policy.batch_size=16", "policy.prompts=8", "ppo.epochs=1", "dpo.epochs=1",
-    "collect.eta=0.01", "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.01,",
+    "fit.optimizer.warmup_steps=2",
+    "policy.batch_size=16", "policy.prompts=16", "ppo.epochs=1", "dpo.epochs=1",
+    "collect.eta=0.3", "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.3,",
 )  # fmt: skip
 STAR_GRAPH = (
     "rounds=2", "task.path_length=3", "task.num_nodes=6",
     "model.embed=32", "model.layers=1", "model.heads=2", "model.kv_heads=2", "model.mlp=32",
     "pretrain.steps=120", "pretrain.batch_size=64", "pretrain.log_every=40", "pretrain.length_bucket=32",
     "collect.prompts=24", "collect.batch_size=16", "collect.shard_rows=24", "generate.prompt_bucket=32",
-    "fit.epochs=2", "fit.batch_size=8", "fit.length_bucket=32", "fit.save_every=4", "fit.log_every=2",
-    "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.1,",
+    "fit.epochs=2", "fit.batch_size=8", "fit.optimizer.learning_rate=0.01", "fit.optimizer.warmup_steps=2",
+    "fit.length_bucket=32", "fit.save_every=4", "fit.log_every=2",
+    "collect.eta=0.4", "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.4,",
 )  # fmt: skip
 KILLED = "star graph, killed and resumed"
 RUNS = {
     "qsharp": ("arithmetic", ARITHMETIC),
     "star graph": ("star_graph", STAR_GRAPH),
-    **{
-        algorithm: ("arithmetic", (*ARITHMETIC, f"algorithm={algorithm}", "rounds=1"))
-        for algorithm in ("ppo", "dpo", "cd")
-    },
+    # With this seed the rollouts have right answers: without, Adam would scale up rounding errors to whole steps.
+    "ppo": ("arithmetic", (*ARITHMETIC, "algorithm=ppo", "rounds=1", "seed=5")),
+    "dpo": ("arithmetic", (*ARITHMETIC, "algorithm=dpo", "rounds=1")),
+    "cd": ("arithmetic", (*ARITHMETIC, "algorithm=cd", "rounds=1")),
 }
 PROMPTS = ("Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam have?", "Mia has 7 eggs.")
 RESPONSES = ("54-12=42. \\boxed{42}", "12-7=5. \\boxed{7}")
-SAMPLING = ("--eta", "0.005,inf", "--samples", "4", "--seed", "3", "--top-k-candidates", "8", "--max-new-tokens", "16")
+SAMPLING = ("--eta", "0.3,inf", "--samples", "4", "--seed", "3", "--top-k-candidates", "8", "--max-new-tokens", "16")
 READABLE = ("reward", "kl", "kl_high", "response_tokens", "finished", "pass_1", "reward_minus_cd")
 NOT_FROZEN = ("second", "flops", "goodput", "bytes")  # parts of the names of what a clock or an allocator says
 OF_THIS_PROCESS = ("tokens", "row_steps")  # in metrics.jsonl; 0 for what a resumed run found done
@@ -309,7 +313,7 @@ def measure_elsewhere(xla_flags: str = "") -> dict:
             [sys.executable, __file__, "--measure", str(out)], env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-4000:]
+        assert done.returncode == 0 and out.exists(), (done.returncode, done.stdout[-4000:])  # 0 after SIGTERM as well
         print(done.stdout[-2000:])
         return json.loads(out.read_text())
 

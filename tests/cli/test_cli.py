@@ -38,6 +38,19 @@ def finished(tmp_path_factory) -> Path:
     return workdir
 
 
+def run_apart(workdir: Path) -> subprocess.Popen:
+    """The same run in a process of its own, where sums are rounded alike: in one that ran others before, they are not."""
+    command = [sys.executable, "-m", "qsharp_jax.cli", "run", "--config", CONFIG, "--workdir", str(workdir), *SMALL]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished_apart(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run") / "apart"
+    assert run_apart(workdir).wait() == 0
+    return workdir
+
+
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
@@ -74,10 +87,11 @@ def test_a_finished_run_repeated_computes_nothing_again(finished, capsys):
 @pytest.mark.parametrize(
     "reached", ["ref/20", "rollouts/round_1/shard-00000.parquet", "samples/pi_ref.jsonl", "guide/round_2/2"]
 )
-def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(finished, tmp_path, sign, code, reached):
+def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(
+    finished_apart, tmp_path, sign, code, reached
+):
     workdir = tmp_path / "stopped"
-    command = [sys.executable, "-m", "qsharp_jax.cli", "run", "--config", CONFIG, "--workdir", str(workdir), *SMALL]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = run_apart(workdir)
     while not (workdir / reached).exists() and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, sign)
@@ -85,9 +99,9 @@ def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(fini
     assert process.returncode == code, output
     assert ("stopped by SIGTERM; run the same command again" in output) == (sign == signal.SIGTERM)
     assert "Traceback" not in output
-    assert run(workdir) == 0
-    assert records(workdir) == records(finished)
-    assert results(workdir) == results(finished)
+    assert run_apart(workdir).wait() == 0
+    assert records(workdir) == records(finished_apart)
+    assert results(workdir) == results(finished_apart)
 
 
 @pytest.mark.slow

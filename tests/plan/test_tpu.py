@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from repository import ROOT
 from tpu_compiler import printed_by
 
-from qsharp_jax import generate, plan, train
+from qsharp_jax import generate, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
@@ -114,7 +114,7 @@ def compile_splash(devices):
     guide = dataclasses.replace(GUIDE, trunk=dataclasses.replace(GUIDE.trunk, heads=8, kv_heads=4))
     mesh = meshes.make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, sharding.FIT, devices)
     places = sharding.of_model(ValueModel(value.abstract(guide), guide), mesh, sharding.FIT).params
-    params = plan.job.placed(value.abstract(guide), places)
+    params = sharding.placed(value.abstract(guide), places)
     optimizer = optax.adamw(1e-4)
     places = train.state_shardings(params, optimizer)
     state = train.TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
@@ -123,12 +123,12 @@ def compile_splash(devices):
         tokens=number, segments=number, positions=number, response_mask=flag, label_mask=flag,
         reward_to_go=jax.ShapeDtypeStruct(number.shape, jnp.float32),
     )  # fmt: skip
-    batch = plan.job.placed(batch, sharding.of_rows(batch, mesh, sharding.FIT))
+    batch = sharding.placed(batch, sharding.of_rows(batch, mesh, sharding.FIT))
     loss = functools.partial(train.value_loss, config=guide, attend_by="splash")
     step = functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer)
     with jax.set_mesh(mesh):
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return step.lower(plan.job.placed(state, places), batch, np.float32(1)).compile()
+        return step.lower(sharding.placed(state, places), batch, np.float32(1)).compile()
 
 
 def main():

@@ -92,9 +92,9 @@ def test_a_whole_job_in_a_bucket(bucket, capsys, tmp_path):
     assert job("--profile") == 0
     assert "| pi_ref" in capsys.readouterr().out
     names = {name.partition("/")[0] for name in under(bucket, "")}
-    assert names == {
+    assert names - {"programs"} == {  # of which there are some where one took a second to compile
         "config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "calibration.png",
-        "lengths.png", "examples.html", "ref", "guide", "rollouts", "samples", "tensorboard", "programs", "lock", "profile",
+        "lengths.png", "examples.html", "ref", "guide", "rollouts", "samples", "tensorboard", "lock", "profile",
     }  # fmt: skip
     assert not bucket.moves, "a file is renamed when it is whole, an object is whole"
     assert not any("tmp" in name for name in bucket.objects)
