@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.generate.state import Controls, Guide, Settings, State
+from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State
 from qsharp_jax.generate.step import decode_one_token
 from qsharp_jax.models import cpu_form, decoder, kv_cache, sharding
 from qsharp_jax.models.decoder import LanguageModel
@@ -67,13 +67,31 @@ def decode(
     def unfinished(state: State) -> jax.Array:
         return (jnp.sum(~state.active(controls)) < enough) & (state.step < last)
 
-    def step(state: State, _: None) -> tuple[State, None]:
-        return sharding.constrain_rows(decode_one_token(ref, guide, state, controls, settings)), None
+    def one_block(state: State) -> State:
+        begin = state.length
+        state, new = jax.lax.scan(
+            lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, length=block
+        )
+        new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, block]
+        return sharding.constrain_rows(state.replace(record=written(state.record, new, begin, state.length)))
 
     def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
         return state.replace(ref_cache=change(state.ref_cache), guide_cache=kv_cache.each(change, state.guide_cache))
 
     squeeze = rows == 1 and jax.sharding.get_abstract_mesh().empty  # the caches of a single row on one device
     state = of_caches(cpu_form.without_rows, state) if squeeze else state
-    state = jax.lax.while_loop(unfinished, lambda state: jax.lax.scan(step, state, length=block)[0], state)
+    state = jax.lax.while_loop(unfinished, one_block, state)
     return of_caches(cpu_form.with_rows, state) if squeeze else state
+
+
+def written(record: Record, new: Record, begin: jax.Array, end: jax.Array) -> Record:
+    """Write a block's results [B, block] to the columns begin .. end - 1 [B] of each row's record [B, N].
+
+    Rows of a continuous batch began at different steps, so each has columns of its own.
+    """
+    columns = jnp.arange(record.token.shape[1])
+    step = jnp.clip(columns - begin[:, None], 0, new.token.shape[1] - 1)  # [B, N]
+    of_block = (begin[:, None] <= columns) & (columns < end[:, None])
+    return jax.tree.map(
+        lambda kept, block: jnp.where(of_block, jnp.take_along_axis(block, step, axis=1), kept), record, new
+    )

@@ -25,8 +25,8 @@ from qsharp_jax.models.value import ValueModel
 
 def decode_one_token(
     ref: LanguageModel, guide: Guide | None, state: State, controls: Controls, settings: Settings
-) -> State:
-    """One step for every row: score the pending token, tilt, sample the next one, and record it at the row's length.
+) -> tuple[State, Record]:
+    """One step for every row: score the pending token, tilt, sample the next one.
 
     The reference sees the pending token; a value model, or each of several, sees it and the K likeliest candidates in
     the same pass, a policy it alone.
@@ -70,10 +70,7 @@ def decode_one_token(
         )
 
     stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
-    # Each row has a column of its own, [B, N]: in a continuous batch rows begin at different steps.
-    place = (jnp.arange(state.record.token.shape[1]) == state.length[:, None]) & active[:, None]
-    record = jax.tree.map(lambda kept, leaf: jnp.where(place, leaf[:, None], kept), state.record, new)
-    return state.replace(
+    state = state.replace(
         ref_cache=ref_cache,
         guide_cache=guide_cache,
         pending=jnp.where(active, token, 0),  # rows that have ended go on with a harmless token
@@ -82,8 +79,8 @@ def decode_one_token(
         stopped=state.stopped | (active & stop),
         dropped=dropped,
         step=state.step + 1,
-        record=record,
     )
+    return state, new
 
 
 def row_keys(seeds: jax.Array, steps: jax.Array) -> jax.Array:
