@@ -23,11 +23,12 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax import report
     from qsharp_jax.evaluation import measure
     from qsharp_jax.run import models, provenance
+    from qsharp_jax.run.problems import judge
     from qsharp_jax.run.session import Session
 
     session = Session(workdir)
     if options.rejudge:
-        rows, changed = measure.rejudge(session)
+        rows, changed = measure.rejudge(workdir, judge(session))
         print(report.table(rows) + "\n")
         for name, (samples, verdicts, parsed) in changed.items():
             print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read differently")

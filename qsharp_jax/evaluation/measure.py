@@ -1,8 +1,7 @@
 """Evaluation of a policy on held-out problems: reward, KL to `pi_ref`, and reranking of `pi_ref`'s samples.
 
-Every method's samples are stored in the workdir as JSON lines (see `samples.py`), and all statistics are computed from
-them: a stopped evaluation resumes, and samples are judged again without a model. Intervals are 95%, by bootstrap over
-problems.
+All statistics are computed from the samples stored in the workdir (see `samples.py`), so a stopped evaluation resumes,
+and samples can be judged again without a model. Intervals are 95%, by bootstrap over problems.
 """
 
 import dataclasses
@@ -31,6 +30,7 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge
 from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 from qsharp_jax.tasks.base import Problem
@@ -38,56 +38,55 @@ from qsharp_jax.tasks.judging import Judge
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
-Made = dict[tuple[str, int], list[dict]]  # samples by method and round
+Samples = dict[tuple[str, int], list[dict]]  # by method and round
 
 
 def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, full: bool) -> list[dict]:
-    """Return all rows of `results.json`, and write the file, for the guides of some rounds.
+    """Write and return the rows of `results.json`, given the guides (or policies) by round.
 
-    Measured are pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
-    each round at the eta of collection. With `full` the last round's guide is also measured greedily at that eta, at
-    every eta of the config, in the extra modes of its record at the same, and as a reranker of pi_ref's samples. A
-    policy is measured after each round as it is; the row's eta is that of its objective.
+    This measures pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
+    each round at its own eta. With `full`, it also measures the last round's guide greedily, at every eta of the
+    config, in the algorithm's extra modes, and as a reranker of pi_ref's samples.
     """
     config, last = session.config.evaluate, max(guides, default=0)
     algorithm = ALGORITHMS[session.config.algorithm]
-    has_guides, own_eta = algorithm.learns == "guide", configs.kl_weight(session.config)
+    method, has_guides, own_eta = algorithm.name, algorithm.learns == "guide", configs.kl_weight(session.config)
     sampling = models.sampling(session)
     greedy = dataclasses.replace(sampling, temperature=0.0)
     # As few tokens as the guide scores, or fewer where top_k leaves fewer.
     top_k = dataclasses.replace(sampling, top_k=min(k for k in (sampling.top_k, sampling.top_k_candidates) if k))
-    made: Made = {
-        ("pi_ref", 0): sample_method(session, "pi_ref", ref, None, sampling, number=0, samples=config.samples),
-        ("pi_ref_greedy", 0): sample_method(session, "pi_ref_greedy", ref, None, greedy, number=0),
-        ("pi_ref_top_k", 0): sample_method(
-            session, "pi_ref_top_k", ref, None, top_k, number=0, samples=config.guided_samples
-        ),
+    samples: Samples = {
+        (name, 0): sample_method(session, name, ref, None, sampled_by, number=0, samples=count)
+        for name, sampled_by, count in (
+            ("pi_ref", sampling, config.samples),
+            ("pi_ref_greedy", greedy, 1),
+            ("pi_ref_top_k", top_k, config.guided_samples),
+        )
     }
-    method = algorithm.name
     if has_guides:
         mode = algorithm.mode(session.config)
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     for number, guide in guides.items():
         etas = list(config.etas) if full and number == last and has_guides else [own_eta]
-        made[method, number] = sample_method(
+        samples[method, number] = sample_method(
             session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )
     if full and guides:
         name = f"{method}_greedy"
-        made[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[own_eta])
+        samples[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[own_eta])
         for mode in algorithm.extra_modes:
-            made[mode, last] = sample_method(
+            samples[mode, last] = sample_method(
                 session, mode, ref, guides[last], dataclasses.replace(sampling, mode=mode), number=last,
                 etas=list(config.etas), samples=config.guided_samples,
             )  # fmt: skip
     scored = None
     if full and guides and has_guides:
-        scored = score_samples(session, guides[last], made["pi_ref", 0], number=last)
-    return _write_results(session, made, last, scored)
+        scored = score_samples(session, guides[last], samples["pi_ref", 0], number=last)
+    return _write_results(session.workdir, judge(session), samples, last, scored)
 
 
-def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
-    """Judge the stored samples again by the answers beside them, and write their files and `results.json`.
+def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
+    """Judge the stored samples again, and rewrite their files and `results.json`.
 
     This needs no model, data set or device.
 
@@ -97,39 +96,41 @@ def rejudge(session: Session) -> tuple[list[dict], dict[str, tuple[int, int, int
     Raises:
       UserError: if there are no samples, or naming a damaged line.
     """
-    rounds = range(1, session.config.rounds + 1)
-    of_pi_ref = [("pi_ref", 0), ("pi_ref_greedy", 0), ("pi_ref_top_k", 0)]
-    algorithm = ALGORITHMS[session.config.algorithm]
+    algorithm = ALGORITHMS[workdir.config.algorithm]
     learned = (algorithm.name, f"{algorithm.name}_greedy", *algorithm.extra_modes)
-    places = [*of_pi_ref, *itertools.product(learned, rounds)]
-    paths = {place: path for place in places if (path := samples_path(session.workdir, *place)).exists()}
+    places = [
+        *itertools.product(("pi_ref", "pi_ref_greedy", "pi_ref_top_k"), [0]),
+        *itertools.product(learned, range(1, workdir.config.rounds + 1)),
+    ]
+    paths = {place: path for place in places if (path := samples_path(workdir, *place)).exists()}
     if ("pi_ref", 0) not in paths:
         raise UserError(
-            f"there are no samples of pi_ref in {session.workdir.samples}; run `qsharp evaluate --workdir"
-            f" {session.workdir.path}` first"
+            f"there are no samples of pi_ref in {workdir.samples}; run `qsharp evaluate --workdir {workdir.path}` first"
         )
     last = max(number for _, number in paths)
-    scored_path = samples_path(session.workdir, "pi_ref_values", last)
-    made = {place: _read_judged(path) for place, path in paths.items()}
+    scored_path = samples_path(workdir, "pi_ref_values", last)
+    samples = {place: _read_judged(path) for place, path in paths.items()}
     scored = read_samples(scored_path) if scored_path.exists() else None
-    if scored is not None and len(scored) != len(made["pi_ref", 0]):
-        raise UserError(f"{scored_path} is not of the samples in {paths['pi_ref', 0]}; delete it and evaluate again")
+    if scored is not None and len(scored) != len(samples["pi_ref", 0]):
+        raise UserError(
+            f"{scored_path} does not match the samples in {paths['pi_ref', 0]}; delete it and evaluate again"
+        )
     changed = {}
-    for place, samples in made.items():
-        problems = [Problem(sample["problem_id"], sample["prompt"], sample["answer"]) for sample in samples]
-        judgements = judge(session)(problems, [sample["response"] for sample in samples])
-        verdicts = sum(s["reward"] != j.reward for s, j in zip(samples, judgements, strict=True))
-        parsed = sum(s["parsed"] != j.parsed for s, j in zip(samples, judgements, strict=True))
-        changed[paths[place].name] = len(samples), verdicts, parsed
-        for sample, judgement in zip(samples, judgements, strict=True):
-            sample |= vars(judgement)
-    for place, samples in made.items():
-        write_samples(paths[place], samples)
+    for place, rows in samples.items():
+        problems = [Problem(row["problem_id"], row["prompt"], row["answer"]) for row in rows]
+        judgements = judge(problems, [row["response"] for row in rows])
+        verdicts = sum(row["reward"] != j.reward for row, j in zip(rows, judgements, strict=True))
+        parsed = sum(row["parsed"] != j.parsed for row, j in zip(rows, judgements, strict=True))
+        changed[paths[place].name] = len(rows), verdicts, parsed
+        for row, judgement in zip(rows, judgements, strict=True):
+            row |= vars(judgement)
+    for place, rows in samples.items():
+        write_samples(paths[place], rows)
     if scored is not None:
-        for row, sample in zip(scored, made["pi_ref", 0], strict=True):
+        for row, sample in zip(scored, samples["pi_ref", 0], strict=True):
             row |= {key: sample[key] for key in ("parsed", "reward")}
         write_samples(scored_path, scored)
-    return _write_results(session, made, last, scored), changed
+    return _write_results(workdir, judge, samples, last, scored), changed
 
 
 def _read_judged(path: Path) -> list[dict]:
@@ -146,22 +147,17 @@ def _read_judged(path: Path) -> list[dict]:
 Statistics = dict[str, dict[str, float]]  # by name and problem
 
 
-def _write_results(session: Session, made: Made, last: int, scored: list[dict] | None) -> list[dict]:
-    """Write and return the rows of `results.json`.
-
-    Args:
-      last: the round of the guide that gave the values in `scored`.
-    """
-    parts = {
-        (method, number, eta): part
-        for (method, number), samples in made.items()
-        for eta, part in _by_eta(samples).items()
-    }
-    config = session.config.evaluate
+def _write_results(
+    workdir: Workdir, judge: Judge, samples: Samples, last: int, scored: list[dict] | None
+) -> list[dict]:
+    """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `last`."""
+    parts: dict[tuple, list[dict]] = defaultdict(list)
+    for (method, number), rows in samples.items():
+        for row in rows:
+            parts[method, number, row["eta"]].append(row)
+    config = workdir.config.evaluate
     sizes = {config.samples, config.guided_samples}
-    statistics = {
-        place: measure(part, _classes(judge(session), part), config.pass_at, sizes) for place, part in parts.items()
-    }
+    statistics = {place: measure(part, _classes(judge, part), config.pass_at, sizes) for place, part in parts.items()}
     rows = [
         _row(method, number, statistics[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
@@ -169,18 +165,11 @@ def _write_results(session: Session, made: Made, last: int, scored: list[dict] |
         for (method, number, eta), part in parts.items()
     ]
     if scored is not None:
-        samples = made["pi_ref", 0]
-        rows += rerank_rows(last, samples, _classes(judge(session), samples), scored)
-    if session.workdir.writes:
-        write_atomic(session.workdir.results, json.dumps(rows, indent=1) + "\n")
+        unguided = samples["pi_ref", 0]
+        rows += rerank_rows(last, unguided, _classes(judge, unguided), scored)
+    if workdir.writes:
+        write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows
-
-
-def _by_eta(samples: Sequence[dict]) -> dict[float | None, list[dict]]:
-    by_eta = defaultdict(list)
-    for sample in samples:
-        by_eta[sample["eta"]].append(sample)
-    return by_eta
 
 
 def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
@@ -192,15 +181,15 @@ def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
 
 
 def _classes(judge: Judge, samples: Sequence[dict]) -> dict[str, list[str | None]]:
-    """Return the answers to each problem, equal ones with one spelling; see `Judge.classes`."""
+    """Return the answers to each problem, equivalent ones spelled alike; see `Judge.classes`."""
     groups = _groups(samples, samples)
     problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
     answers = [[sample["parsed"] for sample in group] for group in groups.values()]
     return dict(zip(groups, judge.classes(problems, answers), strict=True))
 
 
-def _least(samples: Sequence[dict]) -> int:
-    """Return how many samples each problem has at least."""
+def _fewest(samples: Sequence[dict]) -> int:
+    """Return the smallest number of samples of a problem."""
     return min(Counter(sample["problem_id"] for sample in samples).values())
 
 
@@ -213,20 +202,17 @@ def measure(
     """Compute the statistics of one method's samples, problem by problem.
 
     Args:
-      answers: of each problem's samples, equal ones with one spelling.
-      passes: k of pass@k, as far as there are as many samples; empty for 1, 2, 4, ... and all.
-      majorities: k of maj1@k: the numbers of samples of the methods to compare.
+      answers: the parsed answers of each problem's samples, equivalent ones spelled alike.
+      passes: the k of pass@k; those above the number of samples are skipped. Empty: 1, 2, 4, ... and all.
+      majorities: the k of maj1@k: the numbers of samples of the methods to compare.
 
     Returns:
-      reward: mean over the problem's samples; for rewards 0 and 1 pass@1.
-      kl, kl_truncated, response_tokens: means of a response's exact KL to pi_ref, in nats, before and after
-        truncation, and of its length.
-      finished, no_answer: shares of responses that end with a stop token, and without an answer.
-      pass_K: pass@K.
-      majority_K: reward of the most frequent answer of the first K samples, for K above 1.
+      By name and problem: means over the problem's samples of the reward, of the exact KL to pi_ref in nats before and
+      after truncation, of the length in tokens, and shares of responses that finished and that have no answer; pass_K;
+      and majority_K, the reward of the most frequent answer among the first K samples, for K above 1.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
-    most = _least(samples)
+    most = _fewest(samples)
     means = {
         "reward": [sample["reward"] for sample in samples],
         "kl": [sample["kl"] for sample in samples],
@@ -239,7 +225,7 @@ def measure(
         name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
         for name, items in means.items()
     }
-    for k in _sizes(passes, most):
+    for k in sorted({int(k) for k in passes if k <= most} or {most, *(2**i for i in range(most.bit_length()))}):
         statistics[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
     for k in sorted(k for k in majorities if 1 < k <= most):
         statistics[f"majority_{k}"] = {
@@ -248,23 +234,18 @@ def measure(
     return statistics
 
 
-def _sizes(passes: Sequence[float], most: int) -> list[int]:
-    """Return the k of pass@k for `most` samples."""
-    return sorted({int(k) for k in passes if k <= most} or {most, *(2**i for i in range(most.bit_length()))})
-
-
 def rerank_rows(
     number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]], scored: list[dict]
 ) -> list[dict]:
-    """Return rows for pass@k, majority, best of k and weighted majority, with k the samples that each problem has.
+    """Return rows for pass@k, majority, best of k and weighted majority, where k is the samples per problem.
 
     Args:
-      answers: of each problem's samples, equal ones with one spelling.
-      scored: for each sample the guide's "values", of which the last counts, and the "seconds" of both.
+      answers: as in `measure`.
+      scored: for each sample the guide's "values", the last of which ranks it, and the "seconds" of both.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
     values = _groups(samples, [row["values"][-1] for row in scored])
-    k = _least(samples)
+    k = _fewest(samples)
     rerankers = {
         f"pass_{k}": lambda name: float(max(rewards[name])),
         f"majority_{k}": lambda name: majority(answers[name], rewards[name], np.ones(len(rewards[name]))),
@@ -290,10 +271,7 @@ def _row(method: str, number: int, statistics: Statistics, *, eta: float | None 
 
 
 def _compared(statistics: Mapping[tuple, Statistics], method: str, number: int, eta: float | None) -> dict[str, float]:
-    """Return paired differences of a learned method to pi_ref, and to its guide's extra modes at the same eta.
-
-    They are called NAME_minus_pi_ref and NAME_minus_MODE, with intervals over the problems' differences.
-    """
+    """Return NAME_minus_pi_ref and NAME_minus_MODE: paired differences, with intervals, to pi_ref and extra modes."""
     mine, compared = statistics[method, number, eta], {}
     others = {} if method.startswith("pi_ref") else {"pi_ref": ("pi_ref", 0, None)}
     extra_modes = ALGORITHMS[method].extra_modes if method in ALGORITHMS else ()

@@ -1,7 +1,7 @@
 """Samples of every method on the test problems: JSON lines in the workdir, one file per method.
 
-Until a method is finished its samples are in shards, each whole or absent, in a folder of the file's name, from which a
-stopped evaluation resumes. Several processes share the shards.
+Until a method is finished, its samples are stored in shards, from which a stopped evaluation resumes. Several processes
+share the shards.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,13 @@ from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge
 
-SAMPLE = (  # keys of a sample; those of guides also have "values", one per token, None if it was not a candidate
+SAMPLE = (  # keys of a sample; a guide's samples also have "values", one per token, None for a token it did not score
     "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
     "seconds",
 )  # fmt: skip
 
-# Waits for the judgement of a row, and returns the row and the time at which it was computed.
-Ended = Callable[[], tuple[dict, float]]
+# Waits for the judgment of a response, and returns its row and the time at which the response was computed.
+PendingRow = Callable[[], tuple[dict, float]]
 
 
 def sample_method(
@@ -55,15 +56,13 @@ def sample_method(
     etas: Sequence[float] = (math.inf,),
     samples: int = 1,
 ) -> list[dict]:
-    """Return `samples` responses to every test problem for each of `etas`, decoded in the same batches.
-
-    Those that the workdir already has for the same etas are read from it.
+    """Return `samples` responses to every test problem for each of `etas`; those in the workdir are read from it.
 
     Args:
-      method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm, or it with "_greedy"; names the file.
-      guide: a policy is sampled in the guide's place.
-      sampling: with any eta.
-      number: of the round that fitted the guide; 0 for pi_ref.
+      method: "pi_ref", "pi_ref_greedy", "pi_ref_top_k", an algorithm's name, or that with "_greedy"; names the file.
+      guide: the guide, or a policy to sample in its place.
+      sampling: its eta is ignored.
+      number: the round that fitted the guide; 0 for pi_ref.
     """
     tokenizer, problems = models.tokenizer(session), test_problems(session)
     each = len(etas) * samples
@@ -72,8 +71,8 @@ def sample_method(
     rows = session.config.evaluate.batch_size
     size = max(1, rows // each) * each  # of a shard: whole problems, about as many responses as are decoded at once
 
-    def ended(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Ended]]:
-        """Pass all prompts and seeds, whatever is missing, so that the programs are the same."""
+    def compute(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, PendingRow]]:
+        # All prompts and seeds are passed, whatever is missing, so that the compiled programs are the same.
         order = [place for shard in shards for place in sorted(shard, key=lambda place: len(prompts[place // each]))]
         batch = ContinuousBatch(
             ref,
@@ -97,18 +96,20 @@ def sample_method(
                 bar.update(len(places))
 
     return _in_shards(
-        session,
         samples_path(session.workdir, method, number),
         [{"problem_id": problem.problem_id, "eta": _finite(eta)} for problem, eta, _ in plan],
         [range(begin, min(begin + size, len(plan))) for begin in range(0, len(plan), size)],
-        ended,
+        compute,
+        decoding=session.decoding,
+        hosts_per_group=session.hosts_per_group,
+        writes=session.workdir.writes,
     )
 
 
 def _judged(
     tokenizer: Tokenizer, judge: Judge, problem: Problem, eta: float, part: Generation, row: int, now: float
-) -> Ended:
-    """Start to judge the response in a row of `part`; the result is its sample."""
+) -> PendingRow:
+    """Start to judge the response in a row of `part`."""
     response = tokenizer.decode(part.response(row))
     judgement = judge.submit(problem, response)
     numbers = {
@@ -132,7 +133,7 @@ def _judged(
 
 
 def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, number: int) -> list[dict]:
-    """Return the guide's values at every response token of `pi_ref`'s samples, stored like samples."""
+    """Return the guide's values at every response token of `pi_ref`'s samples, stored in the workdir like samples."""
     rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
     tokenizer = models.tokenizer(session)
     examples = [Example(tokenizer.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
@@ -142,22 +143,24 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
             shards.append([])
         shards[-1] += indices.tolist()
 
-    def ended(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Ended]]:
+    def compute(shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, PendingRow]]:
         for shard in Bar(shards, f"score pi_ref, round {number}"):
             scores = score.score(guide, [examples[place] for place in shard], rows=rows, bucket=bucket)
             now = time.monotonic()
             if multihost.leads(session.hosts_per_group):
                 for place, values in zip(shard, scores, strict=True):
-                    kept = {key: samples[place][key] for key in ("problem_id", "parsed", "reward")}
-                    row = kept | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
+                    fields = {key: samples[place][key] for key in ("problem_id", "parsed", "reward")}
+                    row = fields | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
                     yield place, lambda row=row, now=now: (row, now)
 
     return _in_shards(
-        session,
         samples_path(session.workdir, "pi_ref_values", number),
         [{"problem_id": sample["problem_id"]} for sample in samples],
         shards,
-        ended,
+        compute,
+        decoding=session.decoding,
+        hosts_per_group=session.hosts_per_group,
+        writes=session.workdir.writes,
     )
 
 
@@ -169,26 +172,18 @@ def samples_path(workdir: Workdir, method: str, number: int) -> Path:
 
 
 def write_samples(path: Path, rows: list[dict]) -> None:
-    """Write a samples file, whole or not at all.
-
-    Raises:
-      UserError: if a number is NaN or infinite, which JSON does not have.
-    """
+    """Write a samples file, whole or not at all; raises a UserError for NaN and infinity, which JSON does not have."""
     try:
         write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     except ValueError as error:
         raise UserError(
-            f"{path} was not written, since a sample's reward or KL is not a finite number ({error}); check the reward"
+            f"{path} was not written: a sample's reward or KL is not a finite number ({error}); check the reward"
             " function and the models' weights"
         ) from None
 
 
 def read_samples(path: Path) -> list[dict]:
-    """Read the rows of a samples file.
-
-    Raises:
-      UserError: naming the damaged line.
-    """
+    """Read the rows of a samples file; raises a UserError that names a damaged line."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
@@ -199,11 +194,14 @@ def read_samples(path: Path) -> list[dict]:
 
 
 def _in_shards(
-    session: Session,
     path: Path,
     keys: Sequence[Mapping[str, Any]],
     shards: Sequence[Sequence[int]],
-    ended: Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Ended]]],
+    compute: Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, PendingRow]]],
+    *,
+    decoding: Callable[[], AbstractContextManager],
+    hosts_per_group: int,
+    writes: bool,
 ) -> list[dict]:
     """Return the rows of a samples file, in every process; missing rows are computed and stored shard by shard.
 
@@ -212,43 +210,46 @@ def _in_shards(
     Args:
       keys: items that each row must have; a file or shard with other rows belongs to another evaluation.
       shards: the places of the rows in each.
-      ended: gives the places and rows of some shards as they are computed, in the processes that lead.
+      compute: yields the places and rows of some shards as they are computed, in the processes that lead.
+      decoding: returns the context to compute in.
+      hosts_per_group: processes that compute as one.
+      writes: whether this process writes `path`.
     """
-    # The files that the first process finds count, since processes of a group have to do the same.
+    # What the first process reads decides, since the processes of a group must do the same.
     if (rows := multihost.gather([_read_matching(path, keys)])[0]) is not None:
-        if session.workdir.writes:
-            remove_folder(_shard_folder(path))  # left by a kill after the file was written
+        if writes:
+            remove_folder(path.with_suffix(""))  # left by a kill after the file was written
         return rows
-    paths = [_shard_folder(path) / f"shard-{index:05d}.jsonl" for index in range(len(shards))]
-    kept = [_read_matching(*each) for each in zip(paths, ([keys[p] for p in shard] for shard in shards), strict=True)]
-    missing = multihost.gather([[index for index, rows in enumerate(kept) if rows is None]])[0]
-    groups = jax.process_count() // session.hosts_per_group
-    mine = missing[jax.process_index() // session.hosts_per_group :: groups]
-    last = time.monotonic()
+    folder = path.with_suffix("")
+    paths = [folder / f"shard-{index:05d}.jsonl" for index in range(len(shards))]
+    stored = [
+        _read_matching(shard_path, [keys[place] for place in shard])
+        for shard_path, shard in zip(paths, shards, strict=True)
+    ]
+    missing = multihost.gather([[index for index, rows in enumerate(stored) if rows is None]])[0]
+    groups = jax.process_count() // hosts_per_group
+    mine = missing[jax.process_index() // hosts_per_group :: groups]
+    previous_end = time.monotonic()
 
     def write(index: int, computed: list[tuple[dict, float]]) -> None:
-        nonlocal last
-        now = max(moment for _, moment in computed)
-        each = (now - last) / len(computed) / groups
-        last = now
+        nonlocal previous_end
+        end = max(moment for _, moment in computed)
+        each = (end - previous_end) / len(computed) / groups
+        previous_end = end
         if not is_remote(path):
-            _shard_folder(path).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         write_samples(paths[index], [row | {"seconds": row["seconds"] + each} for row, _ in computed])
 
     if mine:
-        with session.decoding():
-            rollouts.write_shards(ended([shards[i] for i in mine]), {i: shards[i] for i in mine}, write)
+        with decoding():
+            rollouts.write_shards(compute([shards[i] for i in mine]), {i: shards[i] for i in mine}, write)
     multihost.wait_for_all(f"the samples in {path.name}")
     rows = _merged(paths, shards) if multihost.is_first() else []
-    rows = multihost.gather(rows, session.hosts_per_group)
-    if session.workdir.writes:
+    rows = multihost.gather(rows, hosts_per_group)
+    if writes:
         write_samples(path, rows)
-        remove_folder(_shard_folder(path))
+        remove_folder(folder)
     return rows
-
-
-def _shard_folder(path: Path) -> Path:
-    return path.with_suffix("")
 
 
 def _read_matching(path: Path, keys: Sequence[Mapping[str, Any]]) -> list[dict] | None:

@@ -28,7 +28,7 @@ def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: 
       bucket: widths are multiples of it, in tokens.
     """
     numbers = _sequences(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
-    return [found[len(example.prompt) :] for found, example in zip(numbers, examples, strict=True)]
+    return [means[len(example.prompt) :] for means, example in zip(numbers, examples, strict=True)]
 
 
 def log_probs(
@@ -38,26 +38,25 @@ def log_probs(
 
     Args:
       examples: each with a prompt of at least one token.
-      rows, bucket: as in `score`.
       vocab_size: ids from here on pad the embedding; they have probability 0.
     """
     of_batch = functools.partial(_log_probs, ref, vocab_size=vocab_size)
     numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
-    return [found[len(example.prompt) :] for found, example in zip(numbers, examples, strict=True)]
+    return [log_probs[len(example.prompt) :] for log_probs, example in zip(numbers, examples, strict=True)]
 
 
 def _sequences(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
-    """Numbers that `of_batch` gives tokens, [B, T] or [B, T, ...]: one array per example, prompt included."""
+    """Apply `of_batch`, with results [B, T] or [B, T, ...], and return one array per example, prompt included."""
     rows = sharding.round_rows(rows)
-    found: list[np.ndarray] = [np.empty(0)] * len(examples)
+    results: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         part = [examples[index] for index in indices]
         numbers = sharding.to_host(of_batch(sharding.place_rows(make_batch(part, rows, width))))
         for row, index in enumerate(indices):
-            found[index] = numbers[row, : len(part[row])]
-    return found
+            results[index] = numbers[row, : len(part[row])]
+    return results
 
 
 @jax.jit
@@ -77,7 +76,7 @@ def _means_and_nll(guide: ValueModel, batch: Batch, *, projection: values.Projec
 
 @functools.partial(jax.jit, static_argnames="vocab_size")
 def _log_probs(ref: LanguageModel, batch: Batch, *, vocab_size: int) -> jax.Array:
-    """[B, T]: of each token after those before it; 0 at the first, which has none."""
+    """Log-probabilities [B, T] of each token given those before it; 0 at the first."""
     hidden, _ = decoder.forward(ref.params, ref.config, batch.tokens, batch.segments, batch.positions)
     before, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1)
 
@@ -85,16 +84,16 @@ def _log_probs(ref: LanguageModel, batch: Batch, *, vocab_size: int) -> jax.Arra
         logits = decoder.logits(ref.params, ref.config, pair[0])[:vocab_size]
         return logits[pair[1]] - jax.nn.logsumexp(logits)
 
-    # Logits [B, T, V] would be larger than the model; `batch_size` positions have theirs at a time.
+    # Logits [B, T, V] would be larger than the model, so they are computed for `batch_size` positions at a time.
     size = min(max(LOGITS // ref.config.vocab_size, 1), len(targets))
-    found = jax.lax.map(of_token, (before, targets), batch_size=size).reshape(hidden.shape[0], -1)
-    return jnp.pad(found, ((0, 0), (1, 0)))
+    log_probs = jax.lax.map(of_token, (before, targets), batch_size=size).reshape(hidden.shape[0], -1)
+    return jnp.pad(log_probs, ((0, 0), (1, 0)))
 
 
 def calibration(predicted: np.ndarray, rewards: np.ndarray) -> list[dict[str, float]]:
-    """Compare rewards with predictions in `BINS` bins of equal width over the predictions' range [0, 1] or wider.
+    """Compare rewards with predictions in `BINS` bins of equal width over [0, 1], or the predictions' wider range.
 
-    Returns a row per non-empty bin: predicted and observed means, and the count.
+    Returns one row per non-empty bin: predicted and observed means, and the count.
     """
     low, high = min(0.0, predicted.min()), max(1.0, predicted.max())
     place = np.minimum(((predicted - low) / (high - low) * BINS).astype(int), BINS - 1)
@@ -114,14 +113,14 @@ def calibration_error(predicted: np.ndarray, rewards: np.ndarray) -> float:
     return sum(b["count"] * abs(b["predicted"] - b["observed"]) for b in bins) / len(predicted)
 
 
-def ranking(last: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) -> float:
+def ranking(final: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) -> float:
     """Probability that, of two responses to one prompt with different rewards, the better has the greater value.
 
-    Ties count one half; nan if no prompt has two rewards. Pairs of different prompts are left out on purpose: knowing
-    which prompts are hard is no help in steering.
+    Ties count one half; nan if no prompt has two rewards. Pairs of different prompts do not count: knowing which
+    prompts are hard does not help to steer.
 
     Args:
-      last: [n] value at each response's last token.
+      final: [n] value at each response's last token.
       rewards: [n].
       prompt_ids: n of them.
     """
@@ -129,7 +128,7 @@ def ranking(last: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) ->
     for prompt in np.unique(ids):
         mine = ids == prompt
         better = rewards[mine][:, None] > rewards[mine]
-        difference = last[mine][:, None] - last[mine]
+        difference = final[mine][:, None] - final[mine]
         right += (better * (np.sign(difference) + 1) / 2).sum()
         pairs += better.sum()
     return float(right / pairs) if pairs else float("nan")
@@ -148,7 +147,6 @@ def quality(
     """Measure a guide on held-out rollouts.
 
     Args:
-      rows, bucket: as in `score`.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
 
     Returns:
@@ -160,10 +158,10 @@ def quality(
     both = np.concatenate([n[len(e.prompt) + e.first_label :] for n, e in zip(numbers, examples, strict=True)])
     labeled, nll = both[:, 0], both[:, 1]
     rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])
-    last = np.asarray([n[-1, 0] for n in numbers])
+    final = np.asarray([n[-1, 0] for n in numbers])
     return {
         "nll": float(np.mean(nll, dtype=np.float64)),
         "brier": float(np.mean((labeled - rewards) ** 2)),
         "calibration_error": calibration_error(labeled, rewards),
-        "ranking": ranking(last, np.asarray([e.reward for e in examples]), prompt_ids),
+        "ranking": ranking(final, np.asarray([e.reward for e in examples]), prompt_ids),
     }

@@ -15,21 +15,18 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 def pass_at(k: int, rewards: Sequence[float]) -> float:
-    """Return the expected best reward of k of a problem's samples, drawn without replacement.
+    """Return the expected best reward of k of a problem's n samples, drawn without replacement, 1 <= k <= n.
 
-    With rewards 0 and 1 this is 1 - C(n - c, k) / C(n, k) for n samples of which c are right: the unbiased estimator of
-    pass@k (Chen et al. 2021, arXiv 2107.03374).
-
-    Args:
-      k: from 1 to the number of samples.
+    With rewards 0 and 1 this is 1 - C(n - c, k) / C(n, k) for c right samples: the unbiased estimator of pass@k (Chen
+    et al. 2021, arXiv 2107.03374).
     """
     subsets = math.comb(len(rewards), k)
-    # C(i, k - 1) of the subsets have as their best the sample that i others precede in ascending order.
+    # In ascending order, sample i is the best of C(i, k - 1) of the subsets.
     return float(sum(math.comb(i, k - 1) / subsets * reward for i, reward in enumerate(np.sort(rewards))))
 
 
 def majority(answers: Sequence[str | None], rewards: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the expected reward of the answer with the most weight; ties are drawn at random, and None is no vote."""
+    """Return the expected reward of the answer with the most weight; ties are drawn at random, None does not vote."""
     votes: dict[str, float] = defaultdict(float)
     for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
@@ -43,32 +40,25 @@ def majority(answers: Sequence[str | None], rewards: Sequence[float], weights: S
 
 
 def bootstrap(per_problem: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the 95% percentile interval of the mean over problems (Efron 1979), with a fixed seed.
-
-    For differences between two methods on the same problems this is the paired interval.
-    """
+    """Return the 95% percentile interval of the mean over problems (Efron 1979), with a fixed seed."""
     means = np.asarray(per_problem)[_picks(len(per_problem), resamples)].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrap_pooled(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the same for the mean over samples, where problems have different numbers of them.
-
-    Args:
-      sums, counts: [n] of each problem's samples, at least one each.
-    """
+    """Return the interval of the mean over samples, given each problem's sums and (positive) counts, [n]."""
     picks = _picks(len(sums), resamples)
     low, high = np.percentile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Return the 95% interval of the mean over seeds, by Student's t over the seeds' means.
+    """Return the 95% interval of the mean over seeds, by Student's t over the seeds' means; it may exceed [0, 1].
 
-    Runs differ by more than their problems do: an interval over the pooled problems of all seeds contains the true mean
-    in 7 of 10 cases if three runs have a standard deviation of 0.03. A single seed gets the interval over problems. The
-    interval may exceed the range of rewards.
+    An interval over the pooled problems of all seeds is too narrow, because runs differ by more than their problems do:
+    with three runs of standard deviation 0.03 it covers the true mean in 7 of 10 cases. A single seed gets the interval
+    over its problems.
 
     Args:
       per_seed: for each seed, the rewards by problem, or the differences between two methods on the same problems.
@@ -81,11 +71,12 @@ def over_seeds(per_seed: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def seeds_in_words(count: int) -> str:
-    """Say in words what an interval of `over_seeds` covers."""
+    """Describe what an interval of `over_seeds` covers."""
     return "1 seed, problems alone" if count == 1 else f"{count} seeds"
 
 
-@functools.lru_cache(2)  # an evaluation has dozens of statistics of the same problems
+@functools.lru_cache(2)  # an evaluation computes dozens of statistics of the same problems
+
 def _picks(n: int, resamples: int) -> np.ndarray:
     """Draw the problems of each resample, [resamples, n]."""
     return np.random.default_rng(0).integers(n, size=(resamples, n))

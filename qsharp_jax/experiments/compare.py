@@ -1,12 +1,12 @@
 """Algorithms side by side: each from the same pi_ref, with equal budgets of rollouts and of gradient FLOPs.
 
-Every method and seed is a run of its own in a workdir of its own, DIR/seed_S/METHOD, which all commands understand.
-DIR/seed_S/pi_ref has what they share: the reference, its rollouts of the first round, its evaluation. All statistics
-are read from these workdirs' files, so that a comparison that was stopped goes on where it was.
+Every method and seed is a run in its own workdir, DIR/seed_S/METHOD, which all commands understand. DIR/seed_S/pi_ref
+holds what they share: the reference, its rollouts of the first round, and its evaluation. All statistics are read from
+these workdirs, so a stopped comparison resumes.
 
-The budget of rollouts is the config's, rounds x prompts x samples. That of gradient FLOPs is what Q#'s fits take,
-`fit.epochs` passes over all rollouts so far in every round. A method that goes over its data as often as it likes takes
-the whole number of passes that comes nearest; one without epochs leaves the rest.
+The budget of rollouts is the config's, rounds x prompts x samples. The budget of gradient FLOPs is what Q#'s fits take:
+`fit.epochs` passes in every round over all rollouts so far. A method with a setting `epochs` takes the whole number of
+passes nearest to that budget; a method without it leaves the rest unused.
 """
 
 import json
@@ -46,10 +46,8 @@ COLORS = report.COLORS | {"pi_ref_top_k": "#a0a0a0", GREEDY: "#7aa6d6"}
 def run(workdir: Workdir) -> str:
     """Run what is missing, write the table and the plots, and return the text for the terminal.
 
-    A method that ends by a `UserError` is named with its sentence, and the others go on.
-
-    Raises:
-      UserError: for a config that cannot be compared by, before anything is computed.
+    A method that fails with a `UserError` is reported with its message, and the others continue. A `UserError` is
+    raised for an invalid config, before anything is computed.
     """
     check(workdir.config)
     rows, failures = [], []
@@ -60,12 +58,13 @@ def run(workdir: Workdir) -> str:
         rows += [_row_of_samples(folder / SHARED, seed, method) for method in ("pi_ref", "pi_ref_top_k")]
         for method in workdir.config.compare.methods:
             config = settings(workdir.config, seed, method, epochs.get(method))
-            with Workdir.open(folder / method, config, ref_in=SHARED, date=workdir.date) as its:
+            with Workdir.open(folder / method, config, ref_in=SHARED, date=workdir.date) as of_method:
+                session = Session(of_method)
                 try:
-                    _run_one(Session(its), folder / SHARED)
-                    rows.append(_row(Session(its), folder, seed, flops))
+                    _run_method(session, folder / SHARED)
+                    rows.append(_row(session, folder, seed, flops))
                     if method == DEFAULT:
-                        rows.append(_row_of_samples(folder / method, seed, GREEDY, its.config.rounds))
+                        rows.append(_row_of_samples(folder / method, seed, GREEDY, config.rounds))
                 except UserError as error:
                     failures.append(f"{NAMES[method]}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr)
@@ -73,11 +72,7 @@ def run(workdir: Workdir) -> str:
 
 
 def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = None) -> ConfigDict:
-    """Return the config of one method's run.
-
-    Args:
-      epochs: passes over its data that fill the budget; None for a method that has no such setting.
-    """
+    """Return the config of one method's run; `epochs` are the passes that fill the budget, for methods that have it."""
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
         del changed.compare
@@ -91,23 +86,19 @@ def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = No
 
 
 def check(config: ConfigDict) -> None:
-    """Check that the section `compare` exists, and the settings of every method.
-
-    Raises:
-      UserError: naming what cannot.
-    """
+    """Check that the section `compare` is complete, and the settings of every method; raises a UserError."""
     for key in ("methods", "seeds", "changes"):
         if "compare" not in config or key not in config.compare:
             raise UserError(f"the config lacks the setting compare.{key}; add it, as in configs/compare_arithmetic.py")
     for method in config.compare.changes:
         if method not in ALGORITHMS:
-            raise UserError(f"config.compare.changes has {method}, which is no method; {nearest(method, ALGORITHMS)}")
+            raise UserError(f"config.compare.changes has the unknown method {method}; {nearest(method, ALGORITHMS)}")
     for method in config.compare.methods:
         checks.check(settings(config, config.compare.seeds[0], method))
 
 
 def _share(shared: Session) -> tuple[float, dict[str, int]]:
-    """Make what the methods of a seed share, and return their `budget`."""
+    """Compute what the methods of a seed share, and return their `budget`."""
     checks.check_devices(shared)
     provenance.check_problems(shared)
     ref = pretrain.run(shared)
@@ -117,10 +108,10 @@ def _share(shared: Session) -> tuple[float, dict[str, int]]:
 
 
 def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, int]]:
-    """Return the gradient FLOPs of a method, and the epochs that come nearest to them, by method.
+    """Return the budget of gradient FLOPs, and by method the number of epochs whose cost is nearest to it.
 
     Args:
-      data: the first round's rollouts; the later rounds' are taken to be as long.
+      data: the first round's rollouts; later rounds are assumed to have responses of the same lengths.
     """
     config, rounds = shared.config, shared.config.rounds
     passes = rounds * (rounds + 1) / 2  # over a round's rollouts in one epoch, where each round fits all so far
@@ -142,14 +133,15 @@ def _flops(of_batch: train.Flops, data: Sequence[Rollout]) -> float:
     return of_batch(SimpleNamespace(segments=np.arange(lengths.max(initial=0)) < lengths[:, None]))
 
 
-def _run_one(its: Session, shared: Path) -> None:
-    """Run one method from what it shares with the others, unless it is finished."""
-    if _results(its.workdir.results, its.config.algorithm, its.config.rounds):
+def _run_method(session: Session, shared: Path) -> None:
+    """Run one method, unless it is finished, starting from the results that all methods of its seed share."""
+    workdir, config = session.workdir, session.config
+    if _results(workdir.results, config.algorithm, config.rounds):
         return
-    copy_missing(shared / "samples", its.workdir.samples, "*.jsonl")
-    if not ALGORITHMS[its.config.algorithm].on_policy:
-        copy_missing(shared / "rollouts" / "round_1", its.workdir.rollouts(1), "shard-*.parquet")
-    pipeline.run(its)
+    copy_missing(shared / "samples", workdir.samples, "*.jsonl")
+    if not ALGORITHMS[config.algorithm].on_policy:
+        copy_missing(shared / "rollouts" / "round_1", workdir.rollouts(1), "shard-*.parquet")
+    pipeline.run(session)
 
 
 def copy_missing(source: Path, target: Path, pattern: str) -> None:
@@ -162,7 +154,7 @@ def copy_missing(source: Path, target: Path, pattern: str) -> None:
                 file.write(path.read_bytes())
 
 
-# --- Figures --------------------------------------------------------------------------------------------------------
+# --- Statistics -----------------------------------------------------------------------------------------------------
 
 
 def _results(path: Path, method: str, number: int) -> dict | None:
@@ -172,58 +164,54 @@ def _results(path: Path, method: str, number: int) -> dict | None:
 
 
 def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
-    """Return the result of a way of sampling without training of its own; its KL is that of the samples."""
-    its = Session(Workdir.attach(folder))
-    row = _results(its.workdir.results, method, number)
-    rewards = _rewards(measure.samples_path(its.workdir, method, number))
+    """Return the result of pi_ref, or of another way to sample a trained model; its KL is that after truncation."""
+    workdir = Workdir.attach(folder)
+    row = _results(workdir.results, method, number)
     kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
-    objective = row["reward"] - configs.kl_weight(its.config) * kl
+    objective = row["reward"] - configs.kl_weight(workdir.config) * kl
+    rewards = _rewards(workdir, method, number)
     return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": objective}
 
 
-def _row(its: Session, folder: Path, seed: int, flops: float) -> dict:
+def _row(session: Session, folder: Path, seed: int, flops: float) -> dict:
     """Return the result and the costs of a finished run."""
-    method, number = its.config.algorithm, its.config.rounds
-    result = _results(its.workdir.results, method, number)
-    used = costs(its.workdir.read_metrics())
-    if not ALGORITHMS[method].on_policy:  # the rollouts that it shares were paid for once
+    workdir, method, number = session.workdir, session.config.algorithm, session.config.rounds
+    result = _results(workdir.results, method, number)
+    used = costs(workdir.read_metrics())
+    if not ALGORITHMS[method].on_policy:  # its first rollouts were collected in the shared workdir
         used["seconds"] += costs(Workdir.attach(folder / SHARED).read_metrics(), ("collect",))["seconds"]
     return {
         "seed": seed,
         "method": method,
-        "rewards": _rewards(measure.samples_path(its.workdir, method, number)),
+        "rewards": _rewards(workdir, method, number),
         "kl": result["kl"],
-        "objective": result["reward"] - configs.kl_weight(its.config) * result["kl"],
+        "objective": result["reward"] - configs.kl_weight(session.config) * result["kl"],
         "flops_budget": flops,
         **used,
     }
 
 
-def _rewards(path: Path) -> list[float]:
+def _rewards(workdir: Workdir, method: str, number: int) -> list[float]:
     """Return the mean reward over each problem's samples."""
-    by_problem: dict[str, list[float]] = {}
-    for sample in measure.read_samples(path):
-        by_problem.setdefault(sample["problem_id"], []).append(sample["reward"])
-    return [float(np.mean(rewards)) for rewards in by_problem.values()]
+    return statistics.by_problem(measure.read_samples(measure.samples_path(workdir, method, number)), "reward")
 
 
 def costs(metrics: Sequence[dict], phases: Sequence[str] = ()) -> dict[str, float]:
-    """Return the costs of a run's rounds, from its metrics.
+    """Return the costs of a run's rounds, from its metrics; pre-training and evaluation are not counted.
 
-    A line that came twice, before a kill and after it, counts once; pre-training and evaluation count for nothing.
+    A line that was logged twice, before and after a kill, counts once.
 
     Args:
-      phases: the words that the phases end with, "round 1: collect"; by default all of a round's.
+      phases: the last words of the phases to count, as in "round 1: collect"; by default all.
 
     Returns:
-      seconds of wall time, in collecting and training; rollouts; flops of gradients; tokens_per_second of training
-      steps alone.
+      seconds of collecting and training; rollouts; flops of gradients; tokens_per_second of training steps.
     """
     rounds = [line for line in metrics if line["phase"].startswith("round ")]
     rounds = [line for line in rounds if not phases or line["phase"].endswith(tuple(phases))]
     steps = {(line["phase"], line["step"]): line for line in rounds if "flops" in line}.values()
     drawn = {(line["phase"], line.get("step")): line for line in rounds if "rollouts" in line}.values()
-    collected: dict[str, float] = {}  # a collection that finds all its shards says so too, and takes no time
+    collected: dict[str, float] = {}  # a resumed collection logs a second line, with little time
     for line in rounds:
         if "step" not in line and "seconds" in line:
             collected[line["phase"]] = max(collected.get(line["phase"], 0.0), line["seconds"])
@@ -257,18 +245,18 @@ HOW = (
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """Return one line per method over its seeds, in the order in which they come."""
+    """Return one line per method over its seeds, in the methods' order of appearance."""
     by_method: dict[str, list[dict]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
     lines = []
-    for method, found in by_method.items():
-        by_seed = {row["seed"]: float(np.mean(row["rewards"])) for row in found}
-        low, high = statistics.over_seeds([np.asarray(row["rewards"]) for row in found])
+    for method, runs in by_method.items():
+        by_seed = {row["seed"]: float(np.mean(row["rewards"])) for row in runs}
+        low, high = statistics.over_seeds([np.asarray(row["rewards"]) for row in runs])
         line = {"method": method, "reward": float(np.mean([*by_seed.values()])), "reward_low": low, "reward_high": high}
         line["by_seed"] = by_seed
-        names = found[0].keys() - {"seed", "method", "rewards"}
-        lines.append(line | {name: float(np.mean([row[name] for row in found])) for name in sorted(names)})
+        names = runs[0].keys() - {"seed", "method", "rewards"}
+        lines.append(line | {name: float(np.mean([row[name] for row in runs])) for name in sorted(names)})
     return lines
 
 
@@ -332,7 +320,7 @@ def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:
         label = f"{NAMES[line['method']]} ({statistics.seeds_in_words(len(line['by_seed']))})"
         axes.errorbar([line["kl"]], [line["reward"]], error, marker="o", capsize=3, color=color, label=label)
     axes.set_xscale("symlog", linthresh=0.1)
-    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="reward", title="Reward against KL")
+    axes.set(xlabel="KL to pi_ref (nats per response, linear below 0.1)", ylabel="reward", title="Reward against KL")
     axes.legend(fontsize=8)
 
 
@@ -345,11 +333,11 @@ def _plot_costs(axes: Any, lines: Sequence[dict]) -> None:
 
 
 def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int], list[dict]]) -> None:
-    """Draw the objective of the rollouts that policies learned from; of other methods their last one, as lines across.
+    """Draw the objective of on-policy methods' rollouts while training; of other methods the final one, as a line.
 
-    A method far below the others is named with its number alone, since its line would flatten all.
+    A method far below the others is named with its number alone, since its line would flatten the rest.
     """
-    drawn = {key: report.smoothed(lots, "objective") for key, lots in curves.items() if lots}
+    drawn = {key: report.smoothed(batches, "objective") for key, batches in curves.items() if batches}
     start = next((line["objective"] for line in lines if line["method"] == "pi_ref"), 0.0)
     lowest = min([start, *(min(means) for _, means in drawn.values())]) - 1
     for line in lines:
@@ -359,8 +347,8 @@ def _plot_learning(axes: Any, lines: Sequence[dict], curves: dict[tuple[str, int
             axes.plot([], [], linestyle="--", linewidth=1, color=COLORS[method], label=f"{NAMES[method]}: {end:.3g}")
         elif not on_policy:
             axes.axhline(end, linestyle="--", linewidth=1, color=COLORS[method], label=NAMES[method])
-        for (of, _), (at, means) in drawn.items():
-            if of == method:
+        for (of_method, _), (at, means) in drawn.items():
+            if of_method == method:
                 axes.plot(at, means, linewidth=1, color=COLORS[method], label=NAMES[method] if first else None)
                 first = False
     axes.set(xlabel="rollouts", ylabel="reward - eta KL", title="Objective while training")

@@ -13,67 +13,48 @@ from qsharp_jax.system.errors import UserError
 
 
 def write(session: Session, what: str, folder: str | Path) -> None:
-    """Write the reference, or the guide, or policy, of the last round that has one.
+    """Write the reference, or the guide (or policy) of the last fitted round, as a new or replaced export.
 
     Args:
       what: "ref" or "guide".
-      folder: new, empty, or an earlier export, which is replaced.
 
     Raises:
-      UserError: if the run has no such model yet, its reference is a folder's anyway, no class of `transformers`
+      UserError: if the run has no such model yet, its reference comes from a folder, no class of `transformers`
         computes the model, or something else is in the folder.
-      OSError: if the folder cannot be written.
     """
     if what == "ref" and (source := models.folder(session.config, "ref")):
-        raise UserError(f"this run's reference is that of the folder {source}; use it as it is")
+        raise UserError(f"this run's reference is the model in {source}; use that folder")
     hf.check_folder(folder)
-    tokenizer, rows = models.tokenizer(session).for_export(), _results(session)
-    if what == "ref":
-        hf.export_ref(
-            models.load_ref(session),
-            folder,
-            tokenizer=tokenizer,
-            stop_ids=models.tokenizer(session).stop_ids,
-            trained_on=_ref_trained_on(session),
-            metrics=_metrics(rows, 0),
-        )
-    elif configs.trains_policy(session.config):
-        number = models.fitted_rounds(session.workdir)
-        hf.export_ref(
-            models.load_guide(session),
-            folder,
-            tokenizer=tokenizer,
-            stop_ids=models.tokenizer(session).stop_ids,
-            trained_on=_policy_trained_on(session, number),
-            metrics=_metrics(rows, 0) | _metrics(rows, number),
-        )
-    else:
-        number = models.fitted_rounds(session.workdir)
+    text = models.tokenizer(session)
+    rows = report.read_results(session.workdir) if session.workdir.results.exists() else []
+    number = 0 if what == "ref" else models.fitted_rounds(session.workdir)
+    metrics = _metrics(rows, 0) | _metrics(rows, number)
+    if what == "guide" and not configs.trains_policy(session.config):
+        trained_on = _guide_trained_on(session, number)
         hf.export_guide(
-            models.load_guide(session),
-            folder,
-            tokenizer=tokenizer,
-            trained_on=_guide_trained_on(session, number),
-            metrics=_metrics(rows, 0) | _metrics(rows, number),
+            models.load_guide(session), folder, tokenizer=text.for_export(), trained_on=trained_on, metrics=metrics
         )
-
-
-def _results(session: Session) -> list[dict]:
-    """Read the rows of results.json; none before the first evaluation."""
-    return report.read_results(session.workdir) if session.workdir.results.exists() else []
-
+        return
+    hf.export_ref(
+        models.load_ref(session) if what == "ref" else models.load_guide(session),
+        folder,
+        tokenizer=text.for_export(),
+        stop_ids=text.stop_ids,
+        trained_on=_ref_trained_on(session) if what == "ref" else _policy_trained_on(session, number),
+        metrics=metrics,
+    )
 
 def _metrics(rows: list[dict], number: int) -> dict[str, str]:
-    """Return the lines of the card's table: those of a round's guide, or of the reference alone (round 0)."""
-    made = {}
+    """Return the model card's table of rewards: those of a round's guide, or of the reference (round 0)."""
+    metrics = {}
     for row in rows:
         if row["round"] == number:
             eta = "" if row["eta"] is None else f", eta {row['eta']:g}"
-            kl = "" if row["kl"] is None else f"; KL {row['kl']:.3f} nats a response"
+            kl = "" if row["kl"] is None else f"; KL {row['kl']:.3f} nats per response"
             interval = f"95% {row['reward_low']:.3f} .. {row['reward_high']:.3f}"
             name = report.NAMES.get(row["method"], row["method"])
-            made[f"reward, {name}{eta}"] = f"{row['reward']:.3f} ({interval}, {row['n']} problems){kl}"
-    return made
+            metrics[f"reward, {name}{eta}"] = f"{row['reward']:.3f} ({interval}, {row['n']} problems){kl}"
+    return metrics
 
 
 def _ref_trained_on(session: Session) -> str:

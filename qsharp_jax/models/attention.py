@@ -1,4 +1,4 @@
-"""Causal attention within the segments of whole sequences: a table of implementations, one for each kind of device.
+"""Causal attention within the segments of whole sequences: a table of implementations by kind of device.
 
 Shapes: B batch, T length, H heads, G kv heads, E head_dim.
 """
@@ -13,14 +13,14 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from qsharp_jax.models import cpu_form, sharding
 
 Attention = Literal["xla", "blocks", "cudnn", "splash"]
-# of (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> [B, T, H, E]
+# (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> [B, T, H, E]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-SPLASH_TILES = (512, 256, 128)  # the longest that divides the length is taken
+SPLASH_TILES = (512, 256, 128)  # the first that divides the length is used
 
 
 def make(implementation: Attention, segments: jax.Array, *, packed: bool = True) -> Attend:
-    """Attention for a batch of sequences; its results at padding are not to be used.
+    """Attention for a batch of sequences; its results at padding are meaningless.
 
     Args:
       implementation: a key of `IMPLEMENTATIONS`.
@@ -31,7 +31,7 @@ def make(implementation: Attention, segments: jax.Array, *, packed: bool = True)
 
 
 def _xla(segments: jax.Array, packed: bool) -> Attend:
-    """XLA's own, on any device; it keeps scores [B, H, T, T]."""
+    """XLA's own, for any device; it stores scores [B, H, T, T]."""
     length = segments.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
@@ -46,8 +46,7 @@ def _blocks(segments: jax.Array, packed: bool) -> Attend:
 def _cudnn(segments: jax.Array, packed: bool) -> Attend:
     """NVIDIA's flash attention, bfloat16 only.
 
-    In rows of one segment, with the padding behind it, causality alone keeps real tokens from others: no mask of
-    [B, 1, T, T] is needed.
+    Rows of one segment with the padding behind it need no mask [B, 1, T, T]: causality alone keeps tokens from padding.
     """
     same = (segments[:, None, :, None] == segments[:, None, None, :]) if packed else None
     return lambda query, key, value: jax.nn.dot_product_attention(
@@ -60,7 +59,7 @@ def _splash(segments: jax.Array, packed: bool) -> Attend:
     return lambda query, key, value: _splash_under_mesh(query, key, value, segments)
 
 
-# of (segments, packed), see `make`
+# (segments, packed) -> Attend, see `make`
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
     "xla": _xla,
     "blocks": _blocks,
@@ -70,7 +69,7 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
 
 
 def _splash_under_mesh(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Give every device its own rows and heads: under a mesh the compiler does not divide the kernel."""
+    """Run the kernel on every device for its own rows and heads: the compiler does not divide it under a mesh."""
     heads, kv_heads = query.shape[2], key.shape[2]
     query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, H, T, E]
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, G, T, E]

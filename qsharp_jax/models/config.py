@@ -18,8 +18,7 @@ class DecoderConfig:
       vocab_size: rows of the embedding.
       embed: width of the residual stream.
       layers: number of blocks.
-      heads: query heads.
-      kv_heads: key/value heads; divides `heads`.
+      heads, kv_heads: query heads, and key/value heads, which divide them.
       head_dim: width of one head.
       mlp: hidden width of the feed-forward part.
       max_positions: longest sequence, in tokens.
@@ -30,15 +29,15 @@ class DecoderConfig:
       qkv_bias: biases on the query, key and value projections (Qwen 2).
       qk_norm: RMSNorm on the heads' queries and keys (Qwen 3).
       tied: the output head is the embedding's transpose.
-      token_shift: a learned share of the previous token's embedding is added to every position's input. It lets a small
-        model learn to follow a graph's edges in tens of steps instead of thousands.
+      token_shift: add a learned share of the previous token's embedding to every position's input. With it, a small
+        model learns to follow a graph's edges in tens of steps instead of thousands.
       rope_theta: base of the rotary wavelengths.
-      rope_factor: the factor of Llama 3.1's rotary scaling, by which long wavelengths are stretched; 1 is no scaling.
-      rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by all of
-        the factor, those below rope_original_positions / rope_high_freq not at all, those between by a part of it.
+      rope_factor: Llama 3.1's rotary scaling: the factor by which long wavelengths are stretched; 1 is no scaling.
+      rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by the
+        whole factor, those below rope_original_positions / rope_high_freq not at all, those between partly.
       rope_original_positions: the context, in tokens, before the scaling.
       norm_eps: added to the variance in the norms.
-      dtype: of the computation, "float32" or "bfloat16"; parameters keep their own.
+      dtype: dtype of the computation, "float32" or "bfloat16"; parameters keep their own.
     """
 
     vocab_size: int
@@ -132,7 +131,7 @@ def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> dict:
     )  # fmt: skip
 
 
-# Published sizes; "tiny" is the model that the small tasks train themselves.
+# Published sizes; "tiny" is the model that the small tasks pre-train.
 SIZES = {
     "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=128, max_positions=512),
     "gpt2-small": _gpt2(768, 12, 12),
@@ -153,11 +152,7 @@ SIZES = {
 
 
 def make(size: str, **changes) -> DecoderConfig:
-    """The named size with some fields changed.
-
-    Raises:
-      ValueError: for a size that is not in `SIZES`, a field that does not exist, or a value that cannot be.
-    """
+    """The named size with some fields changed; raises a ValueError for an unknown size or field, or a bad value."""
     if size not in SIZES:
         raise ValueError(f"model.size is {size!r}; the named sizes are {', '.join(SIZES)}")
     known = {field.name for field in dataclasses.fields(DecoderConfig)}

@@ -1,7 +1,7 @@
 """Forms of weights, caches and attention that are faster on a CPU.
 
 - Weights as [out, in], the left factor of each product.
-- Caches whose keys have the positions last, for several rows; caches without the dimension of the rows, for one row.
+- Caches with the keys' positions last for several rows, and without the dimension of rows for one row.
 - Attention over whole sequences in blocks of queries.
 
 Shapes: B batch, T length, H heads, G kv heads, R query heads per kv head, E head_dim.
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from qsharp_jax.models import memory
 
-QUERY_BLOCK = 128  # of the masked half of the scores, a block computes its own triangle only
-_MASKED = -1e30  # as a score; -inf would make a row in which all is masked a nan
+QUERY_BLOCK = 128  # within the masked half of the scores, a block computes only its own triangle
+_MASKED = -1e30  # as a score; -inf would make a fully masked row nan
 
 
 def here() -> bool:
@@ -28,7 +28,7 @@ def here() -> bool:
 
 
 def transpose(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Put "weight" [out, in] in place of each layer's "kernel" [in, out], and "head_weight" [V, D] in place of "head".
+    """Replace each layer's "kernel" [in, out] by "weight" [out, in], and "head" by "head_weight" [V, D].
 
     Args:
       params: of a decoder, layers as a list.
@@ -55,7 +55,7 @@ def is_transposed(params: Mapping[str, Any]) -> bool:
 def product(weight: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """[..., out] from a weight [out, in] and x [..., in].
 
-    XLA's library for CPUs multiplies a few rows by a matrix about twice as fast with the matrix on the left as with the
+    XLA's CPU library multiplies a few rows by a matrix about twice as fast with the matrix on the left as with the
     matrix on the right, in either orientation.
     """
     y = jax.lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=dtype)
@@ -66,21 +66,15 @@ def product(weight: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def positions_last(params: Mapping[str, Any], rows: int) -> bool:
-    """Return true if the caches of so many rows keep the keys' positions last, see `product_with_buffer`.
-
-    With one row, whose dimension XLA leaves out, that is far slower.
-    """
+    """Return true if caches of so many rows should keep the keys' positions last; with one row that is far slower."""
     return is_transposed(params) and rows > 1
 
 
 def product_with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
-    """The product of x [B, G, N, C] and a buffer [B, G, C, ...] whose last dimension is kept: float32 [B, G, N, ...].
+    """The product of x [B, G, N, C] and a buffer [B, G, C, ...], float32 [B, G, N, ...], with `jnp.einsum` subscripts.
 
-    For one query it is written as a sum: XLA's library for CPUs divides sums and products of matrices among the cores,
+    For one query it is written as a sum: XLA's CPU library parallelizes sums and products of matrices over the cores,
     but not products with a vector.
-
-    Args:
-      subscripts: of `jnp.einsum`.
     """
     if x.shape[2] == 1:
         return (x.swapaxes(2, 3).astype(jnp.float32) * buffer).sum(2, keepdims=True)
@@ -90,7 +84,7 @@ def product_with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax
 def without_rows(cache: Any) -> Any:
     """The `KVCache` of one row with buffers [G, S, E], which a CPU updates in place.
 
-    XLA drops a dimension of 1 from the products that read a buffer but not from the write, takes the two for different
+    XLA drops a dimension of 1 from the products that read a buffer but not from the write, treats the two as different
     arrays, and would copy each buffer twice per step.
     """
     return cache.replace(keys=[buffer[0] for buffer in cache.keys], values=[buffer[0] for buffer in cache.values])
@@ -123,8 +117,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
 def _block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention of scaled queries [B, G, R, N, E] to keys [B, G, S, E] under a mask [B, N, S].
 
-    The gradient is written out: it keeps only the exponentials of the scores' size, and divides arrays of the queries'
-    size.
+    The explicit gradient saves only the exponentials at the scores' size, and divides arrays of the queries' size.
     """
     return _block_forward(query, key, value, mask)[0]
 
@@ -133,15 +126,15 @@ def _block_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax
     scores = jnp.einsum("bgrne,bgse->bgrns", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    # Fused into its users, each would compute the exponentials again.
+    # The barrier keeps XLA from fusing the exponentials into each user, which would compute them again.
     weights, total = jax.lax.optimization_barrier((weights.astype(value.dtype), weights.sum(-1, keepdims=True)))
     mixed = jnp.einsum("bgrns,bgse->bgrne", weights, value, preferred_element_type=jnp.float32)
     attention = (mixed / total).astype(query.dtype)
     return attention, (query, key, value, weights, total, attention)
 
 
-def _block_backward(kept: tuple, cotangent: jax.Array) -> tuple:
-    query, key, value, weights, total, attention = kept
+def _block_backward(saved: tuple, cotangent: jax.Array) -> tuple:
+    query, key, value, weights, total, attention = saved
     divided = (cotangent / total).astype(value.dtype)
     mean = (divided.astype(jnp.float32) * attention).sum(-1, keepdims=True)
     value_cotangent = jnp.einsum("bgrns,bgrne->bgse", weights, divided)

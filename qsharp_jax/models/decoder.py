@@ -25,7 +25,7 @@ from qsharp_jax.models.leaves import Leaf
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
-# attend(query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> (attended [B, T, H, E], what the caller keeps)
+# attend(query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> (attended [B, T, H, E], what the caller collects)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -40,7 +40,7 @@ class LanguageModel(flax.struct.PyTreeNode):
 
 
 class _Declared(nn.Module):
-    """Declares a nested table of leaves as Linen parameters; Linen derives each one's key from its path."""
+    """Declares a nested table of leaves as Linen parameters; Linen derives each key from the parameter's path."""
 
     table: Mapping[str, Any]
     config: DecoderConfig
@@ -56,13 +56,14 @@ class _Declared(nn.Module):
 
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Fresh float32 parameters; every leaf below "layers" has the layers as its first axis."""
+    """Draw float32 parameters; every leaf below "layers" has the layers as its first axis."""
     embed_key, position_key, layers_key, head_key = jax.random.split(key, 4)
     keys = {"embedding": embed_key, "positions": position_key, "head": head_key}
     sizes = leaves.axis_sizes(config)
 
     def init_leaf(path: Any, leaf: Leaf) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert leaf.init is not None  # only the training code's own leaves have none
         own_key = keys[name] if name in keys else jax.random.fold_in(key, zlib.crc32(name.encode()))
         return leaf.init(own_key, leaf.shape(sizes), config)
 
@@ -74,7 +75,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 
 
 def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
-    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct` leaves."""
+    """The tree of `init` as `jax.ShapeDtypeStruct` leaves of one dtype."""
     sizes = leaves.axis_sizes(config)
 
     def shapes(table: Mapping[str, Leaf], *first: int) -> Params:
@@ -89,8 +90,7 @@ def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
 def unstack(params: Params, *, transposed: bool = False) -> Params:
     """The decoding form: "layers" becomes a list with one tree per layer, so that no step slices a weight.
 
-    Args:
-      transposed: also transpose the weights as `cpu_form.transpose` does.
+    With `transposed`, the weights are also transposed by `cpu_form.transpose`.
     """
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     params = params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]}
@@ -104,7 +104,7 @@ def _norm(params: Params, name: str, config: DecoderConfig, x: jax.Array) -> Any
     if config.norm == "rms":
         module: nn.Module = nn.RMSNorm(epsilon=config.norm_eps, dtype=config.compute_dtype)
     else:
-        # The fast variance E[x^2] - E[x]^2 loses digits that parity with other programs needs.
+        # The fast variance E[x^2] - E[x]^2 loses digits needed to match other implementations.
         module = nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, use_fast_variance=False)
     with jax.named_scope(name):
         return module.apply({"params": params[name]}, x)
@@ -129,8 +129,8 @@ def _project(params: Params, name: str, x: jax.Array) -> jax.Array:
 def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """x [..., D] @ kernel [D, N], computed in x's dtype, as [..., N] of the given dtype.
 
-    The gradient's products take operands of x's dtype too. The kernel's gradient stays in the kernel's dtype, in which
-    devices and parts of a batch add theirs up.
+    The gradient's products also have operands of x's dtype. The kernel's gradient has the kernel's dtype, in which it
+    is summed over devices and parts of a batch.
     """
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
@@ -139,8 +139,8 @@ def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple:
     return product(x, kernel, dtype), (x, kernel)
 
 
-def _product_backward(dtype: Any, kept: tuple, cotangent: jax.Array) -> tuple:
-    x, kernel = kept
+def _product_backward(dtype: Any, saved: tuple, cotangent: jax.Array) -> tuple:
+    x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
     x_cotangent = jax.lax.dot_general(cotangent, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
@@ -156,12 +156,7 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One layer: pre-norm attention and feed-forward, each added to the residual stream x [B, T, D].
 
-    Args:
-      params: of this layer.
-      rotation: what the function `rotation` returns.
-
-    Returns:
-      [B, T, D], and what `attend` keeps.
+    `rotation` is from the function of that name. Returns [B, T, D], and what `attend` collects.
     """
     batch, length = x.shape[:2]
     h = _norm(params, "attention_norm", config, x)
@@ -172,7 +167,7 @@ def block(
         query, key = _norm(params, "query_norm", config, query), _norm(params, "key_norm", config, key)
     if rotation is not None:
         query, key = rotate(query, rotation), rotate(key, rotation)
-    attended, kept = attend(query, key, value)
+    attended, collected = attend(query, key, value)
     attended = attended.reshape(batch, length, config.heads * config.head_dim).astype(config.compute_dtype)
     x = x + _project(params, "output", attended)
 
@@ -182,7 +177,7 @@ def block(
         h = jax.nn.silu(_project(params, "gate", h)) * up
     else:
         h = jax.nn.gelu(up, approximate=True)
-    return x + _project(params, "down", h), kept
+    return x + _project(params, "down", h), collected
 
 
 def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
@@ -190,19 +185,19 @@ def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
     if config.positions != "rope":
         return None
     angles = positions[..., None, None].astype(jnp.float32) * _frequencies(config)
-    # Fused into its users, each layer would compute the sines again for every head.
+    # The barrier keeps XLA from fusing the sines into each layer, which would compute them again for every head.
     return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
 
 
 def _frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians per position of each pair of a head's numbers, float32 [E/2], with Llama 3.1's scaling.
+    """Radians per position for each pair of a head's numbers, float32 [E/2], with Llama 3.1's scaling.
 
-    Computed on the host: at position 100,000 a rounding error in a power's last digit is a large angle.
+    Computed on the host in float64: at position 100,000 a rounding error in the last digit is a large angle.
     """
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     turns = config.rope_original_positions * frequencies / (2 * np.pi)  # in the context before the scaling
-    kept = np.clip((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq), 0, 1)
-    return (frequencies * (kept + (1 - kept) / config.rope_factor)).astype(np.float32)
+    unscaled = np.clip((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq), 0, 1)
+    return (frequencies * (unscaled + (1 - unscaled) / config.rope_factor)).astype(np.float32)
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
@@ -222,7 +217,7 @@ def embed(
 
     Args:
       tokens: [B, T] ids.
-      previous: [B, T] ids of the token before each, -1 where there is none (used by `token_shift` only).
+      previous: [B, T] ids of the previous tokens, -1 where there is none (used by `token_shift` only).
       positions: [B, T] counted from each sequence's first token.
     """
     x = params["embedding"][tokens]
@@ -235,7 +230,6 @@ def embed(
 
 
 def final_norm(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
-    """The final norm over hidden states [..., D]."""
     return _norm(params, "final_norm", config, x)
 
 
@@ -243,14 +237,14 @@ def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arra
     """Float32 next-token logits [..., V] from hidden states [..., D]."""
     if cpu_form.is_transposed(params):
         head = params["embedding"] if config.tied else params["head_weight"]
-        # With only one dimension of rows, XLA would swap the product's operands back.
+        # With a single dimension of rows, XLA would swap the product's operands back.
         return cpu_form.product(head.astype(config.compute_dtype), hidden[..., None, :], jnp.float32)[..., 0, :]
     head = params["embedding"].T if config.tied else params["head"]
     return product(hidden, head, jnp.float32)
 
 
 def previous_tokens(tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """[B, T]: the token before each within its own segment, -1 at a segment's first."""
+    """[B, T]: the previous token within the same segment, -1 at a segment's first."""
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return jnp.pad(jnp.where(same, tokens[:, :-1], -1), ((0, 0), (1, 0)), constant_values=-1)
 
@@ -259,7 +253,7 @@ def _rematerialized(run_block: Callable, remat: Remat) -> Callable:
     if remat == "none":
         return run_block
     policies = {
-        # Products with weights are kept; what lies between them, mainly attention's scores, is recomputed.
+        # Products with weights are saved; what lies between them, mainly attention's scores, is recomputed.
         "dots": jax.checkpoint_policies.save_only_these_names("product"),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
@@ -280,16 +274,16 @@ def forward(
 ) -> tuple[jax.Array, Any]:
     """Normed hidden states of whole sequences under causal attention.
 
-    Stacked layers are scanned, with rematerialization of each block as `remat` says; a list of layers is unrolled.
+    Stacked layers are scanned and rematerialized; a list of layers is unrolled.
 
     Args:
       tokens: [B, T] ids.
       segments: [B, T], 0 at padding; tokens attend within their own segment only.
       positions: [B, T], counted from each segment's first token.
       keep_kv: also return every layer's keys and values.
-      remat: what is recomputed for the gradient, of stacked layers. "none": nothing; "dots": all but the products with
-        weights; "full": all, from each block's input.
-      attend_by, packed: the implementation of attention, and whether rows have several segments, see `attention.make`.
+      remat: what stacked layers recompute for the gradient. "none": nothing; "dots": all but the products with weights;
+        "full": everything, from each block's input.
+      attend_by, packed: see `attention.make`.
 
     Returns:
       hidden [B, T, D], and with `keep_kv` a (keys, values) pair of [B, T, G, E] per layer (stacked, or a list).
@@ -304,17 +298,18 @@ def forward(
 
     def run_block(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
         layer = sharding.gather_weights(layer, config)
-        x, kept = block(layer, config, x, turn, attend)
-        return sharding.constrain_sequences(x), kept
+        x, kv = block(layer, config, x, turn, attend)
+        return sharding.constrain_sequences(x), kv
 
     x = embed(params, config, tokens, previous_tokens(tokens, segments), positions)
     x = sharding.constrain_sequences(sharding.constrain_looked_up(x))
     if isinstance(params["layers"], list):
-        kept = []
+        kv = []
         for layer in params["layers"]:
             x, pair = run_block(x, layer)
-            kept.append(pair)
+            kv.append(pair)
     else:
-        # Unrolled where all is kept: a loop would copy what each step keeps into arrays of all layers and back.
-        x, kept = jax.lax.scan(_rematerialized(run_block, remat), x, params["layers"], unroll=remat == "none")
-    return final_norm(params, config, x), kept
+        # Unrolled where everything is saved: a loop would copy what each step saves into arrays of all layers and back.
+        x, kv = jax.lax.scan(_rematerialized(run_block, remat), x, params["layers"], unroll=remat == "none")
+    return final_norm(params, config, x), kv
+

@@ -1,9 +1,9 @@
 """The static key-value cache of decoding: one buffer per layer, one write index for all rows.
 
 Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
-A row's sequence lies in positions `start[row] .. index - 1`: prompts are placed so that all end at the same position,
-every row writes at the same index, and a step's write is one `dynamic_update_slice`. In a ring, position p lies in slot
-p % S: the index grows without end, and `refill` gives a row to another prompt.
+A row's sequence is at positions `start[row] .. index - 1`. All prompts end at the same position, so every row writes at
+the same index, and a step's write is one `dynamic_update_slice`. In a ring, position p is in slot p % S: the index
+grows without end, and `refill` gives a row to another prompt.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ class KVCache(flax.struct.PyTreeNode):
     """Buffers of keys and values, and the positions that they hold.
 
     Attributes:
-      keys, values: a [B, G, S, E] buffer per layer; [G, S, E] within a loop over one row, see `cpu_form.without_rows`.
+      keys, values: one [B, G, S, E] buffer per layer; [G, S, E] in a loop over one row, see `cpu_form.without_rows`.
       start: [B] int32, position of each row's first token.
-      index: int32 scalar, the next position to be written.
-      ring: positions wrap around at S; a row must not be longer.
+      index: int32 scalar, the next position to write.
+      ring: positions wrap around at S, the longest a row may be.
       positions_last: the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`.
     """
 
@@ -50,10 +50,10 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 def from_prefill(
-    kept: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int, *, positions_last: bool = False
+    prompt_kv: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int, *, positions_last: bool = False
 ) -> KVCache:
     """A cache of `size` positions from the prompts' keys and values, a ([B, T, G, E], [B, T, G, E]) pair per layer."""
-    keys, values = zip(*kept, strict=True)
+    keys, values = zip(*prompt_kv, strict=True)
     length = keys[0].shape[1]
     cache = KVCache(
         keys=[], values=[], start=start, index=jnp.asarray(length, jnp.int32), positions_last=positions_last
@@ -69,14 +69,13 @@ def from_prefill(
 
 
 def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
-    """Zeros along one axis."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, after)
     return jnp.pad(x, widths)
 
 
 def abstract(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
-    """The cache of a decoder with `size` positions as `jax.ShapeDtypeStruct`s."""
+    """The cache of a decoder with `size` positions, as `jax.ShapeDtypeStruct`s."""
     shape = (rows, config.kv_heads, size, config.head_dim)
     value = jax.ShapeDtypeStruct(shape, config.compute_dtype)
     key = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), config.compute_dtype) if positions_last else value
@@ -96,20 +95,20 @@ def empty_ring(config: DecoderConfig, rows: int, size: int, *, positions_last: b
 
 
 def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
-    """A ring in which some rows start again with a prompt that ends at the current position.
+    """Give some rows of a ring new prompts, which end at the current position.
 
     A row is written as a whole; what it holds besides the prompt is never read.
 
     Args:
       cache: the ring, of S positions.
-      prompts: a cache of U prompts and W positions; each prompt ends at the last one and is not longer than S.
-      source: [B], the prompt that the row gets; -1 for a row that continues.
+      prompts: a cache of U prompts and W positions; each prompt ends at the last one and is at most S long.
+      source: [B], the index of the row's new prompt; -1 for a row that continues.
     """
     size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
     chex.assert_shape(source, cache.start.shape)
 
     def write_rows(buffers, prompts, source, index):
-        rows = jnp.argsort(source < 0)  # those that get a prompt come first
+        rows = jnp.argsort(source < 0)  # rows with a new prompt come first
 
         def write_row(count, buffers):
             row = rows[count]
@@ -147,13 +146,13 @@ def write_pair(
     index: jax.Array,
     axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
 ) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values with [B, 1, G, E] of each at position `index` of every row; axes as `KVCache.axes`."""
+    """Write [B, 1, G, E] keys and values at position `index` of every row; axes as in `KVCache.axes`."""
     keys, values = (write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
     return keys, values
 
 
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:
-    """The buffer, with or without a dimension of rows, with `new` [B, 1, G, E] at position `index` of every row."""
+    """Write `new` [B, 1, G, E] at position `index` of every row; the buffer may lack the dimension of rows."""
     new = jnp.moveaxis(new, 1, axis).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(new.shape[-buffer.ndim :]), index, axis)
 
@@ -177,11 +176,9 @@ def attend(
     Args:
       query: [B, Q, H, E].
       key, value: [B, Q, G, E] of the step's tokens.
-      keys, values: [B, G, S, E] buffers (or [G, S, E] of one row), of which the positions before `index` are read;
-        keys [B, G, E, S] with `positions_last`.
+      keys, values: the buffers, as in `KVCache`; their positions before `index` are read.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
-      ring, positions_last: whether the buffers are, see `KVCache`.
 
     Returns:
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
@@ -196,7 +193,7 @@ def attend(
     chex.assert_shape(values, (batch, groups, size, width))
     chex.assert_shape(start, (batch,))
 
-    # The query heads that share a kv head, and the tokens, are the rows N = H/G * Q of one product with the cache.
+    # The query heads that share a kv head, times the tokens, are the rows N = H/G * Q of one product with the cache.
     shared = heads // groups
 
     def rows(x: jax.Array) -> jax.Array:
@@ -208,7 +205,7 @@ def attend(
         return rows(jnp.broadcast_to(x[:, :, :, None], (batch, tokens, groups, shared, width)))
 
     def with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
-        """The product of [B, G, N, C] and a buffer, float32 [B, G, N, ...]; subscripts are of `jnp.einsum`."""
+        """The product of [B, G, N, C] and a buffer, float32 [B, G, N, ...]; subscripts as for `jnp.einsum`."""
         if positions_last:
             return cpu_form.product_with_buffer(subscripts, x, buffer)
         return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
@@ -224,7 +221,7 @@ def attend(
     own = jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
     own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # token 0's is `pending`
 
-    # The softmax over the three parts; its division comes last, on [B, G, N, E] rather than [B, G, N, S].
+    # Softmax over the three parts; the division comes last, on [B, G, N, E] rather than [B, G, N, S].
     largest = jnp.maximum(jnp.maximum(scores.max(-1), pending), own)
     scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
     total = scores.sum(-1) + pending + own

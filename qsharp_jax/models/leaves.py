@@ -1,8 +1,7 @@
-"""The table of parameter leaves: one entry per leaf.
+"""The table of parameter leaves: each leaf's logical axes, initializer and tensor in a Hugging Face checkpoint.
 
-An entry has a leaf's logical axes, initializer and tensor in a Hugging Face checkpoint. From it come the abstract tree
-and `init` (`decoder.py`, `value.py`), the shardings (`sharding.py`), the optimizer's decay mask and the names in
-folders (`hf/names.py`). To add a leaf, add its entry here and the line that computes with it.
+The abstract tree and `init` (`decoder.py`, `value.py`), the shardings (`sharding.py`), the optimizer's decay mask and
+the names in folders (`hf/names.py`) are derived from it. To add a leaf, add its entry here and the line that uses it.
 """
 
 import dataclasses
@@ -18,23 +17,18 @@ from flax.traverse_util import unflatten_dict
 from qsharp_jax.models.config import DecoderConfig
 
 Axes = tuple[str | None, ...]  # one logical axis per dimension; None is never divided
-# of (key, shape, config) -> float32 array
+# (key, shape, config) -> float32 array
 Init = Callable[[jax.Array, tuple[int, ...], DecoderConfig], jax.Array]
-
-
-def _made_elsewhere(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
-    raise NotImplementedError("this leaf is made by what trains it")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """The place of a leaf, or of one layer of it, in a checkpoint.
 
-    A `Linear` of PyTorch is stored [out, in]; GPT-2's `Conv1D` is stored [in, out], with query, key and value side by
-    side in one tensor.
+    PyTorch's `Linear` is stored as [out, in]; GPT-2's `Conv1D` as [in, out], with query, key and value in one tensor.
 
     Attributes:
-      name: of the tensor, with {} for the layer.
+      name: the tensor's name, with {} for the layer.
       transposed: the tensor's axes are the leaf's in reverse.
       part, parts: the leaf is this one of several equal parts of the tensor's last axis.
     """
@@ -55,21 +49,21 @@ class Leaf:
     """One parameter.
 
     Attributes:
-      axes: logical axes, without the layers' axis that stacked leaves begin with.
-      init: draws its initial values, of leaves that `init` of a model makes.
-      used: whether a decoder of this config has it.
+      axes: logical axes, without the leading layers axis of stacked leaves.
+      init: draws the initial value; None for leaves that the training code creates itself.
+      used: (config) -> True if a decoder of this config has the leaf.
       gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none.
     """
 
     axes: Axes
-    init: Init = _made_elsewhere
+    init: Init | None = None
     used: Callable[[DecoderConfig], bool] = lambda config: True
     gpt2: Place | None = None
     llama: Place | None = None
 
     @property
     def decays(self) -> bool:
-        """Weight decay is on matrices only: not on norms, biases and the like."""
+        """True for matrices: norms, biases and the like have no weight decay."""
         return len(self.axes) > 1
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -114,7 +108,7 @@ def _kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> ja
 
 
 def _residual_kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
-    """Keeps the residual stream's initial variance independent of depth."""
+    """Keep the residual stream's initial variance independent of depth."""
     return nn.initializers.variance_scaling(1 / (2 * config.layers), "fan_in", "normal")(key, shape, jnp.float32)
 
 
@@ -183,7 +177,7 @@ OUTER: dict[str, Leaf] = {
     "final_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=Place("transformer.ln_f.bias")),
     "head": Leaf(("embed", "vocab"), _normal, used=lambda c: not c.tied, gpt2=_LM_HEAD, llama=_LM_HEAD),
 }
-# A guide's head: a V-type's is a token classifier's, a Q-type's a language model's.
+# A guide's head: a token classifier's for a V-type, a language model's for a Q-type.
 V_HEAD: dict[str, Leaf] = {
     "head/kernel": Leaf(("embed", "outputs"), _zeros,
         gpt2=Place("classifier.weight", transposed=True), llama=Place("score.weight", transposed=True)),
@@ -192,7 +186,7 @@ V_HEAD: dict[str, Leaf] = {
 Q_HEAD: dict[str, Leaf] = {
     "head/kernel": Leaf(("embed", "outputs"), _zeros, gpt2=_LM_HEAD, llama=_LM_HEAD),
 }
-# Leaves beside a model's own while it is trained: heads of the future-token loss, a policy's value head.
+# Leaves that exist only during training: heads of the future-token loss, a policy's value head.
 TRAINED_BESIDE: dict[str, Leaf] = {
     "future": Leaf((None, "embed", "vocab")),
     "value_head/kernel": Leaf(("embed", None)),
@@ -202,19 +196,19 @@ TRAINED_BESIDE: dict[str, Leaf] = {
 
 
 def _transposed(leaf: Leaf) -> Leaf:
-    """The entry of a matrix that is stored [out, in] in place of [in, out]."""
+    """The entry of a matrix that is stored [out, in] instead of [in, out]."""
 
-    def turned(place: Place | None) -> Place | None:
+    def flip(place: Place | None) -> Place | None:
         return place and dataclasses.replace(place, transposed=not place.transposed)
 
-    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=turned(leaf.gpt2), llama=turned(leaf.llama))
+    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=flip(leaf.gpt2), llama=flip(leaf.llama))
 
 
 _KERNELS = {path.removesuffix("kernel"): leaf for path, leaf in BLOCK.items() if path.endswith("/kernel")}
-# The leaves of decoding on a CPU (`cpu_form.py`), in place of those that they are derived from.
+# The leaves of decoding on a CPU (`cpu_form.py`), which replace those that they are derived from.
 TRANSPOSED_BLOCK = {f"{module}weight": _transposed(kernel) for module, kernel in _KERNELS.items()}
 TRANSPOSED_OUTER = {"head_weight": _transposed(OUTER["head"])}
-# The parts of a LoRA beside a block's kernel: A reads what the kernel reads, B writes what it writes.
+# LoRA leaves beside a block's kernel: A has the kernel's input axis, B its output axis.
 _LORA_A = {f"{module}lora_a": Leaf((kernel.axes[0], None)) for module, kernel in _KERNELS.items()}
 _LORA_B = {f"{module}lora_b": Leaf((None, kernel.axes[1])) for module, kernel in _KERNELS.items()}
 _LORA = _LORA_A | _LORA_B | {f"{module}lora_scale": Leaf(()) for module in _KERNELS}
@@ -225,18 +219,14 @@ _ALL = ChainMap(BLOCK, OUTER, V_HEAD, TRAINED_BESIDE, TRANSPOSED_BLOCK, TRANSPOS
 
 
 def tree(table: Mapping[str, Leaf], config: DecoderConfig) -> dict[str, Any]:
-    """The entries that a decoder of this config has, nested as its parameters are."""
+    """The entries that a decoder of this config has, nested like its parameters."""
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in table.items() if leaf.used(config)})
 
 
 def find(path: tuple) -> Leaf:
-    """The entry of a leaf, from its path in any tree that has the names of the table at its end.
-
-    Raises:
-      ValueError: for a leaf that is not in the table.
-    """
+    """The entry of a leaf, from a path whose last names are those of the table; raises a ValueError without one."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     for key in ("/".join(names[-2:]), names[-1]):
         if key in _ALL:
             return _ALL[key]
-    raise ValueError(f"no entry is known for parameter {'.'.join(names)}; add one to models/leaves.py")
+    raise ValueError(f"parameter {'.'.join(names)} has no entry in the table; add one to models/leaves.py")

@@ -1,8 +1,8 @@
 """Meshes of devices: from named sizes, or from a config's section `mesh`.
 
-Mesh axes: `data` divides the rows, `tensor` a layer's heads, hidden units and the vocabulary, `fsdp` (in fitting) the
-rows and the weights' `embed`, `attention_data` (in decoding) the rows of the caches as `data` does and the hidden units
-and the vocabulary as `tensor` does: for more chips than there are kv heads.
+Mesh axes: `data` divides the rows; `tensor` a layer's heads, hidden units and the vocabulary; `fsdp` (fitting) the rows
+and the weights' `embed` axis; `attention_data` (decoding) the caches' rows as `data` does, and the hidden units and the
+vocabulary as `tensor` does, for more chips than kv heads.
 """
 
 import math
@@ -21,12 +21,12 @@ MESH_AXES = {"fit": ("data", "fsdp", "tensor"), "decode": ("data", "attention_da
 
 
 def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the named axes, for `jax.set_mesh`. The last axis' devices are nearest to each other.
+    """A mesh with the named axes, for `jax.set_mesh`; devices along the last axis are nearest to each other.
 
     Args:
       sizes: devices along each mesh axis, such as {"data": 2, "tensor": 4}.
       rules: `DECODE` or `FIT`.
-      devices: all by default.
+      devices: by default all.
 
     Raises:
       UserError: for an axis that the rules do not know, or sizes that do not multiply to the number of devices.
@@ -35,7 +35,7 @@ def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Devi
     known = {axis for axes in rules.values() for axis in axes}
     for name in sizes:
         if name not in known:
-            raise UserError(f"the mesh has an axis {name!r}, which no rule uses; {nearest(name, known)}")
+            raise UserError(f"no sharding rule uses the mesh axis {name!r}; {nearest(name, known)}")
     if math.prod(sizes.values()) != len(devices):
         words = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"a mesh of {words} needs {math.prod(sizes.values())} devices, and there are {len(devices)}")
@@ -44,18 +44,18 @@ def make_mesh(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Devi
 
 
 def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh of a config's section `mesh` (see configs/meshes.py); None where that is one device.
+    """The mesh of a config's section `mesh` (see configs/meshes.py); None for a single device.
 
-    A mesh for fitting is over all devices. A mesh for decoding may be smaller: it is over the devices of one group of
-    neighboring hosts, and each group has its own. Only `data` crosses slices.
+    A mesh for fitting covers all devices. A mesh for decoding may be smaller: it covers one group of neighboring hosts,
+    and each group has its own. Only `data` crosses slices.
 
     Args:
       section: the section; None is one device of any kind.
       use: "fit" or "decode".
-      devices: all devices, by default `jax.devices()`.
+      devices: by default all.
 
     Raises:
-      UserError: for other devices than the section's, or sizes that do not multiply to their number.
+      UserError: if the devices are not the section's, or its sizes do not multiply to their number.
     """
     if section is None:
         return None
@@ -65,7 +65,7 @@ def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = N
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if section["platform"] not in ("any", devices[0].platform):
         raise UserError(
-            f"config.mesh is {section['name']}, of {section['platform']} devices, and those that are there are"
+            f"config.mesh is {section['name']}, for {section['platform']} devices, but the devices here are"
             f" {devices[0].platform}; give another --config.mesh"
         )
     if count == jax.process_count() == 1:
@@ -79,7 +79,7 @@ def preset_mesh(section: Any, use: str, devices: Sequence[jax.Device] | None = N
     sizes = [section[use][axis] for axis in axes]
     total, words = math.prod(sizes), " x ".join(f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
     hosts, here = section["hosts"], section["devices_per_host"]
-    # The hosts of a group that decodes by itself, by its devices; groups of one size make up a slice.
+    # The hosts of a group that decodes by itself, by its number of devices; groups of one size make up a slice.
     groups = {n * here: n for n in range(1, hosts + 1) if hosts % n == 0} if use == "decode" else {}
     if total in groups and total != count:
         group_hosts = groups[total]

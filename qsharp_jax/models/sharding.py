@@ -1,8 +1,7 @@
-"""Shardings of weights, caches and rows over a mesh, from rules from logical to mesh axes as data.
+"""Shardings of weights, caches and rows over a mesh, from rules that map logical to mesh axes.
 
-`leaves.py` gives the logical axes of every parameter, `CACHE` those of a cache; `DECODE` and `FIT` say which mesh axes
-divide each of them. `meshes.py` makes the meshes. An array's entries along its first axis are called rows where each
-belongs to one sequence.
+`leaves.py` gives the logical axes of every parameter, `CACHE` those of a cache; `DECODE` and `FIT` are the rules.
+`meshes.py` makes the meshes. Rows are the entries of an array's first axis where each belongs to one sequence.
 """
 
 import math
@@ -23,7 +22,7 @@ Rules = dict[str, tuple[str, ...]]
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
 _UNDIVIDED: Rules = {"layers": (), "positions": (), "width": (), "head_dim": ()}
-# `stream` is the batch of the residual stream, `rows` the batch where one device has a row's whole vocabulary.
+# `stream` is the batch of the residual stream, `rows` the batch where one device has a row's entire vocabulary.
 DECODE: Rules = {
     "batch": ("data", "attention_data"),
     "stream": ("data",),
@@ -46,20 +45,20 @@ FIT: Rules = {
     "embed": ("fsdp",),
     **_UNDIVIDED,
 }
-# Axes that stay whole on every device where the mesh does not divide them evenly. A kv head cut in two would have its
-# whole cache copied in every step.
+# Axes that stay undivided on every device where the mesh does not divide them evenly. A kv head cut in two would have
+# its whole cache copied in every step.
 WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
-# How messages call the axes that must be divided evenly.
+# Names in messages of the axes that must be divided evenly.
 _NAMES = {"heads": "query heads", "batch": "rows of the batch", "mlp": "hidden units of the mlp"}
 
 
 def rules_of(mesh: Any) -> Rules:
-    """`FIT` for a mesh with an axis `fsdp`, even of one device; `DECODE` for others."""
+    """`FIT` for a mesh with an axis `fsdp`, even if of one device; `DECODE` for others."""
     return FIT if "fsdp" in mesh.shape else DECODE
 
 
 def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
-    """The mesh axes that divide each dimension; axes that the mesh lacks divide nothing.
+    """The mesh axes that divide each dimension; rules for axes that the mesh lacks are skipped.
 
     Raises:
       ValueError: for a logical axis that is not in the rules, or a mesh axis that would divide two dimensions.
@@ -76,8 +75,7 @@ def spec(axes: Axes, rules: Rules, mesh: Any) -> PartitionSpec:
 def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings for a `LanguageModel` or `ValueModel`, a tree like it; its leaves may be abstract, stacked or not.
 
-    The `params` of the result are what `hf.load_ref(..., shardings=)` and a restore take. Heads are never cut; kv heads
-    and a vocabulary that the mesh does not divide evenly are whole on every device.
+    Heads are never cut; kv heads and a vocabulary that the mesh does not divide evenly are undivided.
 
     Raises:
       UserError: for query heads or hidden units that the mesh does not divide.
@@ -89,7 +87,7 @@ def of_model(model: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def move(model: Any, mesh: Mesh | None, rules: Rules) -> Any:
-    """The model laid out as `of_model` says; abstract leaves get the shardings. Without a mesh it stays as it is."""
+    """Lay the model out as `of_model` says; abstract leaves get the shardings. None as the mesh changes nothing."""
     if mesh is None:
         return model
     shardings = of_model(model, mesh, rules)
@@ -105,26 +103,20 @@ def placed(tree: Any, shardings: Any) -> Any:
 def of_rows(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings for arrays with one entry per row, a tree like them: a decode loop's `State` and `Controls`, a batch.
 
-    Buffers of a KV cache, under `keys` and `values`, are divided by row and kv head; other arrays by row; scalars not.
-
-    Raises:
-      UserError: for a number of rows that the mesh does not divide.
+    Buffers of a KV cache, under `keys` and `values`, are divided by row and kv head; other arrays by row; scalars are
+    not divided. A number of rows that the mesh does not divide is a UserError.
     """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs_of_rows(tree, mesh, rules))
 
 
 def place_rows(tree: Any) -> Any:
-    """Lay arrays with one entry per row out as `of_rows` says for the mesh that is set, if one is.
-
-    Raises:
-      UserError: as `of_rows`.
-    """
+    """Lay arrays with one entry per row out as `of_rows` says for the current mesh, if there is one."""
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else place(tree, of_rows(tree, mesh, rules_of(mesh)))
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Lay arrays out anew. They lie on this process' devices (with the same values in every process), or on all.
+    """Lay out arrays that are on this process's devices (with the same values in every process) or on all devices.
 
     Arrays that move from or to the devices of several processes pass through each host's memory, one at a time.
     """
@@ -143,14 +135,14 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def round_rows(rows: int) -> int:
-    """The largest number of rows up to `rows`, and at least one per part, that the mesh that is set divides."""
+    """The largest number of rows up to `rows` (at least one per part) that the current mesh divides."""
     mesh = jax.sharding.get_mesh()
     parts = 1 if mesh.empty else _parts("batch", rules_of(mesh), mesh)
     return max(rows // parts, 1) * parts
 
 
 def to_host(tree: Any) -> Any:
-    """Fetch whole arrays. If their devices belong to several processes, each of these has to call this."""
+    """Fetch whole arrays; every process that holds a part must call this."""
 
     def gathered(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -161,7 +153,7 @@ def to_host(tree: Any) -> Any:
 
 
 def anywhere(condition: bool) -> bool:
-    """Return true if the condition holds in any process of the mesh that is set; all of them have to call this."""
+    """Return true if the condition holds in any process of the current mesh; all of them must call this."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty or not mesh.is_multi_process:
         return condition
@@ -170,11 +162,7 @@ def anywhere(condition: bool) -> bool:
 
 
 def abstract_rows(tree: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s of arrays with one entry per row, with the shardings that `place_rows` would give them.
-
-    Raises:
-      UserError: as `of_rows`.
-    """
+    """`jax.ShapeDtypeStruct`s of arrays with one entry per row, with the shardings that `place_rows` gives them."""
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else placed(tree, of_rows(tree, mesh, DECODE))
 
@@ -183,7 +171,7 @@ def abstract_rows(tree: Any) -> Any:
 
 
 def _constrained(tree: Any, specs: Callable[[Any], Any], *, only_in_fitting: bool = False) -> Any:
-    """The arrays laid out by what `specs` returns for the mesh that is set."""
+    """Constrain arrays to the layout that `specs` returns for the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or (only_in_fitting and rules_of(mesh) is not FIT):
         return tree
@@ -191,21 +179,21 @@ def _constrained(tree: Any, specs: Callable[[Any], Any], *, only_in_fitting: boo
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lay an array out as `DECODE` says for these logical axes."""
+    """Lay out an array as `DECODE` says for these logical axes."""
     return _constrained(x, lambda mesh: spec(axes, DECODE, mesh))
 
 
 def constrain_sequences(x: jax.Array) -> jax.Array:
-    """In fitting, divide an array with one row per sequence by rows alone: other divisions are gathered."""
+    """In fitting, divide an array with one row per sequence by rows alone, gathering other divisions."""
     axes = ("batch", *(None,) * (x.ndim - 1))
     return _constrained(x, lambda mesh: spec(axes, FIT, mesh), only_in_fitting=True)
 
 
 def constrain_looked_up(x: jax.Array) -> jax.Array:
-    """In fitting, lay rows of an embedding [B, T, D] out as the table: their width over `fsdp`.
+    """In fitting, lay out rows of an embedding [B, T, D] like the table: their width over `fsdp`.
 
-    Each device then looks all tokens up in its own part of the table, and an all-to-all makes whole rows of them.
-    Gathering the table instead would put it and its gradient whole on every device.
+    Each device then looks up all tokens in its own part of the table, and an all-to-all assembles whole rows. Gathering
+    the table instead would put the whole table and its gradient on every device.
     """
     rules = FIT | {"batch": ("data",)}
     return _constrained(x, lambda mesh: spec(("batch", None, "embed"), rules, mesh), only_in_fitting=True)
@@ -214,10 +202,8 @@ def constrain_looked_up(x: jax.Array) -> jax.Array:
 def gather_weights(tree: Any, trunk: Any) -> Any:
     """In fitting, gather a part of a decoder's parameters over `fsdp`; they stay divided over `tensor`.
 
-    Called where a layer is used, so that one layer's weights are whole at a time and their gradient is scattered again.
-
-    Args:
-      trunk: the decoder's config.
+    Call it where a layer is used, so that one layer's weights are whole at a time, and their gradient is scattered
+    again. `trunk` is the decoder's config.
     """
     rules = FIT | {"embed": ()}
     return _constrained(tree, lambda mesh: _specs_of_weights(tree, mesh, rules, _units(trunk)), only_in_fitting=True)
@@ -229,14 +215,14 @@ def constrain_rows(tree: Any) -> Any:
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
-    """Lay [B, V] out in whole rows: over all devices if they divide B, else as the caches' rows."""
+    """Lay out [B, V] in whole rows: over all devices if they divide B, else like the caches' rows."""
     return _constrained(x, lambda mesh: _whole_rows(x.shape[0], mesh))
 
 
 def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays with B rows each, computed on each device for its own rows.
+    """Compute a function of arrays with B rows on each device for its own rows.
 
-    The compiler would divide the operations by row too, but make all devices agree before each turn of a loop.
+    The compiler would also divide the operations by row, but make all devices agree before each iteration of a loop.
     """
 
     def mapped(*arrays: jax.Array) -> Any:
@@ -250,7 +236,7 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., Any]:
-    """A function that every device computes for its own part of the arrays, laid out as `DECODE` says.
+    """Compute a function on every device for its own part of the arrays, laid out as `DECODE` says.
 
     Args:
       function: returns a tree like its first argument.
@@ -283,7 +269,7 @@ def _parts(axis: str | None, rules: Rules, mesh: Any) -> int:
 
 
 def _units(trunk: Any) -> dict[str, int]:
-    """The number of pieces that may not be cut, of those logical axes of a decoder's weights that consist of some."""
+    """The number of indivisible pieces of those logical axes of a decoder's weights that consist of heads."""
     return {"heads": trunk.heads, "kv": trunk.kv_heads}
 
 
@@ -310,13 +296,10 @@ def _names(path: Any) -> set[str]:
 
 
 def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, units: Mapping[str, int]) -> PartitionSpec:
-    """`spec` for an array of this shape.
+    """`spec` for an array of this shape; raises a UserError for an axis that the mesh must divide evenly and does not.
 
     Args:
       units: the number of pieces that an axis consists of, by default its length.
-
-    Raises:
-      UserError: for an axis that the mesh must divide evenly and does not.
     """
     if len(axes) != len(shape):
         raise ValueError(f"an array of shape {tuple(shape)} has axes {axes}")
@@ -331,7 +314,7 @@ def _fitting_spec(shape: Sequence[int], axes: Axes, mesh: Any, rules: Rules, uni
             over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[axis] if a in mesh.shape)
             fits = ", ".join(str(n) for n in range(1, mesh.size + 1) if pieces % n == 0)
             raise UserError(
-                f"{pieces} {_NAMES.get(axis, axis)} cannot be divided by the mesh's {over};"
-                f" sizes that divide them are {fits}"
+                f"{pieces} {_NAMES.get(axis, axis)} cannot be divided by the mesh's {over}; use a size that divides"
+                f" them: {fits}"
             )
     return spec(tuple(divided), rules, mesh)

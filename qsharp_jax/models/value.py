@@ -1,8 +1,8 @@
 """The value model, or guide: a decoder's trunk with a head that gives the distribution of the reward-to-go.
 
-V-type (the default): M numbers read at the position of the appended token itself. Q-type: M numbers for each of the V
-tokens of the vocabulary, read at the position before. Shapes: B batch, T length, D embed, V vocabulary, M outputs.
-The head's outputs are raw; `values.py` says which distribution they parametrize.
+A V-type guide (the default) reads M outputs at the appended token's own position; a Q-type guide reads M outputs for
+each token of the vocabulary at the position before it. `values.py` maps these raw outputs to distributions.
+Shapes: B batch, T length, D embed, V vocabulary, M outputs.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ from qsharp_jax.models.decoder import LanguageModel, Params
 
 @dataclasses.dataclass(frozen=True)
 class ValueConfig:
-    """Attributes:
-    trunk: the decoder below the head.
-    type: "v" or "q".
-    distribution: "bernoulli", "categorical" or "scalar".
-    atoms: the categorical's support, ascending rewards; empty for the others.
+    """The shape of a value model.
+
+    Attributes:
+      trunk: the decoder below the head.
+      type: "v" or "q".
+      distribution: "bernoulli", "categorical" or "scalar".
+      atoms: the categorical's support, ascending rewards; empty for the others.
     """
 
     trunk: DecoderConfig
@@ -44,11 +46,11 @@ class ValueConfig:
 
     @property
     def outputs(self) -> int:
-        """M: the numbers that parametrize one distribution."""
+        """M, the number of outputs that parametrize one distribution."""
         return len(self.atoms) if self.distribution == "categorical" else 1
 
     def computed_in(self, dtype: str | None) -> "ValueConfig":
-        """The same config with another dtype of the trunk's products; None leaves it."""
+        """The same config with another dtype for the trunk's computation; None leaves it unchanged."""
         return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
 
 
@@ -60,7 +62,7 @@ class ValueModel(flax.struct.PyTreeNode):
 
 
 def trunk(model: ValueModel | LanguageModel) -> LanguageModel:
-    """The decoder below a value model's head; a language model is its own."""
+    """The decoder below a value model's head; a language model is returned unchanged."""
     return LanguageModel(model.params["trunk"], model.config.trunk) if isinstance(model, ValueModel) else model
 
 
@@ -70,7 +72,7 @@ def each(change: Callable[[Any], Any], models: Any) -> Any:
 
 
 def _head_leaves(config: ValueConfig) -> tuple[dict[str, Any], dict[str, int]]:
-    """The head's entries in the table of leaves, nested as the parameters, and the lengths of their axes."""
+    """The head's part of the table of leaves, nested like the parameters, and the lengths of its axes."""
     table = leaves.V_HEAD if config.type == "v" else leaves.Q_HEAD
     outputs = config.outputs * (config.trunk.vocab_size if config.type == "q" else 1)
     return leaves.tree(table, config.trunk), {"embed": config.trunk.embed, "outputs": outputs}
@@ -79,11 +81,10 @@ def _head_leaves(config: ValueConfig) -> tuple[dict[str, Any], dict[str, int]]:
 def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Params:
     """Parameters with a zero head: an untrained guide gives every candidate the same value, so it does not steer.
 
-    The head's kernel is [D, M] for a V-type, with a bias [M]; [D, V * M] for a Q-type, without a bias, as language
-    models have it.
+    The head's kernel is [D, M] with a bias [M] for a V-type, and [D, V * M] without a bias for a Q-type.
 
     Args:
-      trunk: decoder parameters to start from (those of `pi_ref`); drawn from `key` without it.
+      trunk: decoder parameters to start from (those of `pi_ref`); by default drawn from `key`.
     """
     table, sizes = _head_leaves(config)
     head = jax.tree.map(lambda leaf: leaf.init(key, leaf.shape(sizes), config.trunk), table)
@@ -92,14 +93,13 @@ def init(key: jax.Array, config: ValueConfig, trunk: Params | None = None) -> Pa
 
 
 def abstract(config: ValueConfig, dtype: str = "float32") -> Params:
-    """The tree of `init`, all in one dtype, as `jax.ShapeDtypeStruct` leaves."""
+    """The tree of `init` as `jax.ShapeDtypeStruct` leaves of one dtype."""
     table, sizes = _head_leaves(config)
     head = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape(sizes), jnp.dtype(dtype)), table)
     return {"trunk": _without_head(decoder.abstract(config.trunk, dtype))} | head
 
 
 def _without_head(trunk: Params) -> Params:
-    """A decoder's parameters without those that predict next tokens."""
     return {name: leaf for name, leaf in trunk.items() if name != "head"}
 
 
@@ -109,16 +109,13 @@ def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array
 
 
 def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """A Q-type head's float32 outputs for some tokens of the vocabulary, from the hidden states before them.
+    """A Q-type head's float32 outputs [B, T, M] for some tokens, from the hidden states before them.
 
     Only these tokens' columns of the head are read.
 
     Args:
       hidden: [B, T, D], or [B, 1, D] for all the tokens of a row.
       tokens: [B, T] ids.
-
-    Returns:
-      [B, T, M].
     """
     shape = (config.trunk.vocab_size, config.outputs)
     kernel = params["head"]["kernel"].reshape(config.trunk.embed, *shape).astype(config.trunk.compute_dtype)
@@ -140,16 +137,16 @@ def forward(
     segments: jax.Array,
     positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Whole sequences: the outputs that belong to every token, [B, T, M], and the hidden states [B, T, D].
+    """The outputs [B, T, M] for every token of whole sequences, and the hidden states [B, T, D].
 
-    Arguments as in `decoder.forward`. A Q-type's are read before the token; a segment's first token gets zeros.
+    Arguments are as in `decoder.forward`. A Q-type's outputs are zero at a segment's first token.
     """
     hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
     return read(params, config, read_from(config, hidden, tokens, segments), tokens), hidden
 
 
 def read_from(config: ValueConfig, hidden: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """The hidden states [B, T, D] that the head reads for every token: its own, or the one before it for a Q-type."""
+    """The hidden states [B, T, D] that the head reads for every token: its own, or for a Q-type the one before it."""
     if config.type == "v":
         return hidden
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -162,5 +159,5 @@ def read(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Arr
 
 
 def unstack(params: Params, *, transposed: bool = False) -> Params:
-    """The decoding form, as `decoder.unstack`; the guide's own head stays as it is."""
+    """The decoding form, as in `decoder.unstack`; the guide's head is unchanged."""
     return params | {"trunk": decoder.unstack(params["trunk"], transposed=transposed)}

@@ -28,15 +28,11 @@ __all__ = [
 
 
 def read_results(workdir: Workdir) -> list[dict]:
-    """Read the rows of `results.json`.
-
-    Raises:
-      UserError: if there are none, or if the file is damaged.
-    """
+    """Read the rows of `results.json`; raises a UserError if the file is missing or damaged."""
     path = workdir.results
     if not path.exists():
-        raise UserError(f"there is no {path}; run `qsharp evaluate --workdir {workdir.path}` first")
-    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
+        raise UserError(f"{path} does not exist; run `qsharp evaluate --workdir {workdir.path}` first")
+    content = path.read_bytes()  # outside `try`: reading from a bucket may raise a ValueError too
     try:
         return json.loads(content)
     except ValueError as error:
@@ -44,7 +40,7 @@ def read_results(workdir: Workdir) -> list[dict]:
 
 
 def write(workdir: Workdir) -> str:
-    """Write `report.md`, the plots and `examples.html`, and return the text that ends a run on the terminal."""
+    """Write `report.md`, the plots and `examples.html`, and return the text for the terminal."""
     rows, metrics = read_results(workdir), workdir.read_metrics()
     folder, number = workdir.path, max(row["round"] for row in rows)
     draw = {
@@ -55,17 +51,17 @@ def write(workdir: Workdir) -> str:
     scored = measure.read_samples(scored_path) if scored_path.exists() else None
     if scored:
         draw["calibration.png"] = lambda axes: plots.calibration(axes, scored)
-    found = examples.find(workdir, number)
-    if found:
-        draw["lengths.png"] = lambda axes: plots.lengths(axes, found.samples)
+    chosen = examples.find(workdir, number)
+    if chosen:
+        draw["lengths.png"] = lambda axes: plots.lengths(axes, chosen.samples)
     if batches := learning_curve(metrics):
         draw["learning.png"] = lambda axes: plots.learning(axes, batches)
-    for name, of_axes in draw.items():
-        save_plot(folder / name, of_axes)
+    for name, plot in draw.items():
+        save_plot(folder / name, plot)
     collected, shown = rollouts_table(metrics), table(rows)
     paper = tables.paper_table(rows, configs.kl_weight(workdir.config))
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
-    differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, found)
+    differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, chosen)
     parts = [
         f"# {workdir.config.task.name}: {folder.name}",
         *((paper, tables.HOW_PAPER, "## All results") if paper else ()),
@@ -80,9 +76,9 @@ def write(workdir: Workdir) -> str:
         f"```text\n{pairs}\n```",
     ]
     names = ["report.md", "results.json", *draw]
-    if found:
+    if chosen:
         tokenizer = models.make_tokenizer(workdir.config, workdir.date)
-        write_atomic(folder / "examples.html", page.make(workdir.config.task.name, found, scored, tokenizer))
+        write_atomic(folder / "examples.html", page.make(workdir.config.task.name, chosen, scored, tokenizer))
         parts.append("[More of them](examples.html)" + (", each token shaded by the guide's value." if scored else "."))
         names.append("examples.html")
     write_atomic(workdir.report, "\n\n".join(parts) + "\n")

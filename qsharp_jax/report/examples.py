@@ -1,6 +1,7 @@
 """Held-out problems answered by pi_ref and by the learned method, side by side."""
 
 import dataclasses
+from collections.abc import Callable
 
 from qsharp_jax.evaluation import measure
 from qsharp_jax.report.names import NAMES, eta_of
@@ -8,12 +9,6 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir
 
 IN_TEXT = 3  # examples in report.md and on the terminal
-KINDS = {  # problems by whether pi_ref and the learned method are right, and how many of each kind a page shows
-    (False, True): ("only {learned} is right", 4),
-    (True, False): ("only pi_ref is right", 2),
-    (True, True): ("both are right", 2),
-    (False, False): ("both are wrong", 2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +20,30 @@ class Pair:
     place: int
 
     @property
-    def kind(self) -> tuple[bool, bool]:
-        return self.before["reward"] > 0, self.after["reward"] > 0
+    def gain(self) -> float:
+        return self.after["reward"] - self.before["reward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of pairs: a description, how many of them a page shows, and which pairs are of this kind."""
+
+    words: str
+    shown: int
+    includes: Callable[[Pair], bool]
+
+
+RIGHT_OR_WRONG = (
+    Kind("only {learned} is right", 4, lambda pair: pair.gain > 0),
+    Kind("only pi_ref is right", 2, lambda pair: pair.gain < 0),
+    Kind("both are right", 2, lambda pair: pair.gain == 0 and pair.after["reward"] == 1),
+    Kind("both are wrong", 2, lambda pair: pair.gain == 0 and pair.after["reward"] == 0),
+)
+GRADED = (
+    Kind("{learned} has the greater reward", 4, lambda pair: pair.gain > 0),
+    Kind("pi_ref has the greater reward", 2, lambda pair: pair.gain < 0),
+    Kind("both have the same reward", 2, lambda pair: pair.gain == 0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +52,7 @@ class Examples:
 
     Attributes:
       method: the learned method.
-      eta: at which it is shown.
+      eta: the eta at which it was sampled.
       pairs: one per problem, in the problems' order.
       samples: all samples of pi_ref, and of the method at that eta, by name.
     """
@@ -45,11 +62,28 @@ class Examples:
     pairs: list[Pair]
     samples: dict[str, list[dict]]
 
+    @property
+    def right_or_wrong(self) -> bool:
+        """True if all rewards are 0 or 1; other rewards are shown as numbers."""
+        return all(sample["reward"] in (0, 1) for samples in self.samples.values() for sample in samples)
+
+    def verdict(self, sample: dict) -> str:
+        if self.right_or_wrong:
+            return "right" if sample["reward"] else "wrong"
+        return f"reward {sample['reward']:g}"
+
+    def by_kind(self) -> dict[Kind, list[Pair]]:
+        """Group the pairs by kind; graded ones with the largest differences first."""
+        if self.right_or_wrong:
+            return {kind: list(filter(kind.includes, self.pairs)) for kind in RIGHT_OR_WRONG}
+        pairs = sorted(self.pairs, key=lambda pair: -abs(pair.gain))
+        return {kind: list(filter(kind.includes, pairs)) for kind in GRADED}
+
 
 def find(workdir: Workdir, number: int) -> Examples | None:
-    """Find the examples at the run's own eta, or else the smallest that was measured; None without samples of both."""
+    """Read the samples at the run's own eta, or else the smallest measured; None unless both methods have samples."""
     method = workdir.config.algorithm
-    paths = [measure.samples_path(workdir, name, round_) for name, round_ in (("pi_ref", 0), (method, number))]
+    paths = measure.samples_path(workdir, "pi_ref", 0), measure.samples_path(workdir, method, number)
     if not all(path.exists() for path in paths):
         return None
     unguided, guided = map(measure.read_samples, paths)
@@ -66,18 +100,16 @@ def find(workdir: Workdir, number: int) -> Examples | None:
     return Examples(method, eta, pairs, {"pi_ref": unguided, method: guided})
 
 
-def text(method: str, found: Examples | None) -> str:
-    """Format a few problems as plain text, first those where the guide made the difference."""
-    if found is None:
+def text(method: str, chosen: Examples | None) -> str:
+    """Format a few problems as plain text, first those where the learned method improved most."""
+    if chosen is None:
         return f"(no samples of both pi_ref and {NAMES[method]})"
-    name = f"{NAMES[found.method]} eta {found.eta:<6g}"
-    pairs = sorted(found.pairs, key=lambda pair: pair.before["reward"] - pair.after["reward"])
-    # Two where it helped, and one from the middle, so that the text does not only flatter.
-    chosen = pairs[: IN_TEXT - 1] + pairs[len(pairs) // 2 :][:1]
-    verdict = {True: "right", False: "wrong"}
+    name = f"{NAMES[chosen.method]} eta {chosen.eta:<6g}"
+    pairs = sorted(chosen.pairs, key=lambda pair: -pair.gain)
+    # One is from the middle, so that the text does not only flatter.
     return "\n\n".join(
         f"{pair.before['prompt']}\n"
-        f"  {'pi_ref':<{len(name)}} {pair.before['response']}   ({verdict[pair.kind[0]]})\n"
-        f"  {name} {pair.after['response']}   ({verdict[pair.kind[1]]}; answer {pair.after['answer']})"
-        for pair in chosen
+        f"  {'pi_ref':<{len(name)}} {pair.before['response']}   ({chosen.verdict(pair.before)})\n"
+        f"  {name} {pair.after['response']}   ({chosen.verdict(pair.after)}; answer {pair.after['answer']})"
+        for pair in pairs[: IN_TEXT - 1] + pairs[len(pairs) // 2 :][:1]
     )

@@ -1,22 +1,18 @@
-"""A page of responses, unguided and guided side by side, each token shaded by the value that the guide gives it.
+"""A page of responses, unguided and guided side by side, each token shaded by the guide's value of it.
 
-It is one HTML file without scripts, with its style inside.
+It is a single HTML file with inline style and no scripts.
 """
 
 import html
 from collections.abc import Sequence
 
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.report.examples import KINDS, Examples, Pair
+from qsharp_jax.report.examples import Examples, Kind, Pair
 from qsharp_jax.report.names import NAMES
 
 SHADES = 21  # from the smallest value to the largest
-_ENDS = (
-    (244, 165, 110),
-    (247, 247, 242),
-    (125, 190, 225),
-)  # orange, nearly white, blue: color-blind safe
-_LONG = 1500  # characters; a longer problem is folded up
+_ENDS = ((244, 165, 110), (247, 247, 242), (125, 190, 225))  # orange, nearly white, blue: color-blind safe
+_LONG = 1500  # characters; a longer problem is folded
 
 STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: #fff; color: #1a1a1a; line-height: 1.5;
@@ -45,26 +41,34 @@ p, li { max-width: 60rem; }
 """
 
 
-def make(task: str, found: Examples, scored: Sequence[dict] | None, tokenizer: Tokenizer) -> str:
+def make(task: str, examples: Examples, scored: Sequence[dict] | None, tokenizer: Tokenizer) -> str:
     """Return the page's HTML.
 
     Args:
       task: its name.
       scored: the guide's "values" of pi_ref's samples; None without a guide, and then nothing is shaded.
     """
-    shown = {kind: [pair for pair in found.pairs if pair.kind == kind][:most] for kind, (_, most) in KINDS.items()}
-    pairs = [pair for some in shown.values() for pair in some]
-    sides = [(pair, scored[pair.place]["values"] if scored else None, pair.after.get("values")) for pair in pairs]
-    values = [value for _, *both in sides for side in both for value in side or () if value is not None]
+    kinds = examples.by_kind()
+    chosen = [(kind, pair) for kind, pairs in kinds.items() for pair in pairs[: kind.shown]]
+    unguided = [scored[pair.place]["values"] if scored else None for _, pair in chosen]
+    guided = [pair.after.get("values") for _, pair in chosen]
+    values = [value for side in (*unguided, *guided) for value in side or () if value is not None]
     scale = min([0.0, *values]), max([1.0, *values])
-    name = f"{NAMES[found.method]}, eta {found.eta:g}"
+    name = f"{NAMES[examples.method]}, eta {examples.eta:g}"
     title = f"{task}: pi_ref and {name}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        _introduction(found, name, shown),
-        _legend(scale) if values else "<p>There is no guide here whose values could be shown.</p>",
-        *(_example(number, *side, name, scale, tokenizer) for number, side in enumerate(sides, start=1)),
+        _introduction(kinds, name),
+        _legend(scale) if values else "<p>There are no values of a guide to show.</p>",
     ]
+    for number, ((kind, pair), before, after) in enumerate(zip(chosen, unguided, guided, strict=True), start=1):
+        words, answer = _words(kind, name), html.escape(pair.before["answer"])
+        parts.append(
+            f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n"
+            f'{_problem(pair.before["prompt"])}\n<div class="pair">\n'
+            f"{_side('pi_ref', pair.before, examples, before, scale, tokenizer)}\n"
+            f"{_side(name, pair.after, examples, after, scale, tokenizer)}\n</div>"
+        )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -74,56 +78,47 @@ def make(task: str, found: Examples, scored: Sequence[dict] | None, tokenizer: T
     )
 
 
-def _introduction(found: Examples, name: str, shown: dict[tuple[bool, bool], list[Pair]]) -> str:
+def _introduction(kinds: dict[Kind, list[Pair]], name: str) -> str:
     counts = ", ".join(
-        f"{sum(pair.kind == kind for pair in found.pairs)} where {_words(words, name)} ({len(shown[kind])} shown)"
-        for kind, (words, _) in KINDS.items()
+        f"{len(pairs)} where {_words(kind, name)} ({min(len(pairs), kind.shown)} shown)"
+        for kind, pairs in kinds.items()
     )
     return (
         f"<p>Held-out problems, answered by pi_ref alone and by {html.escape(name)}: the first sample of each method,"
-        f" {len(found.pairs)} problems in all, {counts}; of each kind the first that come. KL is that of the response"
-        " to pi_ref, in nats, before truncation.</p>"
+        f" {sum(map(len, kinds.values()))} problems in all, {counts}. KL is that of the response to pi_ref, in nats,"
+        " before truncation.</p>"
     )
 
 
-def _words(words: str, name: str) -> str:
-    return html.escape(words.format(learned=name.partition(",")[0]))
-
+def _words(kind: Kind, name: str) -> str:
+    return html.escape(kind.words.format(learned=name.partition(",")[0]))
 
 def _legend(scale: tuple[float, float]) -> str:
     return (
-        "<p>A token's shade is the value that the guide gives it: the reward that it expects if pi_ref goes on from"
-        " there. Point at a token to read the value.</p>\n"
+        "<p>A token's shade is the guide's value of it: the reward expected if pi_ref continues from that token. Point"
+        " at a token to read the value.</p>\n"
         f'<div class="legend"><span>value {scale[0]:g}</span><span class="bar" style="background: linear-gradient('
         f'to right, {", ".join(map(_rgb, _ENDS))})"></span><span>{scale[1]:g}</span>'
-        '<span><span class="t none">dotted</span>: no value, the token was none of the candidates</span></div>'
+        '<span><span class="t none">dotted</span>: no value, the token was not a candidate</span></div>'
     )
 
 
-def _example(
-    number: int,
-    pair: Pair,
-    before: Sequence[float | None] | None,
-    after: Sequence[float | None] | None,
-    name: str,
-    scale: tuple[float, float],
-    tokenizer: Tokenizer,
-) -> str:
-    words, answer = _words(KINDS[pair.kind][0], name), html.escape(pair.before["answer"])
-    prompt = f'<div class="problem">{html.escape(pair.before["prompt"])}</div>'
-    if len(pair.before["prompt"]) > _LONG:
-        prompt = f"<details><summary>The problem ({len(pair.before['prompt'])} characters)</summary>{prompt}</details>"
-    return (
-        f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n{prompt}\n"
-        f'<div class="pair">\n{_side("pi_ref", pair.before, before, scale, tokenizer)}\n'
-        f"{_side(name, pair.after, after, scale, tokenizer)}\n</div>"
-    )
+def _problem(prompt: str) -> str:
+    shown = f'<div class="problem">{html.escape(prompt)}</div>'
+    if len(prompt) <= _LONG:
+        return shown
+    return f"<details><summary>The problem ({len(prompt)} characters)</summary>{shown}</details>"
 
 
 def _side(
-    name: str, sample: dict, values: Sequence[float | None] | None, scale: tuple[float, float], tokenizer: Tokenizer
+    name: str,
+    sample: dict,
+    examples: Examples,
+    values: Sequence[float | None] | None,
+    scale: tuple[float, float],
+    tokenizer: Tokenizer,
 ) -> str:
-    right = sample["reward"] > 0
+    verdict = f' <span class="{examples.verdict(sample)}">{examples.verdict(sample)}</span>'
     answer = "no answer" if sample["parsed"] is None else f"answer {sample['parsed']}"
     facts = [
         f"reward {sample['reward']:g}",
@@ -135,8 +130,7 @@ def _side(
     if known:
         facts.append(f"value {known[0]:.2f} at first, {known[-1]:.2f} at last")
     return (
-        f'<div class="side"><h3>{html.escape(name)} <span class="{"right" if right else "wrong"}">'
-        f"{'right' if right else 'wrong'}</span></h3>"
+        f'<div class="side"><h3>{html.escape(name)}{verdict if examples.right_or_wrong else ""}</h3>'
         f'<div class="facts">{html.escape("; ".join(facts))}</div>'
         f'<div class="response">{_tokens(sample["tokens"], values, scale, tokenizer)}</div></div>'
     )
@@ -146,7 +140,7 @@ def _tokens(
     tokens: Sequence[int], values: Sequence[float | None] | None, scale: tuple[float, float], tokenizer: Tokenizer
 ) -> str:
     """Return a response with one span per token; bytes of an unfinished character go to the token that completes it."""
-    *pieces, rest = tokenizer.decode_stream([token] for token in tokens)
+    *pieces, rest = tokenizer.decode_stream([token] for token in tokens)  # bytes of an unfinished character are "rest"
     pieces[-1] += rest
     spans = []
     for place, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):

@@ -71,13 +71,12 @@ def frontier(axes, rows: list[dict]) -> None:
     axes.set_xscale("symlog", linthresh=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(left=-0.02, right=2 * max([1, *(row["kl"] for row in rows if row["kl"])]))
-    axes.set(xlabel="KL to pi_ref (nats a response, linear below 0.1)", ylabel="pass@1 (mean reward)")
+    axes.set(xlabel="KL to pi_ref (nats per response, linear below 0.1)", ylabel="pass@1 (mean reward)")
     axes.set_title("pass@1 against KL")
     axes.legend(fontsize=8)
 
-
 def rounds(axes, rows: list[dict]) -> None:
-    """Draw the reward by round, of a guide at the smallest eta that all rounds were evaluated at, or of a policy."""
+    """Draw the reward by round, at the smallest eta at which all rounds were evaluated."""
     by_round = defaultdict(dict)
     method = learned(rows)
     for row in rows:
@@ -94,28 +93,29 @@ def rounds(axes, rows: list[dict]) -> None:
         color=COLORS[method], label=label,
     )  # fmt: skip
     axes.set_xticks([row["round"] for row in line], [str(row["round"]) if row["round"] else "pi_ref" for row in line])
-    axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(0, 1))
+    low, high = min([0.0, *(row["reward"] for row in line)]), max([1.0, *(row["reward"] for row in line)])
+    axes.set(xlabel="round", ylabel="reward", title="Reward by round", ylim=(low, high))
     axes.legend(fontsize=8)
 
 
 def learning_curve(metrics: list[dict]) -> list[dict]:
     """Return the metrics of each batch of rollouts that a policy was trained on, with the count "rollouts_so_far"."""
-    last = {(line["phase"], line["step"]): line for line in metrics if "log_prob_gap" in line}
-    so_far = itertools.accumulate(line["rollouts"] for line in last.values())
-    return [line | {"rollouts_so_far": count} for line, count in zip(last.values(), so_far, strict=True)]
+    batches = {(line["phase"], line["step"]): line for line in metrics if "log_prob_gap" in line}.values()
+    so_far = itertools.accumulate(line["rollouts"] for line in batches)
+    return [line | {"rollouts_so_far": count} for line, count in zip(batches, so_far, strict=True)]
 
 
 def learning(axes, batches: list[dict]) -> None:
     """Draw reward, objective and KL of the rollouts that a policy was trained on."""
     for name, color in (("reward", "#1f5fa8"), ("objective", "#c8641e"), ("kl", "#555555")):
-        label = name if name != "kl" else "KL (nats a response)"
+        label = name if name != "kl" else "KL (nats per response)"
         axes.plot(*smoothed(batches, name), label=label, color=color)
     axes.set(xlabel="rollouts", title="Training")
     axes.legend(fontsize=8)
 
 
 def smoothed(batches: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Return the rollouts so far, and the mean of a metric over the last twentieth of all batches up to there."""
+    """Return the rollouts so far, and the mean of a metric over the last twentieth of all batches so far."""
     width, numbers = max(len(batches) // 20, 1), [line[name] for line in batches]
     means = [float(np.mean(numbers[max(i - width + 1, 0) : i + 1])) for i in range(len(numbers))]
     return [line["rollouts_so_far"] for line in batches], means
@@ -133,7 +133,7 @@ def calibration(axes, scored: list[dict]) -> None:
         axes.plot(at, observed, linewidth=1, color=color, label=label)
         axes.scatter(at, observed, [5 + 250 * b["count"] / len(scored) for b in bins], color=color)
     axes.set(
-        xlabel="value given by the guide (a dot's area: share of the responses)",
+        xlabel="the guide's value (dot area: share of the responses)",
         ylabel="mean reward",
         title="Calibration on held-out problems",
     )
@@ -152,16 +152,15 @@ def lengths(axes, samples: dict[str, list[dict]]) -> None:
         at, reward = [b["response_tokens"] for b in bins], [b["reward"] for b in bins]
         color = COLORS[name]
         axes.errorbar(at, reward, _errors(bins), marker="o", capsize=3, color=color, label=NAMES[name])
-    axes.set(xlabel="tokens of a response (mean of each bin)", ylabel="mean reward", ylim=(0, None))
+    lowest = min([0.0, *(sample["reward"] for of_method in samples.values() for sample in of_method)])
+    axes.set(xlabel="tokens per response (mean of each bin)", ylabel="mean reward", ylim=(lowest, None))
     axes.set_title("Reward against response length")
     axes.legend(fontsize=8)
 
 
 def reward_by_length(samples: Sequence[dict]) -> list[dict[str, float]]:
-    """Bin the samples by length, from short to long: mean tokens, mean reward with its interval, and the count.
+    """Bin the samples by length: mean tokens, mean reward with a bootstrap interval over problems, and the count."""
 
-    The interval is a bootstrap over the problems that have samples in the bin.
-    """
     tokens = np.asarray([len(sample["tokens"]) for sample in samples])
     edges = np.unique(np.quantile(tokens, np.linspace(0, 1, BINS + 1)[1:-1], method="inverted_cdf"))
     place, bins = np.searchsorted(edges, tokens), []

@@ -16,16 +16,15 @@ COLUMNS = (
 )  # fmt: skip
 
 HOW = (
-    "Reward is the mean verified reward over problems (a problem with several samples counts with their mean); its 95%"
-    " interval is a bootstrap over problems. KL is the sum over a response's tokens of the exact KL(pi || pi_ref) at"
-    " each, in nats, before top-k, top-p and greedy truncation; the next column is the same after it. Tokens are those"
-    " of a response (of all k of them in the lines with _k), finished is the share of responses that ended by a stop"
-    " token, no answer that of responses in which none was found (their reward is 0), tokens/s count response tokens"
-    " over the method's wall time, compilation included. pi_ref, top-K is pi_ref cut to its K likeliest tokens, as many"
-    " as the guide scores (generate.top_k_candidates): what guidance owes to this cut alone would show there too."
-    " pass_k is the share of problems that one of the k samples of pi_ref solves, majority_k the reward of the answer"
-    " that most of them give, best_of_k that of the sample with the greatest value by the guide, weighted_majority_k"
-    " that of the answer with the greatest sum of values."
+    "Reward is the mean reward over problems (each with its samples' mean), with a 95% interval by bootstrap over"
+    " problems. KL is the exact KL(pi || pi_ref) summed over a response's tokens, in nats, before top-k, top-p and"
+    " greedy truncation, and KL truncated the same after it. Tokens is the mean response length (of all k responses in"
+    " the rows with _k), finished the share of responses that ended with a stop token, no answer the share without an"
+    " answer (their reward is 0), and tokens/s the response tokens per second of wall time, compilation included."
+    " pi_ref, top-K is pi_ref truncated to its K likeliest tokens, as many as the guide scores"
+    " (generate.top_k_candidates); it shows the effect of this truncation alone. pass_k is the best reward of k samples"
+    " of pi_ref, majority_k the reward of their most frequent answer, best_of_k the reward of the sample that the guide"
+    " values most, and weighted_majority_k the reward of the answer with the greatest sum of values."
 )
 
 
@@ -69,20 +68,19 @@ def _interval(row: dict, name: str, sign: str = "") -> str:
 
 
 HOW_PAPER = (
-    "pass@1 is the mean reward, maj1@k the reward of the answer that most of a problem's k samples give (answers that"
-    " are the same mathematics count as one, ties as what a lot would give), KL the nats of a response before"
-    " truncation; in brackets 95% intervals, by bootstrap over problems."
+    "pass@1 is the mean reward, maj1@k the reward of the most frequent answer among a problem's k samples (equivalent"
+    " answers count as one, ties are averaged), KL is in nats per response before truncation; in parentheses 95%"
+    " intervals by bootstrap over problems."
 )
 
 
 def paper_table(rows: Sequence[dict], eta: float) -> str:
     """Make a table of pi_ref and the learned methods at one eta, in the paper's layout; empty if nothing was learned.
 
-    Args:
-      eta: if the last round was not measured at it, the smallest eta that it was measured at is used.
+    If the last round was not measured at `eta`, its smallest eta is used.
     """
-    last = max(row["round"] for row in rows)
-    learned = [row for row in rows if row["round"] == last > 0 and row["kl"] is not None]
+    final_round = max(row["round"] for row in rows)
+    learned = [row for row in rows if row["round"] == final_round > 0 and row["kl"] is not None]
     if not learned:
         return ""
     etas = {eta_of(row) for row in learned}
@@ -96,12 +94,11 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     chosen.sort(key=lambda row: order.index(row["method"]))
     # Majorities over the same number of samples for every method, so that they can be compared.
     sizes = [{int(name[9:]) for name in row if re.fullmatch(r"majority_\d+", name)} for row in chosen]
-    size = max(
-        set.intersection(*filter(None, sizes)) if any(sizes) else (), default=0
-    )  # greedy methods have one sample
+    sizes = [size for size in sizes if size]  # greedy methods have one sample
+    size = max(set.intersection(*sizes), default=0) if sizes else 0
     head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
-    figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
-    lines = [[NAMES[row["method"]], *(_interval(row, name) for name in figures)] for row in chosen]
+    names = ["reward", *([f"majority_{size}"] if size else []), "kl"]
+    lines = [[NAMES[row["method"]], *(_interval(row, name) for name in names)] for row in chosen]
     for row, line in zip(chosen, lines, strict=True):
         if row["method"] == "pi_ref":
             line[-1] = "0"
@@ -132,8 +129,8 @@ def intervals_table(rows: Sequence[dict]) -> str:
 
 
 HOW_DIFFERENCES = (
-    "The mean over problems of the difference between two methods on the same problem; in brackets its 95% interval, by"
-    " bootstrap over these differences."
+    "The mean over problems of the difference between two methods on the same problem; in parentheses its 95% interval"
+    " by bootstrap over these differences."
 )
 
 
@@ -144,23 +141,23 @@ def differences_table(rows: Sequence[dict]) -> str:
     for row in rows:
         sizes |= {name for name in row if re.fullmatch(rf"majority_\d+_minus_({'|'.join(others)})", name)}
     size = max((int(name.split("_")[1]) for name in sizes), default=0)
-    figures = ["reward", *([f"majority_{size}"] if size else []), "kl"]
+    names = ["reward", *([f"majority_{size}"] if size else []), "kl"]
     head = ["difference", "eta", "round", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
     for other in others:
         for row in rows:
             if f"reward_minus_{other}" in row:
-                name, eta, number = _who(row)
-                cells = [_interval(row, f"{figure}_minus_{other}", "+") for figure in figures]
-                lines.append([f"{name} - {NAMES[other]}", eta, number, *cells])
+                method, eta, number = _who(row)
+                cells = [_interval(row, f"{name}_minus_{other}", "+") for name in names]
+                lines.append([f"{method} - {NAMES[other]}", eta, number, *cells])
     return markdown([head, *lines]) if lines else ""
 
 
 ROLLOUTS = ("round", "rollouts", "reward", "tokens", "finished", "labelled", "varied", "useful rows", "seconds")
 HOW_ROLLOUTS = (
-    "Of each round's rollouts: mean reward, mean tokens of a response, share that ended by a stop token, share of the"
-    " tokens that carry a label, share of the problems whose rollouts do not all have one reward (with"
-    " `collect.drop_no_variation` the others are left out). Useful rows: of the rows that decoding computed, over all"
-    " steps, those that belonged to a response. Seconds are wall time, compilation included."
+    "For each round's rollouts: mean reward, mean tokens per response, share that ended with a stop token, share of"
+    " tokens with a label, share of problems whose rollouts have different rewards (`collect.drop_no_variation` drops"
+    " the other problems). Useful rows: the share of rows computed by decoding, over all steps, that belonged to a"
+    " response. Seconds are wall time, compilation included."
 )
 
 
@@ -175,11 +172,11 @@ def rollouts_table(metrics: list[dict]) -> str:
             by_round[int(match[1])].append(line)
     lines = [list(ROLLOUTS)]
     for number, collections in sorted(by_round.items()):
-        last, row_steps = collections[-1], sum(line.get("row_steps", 0) for line in collections)
-        shares = [f"{last[name]:.3f}" if name in last else "" for name in ("finished", "labelled", "varied")]
+        total, row_steps = collections[-1], sum(line.get("row_steps", 0) for line in collections)
+        shares = [f"{total[name]:.3f}" if name in total else "" for name in ("finished", "labelled", "varied")]
         useful = f"{sum(line.get('tokens', 0) for line in collections) / row_steps:.3f}" if row_steps else ""
         seconds = f"{sum(line['seconds'] for line in collections):.0f}"
-        whole = [str(number), str(last["rollouts"]), f"{last['reward']:.3f}", f"{last['response_tokens']:.1f}"]
+        whole = [str(number), str(total["rollouts"]), f"{total['reward']:.3f}", f"{total['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
     return markdown(lines) if by_round else ""
 

@@ -15,6 +15,7 @@ from qsharp_jax.evaluation import measure, score, statistics
 from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run import models, problems
 from qsharp_jax.run.checks import check_settings
+from qsharp_jax.run.problems import judge
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.judging import Judge
@@ -337,7 +338,7 @@ def test_a_broken_verdict_is_mended(evaluated, copied, monkeypatch):
             row["reward"], row["parsed"] = 1.0 - row["reward"], "7"
         measure.write_samples(copied.workdir.samples / f"{name}.jsonl", rows)
     forbid_sampling(monkeypatch)
-    rows, changed = measure.rejudge(copied)
+    rows, changed = measure.rejudge(copied.workdir, judge(copied))
     assert rows == evaluated[3] == json.loads(copied.workdir.results.read_text())
     assert {name: found[:2] for name, found in changed.items()} == {
         "pi_ref.jsonl": (30, 1), "pi_ref_greedy.jsonl": (10, 0), "pi_ref_top_k.jsonl": (20, 0), "qsharp_round_1.jsonl": (20, 0),
@@ -355,16 +356,16 @@ def test_what_cannot_be_judged_again_is_said_and_nothing_is_written(copied):
     measure.write_samples(path, rows)
     content = path.read_text()
     with pytest.raises(UserError, match=f"{path}, line 8, has no 'response'"):
-        measure.rejudge(copied)
+        measure.rejudge(copied.workdir, judge(copied))
     assert path.read_text() == content and not copied.workdir.results.exists()
     values = copied.workdir.samples / "pi_ref_values_round_2.jsonl"
     measure.write_samples(values, measure.read_samples(values)[1:])
     path.unlink()
-    with pytest.raises(UserError, match=f"{values} is not of the samples in .*pi_ref.jsonl; delete it"):
-        measure.rejudge(copied)
+    with pytest.raises(UserError, match=f"{values} does not match the samples in .*pi_ref.jsonl; delete it"):
+        measure.rejudge(copied.workdir, judge(copied))
     (copied.workdir.samples / "pi_ref.jsonl").unlink()
     with pytest.raises(UserError, match="there are no samples of pi_ref in .*run `qsharp evaluate"):
-        measure.rejudge(copied)
+        measure.rejudge(copied.workdir, judge(copied))
 
 
 def test_k_above_the_number_of_samples_is_refused(tmp_path):

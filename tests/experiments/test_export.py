@@ -94,7 +94,7 @@ def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_pa
     helpers.assert_trees_equal(loaded.params, models.load_guide(session, 2).params)
     card = (out / "README.md").read_text()
     assert "48 rollouts of the reference on the task `star_graph`" in card  # 2 rounds of 12 prompts, 2 rollouts each
-    assert "| reward, Q#, eta 0.1 | 0.875 (95% 0.750 .. 1.000, 10 problems); KL 1.500 nats a response |" in card
+    assert "| reward, Q#, eta 0.1 | 0.875 (95% 0.750 .. 1.000, 10 problems); KL 1.500 nats per response |" in card
     assert "eta 0.5" not in card and "pi_ref |" in card  # the round before it is another guide
     session.workdir.results.unlink()
     assert export(session, "guide", out) == 0  # over an earlier export, and before any evaluation

@@ -1,4 +1,4 @@
-"""The model cards of exported folders, in Markdown: what a model is, how to load it, its metrics."""
+"""Model cards of exported folders, in Markdown: what the model is, how to load it, its metrics."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Between `config.json` and our configs: reading, refusals of what changes the mathematics, and writing.
+"""Reading and writing `config.json`, and refusing models whose mathematics differ from what is computed here.
 
 The config classes of `transformers` do the reading: they know every default and every older spelling.
 """
@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "Qwen2ForTokenClassification": ("qwen2", True),
     "Qwen3ForTokenClassification": ("qwen3", True),
 }
-# The fields of our config that a family fixes.
+# The fields of our config that a family determines.
 _LLAMA_FIXED: dict[str, Any] = dict(positions="rope", norm="rms", activation="swiglu", bias=False)
 _FIXED: dict[str, dict[str, Any]] = {
     "gpt2": dict(positions="learned", norm="layer", activation="gelu", bias=True, qk_norm=False),
@@ -51,13 +51,13 @@ _GPT2_FIELDS = dict(
     n_positions="max_positions", layer_norm_epsilon="norm_eps", tie_word_embeddings="tied",
 )  # fmt: skip
 _FIELDS = {"gpt2": _GPT2_FIELDS} | dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA_FIELDS)
-# Those of Llama 3.1's rotary scaling, among the rotary parameters.
+# The fields of Llama 3.1's rotary scaling, among the rotary parameters.
 _ROPE_FIELDS = dict(
     factor="rope_factor", low_freq_factor="rope_low_freq", high_freq_factor="rope_high_freq",
     original_max_position_embeddings="rope_original_positions",
 )  # fmt: skip
-# The values that are computed, of fields that the family's class in `transformers` reads and that change the
-# mathematics. It ignores such fields of other families, and so does this reader.
+# The supported values of fields that the family's class in `transformers` reads and that change the mathematics. Fields
+# of other families are ignored, as `transformers` ignores them.
 _OFF = (False, None)
 _COMPUTED: dict[str, dict[str, tuple]] = {
     "gpt2": dict(
@@ -68,7 +68,7 @@ _COMPUTED: dict[str, dict[str, tuple]] = {
     "qwen2": dict(hidden_act=("silu", "swish")),
     "qwen3": dict(hidden_act=("silu", "swish"), attention_bias=_OFF),
 }  # fmt: skip
-# Fields of any family by which `transformers` gives layers other shapes, shares their caches, or reads another file.
+# Fields by which `transformers` gives layers different shapes, shares their caches, or reads another file.
 _LAYERS_DIFFER = ("per_layer_config", "kv_sharing_modes", "transformers_weights")
 
 
@@ -78,10 +78,10 @@ class FolderConfig:
 
     Attributes:
       family: "gpt2", "llama", "qwen2" or "qwen3".
-      classifier: a token classifier rather than a language model.
+      classifier: True for a token classifier, False for a language model.
       decoder: its shape.
-      labels: outputs of the token classifier.
-      qsharp: our own entry, {} where there is none.
+      labels: number of outputs of a token classifier.
+      qsharp: our entry, {} without one.
     """
 
     family: str
@@ -95,16 +95,16 @@ class FolderConfig:
 
 
 def read(folder: str | Path, dtype: str) -> FolderConfig:
-    """Read a folder's config.json, for a model to be held and computed in `dtype`.
+    """Read a folder's config.json, for a model stored and computed in `dtype`.
 
     Raises:
-      UserError: if there is none, or it is damaged, or describes a model that is not computed here.
+      UserError: if it is missing or damaged, or describes an unsupported model.
     """
     path = Path(folder) / CONFIG
     entries = _read_entries(path)
     ours, model_type = entries.get(KEY) or {}, entries.get("model_type")
     architecture = (entries.get("architectures") or [None])[0]
-    if architecture is None:  # the config of a model that was never saved as one
+    if architecture is None:  # the config of a model that was never saved
         architecture = next((name for name, kind in ARCHITECTURES.items() if kind == (model_type, False)), model_type)
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
@@ -136,7 +136,7 @@ def _read_entries(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no folder {folder}; give a folder with a {CONFIG}")
     check_no_adapter(folder)
     if not path.exists():
-        raise UserError(f"{folder} has no {CONFIG}; give a folder that transformers could load")
+        raise UserError(f"{folder} has no {CONFIG}; give a folder that transformers can load")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entries, dict):
@@ -151,11 +151,7 @@ def _read_entries(path: Path) -> dict[str, Any]:
 
 
 def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
-    """The guide that a folder's config describes.
-
-    Raises:
-      UserError: if it describes none, or an incomplete one.
-    """
+    """The guide that a folder's config describes; raises a UserError if it describes none, or an incomplete one."""
     path = Path(folder) / CONFIG
     if "type" not in config.qsharp:
         what = "a token classifier of unknown meaning" if config.classifier else "a language model"
@@ -175,7 +171,7 @@ def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
     if config.classifier != (described.type == "v"):
         raise UserError(
             f"{path} describes a {described.type.upper()}-type guide; a V-type is a token classifier and a Q-type a"
-            " language model with a head of its own"
+            " language model with its own head"
         )
     if described.type == "v" and config.labels != described.outputs:
         raise UserError(f"{path} has {config.labels} labels; a {described.distribution} guide has {described.outputs}")
@@ -185,18 +181,14 @@ def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
 
 
 def check_no_adapter(folder: str | Path) -> None:
-    """Check that a folder does not hold an adapter.
-
-    Raises:
-      UserError: if it does, with what to do.
-    """
+    """Raise a UserError if a folder holds an adapter."""
     folder = Path(folder)
     if not (folder / ADAPTER).is_file():
         return
     if (folder / files.SINGLE).is_file() or (folder / files.INDEX).is_file():
         raise UserError(
-            f"{folder} has an {ADAPTER} beside the weights, and an adapter is not applied; merge it into the weights,"
-            f" or remove {ADAPTER} if it is merged already"
+            f"{folder} has an {ADAPTER} beside the weights, and adapters are not applied; merge it into the weights, or"
+            f" remove {ADAPTER} if it is already merged"
         )
     raise UserError(
         f"{folder} holds a LoRA adapter; merge it into its base first (with peft: model.merge_and_unload(), then"
@@ -205,7 +197,7 @@ def check_no_adapter(folder: str | Path) -> None:
 
 
 def _unsupported(hf: Any, family: str) -> str | None:
-    """The part of a config that changes the mathematics and is not computed here."""
+    """The first part of a config that changes the mathematics and is not supported; None if there is none."""
     if getattr(hf, "is_causal", True) not in (True, None):
         return "is_causal is false"
     if reason := _window(hf):
@@ -217,17 +209,17 @@ def _unsupported(hf: Any, family: str) -> str | None:
         return None
     rope = _rope(hf)
     if nested := next((kind for kind, entry in rope.items() if isinstance(entry, dict)), None):
-        return f"rope_parameters has entries of its own for {nested!r}"
+        return f"rope_parameters has separate entries for {nested!r}"
     if rope["rope_type"] not in ("default", "llama3"):
         return f"the rotary positions are scaled by {rope['rope_type']!r} and not 'llama3'"
     return "partial_rotary_factor is not 1" if rope.get("partial_rotary_factor", 1.0) != 1.0 else None
 
 
 def _window(hf: Any) -> str | None:
-    """A config's limit of attention to the last tokens; None if it has none within the model's positions."""
+    """A config's limit of attention to a window of tokens; None if it has none shorter than the model's positions."""
     kinds = getattr(hf, "layer_types", None)
     window = getattr(hf, "sliding_window", None)
-    if kinds is None:  # the caches of `transformers` then follow these two fields
+    if kinds is None:  # then the caches of `transformers` follow these two fields
         windows = {"sliding_window": window, "attention_chunk_size": getattr(hf, "attention_chunk_size", None)}
         for name, size in windows.items():
             if size is not None and size < hf.max_position_embeddings:
@@ -242,7 +234,7 @@ def _window(hf: Any) -> str | None:
 
 
 def _rope(hf: Any) -> dict[str, Any]:
-    hf.standardize_rope_params()  # as the models do: only now does a field beside the parameters override theirs
+    hf.standardize_rope_params()  # as the models do: afterwards a field beside the parameters overrides theirs
     return hf.rope_parameters
 
 
@@ -251,7 +243,7 @@ def _decoder(hf: Any, family: str, dtype: str) -> DecoderConfig:
     fields["norm_eps"] = float(fields["norm_eps"])
     if family == "gpt2":
         if hf.n_embd % hf.n_head:
-            raise ValueError(f"n_embd is {hf.n_embd}, which n_head, {hf.n_head}, does not divide")
+            raise ValueError(f"n_embd is {hf.n_embd}; it must be a multiple of n_head, {hf.n_head}")
         fields |= dict(kv_heads=hf.n_head, head_dim=hf.n_embd // hf.n_head, mlp=hf.n_inner or 4 * hf.n_embd)
     else:
         rope = _rope(hf)
@@ -267,37 +259,33 @@ def _decoder(hf: Any, family: str, dtype: str) -> DecoderConfig:
 
 
 def family_of(config: DecoderConfig) -> str:
-    """The family whose `transformers` class computes a model of this config.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """The family whose `transformers` class computes a model of this config; raises a UserError if there is none."""
     if config.token_shift:
         raise UserError(
-            "a model with token_shift cannot be exported, as no class of transformers computes it; train one with"
+            "a model with token_shift cannot be exported: no class of transformers computes it; train one with"
             " config.model.token_shift=False"
         )
     divided = config.embed % config.heads == 0
     possible = {
         "gpt2": divided and (config.kv_heads, config.head_dim) == (config.heads, config.embed // config.heads),
-        "llama": divided,  # its config class insists
+        "llama": divided,  # required by its config class
     }
     for family, fixed in _FIXED.items():
         if possible.get(family, True) and all(getattr(config, name) == value for name, value in fixed.items()):
             return family
     raise UserError(
-        "this model cannot be exported, as no class of transformers computes it: it is none of GPT-2 (learned positions"
-        " and biases), Llama, Qwen 2 (with qkv_bias) and Qwen 3 (with qk_norm)"
+        "this model cannot be exported: no class of transformers computes it; it must match GPT-2 (learned positions"
+        " and biases), Llama, Qwen 2 (with qkv_bias) or Qwen 3 (with qk_norm)"
     )
 
 
 def entries(config: DecoderConfig, family: str, *, classifier: bool, tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json of a model in `transformers`, every field that matters written out.
+    """config.json of a model in `transformers`, with every field that matters written out.
 
     Args:
-      classifier: a token classifier rather than a language model.
+      classifier: True for a token classifier, False for a language model.
       tied: whether the language model's head is its embedding.
-      dtype: of the weights.
+      dtype: dtype of the weights.
     """
     architecture = next(name for name, kind in ARCHITECTURES.items() if kind == (family, classifier))
     common = dict(architectures=[architecture], model_type=family, dtype=dtype, use_cache=True)
@@ -312,6 +300,6 @@ def entries(config: DecoderConfig, family: str, *, classifier: bool, tied: bool,
     more["qwen3"] = dict(attention_bias=False, use_sliding_window=False)
     return common | more[family] | dict(
         hidden_act="silu", rope_parameters=rope | dict(rope_theta=config.rope_theta),
-        # As transformers 4 reads them.
+        # For transformers 4.
         rope_theta=config.rope_theta, rope_scaling=rope if config.rope_factor != 1 else None,
     )  # fmt: skip

@@ -1,8 +1,7 @@
-"""Weights out: a folder with tokenizer and model card that `transformers` loads without this package.
+"""Exporting weights: a folder with tokenizer and model card that `transformers` loads without this package.
 
-A reference is a causal language model. A V-type guide is a token classifier whose outputs at a token are the guide's
-for that token; a Q-type guide is a causal language model whose logits are the guide's outputs. The entry "qsharp" in
-config.json says what the outputs parametrize.
+A reference and a Q-type guide are causal language models; a Q-type's logits are the guide's outputs. A V-type guide is
+a token classifier. The entry "qsharp" in config.json says what a guide's outputs parametrize.
 """
 
 import functools
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LARGEST_FILE = 5_000_000_000  # bytes of weights in one file
-PARTIAL = ".partial"  # what is being written, until all of it is
-# Files of an earlier export, which the next one into the same folder removes.
+PARTIAL = ".partial"  # the folder of files being written
+# Files of an earlier export, removed by the next one into the same folder.
 _OURS = (
     "*.safetensors", files.INDEX, "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
@@ -50,20 +49,18 @@ def export_ref(
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Write a reference as `AutoModelForCausalLM` and `PreTrainedTokenizerFast` load it, weights in their dtype.
+    """Export a reference for `AutoModelForCausalLM` and `PreTrainedTokenizerFast`, with the weights' dtype unchanged.
 
     Args:
-      model: in either form, stacked or unstacked.
+      model: stacked or unstacked.
       folder: new, empty, or an earlier export, which is replaced.
-      tokenizer: saved along.
       stop_ids: tokens that end a response; by default the tokenizer's end of text.
       trained_on: the model card's section on the training data, in Markdown.
       metrics: for the model card.
-      largest_file: bytes of weights that one file may hold.
+      largest_file: bytes of weights per file.
 
     Raises:
       UserError: if no class of `transformers` computes this model, or something else is in the folder.
-      OSError: if the folder cannot be written.
     """
     family = configs.family_of(model.config)
     special = _special_tokens(tokenizer, stop_ids)
@@ -90,15 +87,15 @@ def export_guide(
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Write a guide: a V-type as `AutoModelForTokenClassification` loads it, a Q-type as `AutoModelForCausalLM` does.
+    """Export a V-type guide for `AutoModelForTokenClassification`, or a Q-type guide for `AutoModelForCausalLM`.
 
-    Arguments and errors as of `export_ref`; a Q-type with several outputs per token is refused.
+    Arguments and errors are as in `export_ref`; a Q-type with several outputs per token is refused.
     """
     config = model.config
     if config.type == "q" and config.outputs > 1:
         raise UserError(
-            "a Q-type guide with several outputs per token has no form in transformers; fit a V-type one, or a Q-type"
-            " with a bernoulli or scalar distribution, to export it"
+            "transformers has no form for a Q-type guide with several outputs per token; to export a guide, fit a"
+            " V-type one, or a Q-type with a bernoulli or scalar distribution"
         )
     family = configs.family_of(config.trunk)
     classifier = config.type == "v"
@@ -120,20 +117,15 @@ def export_guide(
 
 
 def _meaning(config: ValueConfig) -> dict[str, Any]:
-    """The entry that says what a guide's outputs parametrize."""
+    """The config.json entry that says what a guide's outputs parametrize."""
     ends = {"bernoulli": (0.0, 1.0), "scalar": (None, None)}
     v_min, v_max = ends.get(config.distribution) or (config.atoms[0], config.atoms[-1])
-    return {
-        "type": config.type,
-        "distribution": config.distribution,
-        "atoms": list(config.atoms),
-        "v_min": v_min,
-        "v_max": v_max,
-    }
+    described = {"type": config.type, "distribution": config.distribution, "atoms": list(config.atoms)}
+    return described | {"v_min": v_min, "v_max": v_max}
 
 
 def _special_tokens(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Ids for config.json. None is written out: the defaults of `transformers` are other models' tokens."""
+    """Ids for config.json; None is written too, since the defaults of `transformers` are other models' tokens."""
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stops = sorted(set(map(int, stop_ids)))
     if stops:
@@ -142,7 +134,7 @@ def _special_tokens(tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _dtype(params: Params) -> str:
-    """The widest dtype of any weight, so that nothing is rounded when all are loaded in one dtype."""
+    """The widest dtype of any weight, so that loading everything in one dtype rounds nothing."""
     return str(max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize))
 
 
@@ -150,7 +142,7 @@ def _dtype(params: Params) -> str:
 
 
 def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
-    """Every tensor of the checkpoint, in the order of the layers; values are fetched when it is written."""
+    """Every tensor of the checkpoint, in the order of the layers; values are fetched when written."""
     parts: dict[str, list[tuple[Place, jax.Array, int | None]]] = {}  # leaves, and the layer of stacked ones
     for path, leaf in jax.tree.leaves_with_path(params):
         key, layer = names.split_layer(path)
@@ -170,7 +162,7 @@ def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
 
 
 def _stored(leaves: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
-    """One tensor as the checkpoint has it, from the leaves that it holds side by side."""
+    """One tensor of the checkpoint, from the leaves that it holds side by side."""
     values = []
     for place, leaf, layer in sorted(leaves, key=lambda entry: entry[0].part):
         # A copy is fetched: an array on several devices would keep the host array that its parts were joined in.
@@ -190,11 +182,11 @@ def _export(
     largest_file: int,
     texts: Mapping[str, Any],
 ) -> None:
-    """Write all files into a folder in the folder, then move them out, config.json last: it marks a whole export."""
+    """Write all files into a subfolder, then move them, config.json last, which marks a complete export."""
     folder = Path(folder)
     check_folder(folder)
     weights = files.split(_tensors(params, table), largest_file)
-    if jax.process_index() > 0:  # every process takes part in fetching, in the order of writing; the first writes
+    if jax.process_index() > 0:  # every process takes part in fetching, in the order of writing; only the first writes
         for tensor in itertools.chain.from_iterable(weights.values()):
             tensor.make()
         return
@@ -218,11 +210,7 @@ def _export(
 
 
 def check_folder(folder: str | Path) -> None:
-    """Check that an export may be written into a folder; to be called before long work.
-
-    Raises:
-      UserError: if it is a file, or holds anything but an earlier export.
-    """
+    """Raise a UserError if an export may not be written into a folder; call it before long work."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a new folder to export into")

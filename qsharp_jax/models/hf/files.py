@@ -1,6 +1,6 @@
 """Safetensors files of a folder: read slice by slice, written tensor by tensor.
 
-The format: 8 bytes with the header's length, the header in JSON (name -> dtype, shape, offsets), the tensors' bytes.
+Format: 8 bytes with the header's length, the header in JSON (name -> dtype, shape, offsets), the tensors' bytes.
 """
 
 import contextlib
@@ -24,23 +24,21 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class Tensors(contextlib.AbstractContextManager):
-    """The tensors of a checkpoint's folder, in one file or several.
+    """The tensors in one or several safetensors files of a folder; opening reads the headers only.
 
     Attributes:
-      shapes: of every tensor, by name.
+      shapes: shape of every tensor, by name.
       stored: dtype of every tensor as the format names it, such as "BF16".
+
+    Raises:
+      UserError: for a missing, damaged or truncated file, and for weights that are not safetensors.
     """
 
     def __init__(self, folder: Path):
-        """Read the headers only.
-
-        Raises:
-          UserError: for a missing, damaged or truncated file, and for weights that are not safetensors.
-        """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, str] = {}
         self._places: dict[str, tuple[BinaryIO, int]] = {}  # the open file that holds a tensor, and its first byte
-        with contextlib.ExitStack() as files:  # closed again if any of them cannot be read
+        with contextlib.ExitStack() as files:  # closes the open files if one of them cannot be read
             for path in _paths(folder):
                 self._add(path, files)
             self._files = files.pop_all()
@@ -63,40 +61,38 @@ class Tensors(contextlib.AbstractContextManager):
         self._places |= {name: (file, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor of one or two axes, in the dtype of the file; only its bytes are read.
+        """Read a slice of a tensor of one or two axes, in the dtype of the file; only its bytes are read.
 
-        The bytes are copied from the file: the pages of a mapped file would count as this process' memory, and
-        `safetensors` (0.8) without a map reads the whole tensor for each slice.
+        The file is not memory-mapped, because mapped pages would count as this process's memory; and `safetensors`
+        (0.8) without a map reads the whole tensor for each slice.
         """
         file, place = self._places[name]
         shape, dtype = self.shapes[name], DTYPES[self.stored[name]]
         (row, stop), *others = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        first, last = others[0] if others else (0, 1)
+        begin, end = others[0] if others else (0, 1)
         width = shape[1] if others else 1
-        out = np.empty((stop - row, last - first), dtype)
-        if last - first == width:
+        out = np.empty((stop - row, end - begin), dtype)
+        if end - begin == width:
             pieces = [(out, row * width)]
         else:
-            pieces = [(out[i], (row + i) * width + first) for i in range(len(out))]
+            pieces = [(out[i], (row + i) * width + begin) for i in range(len(out))]
         for piece, start in pieces:
             done = os.preadv(file.fileno(), [piece.view(np.uint8).data], place + start * dtype.itemsize)
             if done != piece.nbytes:
-                raise UserError(
-                    f"{file.name} ended in the middle of {name}, though it was whole before; download it again"
-                )
+                raise UserError(f"{file.name} was truncated while {name} was read; download it again")
         return out if others else out[:, 0]
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The folder's weight files, checked to exist."""
+    """The folder's weight files, all of which exist."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
-                f"{folder} has its weights in {pickles[0]}, a pickle, which can run any program when it is read;"
-                " convert it on a machine where you trust it: load it with transformers and save it with"
+                f"{folder} has its weights in {pickles[0]}, a pickle, which can run arbitrary code when read; convert"
+                " it on a machine where you trust it: load it with transformers and save it with"
                 " model.save_pretrained(FOLDER, safe_serialization=True)"
             )
         raise UserError(f"{folder} has no weights; it needs {SINGLE}, or {INDEX} with its shards")
@@ -109,8 +105,8 @@ def _paths(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} names {name!r}, which is not a file beside it; download it again")
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UserError(
-            f"{folder} lacks {missing[0]}, one of {len(missing)} missing of {len(names)} files of weights; download"
-            " what is missing"
+            f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files are missing); download the"
+            " missing files"
         )
     return [folder / name for name in names]
 
@@ -119,7 +115,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written; `make` returns its values and is called once, when its turn comes."""
+    """A tensor to write; `make` returns its values, and is called once, when they are written."""
 
     name: str
     dtype: np.dtype
@@ -132,12 +128,12 @@ class Tensor(NamedTuple):
 
 
 def split(tensors: Sequence[Tensor], largest_file: int) -> dict[str, list[Tensor]]:
-    """Tensors by the name of their file, in the order of writing.
+    """Group tensors by the name of their file, in the order of writing.
 
     Args:
-      largest_file: bytes of tensors that one file may hold; a larger tensor has a file of its own.
+      largest_file: bytes of tensors per file; a larger tensor gets its own file.
     """
-    # Wider numbers first, so that each tensor starts at a multiple of its numbers' width.
+    # Wider dtypes first, so that each tensor is aligned to its dtype.
     by_name = {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)}
     files = split_state_dict_into_shards_factory(
         by_name,
@@ -149,10 +145,7 @@ def split(tensors: Sequence[Tensor], largest_file: int) -> dict[str, list[Tensor
 
 
 def write(folder: Path, files: Mapping[str, Sequence[Tensor]]) -> None:
-    """Write files of `split`, with an index if there are several, holding one tensor in memory at a time.
-
-    (`safetensors` writes a file from all of its tensors in memory.)
-    """
+    """Write files of `split`, with an index if there are several, holding one tensor in memory at a time."""
     for name, tensors in files.items():
         _write_file(folder / name, tensors)
     if len(files) > 1:
@@ -164,7 +157,7 @@ def write(folder: Path, files: Mapping[str, Sequence[Tensor]]) -> None:
 
 def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.bytes

@@ -1,7 +1,7 @@
-"""Weights in: a folder's tensors, read slice by slice straight to the devices that need them.
+"""Loading weights: a folder's tensors, read slice by slice straight to the devices that need them.
 
-Every name and shape is compared and the memory is counted before anything is read. Beside the model itself the host
-holds one leaf's slices at a time.
+All names and shapes are compared, and the memory is checked, before anything is read. Besides the model itself, the
+host holds one leaf's slices at a time.
 """
 
 import contextlib
@@ -31,75 +31,64 @@ THREADS = 8
 
 
 def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
-    """The config of a folder's decoder, to be held and computed in "float32" or "bfloat16".
+    """The decoder config of a folder, to be stored and computed in "float32" or "bfloat16".
 
     Raises:
-      UserError: if its config.json is missing, damaged or describes a model that is not computed here.
+      UserError: if its config.json is missing or damaged, or describes an unsupported model.
     """
     return configs.read(folder, dtype).decoder
 
 
 def read_guide_config(folder: str | Path, dtype: str) -> ValueConfig:
-    """The config of a folder's guide.
-
-    Raises:
-      UserError: as `read_config`, and if the folder holds no guide.
-    """
+    """The config of a folder's guide; errors as in `read_config`, and a UserError if the folder holds no guide."""
     return configs.guide(configs.read(folder, dtype), folder)
 
 
 def is_guide(folder: str | Path) -> bool:
-    """Return true if a folder holds an exported guide rather than a language model.
-
-    Raises:
-      UserError: as `read_config`.
-    """
+    """Return true if a folder holds an exported guide rather than a language model; errors as in `read_config`."""
     return "type" in configs.read(folder, "float32").qsharp
 
 
 def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> LanguageModel:
-    """A causal language model.
+    """Load a causal language model.
 
     Args:
       folder: with config.json and safetensors.
-      dtype: of weights and products, "float32" or "bfloat16", whatever the files hold.
+      dtype: dtype of the loaded weights and of the computation, "float32" or "bfloat16".
       unstacked: layers as a list, for decoding; otherwise stacked, for training.
-      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default all is put on the
-        default device. Each process reads its own slices only.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default everything is put
+        on the default device. Each process reads only its own slices.
 
     Raises:
-      UserError: for a wrong config, wrong or damaged files, and too little memory.
+      UserError: for a wrong config, wrong or damaged files, or too little memory.
     """
     source = _ref(folder, dtype)
     return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
 def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shardings: Any = None) -> LanguageModel:
-    """A decoder to start a guide from, `value.init(key, ValueConfig(trunk.config, ...), trunk.params)`.
+    """Load a decoder to start a guide from: `value.init(key, ValueConfig(trunk.config, ...), trunk.params)`.
 
-    The folder may hold a language model or a guide; its head is left out. Arguments and errors as of `load_ref`.
+    The folder may hold a language model or a guide, whose head is left out. Arguments and errors as in `load_ref`.
     """
     source = _trunk(folder, dtype)
     return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
 def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> ValueModel:
-    """A guide: a token classifier (V-type) or a language model (Q-type) with our entry in its config.json.
+    """Load a guide: a token classifier (V-type) or a language model (Q-type) with our entry in its config.json.
 
-    Arguments and errors as of `load_ref`.
+    Arguments and errors are as in `load_ref`.
     """
     source = _guide(folder, dtype)
     return ValueModel(_load(source, unstacked, shardings), configs.guide(source.config, folder))
 
 
 def check_weights(folder: str | Path, what: str) -> None:
-    """Check what `load_ref`, `load_trunk` or `load_guide` check, but for the memory; only the files' headers are read.
+    """Run the checks of `load_ref`, `load_trunk` or `load_guide`, except for memory, reading only the files' headers.
 
     Args:
       what: "ref", "trunk" or "guide".
-
-    Raises:
-      UserError: as they do.
     """
     with _open({"ref": _ref, "trunk": _trunk, "guide": _guide}[what](folder, "float32")):
         pass
@@ -110,19 +99,19 @@ def check_weights(folder: str | Path, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A folder and what is to be read from it.
+    """A folder and what to read from it.
 
     Attributes:
       shapes: the tree of parameters, layers stacked.
       table: the place of each leaf.
-      heads_too: the folder may hold heads that the tree lacks.
+      extra_heads: whether the folder may hold heads that the tree lacks.
     """
 
     folder: Path
     config: configs.FolderConfig
     shapes: Params
     table: Mapping[str, Place]
-    heads_too: bool = False
+    extra_heads: bool = False
 
 
 def _ref(folder: str | Path, dtype: str) -> _Source:
@@ -136,7 +125,7 @@ def _trunk(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     shapes = decoder.abstract(config.decoder)
     shapes.pop("head", None)
-    return _Source(Path(folder), config, shapes, names.decoder_places(config.family), heads_too=True)
+    return _Source(Path(folder), config, shapes, names.decoder_places(config.family), extra_heads=True)
 
 
 def _guide(folder: str | Path, dtype: str) -> _Source:
@@ -147,7 +136,7 @@ def _guide(folder: str | Path, dtype: str) -> _Source:
 
 @contextlib.contextmanager
 def _open(source: _Source) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
-    """Open the folder's tensors, compare all names and shapes, and give the place of each leaf among them."""
+    """Open the folder's tensors, compare all names and shapes, and yield the place of each leaf among them."""
     with Tensors(source.folder) as tensors:
         # Checkpoints of the base model alone leave out its name.
         prefix = names.PREFIX[source.config.family]
@@ -156,8 +145,7 @@ def _open(source: _Source) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
             path: dataclasses.replace(place, name=place.name.removeprefix(strip))
             for path, place in source.table.items()
         }
-        expected = _expected(source.shapes, table)
-        _check(source, tensors, expected, table.get("embedding"))
+        _check(source, tensors, _expected(source.shapes, table), table.get("embedding"))
         yield tensors, table
 
 
@@ -183,7 +171,7 @@ def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
 
 
 def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Shapes that the tensors of a tree (layers stacked) have in a checkpoint, by name."""
+    """The shapes that the tensors of a tree (layers stacked) should have in a checkpoint, by name."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         key, _ = names.split_layer(path)
@@ -198,42 +186,38 @@ def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int
 def _check(
     source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None
 ) -> None:
-    """Check that the tensors are those of the config, in name, shape and dtype.
-
-    Raises:
-      UserError: naming the first that is not.
-    """
+    """Compare the tensors with those that the config implies, in name, shape and dtype; raises a UserError."""
     folder = source.folder
     missing = [name for name in expected if name not in tensors.shapes]
     if missing:
         raise UserError(
-            f"{folder} lacks the tensor {missing[0]}{_and_others(missing)}, which its config.json asks for; download"
-            " the weights and the config of one model"
+            f"{folder} lacks the tensor {missing[0]}{_and_others(missing)}, which its config.json requires; download"
+            " the weights and the config of the same model"
         )
     for name, shape in expected.items():
         if tensors.shapes[name] != shape:
             raise UserError(
-                f"{folder}: the tensor {name} has the shape {tensors.shapes[name]}, and its config.json asks for"
-                f" {shape}; download the weights and the config of one model"
+                f"{folder}: the tensor {name} has the shape {tensors.shapes[name]}, but its config.json requires"
+                f" {shape}; download the weights and the config of the same model"
             )
         if tensors.stored[name] not in DTYPES:
             raise UserError(
-                f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; {', '.join(DTYPES)} can be read"
+                f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; supported are {', '.join(DTYPES)}"
             )
     extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
-    if source.heads_too:
+    if source.extra_heads:
         extra = [name for name in extra if name.partition(".")[0] not in ("lm_head", "score", "classifier")]
     elif source.config.decoder.tied and embedding is not None and "lm_head.weight" in extra:
         if not _same(tensors, "lm_head.weight", embedding.name):
             raise UserError(
-                f"{folder} has a lm_head.weight that is not its embedding, though config.json says that they are tied;"
-                ' set "tie_word_embeddings" to false there if the model has a head of its own'
+                f"{folder} has a lm_head.weight that differs from its embedding, but config.json says that they are"
+                ' tied; set "tie_word_embeddings" to false if the model has its own head'
             )
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
-            f"{folder} has the tensor {extra[0]}{_and_others(extra)}, which its config.json does not ask for; download"
-            " the weights and the config of one model"
+            f"{folder} has the tensor {extra[0]}{_and_others(extra)}, which its config.json does not call for; download"
+            " the weights and the config of the same model"
         )
 
 
@@ -242,7 +226,7 @@ def _and_others(names: list[str]) -> str:
 
 
 def _same(tensors: Tensors, name: str, other: str) -> bool:
-    """Return true if two tensors are equal, bit by bit."""
+    """Return true if two tensors are bitwise equal."""
     shape = tensors.shapes[name]
     if (shape, tensors.stored[name]) != (tensors.shapes[other], tensors.stored[other]):
         return False
@@ -268,7 +252,7 @@ def _read_leaf(
     stacked = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     for i in range(leaf.shape[0]):
         part = _read_array(tensors, place, i, leaf.shape[1:], leaf.dtype, _of_one_layer(sharding), pool)
-        # Without waiting, the host would read ahead of the device and hold more than one layer.
+        # Without this wait, the host would read ahead of the device and hold more than one layer.
         stacked = jax.block_until_ready(_set_layer(sharding)(stacked, part, i))
     return stacked
 
@@ -317,7 +301,7 @@ def _read_slice(
     dtype: np.dtype,
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:
-    """A slice of a leaf of `shape`, with its bounds [start, stop) on each axis, read in small pieces."""
+    """Read a slice of a leaf of `shape`, with bounds [start, stop) on each axis, in small pieces."""
     out = np.empty([stop - start for start, stop in bounds], dtype)
     by_row, where, stored = out, list(bounds), shape
     if place.transposed:

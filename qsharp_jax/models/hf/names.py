@@ -1,7 +1,4 @@
-"""The tensors of a Hugging Face checkpoint by the paths of our leaves, from the table in `leaves.py`.
-
-Families: "gpt2", "llama", "qwen2", "qwen3".
-"""
+"""The tensors of a Hugging Face checkpoint by the paths of our leaves, from the table in `leaves.py`."""
 
 import re
 from collections.abc import Mapping
@@ -11,15 +8,15 @@ import jax
 from qsharp_jax.models import leaves
 from qsharp_jax.models.leaves import Leaf, Place
 
-# The base model's name, which checkpoints of the base model alone leave out.
+# The base model's name, a prefix that checkpoints of the base model alone lack.
 PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "qwen3": "model."}
 
-# Buffers that old versions of `transformers` saved among the weights; they follow from the config.
+# Buffers that old versions of `transformers` saved with the weights; they are determined by the config.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 def decoder_places(family: str) -> dict[str, Place]:
-    """Places of a language model's leaves in every form, by their paths with "/" between the keys."""
+    """Places of a language model's leaves, in stacked and CPU form, by their paths with "/" between the keys."""
     block, outer = leaves.BLOCK | leaves.TRANSPOSED_BLOCK, leaves.OUTER | leaves.TRANSPOSED_OUTER
     return _places(outer, family) | _places(block, family, "layers/")
 
@@ -36,11 +33,11 @@ def _places(table: Mapping[str, Leaf], family: str, prefix: str = "") -> dict[st
 
 
 def is_buffer(name: str) -> bool:
-    """Return true for a tensor that is known to hold nothing learned."""
+    """Return true for a tensor known to hold nothing learned."""
     return bool(_BUFFERS.search(name))
 
 
 def split_layer(path: tuple) -> tuple[str, int | None]:
-    """A leaf's path in the tables, from its path in a tree, and its layer where the layers are a list."""
+    """A leaf's path in the tables from its path in a tree, and its layer where the layers are a list."""
     layer = next((key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)), None)
     return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), layer
