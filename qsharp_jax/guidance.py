@@ -1,8 +1,8 @@
 """From reward-to-go to next token: candidates, the tilt of the reference's logits, sampling filters, exact KL.
 
 pi*_eta(y|x) ∝ pi_ref(y|x) E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548). A step is `tilt`, `temper`, `truncate`,
-`sample`, the order of Hugging Face's processors and warpers and of the paper's program: temperature divides the tilt
-too. Shapes: B batch, V vocabulary, K candidates; logits are float32, and eta, temperature, top_k, top_p are arrays
+`sample`, in the order of Hugging Face's processors and warpers and of the paper's program, so temperature divides the
+tilt too. Shapes: B batch, V vocabulary, K candidates. Logits are float32; eta, temperature, top_k and top_p are arrays
 [B], so that one compiled program serves a sweep over them.
 """
 
@@ -17,31 +17,31 @@ import jax.numpy as jnp
 from qsharp_jax.sampling import MODES
 from qsharp_jax.values import Distribution
 
-GROUP = 128  # tokens that `sample` adds up before it chooses among them
+GROUP = 128  # tokens whose weights `sample` sums before choosing among them
 
 
 def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
     """The k tokens of largest reference logit, best first, ties by lower id: [B, V] -> [B, K] int32.
 
     Raises:
-      ValueError: k is not in [1, V].
+      ValueError: if k is not in [1, V].
     """
     chex.assert_rank(ref_logits, 2)
     chex.assert_type(ref_logits, float)
     if not 1 <= k <= ref_logits.shape[-1]:
-        raise ValueError(f"{k} candidates of a vocabulary of {ref_logits.shape[-1]}: take 1 to that many")
+        raise ValueError(f"{k} candidates of a vocabulary of {ref_logits.shape[-1]}; take 1 to that many")
     return jax.lax.top_k(ref_logits, k)[1].astype(jnp.int32)
 
 
 @flax.struct.dataclass
 class Packing:
-    """Which of the rows' [B, K] candidates have one of S shared slots; `pack` and `unpack` go between the layouts.
+    """An assignment of [B, K] candidates to S slots shared by all rows; `pack` and `unpack` convert between layouts.
 
     Attributes:
-      scored: [B, K] bool, has a slot.
-      dropped: [B] int32, candidates above the threshold for which there was none.
-      order: [B + S], the places in the flattened [B, 1 + K] of the pending tokens and of the slots' candidates.
-      slot: [B, 1 + K], the reverse: the place in B + S, and B + S itself for what has none.
+      scored: [B, K] bool, whether a candidate has a slot.
+      dropped: [B] int32, number of candidates above the threshold without a slot.
+      order: [B + S], places in the flattened [B, 1 + K] of the pending tokens and of the slots' candidates.
+      slot: [B, 1 + K], the inverse: the place in B + S, or B + S itself without a slot.
     """
 
     scored: jax.Array
@@ -59,17 +59,17 @@ class Packing:
 
 
 def pack(ref_logits: jax.Array, candidates: jax.Array, slots: int, threshold: jax.Array, active: jax.Array) -> Packing:
-    """Give the slots to the most probable of all rows' candidates.
+    """Assign slots to the most probable of all rows' candidates.
 
-    Most steps have one or two plausible tokens, so that the rows together need far fewer than K slots each. A row that
-    has ended needs none. If no candidate above its threshold is dropped, the result is that of scoring all of these.
+    Most steps have one or two plausible tokens, so the rows together need far fewer than K slots each. If no candidate
+    above its threshold is dropped, the result equals that of scoring all of these.
 
     Args:
       ref_logits: [B, V].
       candidates: [B, K], distinct within a row.
       slots: S, in 1 .. B * K.
-      threshold: [B], the reference probability from which a candidate is to be scored.
-      active: [B] bool, rows that go on.
+      threshold: [B], the least reference probability of a candidate to score.
+      active: [B] bool, rows that still need candidates.
     """
     chex.assert_rank([ref_logits, candidates, threshold, active], [2, 2, 1, 1])
     rows, count = candidates.shape
@@ -84,18 +84,15 @@ def pack(ref_logits: jax.Array, candidates: jax.Array, slots: int, threshold: ja
 
 
 def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Array:
-    """Log-weights that are added to the candidates' logits, [B, K] in nats.
+    """Log-weights [B, K], in nats, to add to the candidates' logits.
 
     "qsharp" is log E exp(z/eta), optimal for KL-regularized reward; "cd" is E z / eta (Controlled Decoding, arXiv
-    2310.17022, and VAS, 2405.06639); "expectation" is log E z (FUDGE, 2104.05218), which has no strength to choose.
+    2310.17022, and VAS, 2405.06639); "expectation" is log E z (FUDGE, 2104.05218), which does not depend on eta.
 
     Args:
       distribution: of the reward-to-go after each candidate, batch dimensions [B, K].
-      eta: [B], in (0, inf]; inf is pi_ref itself, whatever the mode.
-      mode: one of `MODES`.
-
-    Raises:
-      ValueError: unknown mode.
+      eta: [B], in (0, inf]; inf is pi_ref itself in every mode.
+      mode: one of `MODES`; others raise a ValueError.
     """
     chex.assert_rank(eta, 1)
     eta = eta[:, None]
@@ -127,8 +124,7 @@ def mass_log_weight(
     1 policy and reference are both taken at T: T log E exp(log_weights / T).
 
     Args:
-      ref_logits: [B, K], the reference's logits of the candidates.
-      log_weights: [B, K], their log-weights in nats.
+      ref_logits, log_weights: [B, K], the candidates' reference logits and log-weights in nats.
       temperature: [B], as in `temper`.
       scored: [B, K] bool, the candidates that count; by default all.
 
@@ -151,11 +147,9 @@ def mass_log_weight(
 
 
 def relative(log_weights: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both less `others`, where it is finite: the policy is the same, and equal log-weights leave pi_ref bit for bit.
+    """Subtract `others` [B], where finite, from `log_weights` [B, K] and from itself.
 
-    Args:
-      log_weights: [B, K].
-      others: [B].
+    The policy is unchanged, and equal log-weights leave pi_ref bit for bit.
     """
     chex.assert_rank([log_weights, others], [2, 1])
     shift = jnp.where(jnp.isfinite(others), others, 0)
@@ -165,8 +159,8 @@ def relative(log_weights: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.
 def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
     """sum_g weights[:, g] parts[g] over guides: G arrays [B, ...], [B, G] -> [B, ...].
 
-    Of log-weights it is a product of tilts, each to the power of its guide's weight: of CD's and VAS's, the tilt by the
-    weighted sum of rewards.
+    For log-weights this is a product of tilts, each to the power of its guide's weight; for CD and VAS it is the tilt
+    by the weighted sum of rewards.
     """
     chex.assert_rank(weights, 2)
     chex.assert_shape(weights, (len(parts[0]), len(parts)))
@@ -178,16 +172,13 @@ def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
 def tilt(
     ref_logits: jax.Array, candidates: jax.Array, log_weights: jax.Array, others: jax.Array | float = 0.0
 ) -> jax.Array:
-    """Add the log-weights at the candidates, and `others` at every other token.
+    """Add the log-weights at the candidates, and `others` at every other token: [B, V].
 
     Args:
       ref_logits: [B, V].
       candidates: [B, K] int, distinct within a row.
       log_weights: [B, K].
       others: a number or [B], the log-weight of the tokens that are not scored.
-
-    Returns:
-      The tilted policy's logits, [B, V].
     """
     chex.assert_rank([ref_logits, candidates, log_weights], 2)
     chex.assert_equal_shape([candidates, log_weights])
@@ -200,14 +191,11 @@ def tilt(
 
 
 def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Divide by the temperature, from the largest logit on, which becomes 0: [B, V], [B] -> [B, V].
+    """Divide by the temperature relative to the largest logit, which becomes 0: [B, V], [B] -> [B, V].
 
-    Temperature 0 is greedy decoding, defined as temperature 1 followed by truncation to the argmax (see `truncate`):
-    the policy before truncation, and its KL, then stay finite. With the largest logit at 0 the likely tokens keep
-    their digits at small temperatures.
-
-    Args:
-      temperature: 0, or at least `sampling.LEAST_TEMPERATURE`.
+    Temperature 0 is greedy decoding, defined as temperature 1 followed by truncation to the argmax (see `truncate`), so
+    that the policy before truncation, and its KL, stay finite. With the largest logit at 0, likely tokens keep their
+    digits at small temperatures. Others must be at least `sampling.LEAST_TEMPERATURE`.
     """
     chex.assert_rank([logits, temperature], [2, 1])
     chex.assert_type([logits, temperature], float)
@@ -219,19 +207,16 @@ def _divisor(temperature: jax.Array) -> jax.Array:
 
 
 def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Set the logits outside the kept tokens to -inf; of equal tokens the one of lower id is kept first.
+    """Set all logits but the kept ones to -inf, [B, V]; among equal logits, lower ids are kept first.
 
     top_k comes first; then top_p keeps the smallest set of most probable tokens whose probability, renormalized within
     the top k, reaches top_p. At least one token is kept.
 
     Args:
       logits: [B, V], after `temper`.
-      temperature: [B]; 0 keeps the argmax alone, anything else has no effect here.
+      temperature: [B]; 0 keeps the argmax alone, other values have no effect here.
       top_k: [B] int; 0 is off.
       top_p: [B], in [0, 1]; 1 keeps everything exactly.
-
-    Returns:
-      [B, V].
     """
     chex.assert_rank([logits, temperature, top_k, top_p], [2, 1, 1, 1])
     chex.assert_type([logits, temperature, top_k, top_p], [jnp.float32, float, int, float])
@@ -243,14 +228,10 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p:
 
 
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draw one token per row, [B] int32; each row has its own key, so that it does not depend on its neighbors.
+    """Draw one token per row, [B] int32, from logits [B, V] with a key per row [B]; -inf is never drawn.
 
-    Two uniform numbers per row choose a group of tokens by its probability, then a token of the group by its own.
-    Gumbel noise would take V of them.
-
-    Args:
-      logits: [B, V]; -inf is never drawn.
-      keys: [B] typed keys.
+    Rows do not depend on each other. Two uniform numbers per row choose a group of tokens by its probability, then a
+    token of the group by its own; Gumbel noise would take V of them.
     """
     chex.assert_rank([logits, keys], [2, 1])
     chex.assert_equal_shape_prefix([logits, keys], 1)
@@ -264,9 +245,9 @@ def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first place where the running sum exceeds `uniform` of the whole: [B, N], [B] in [0, 1) -> [B]."""
+    """The first place where the running sum exceeds `uniform` times the total: [B, N], [B] in [0, 1) -> [B]."""
     upto = jnp.cumsum(weights, axis=-1)
-    passed = (upto > uniform[:, None] * upto[:, -1:]) & (weights > 0)  # sums are rounded: never one of weight 0
+    passed = (upto > uniform[:, None] * upto[:, -1:]) & (weights > 0)  # despite rounding, never one of weight 0
     return jnp.where(passed.any(-1), passed.argmax(-1), weights.argmax(-1))
 
 
@@ -281,7 +262,7 @@ def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """KL(pi || pi_ref), exact over the vocabulary: [B, V], [B, V] -> [B] in nats, >= 0.
 
     A token that pi excludes (-inf) adds 0; one that only pi_ref excludes makes the KL +inf. Equal logits have a KL of
-    exactly 0, however large the vocabulary is.
+    exactly 0, for any vocabulary size.
     """
     chex.assert_rank([logits, ref_logits], 2)
     chex.assert_equal_shape([logits, ref_logits])
@@ -289,23 +270,22 @@ def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     in_policy, in_ref = logits > -jnp.inf, ref_logits > -jnp.inf
     both = in_policy & in_ref
     log_pi = jax.nn.log_softmax(logits)
-    # Masked before the subtraction and not after it: -inf - -inf is nan, and so would be its gradient.
+    # Masked before the subtraction rather than after: -inf - -inf is nan, and so would be its gradient.
     log_ratio = jnp.where(both, log_pi, 0) - jnp.where(both, jax.nn.log_softmax(ref_logits), 0)
     finite = jnp.sum(jnp.exp(log_pi) * log_ratio, axis=-1)
-    # The two log_softmax may round apart over a large vocabulary, and the sum then be a little more or less than 0.
+    # The two log_softmax may round differently over a large vocabulary, and the sum be slightly off 0.
     finite = jnp.where(jnp.all(logits == ref_logits, axis=-1), 0, jnp.maximum(finite, 0))
     return jnp.where(jnp.any(in_policy & ~in_ref, axis=-1), jnp.inf, finite)
 
 
 def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """The fewest tokens, in order of logit and then of id, whose weights sum to the target, and one at least: [B, V].
+    """The fewest tokens (at least one), by logit and then by id, whose weights sum to the target: [B, V] bool.
 
-    By bisection on the bits of the logit and, among equal logits, on the id: 32 sums over the vocabulary, where a sort
-    takes over ten times as long on CPU. A target out of reach keeps every token; inf does so at no cost.
+    Bisects on the bits of the logit and, among equal logits, on the id: 32 sums over the vocabulary, over ten times as
+    fast as a sort on CPU. A target out of reach keeps every token; inf does so at no cost.
 
     Args:
-      logits: [B, V].
-      weights: [B, V], >= 0.
+      logits, weights: [B, V]; weights >= 0.
       target: [B], >= 0.
     """
     lowest = jnp.iinfo(jnp.int32).min
@@ -317,33 +297,31 @@ def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Arr
     )[:, None]
     above, tied = ranks > threshold, ranks == threshold
     ids = jnp.arange(logits.shape[-1])
-    last = _largest(
+    last_id = _largest(
         lambda token: jnp.sum(jnp.where(above | (tied & (ids < token)), weights, 0), axis=-1) < target,
         low=jnp.min(jnp.where(tied, ids, ids.size), axis=-1),
         high=jnp.max(jnp.where(tied, ids, -1), axis=-1),  # low itself unless logits are equal: nothing to search
     )[:, None]
-    return above | (tied & (ids <= last))
+    return above | (tied & (ids <= last_id))
 
 
 def _order_preserving_int(x: jax.Array) -> jax.Array:
-    """float32 -> int32 with the same order: the bits of a positive float already have it, a negative's are flipped."""
+    """float32 -> int32 with the same order: a positive float's bits already have it, a negative's are flipped."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)  # one zero, not two
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
 def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
-    """The largest int32 above low and up to high that `accepts` takes, if it takes all smaller ones too; else low: [B].
+    """The largest int32 in (low, high] that `accepts` ([B, 1] -> [B] bool), if it accepts all smaller ones, else low.
 
-    Args:
-      accepts: [B, 1] int32 -> [B] bool.
-      low: [B] int32.
-      high: [B] int32.
+    `low` and `high` are [B] int32, as is the result.
     """
 
     def halve(bounds):
         low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, and without overflow
-        accepted, searching = accepts(middle[:, None]), low < high  # a row that has ended waits for the others
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+        accepted, searching = accepts(middle[:, None]), low < high  # a finished row waits for the others
+
         return jnp.where(searching & accepted, middle, low), jnp.where(searching & ~accepted, middle - 1, high)
 
     return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]

@@ -1,8 +1,8 @@
 """Distributions of the reward-to-go: negative log-likelihood, mean, and log E exp(z/eta), the log-weight of a token.
 
-Q*_eta(x, y) = eta log E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548): one learned Z serves every eta. Every method
-is elementwise over the batch dimensions, written `...`; M is the number of atoms. Rewards and eta share one unit; the
-rest is in nats.
+Q*_eta(x, y) = eta log E_{z~Z*(x,y)}[exp(z/eta)] ("Q#", arXiv 2502.20548): one learned Z serves every eta. Methods are
+elementwise over the batch dimensions, written `...`; M is the number of atoms. Rewards and eta have the same unit;
+everything else is in nats.
 """
 
 from typing import Any, Literal
@@ -18,21 +18,17 @@ Projection = Literal["two_hot", "nearest"]
 
 
 def _kind(name: str) -> Any:
-    """A static field that tells the distributions apart.
+    """A static field that distinguishes the distributions.
 
-    In jax 0.10 the tree structures of two dataclasses are equal if their fields are as many and their static fields'
-    values equal, whatever their classes. Hashes do differ, so that `jit` only now and then took one for the other.
+    In jax 0.10 two dataclasses have equal tree structures if their fields match in number and static values, whatever
+    their classes, so `jit` could mistake one for the other.
     """
     return flax.struct.field(pytree_node=False, default=name, repr=False)
 
 
 @flax.struct.dataclass
 class Bernoulli:
-    """Reward-to-go in {0, 1}, with P(z = 1) = sigmoid(logits).
-
-    Attributes:
-      logits: [...] float.
-    """
+    """Reward-to-go in {0, 1}, with P(z = 1) = sigmoid(logits) for float `logits` [...]."""
 
     logits: jax.Array
     kind: str = _kind("bernoulli")
@@ -54,20 +50,19 @@ class Bernoulli:
           reward_to_go: broadcastable to [...], in [0, 1]; a value between is the probability of a 1.
 
         Raises:
-          ValueError: a reward lies outside [0, 1]. Inside jit nothing can be raised: call `check_rewards` before it.
+          ValueError: for a reward outside [0, 1]. Inside jit nothing is raised: call `check_rewards` before it.
         """
         chex.assert_type(self.logits, float)
         chex.assert_is_broadcastable(jnp.shape(reward_to_go), self.logits.shape)
         _check_range(reward_to_go, (0.0, 1.0))
         reward_to_go = jnp.asarray(reward_to_go, self.logits.dtype)
-        # Not softplus(l) - r l: both terms are positive, so a confident and right guide keeps its digits.
+        # Not softplus(l) - r l: with both terms positive, a confident and correct guide keeps its digits.
         return reward_to_go * jax.nn.softplus(-self.logits) + (1 - reward_to_go) * jax.nn.softplus(self.logits)
 
     def log_mgf(self, eta: chex.Numeric) -> jax.Array:
-        """log E exp(z/eta) = softplus(logits + 1/eta) - softplus(logits), [...]; a logit may be -inf or inf here.
+        """log E exp(z/eta) = softplus(logits + 1/eta) - softplus(logits), [...], for eta in (0, inf]; inf gives 0.
 
-        Args:
-          eta: in (0, inf], broadcast against [...]; inf gives exactly 0.
+        Logits of -inf and inf are allowed.
         """
         chex.assert_type(self.logits, float)
         return _bernoulli_log_mgf(self.logits, jnp.asarray(eta, self.logits.dtype))
@@ -92,10 +87,10 @@ class Categorical:
         return jnp.sum(jax.nn.softmax(self.logits) * self.atoms, axis=-1)
 
     def log_mean(self) -> jax.Array:
-        """log E z, [...], summed in the log domain: a mean too small for a float has its logarithm all the same.
+        """log E z, [...], summed in the log domain, so that a mean too small for a float has a finite logarithm.
 
         Raises:
-          ValueError: some atom is negative; the sum is then no logarithm of positive terms. (Traced atoms: nan.)
+          ValueError: for a negative atom. (Traced atoms: nan.)
         """
         self._check_shapes()
         if _is_concrete(self.atoms) and np.any(np.asarray(self.atoms) < 0):
@@ -103,29 +98,16 @@ class Categorical:
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits), b=self.atoms, axis=-1)
 
     def nll(self, reward_to_go: chex.Numeric, *, projection: Projection = "two_hot", clip: bool = False) -> jax.Array:
-        """Cross-entropy to the observed reward-to-go projected on the atoms, [...].
-
-        Args:
-          reward_to_go: broadcastable to [...].
-          projection: see `project`.
-          clip: see `project`.
-
-        Raises:
-          ValueError: as `project`.
-        """
+        """Cross-entropy to the observed reward-to-go projected on the atoms, [...]; arguments as in `project`."""
         self._check_shapes()
         chex.assert_is_broadcastable(jnp.shape(reward_to_go), self.logits.shape[:-1])
         target = project(reward_to_go, self.atoms, method=projection, clip=clip)  # [..., M]
-        # An atom that the target leaves out may have log-probability -inf, and 0 * inf is nan.
+        # An atom outside the target may have log-probability -inf, and 0 * inf is nan.
         log_probs = jnp.where(target > 0, jax.nn.log_softmax(self.logits), 0)
         return -jnp.sum(target * log_probs, axis=-1)
 
     def log_mgf(self, eta: chex.Numeric) -> jax.Array:
-        """log E exp(z/eta) = logsumexp(log_softmax(logits) + atoms/eta), [...].
-
-        Args:
-          eta: in (0, inf], broadcast against [...]; inf gives exactly 0.
-        """
+        """log E exp(z/eta) = logsumexp(log_softmax(logits) + atoms/eta), [...]; eta in (0, inf], inf gives 0."""
         self._check_shapes()
         dtype = self.logits.dtype
         return _categorical_log_mgf(self.logits, jnp.asarray(self.atoms, dtype), jnp.asarray(eta, dtype))
@@ -138,11 +120,7 @@ class Categorical:
 
 @flax.struct.dataclass
 class Scalar:
-    """Reward-to-go known by its mean alone, as a point mass: the MSE ablation, and the values of CD and VAS.
-
-    Attributes:
-      value: [...] float, E z (`mean` is the method that all three share).
-    """
+    """Reward-to-go known only by its mean `value` [...], a point mass: the MSE ablation, and values of CD and VAS."""
 
     value: jax.Array
     kind: str = _kind("scalar")
@@ -153,26 +131,18 @@ class Scalar:
         return self.value
 
     def log_mean(self) -> jax.Array:
-        """log max(E z, 0), [...]: a regression may fall below 0, and such a token then gets weight 0."""
+        """log max(E z, 0), [...]: a regression below 0 gives its token weight 0."""
         chex.assert_type(self.value, float)
         return jnp.log(jnp.maximum(self.value, 0))
 
     def nll(self, reward_to_go: chex.Numeric) -> jax.Array:
-        """(value - reward_to_go)^2 / 2, [...]: the squared error, a unit-variance Gaussian's nll less its constant.
-
-        Args:
-          reward_to_go: broadcastable to [...], of any size.
-        """
+        """(value - reward_to_go)^2 / 2, [...]: a unit-variance Gaussian's nll without its constant."""
         chex.assert_type(self.value, float)
         chex.assert_is_broadcastable(jnp.shape(reward_to_go), self.value.shape)
         return 0.5 * jnp.square(self.value - jnp.asarray(reward_to_go, self.value.dtype))
 
     def log_mgf(self, eta: chex.Numeric) -> jax.Array:
-        """log E exp(z/eta) of a point mass: value / eta, [...], the tilt of CD.
-
-        Args:
-          eta: in (0, inf], broadcast against [...]; inf gives exactly 0.
-        """
+        """log E exp(z/eta) of a point mass: value / eta, [...], the tilt of CD, for eta in (0, inf]; inf gives 0."""
         chex.assert_type(self.value, float)
         return self.value / jnp.asarray(eta, self.value.dtype)
 
@@ -180,37 +150,23 @@ class Scalar:
 Distribution = Bernoulli | Categorical | Scalar
 
 
-def num_outputs(kind: str, num_atoms: int) -> int:
-    """Number of outputs of a value head per token.
-
-    Args:
-      kind: one of `KINDS`.
-      num_atoms: M; only "categorical" looks at it.
-
-    Raises:
-      ValueError: unknown kind.
-    """
-    _check_kind(kind)
-    return num_atoms if kind == "categorical" else 1
-
-
 def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | None = None) -> Distribution:
-    """Return the distribution that a value head's outputs parametrize, in float32 whatever the head's dtype.
+    """Return the float32 distribution that a value head's outputs parametrize.
 
     Args:
       kind: one of `KINDS`.
-      outputs: [..., num_outputs(kind, M)] float.
-      atoms: [M], increasing; only "categorical" looks at it.
+      outputs: [..., M] float for a categorical, else [..., 1].
+      atoms: [M], increasing; for "categorical" only.
 
     Raises:
-      ValueError: unknown kind; categorical without increasing atoms, one for each output.
+      ValueError: for an unknown kind, or a categorical without increasing atoms, one per output.
     """
     _check_kind(kind)
     chex.assert_type(outputs, float)
     outputs = outputs.astype(jnp.float32)
     if kind == "categorical":
         if atoms is None:
-            raise ValueError("a categorical value needs its atoms: the rewards-to-go that it can tell apart")
+            raise ValueError("a categorical value needs atoms: the rewards-to-go that it distinguishes")
         _check_atoms(atoms)
         atoms = jnp.asarray(atoms, jnp.float32)
         if outputs.shape[-1:] != atoms.shape:
@@ -227,7 +183,7 @@ def nll(
     projection: Projection = "two_hot",
     clip: bool = False,
 ) -> jax.Array:
-    """The distribution's own `nll`; how rewards are put on atoms matters to a `Categorical` alone."""
+    """The distribution's `nll`; `projection` and `clip` matter only for a `Categorical`."""
     if isinstance(distribution, Categorical):
         return distribution.nll(reward_to_go, projection=projection, clip=clip)
     return distribution.nll(reward_to_go)
@@ -236,20 +192,19 @@ def nll(
 def project(
     reward_to_go: chex.Numeric, atoms: np.typing.ArrayLike, *, method: Projection = "two_hot", clip: bool = False
 ) -> jax.Array:
-    """The distribution on the atoms that stands for an observed reward-to-go, [..., M], of sum one.
+    """The distribution on the atoms that represents an observed reward-to-go: [...] -> [..., M], summing to one.
 
-    "two_hot" splits it between the two atoms around it so that its mean is the reward (exact on atoms of any spacing);
-    "nearest" puts it on the closest atom, the lower one of two.
+    "two_hot" splits it between the two atoms around it so that the mean is the reward, for atoms of any spacing;
+    "nearest" puts it on the closest atom, the lower one in a tie.
 
     Args:
       reward_to_go: [...].
       atoms: [M], increasing; two_hot needs M >= 2.
-      method: "two_hot" or "nearest".
-      clip: a reward out of range counts as the end of the range, where it is otherwise an error. Inside jit nothing can
-        be raised and it always does: call `check_rewards` before it.
+      clip: clip rewards to the range of the atoms, instead of raising an error. Inside jit nothing is raised, and
+        rewards are always clipped: call `check_rewards` before it.
 
     Raises:
-      ValueError: unknown method, atoms that do not increase, or a reward outside [atoms[0], atoms[-1]] unless `clip`.
+      ValueError: for an unknown method, atoms that do not increase, or a reward outside [atoms[0], atoms[-1]].
     """
     if method not in _PROJECTIONS:
         raise ValueError(f"unknown projection {method!r}: known are {', '.join(_PROJECTIONS)}")
@@ -262,15 +217,10 @@ def project(
 
 
 def check_rewards(rewards: np.typing.ArrayLike, low: float, high: float) -> None:
-    """Raises a ValueError unless every reward lies in [low, high]; nan does not.
+    """Raise a ValueError unless every reward (not nan, any shape) lies in [low, high].
 
-    For the host, before a batch enters jit. It compares in float32, as the loss does: a reward of 0.7 reaches an
+    For the host, before a batch enters jit. It compares in float32 as the loss does, so that a reward of 0.7 reaches an
     atom at 0.7.
-
-    Args:
-      rewards: numbers of any shape, on the host.
-      low: least reward that the distribution covers.
-      high: largest.
     """
     rewards = np.atleast_1d(np.asarray(rewards, np.float32))
     outside = ~((np.float32(low) <= rewards) & (rewards <= np.float32(high)))
@@ -304,12 +254,12 @@ _PROJECTIONS = {"two_hot": _two_hot, "nearest": _nearest}
 
 @jax.custom_jvp
 def _bernoulli_log_mgf(logits: jax.Array, eta: jax.Array) -> jax.Array:
-    """log E exp(z/eta) to 1e-5 of itself: the plain difference cancels where eta or |logits| is large.
+    """log E exp(z/eta) to a relative 1e-5: the plain difference cancels where eta or |logits| is large.
 
     With l the logit and t = 1/eta,
       t <= 1: log1p(p expm1(t)), all of one sign;
       t > 1: [max(l + t, 0) - max(l, 0)] + log1p(exp(-|l + t|)) - log1p(exp(-|l|)), whose bracket is a clip of l + t.
-    The derivative is given in closed form below, so that the branch not taken cannot make it nan.
+    The derivative has a closed form below, so that the branch not taken cannot make it nan.
     """
     tilt = 1 / eta
     weak = jnp.log1p(jax.nn.sigmoid(logits) * jnp.expm1(jnp.minimum(tilt, 1)))
@@ -330,12 +280,12 @@ def _bernoulli_log_mgf_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _categorical_log_mgf(logits: jax.Array, atoms: jax.Array, eta: jax.Array) -> jax.Array:
-    """log E exp(z/eta) to 1e-6, or to 1e-5 of itself, however large the logits and 1/eta.
+    """log E exp(z/eta) to 1e-6, or to a relative 1e-5, however large the logits and 1/eta.
 
-    With every |z| <= eta: log1p(E expm1(z/eta)), which keeps the digits of a small result. Else: the difference of two
-    logsumexp. There logits and z/eta of some hundreds may leave a sum near 0, and their rounding alone would be 1e-5:
-    each is therefore split into a whole number and a rest, and the wholes, shifted by a whole number, cancel exactly.
-    The derivative is given in closed form below, so that the branch not taken cannot make it nan.
+    If every |z| <= eta: log1p(E expm1(z/eta)), which keeps the digits of a small result. Otherwise: the difference of
+    two logsumexp. There logits and z/eta of some hundreds may leave a sum near 0, and their rounding alone would be
+    1e-5, so each is split into a whole number and a rest, and the whole numbers cancel exactly.
+    The derivative has a closed form below, so that the branch not taken cannot make it nan.
     """
     eta = eta[..., None]
     weak = jnp.log1p(jnp.sum(jax.nn.softmax(logits) * jnp.expm1(jnp.clip(atoms / eta, -1, 1)), axis=-1))
@@ -344,7 +294,7 @@ def _categorical_log_mgf(logits: jax.Array, atoms: jax.Array, eta: jax.Array) ->
     whole = jnp.round(logits)
     rest = logits - whole
     whole = whole - jnp.max(whole, axis=-1, keepdims=True)
-    rest_tilt = jnp.fmod(atoms, eta)  # exact, as division is not
+    rest_tilt = jnp.fmod(atoms, eta)  # exact, unlike division
     whole_tilt = jnp.round((atoms - rest_tilt) / eta)
     tilted = (whole + whole_tilt) + (rest + rest_tilt / eta)
     strong = jax.nn.logsumexp(tilted, axis=-1) - jax.nn.logsumexp(whole + rest, axis=-1)

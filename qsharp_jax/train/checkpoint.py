@@ -1,7 +1,7 @@
-"""Checkpoints of training state through Orbax: written while training goes on, atomic, resumable on any mesh.
+"""Checkpoints of training state through Orbax: asynchronous, atomic, resumable on any mesh.
 
 A folder holds the last steps of one training as `STEP/`, and in `best/STEP/` the best parameters that they refer to.
-With several processes every one of them calls every method.
+With several processes, every process must call every method.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from qsharp_jax.system.errors import Stopped, UserError, os_error_number
 from qsharp_jax.train.damage import DamagedError, is_damage, root_cause
 
 KEEP = 2  # the last, and the one before in case the last is damaged later
-PAUSES = (0, 1, 4, 15)  # seconds between reads that fail; the first error may pass at once
+PAUSES = (0, 1, 4, 15)  # seconds between failed reads; the first error may be transient
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The least held-out loss so far, and the step whose parameters have it."""
+    """The lowest held-out loss so far, and the step whose parameters have it."""
 
     step: int
     loss: float
@@ -48,8 +48,8 @@ class _ReferredTo:
     steps: Callable[[], set[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        kept = self.steps() | {checkpoints[-1].step}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        steps = self.steps() | {checkpoints[-1].step}
+        return [checkpoint.step in steps for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -63,7 +63,7 @@ class Checkpoints:
 
     @property
     def _best(self) -> ocp.CheckpointManager:
-        """Created when it is needed: most trainings keep no best parameters."""
+        """Created on first use: most trainings save no best parameters."""
         if self._best_manager is None:
             policy = _ReferredTo(lambda: {best.step for step in self._manager.all_steps() if (best := self.best(step))})
             options = ocp.CheckpointManagerOptions(preservation_policy=policy)
@@ -73,13 +73,13 @@ class Checkpoints:
     # --- Writing ----------------------------------------------------------------------------------------------------
 
     def save(self, state: Any, *, final: bool = False, best: Best | None = None) -> None:
-        """Save a state with `params` and `step`, once the save before is on disk.
+        """Save a state with `params` and `step`, once the previous save is on disk.
 
-        Returns when the state is copied; `wait` raises an error of the writing that follows.
+        Returns when the state is copied; `wait` raises errors of the write that follows.
 
         Args:
-          final: the training is finished.
-          best: refers to parameters that `save_best` was given.
+          final: whether the training is finished.
+          best: refers to parameters passed to `save_best`.
 
         Raises:
           OSError: naming the folder, if it cannot be written; earlier checkpoints stay.
@@ -88,34 +88,26 @@ class Checkpoints:
         number = int(state.step)
         if number in self._manager.all_steps():
             if not final:
-                return  # of one training, so it is this state
-            number += 1  # to overwrite it would leave a moment without a whole checkpoint
+                return  # a step has only one state within a training
+            number += 1  # overwriting it would leave a moment without a whole checkpoint
         training = {"opt_state": state.opt_state, "step": state.step}
         progress = {"final": final, "best": best and dataclasses.asdict(best)}
         self._save(self._manager, number, progress, params=state.params, training=training)
 
     def save_best(self, params: Any, best: Best) -> None:
-        """Save the best parameters so far, once the save before is on disk.
-
-        Raises:
-          OSError: as `save`.
-        """
+        """Save the best parameters so far, once the previous save is on disk; errors as in `save`."""
         self.wait()
         self._save(self._best, best.step, {"loss": best.loss}, params=params)
 
     def wait(self) -> None:
-        """Wait until all that was saved is on disk.
-
-        Raises:
-          OSError: naming the folder, if it could not be written; earlier checkpoints stay.
-        """
+        """Wait until everything saved is on disk; errors as in `save`."""
         with self._named_errors():
             for manager in (self._manager, self._best_manager):
                 if manager is not None:
                     manager.wait_until_finished()
 
     def _save(self, manager: ocp.CheckpointManager, step: int, progress: dict, **trees: Any) -> None:
-        # Checked first: on a full disk, Orbax's writer threads would go on logging errors. A bucket is never full.
+        # Checked first, because on a full disk Orbax's writer threads keep logging errors. A bucket is never full.
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         enough = files.is_remote(self._folder) or shutil.disk_usage(self._folder).free >= size
         if not multihost.everywhere(enough):
@@ -128,7 +120,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Raise errors of the operating system, in whatever type they come, as OSErrors that name the folder."""
+        """Raise errors of the operating system, whatever their type, as OSErrors that name the folder."""
         try:
             with _silence():
                 yield
@@ -140,32 +132,24 @@ class Checkpoints:
     # --- Reading ----------------------------------------------------------------------------------------------------
 
     def finished(self) -> bool:
-        """Return whether the last checkpoint is of a finished training.
-
-        Raises:
-          DamagedError: if the checkpoint cannot be read.
-        """
+        """Return true if the last checkpoint is of a finished training; raises a DamagedError if it is unreadable."""
         return (step := self._last()) is not None and self._read_last(step)["progress"]["final"]
 
     def best(self, step: int | None = None) -> Best | None:
-        """Return what the checkpoint of a step, by default the last, says of the best parameters.
-
-        Raises:
-          DamagedError: if the checkpoint cannot be read.
-        """
+        """Return the best parameters' record in the checkpoint of a step, by default the last; errors as above."""
         step = self._last() if step is None else step
         best = None if step is None else self._read(self._manager, step)["progress"]["best"]
         return best and Best(**best)
 
     def restore(self, state: Any) -> Any:
-        """Return the last saved state that can be read, shaped and placed like `state`; `state` itself if none exists.
+        """Return the last readable state, shaped and placed like `state`; `state` itself without checkpoints.
 
-        Later checkpoints that are damaged or of another model are named on standard error and renamed: training will
-        write those steps again. Best parameters of later steps are deleted for the same reason.
+        Later checkpoints that are damaged or of another model are reported on standard error and renamed, and best
+        parameters of later steps are deleted: training will write those steps again.
 
         Raises:
-          UserError: if there are checkpoints and none of them can be read.
-          OSError: if those that are damaged cannot be renamed.
+          UserError: if there are checkpoints but none is readable.
+          OSError: if damaged ones cannot be renamed.
         """
         unreadable: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -190,7 +174,7 @@ class Checkpoints:
     def restore_params(self, params: Any) -> Any:
         """Return the last saved parameters, shaped and placed like `params`: arrays, or `jax.ShapeDtypeStruct`s.
 
-        Those without a sharding are placed on this process's first device, whatever mesh they were saved from.
+        Those without a sharding are placed on this process's first device.
 
         Raises:
           DamagedError: if they are damaged or of another model.
@@ -201,11 +185,7 @@ class Checkpoints:
         return self._read_last(step, params=params)["params"]
 
     def restore_best(self, best: Best, params: Any) -> Any:
-        """Return the parameters that `save_best` was given, shaped and placed like `params`.
-
-        Raises:
-          DamagedError: if they are damaged.
-        """
+        """Return the parameters passed to `save_best`, like `params`; raises a DamagedError if they are damaged."""
         self.wait()
         try:
             return self._read(self._best, best.step, params=params)["params"]
@@ -217,17 +197,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def _read_last(self, step: int, **trees: Any) -> dict[str, Any]:
-        """`_read`, for callers that need the last checkpoint and no other."""
+        """`_read`, with the remedy for a damaged last checkpoint."""
         try:
             return self._read(self._manager, step, **trees)
         except DamagedError as error:
             raise DamagedError(f"{error}; run its training again, which resumes from the one before") from None
 
     def _read(self, manager: ocp.CheckpointManager, step: int, **trees: Any) -> dict[str, Any]:
-        """Read the items of one checkpoint, shaped and placed like the trees, and "progress".
+        """Read one checkpoint's items, shaped and placed like the trees, and "progress".
 
-        A checkpoint counts as damaged if two reads find damage. Any other error is retried after each of `PAUSES`, and
-        the last one is raised as it is.
+        A checkpoint counts as damaged if two reads find damage. Other errors are retried after each of `PAUSES`, and
+        the last one is raised.
         """
         path = files.make_path(manager.directory) / str(step)
         for attempt, pause in enumerate((*PAUSES, None)):
@@ -237,7 +217,7 @@ class Checkpoints:
                     items = _read_items(manager, path, trees)
             except Stopped:
                 raise
-            except Exception as caught:  # of many types; `is_damage` knows those that condemn the checkpoint
+            except Exception as caught:  # of many types; `is_damage` recognizes those that mean damage
                 error = caught
             if multihost.everywhere(error is None):
                 return items
@@ -260,7 +240,7 @@ class Checkpoints:
         raise DamagedError(f"the checkpoint {path} {problem}")
 
     def _set_aside(self, unreadable: dict[int, str], step: int) -> None:
-        """Rename the checkpoints that could not be read, and print a line about each."""
+        """Rename unreadable checkpoints, and print a line about each."""
         if not unreadable:
             return
         for number, problem in unreadable.items() if multihost.is_first() else ():
@@ -276,7 +256,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _forget_best_after(self, step: int) -> None:
-        """Delete best parameters of later steps: training will save them again."""
+        """Delete best parameters of later steps, which training will save again."""
         if (self._folder / "best").exists():
             for number in self._best.all_steps():
                 if number > step:
@@ -288,8 +268,8 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep Orbax quiet: it logs errors, with a traceback for each of its threads, before it raises them, and reads that
-    were given up complain when they end or are collected.
+    """Keep Orbax quiet: it logs errors before it raises them, with a traceback per thread, and abandoned reads complain
+    when they end or are collected.
     """
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [log.level for log in logs], sys.unraisablehook
@@ -305,17 +285,13 @@ def _silence() -> Iterator[None]:
 
 
 def _forget_reads() -> None:
-    """Free what was still being read when a read failed; coroutines that never began complain."""
+    """Free what was still being read when a read failed; coroutines that never started emit warnings."""
     with _silence(), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         gc.collect()
 
 
 def _read_items(manager: ocp.CheckpointManager, path: Path, trees: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint once.
-
-    Raises:
-      DamagedError: saying what is wrong, if shapes, sums or the progress are not those that were written.
-    """
+    """Read a checkpoint once; raises a DamagedError if shapes, sums or the progress differ from what was written."""
     step = int(path.name)
     progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
     if progress.pop("crc32", None) != _crc32(progress):
@@ -347,7 +323,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _differences(path: Path, tree: Any) -> list[str]:
-    """Say in which leaves a saved tree differs from another."""
+    """Describe the leaves in which a saved tree differs from another."""
 
     def leaves(tree: Any) -> dict[str, str]:
         return {
@@ -371,7 +347,7 @@ def _crc32(progress: dict) -> int:
 def _sum_of_bits(tree: Any) -> jax.Array:
     """Sum the leaves' bits, as unsigned integers, modulo 2^32: the same for every sharding.
 
-    TensorStore's own checksums do not cover all that it stores.
+    TensorStore's own checksums do not cover everything that it stores.
     """
 
     def of_leaf(leaf: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Apply a head to the hidden states at the labeled positions of a batch: sums over them, or a number at each.
 
-A head's arrays (logits [B, T, V], or a Q-type's columns [B, T, M, D]) can be larger than the model. Where they would
-be, each row's labeled positions are moved to its front, and taken a few at a time: none is computed past the last.
+A head's arrays (logits [B, T, V], or a Q-type's columns [B, T, M, D]) can be larger than the model. In that case each
+row's labeled positions are moved to its front and processed a few at a time, up to the last.
 Shapes: B rows, T positions, D embed.
 """
 
@@ -13,9 +13,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-NUMBERS = 1 << 27  # that a head may have at a time, over all devices: 512 MiB in float32
+NUMBERS = 1 << 27  # limit of a head's numbers at a time, over all devices: 512 MiB in float32
 
-# of (params, hidden [B, T, D], others [B, T], mask [B, T]) -> (a sum over the mask, a tree of other such sums)
+# (params, hidden [B, T, D], others [B, T], mask [B, T]) -> (a sum over the mask, a tree of other such sums)
 Head = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -30,7 +30,7 @@ def labeled_sum(
       hidden: [B, T, D].
       others: a tree of [B, T] arrays that the head needs.
       mask: [B, T], true at labeled positions.
-      width: numbers that the head has for each position.
+      width: numbers in the head's arrays per position.
     """
     chex.assert_rank([hidden, mask], [3, 2])
     chex.assert_equal_shape_prefix([hidden, mask, *jax.tree.leaves(others)], 2)
@@ -56,7 +56,7 @@ def _sum_of_parts(head: Head, positions: int, params: Any, hidden: jax.Array, *r
 
 
 def _forward(head: Head, positions: int, params: Any, hidden: jax.Array, *rest: Any) -> tuple:
-    """The gradient is taken part by part along with the sum, so that nothing is computed twice or kept."""
+    """Compute the gradient part by part along with the sum, so that nothing is computed twice or stored."""
     parts = _parts(positions, hidden, *rest)
     gradient_fn = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)
 
@@ -75,8 +75,8 @@ def _forward(head: Head, positions: int, params: Any, hidden: jax.Array, *rest: 
     return sums, (gradient, of_hidden)
 
 
-def _backward(head: Head, positions: int, kept: tuple, cotangent: tuple) -> tuple:
-    gradient, of_hidden = jax.tree.map(lambda leaf: (leaf * cotangent[0]).astype(leaf.dtype), kept)
+def _backward(head: Head, positions: int, gradients: tuple, cotangent: tuple) -> tuple:
+    gradient, of_hidden = jax.tree.map(lambda leaf: (leaf * cotangent[0]).astype(leaf.dtype), gradients)
     return gradient, of_hidden, None, None, None
 
 
@@ -92,9 +92,9 @@ def at_labeled(
     *,
     width: int,
 ) -> jax.Array:
-    """[B, T] numbers `head(params, hidden, others)` at labeled positions, 0 elsewhere; arguments as `labeled_sum`.
+    """[B, T] numbers `head(params, hidden, others)` at labeled positions, 0 elsewhere; arguments as in `labeled_sum`.
 
-    Of the head's own arrays none is kept for the gradient where they are taken in parts: they are computed again.
+    When taken in parts, the head's arrays are recomputed for the gradient instead of stored.
     """
     chex.assert_rank([hidden, mask], [3, 2])
     chex.assert_equal_shape_prefix([hidden, mask, *jax.tree.leaves(others)], 2)
@@ -112,13 +112,13 @@ def at_labeled(
     def of_any(part: Any) -> jax.Array:
         return jax.lax.cond(part[-1].any(), of_part, lambda part: jnp.zeros(part[-1].shape), part)
 
-    found = jax.lax.map(of_any, _parts(positions, hidden, others, mask, order))  # [P, B, positions]
-    found = found.swapaxes(0, 1).reshape(rows, -1)[:, :length]
-    return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
+    numbers = jax.lax.map(of_any, _parts(positions, hidden, others, mask, order))  # [P, B, positions]
+    numbers = numbers.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return jnp.take_along_axis(numbers, jnp.argsort(order, axis=1), axis=1)
 
 
 def _parts(positions: int, hidden: jax.Array, others: Any, mask: jax.Array, order: jax.Array) -> tuple:
-    """(hidden, others, mask) with the rows' positions in an order, cut into parts [P, B, positions, ...]."""
+    """(hidden, others, mask) with each row's positions in `order`, cut into parts [P, B, positions, ...]."""
     count = -(-mask.shape[1] // positions)
 
     def cut(leaf: jax.Array) -> jax.Array:

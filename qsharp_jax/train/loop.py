@@ -1,7 +1,7 @@
-"""The training loop: resume from the last checkpoint, update, log, save, evaluate, and keep the best parameters.
+"""The training loop: resume from the last checkpoint, update, log, save, evaluate, and return to the best parameters.
 
-`fit` runs a whole training over batches that exist beforehand. An algorithm that makes its batches as it learns writes
-its own loop over the `Trainer` that `training` gives it.
+`fit` runs a whole training over existing batches. An algorithm that creates its batches while it learns writes its own
+loop over the `Trainer` that `training` yields.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class BatchSource(Protocol):
     def __getitem__(self, step: int) -> Batch: ...
 
 
-AGREE_EVERY = 8  # steps; processes wait for the device when they agree
+AGREE_EVERY = 8  # steps; agreeing makes the processes wait for the device
 
 
 def told_to_stop(step: int) -> bool:
@@ -47,22 +47,22 @@ def told_to_stop(step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Actions of a training besides its updates; all intervals are in steps.
+    """Settings and actions of a training besides its updates; all intervals are in steps.
 
     Attributes:
-      total_steps: of the whole training, those before a resume included.
+      total_steps: of the whole training, including those before a resume.
       log_every, save_every: intervals of log lines and checkpoints.
-      name: of the phase, in metrics and progress bars.
-      log: takes a line of metrics.
-      stop: takes the averages of each log line, and ends the training if it returns true.
+      name: the phase's name, in metrics and progress bars.
+      log: writes a line of metrics.
+      stop: given the averages of each log line, returns true to end the training.
       measure: returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never).
-      patience: if not 0, training ends after this many evaluations without a lower "nll", and the parameters with the
-        lowest are kept.
-      save_unit: checkpoints and stops come after multiples of this only. A training whose batches depend on earlier
-        parameters then resumes where it would make new ones.
-      stop_requested: called with the step after each one that ends a unit.
-      flops: of a step, for the speed in the log.
-      profile: folder for a profiler trace of some steps; None: no trace.
+      patience: if not 0, training ends after this many evaluations without a lower "nll", and returns to the parameters
+        with the lowest.
+      save_unit: checkpoint and stop only after multiples of this, so that a training whose batches depend on earlier
+        parameters resumes where it would create new ones.
+      stop_requested: called with the step after each step that ends a unit.
+      flops: FLOPs of a step, for the logged speed.
+      profile: folder for a profiler trace of some steps; None for no trace.
     """
 
     total_steps: int
@@ -81,13 +81,13 @@ class Loop:
 
 
 class Trainer:
-    """One training in progress; `training` makes it.
+    """A training in progress; use `training` to create it.
 
     Attributes:
-      state: after the last update; each update donates the one before.
-      step: number of updates, those before a resume included.
-      finished: true if an earlier process finished this training: `state` is its result, and there is nothing to do.
-      done: true when there are no more updates to make.
+      state: after the last update; each update donates the previous state.
+      step: number of updates, including those before a resume.
+      finished: whether an earlier process finished this training: `state` is its result, with nothing left to do.
+      done: whether no more updates are needed.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Trainer:
             return
         self.done = self.step >= loop.total_steps
         step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
-        # The new state's shardings are given: if the compiler chose others, the next step would compile again.
+        # Fixed shardings: if the compiler chose others for the new state, the next step would compile again.
         on_mesh = not jax.sharding.get_mesh().empty
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state) if on_mesh else None
         self._step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
@@ -123,7 +123,7 @@ class Trainer:
         self._tell_unsaved()
 
     def update(self, batch: Batch) -> None:
-        """Take one step on a batch; write the log line and the checkpoint that are due after it.
+        """Take one step on a batch, then write the log line and the checkpoint that are due.
 
         Raises:
           UserError: if the loss or its gradient is not finite.
@@ -138,15 +138,15 @@ class Trainer:
         self._window.append(self._metrics)
         self.step += 1
         self._bar.update()
-        last, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
+        at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
         saving = unit_ends and self.step % loop.save_every == 0
         stopping = unit_ends and loop.stop_requested(self.step)
-        self.done = last
-        if last or saving or stopping or self.step % loop.log_every == 0:
-            self.done = loop.stop(self._log_averages()) or last
-        if self.done and not last:
+        self.done = at_end
+        if at_end or saving or stopping or self.step % loop.log_every == 0:
+            self.done = loop.stop(self._log_averages()) or at_end
+        if self.done and not at_end:
             return
-        if stopping or (saving and not last):
+        if stopping or (saving and not at_end):
             with self._clock.lost():
                 self._save()
         if stopping:
@@ -157,7 +157,7 @@ class Trainer:
         """Yield the model's parameters for other work, whose time does not count as training.
 
         Raises:
-          Stopped: at a SIGTERM or Ctrl-C meanwhile, or if the work raises it; the state is saved.
+          Stopped: at a SIGTERM or Ctrl-C inside, or if the work raises it; the state is saved.
         """
         jax.block_until_ready(self.state)
         with self._clock.lost():
@@ -169,11 +169,11 @@ class Trainer:
                 raise
 
     def log(self, metrics: dict) -> None:
-        """Write a line about the present step."""
+        """Write a line of metrics for the current step."""
         self._loop.log({"phase": self._loop.name, "step": self.step, **metrics})
 
     def evaluate(self) -> None:
-        """Log what `Loop.measure` returns; save parameters that are the best so far; become `done` without patience."""
+        """Log what `Loop.measure` returns, save parameters that are the best so far, and stop when out of patience."""
         loop, best = self._loop, self._best
         with self.between_steps() as params:
             metrics = loop.measure(params)
@@ -190,7 +190,7 @@ class Trainer:
             self.done = True
 
     def finish(self) -> None:
-        """Evaluate, return to the best parameters if there is patience, and save the final checkpoint."""
+        """Evaluate, return to the best parameters if there are any, and save the final checkpoint."""
         self._bar.close()
         self._trace.end(self.state)
         if self._evaluated_at != self.step:
@@ -200,7 +200,7 @@ class Trainer:
         self._save(final=True)
 
     def close(self) -> None:
-        """Wait until everything that was saved is on disk."""
+        """Wait until everything saved is on disk."""
         self._bar.close()
         self._checkpoints.wait()
 
@@ -208,7 +208,7 @@ class Trainer:
         """Log the averages over the updates since the last line, and the speed."""
         window = jax.device_get(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
-        # A gradient that is not finite has spoiled the parameters already; the loss shows it one step later.
+        # A non-finite gradient has already spoiled the parameters; the loss shows it one step later.
         if not np.isfinite([means["loss"], means["gradient_norm"]]).all():
             raise UserError(
                 f"{self._loop.name}: the loss or its gradient is not finite by step {self.step}; the last good"
@@ -241,15 +241,13 @@ def training(
     schedule: Schedule = lambda step: 1.0,
     accumulate: int = 1,
 ) -> Iterator[Trainer]:
-    """Yield the trainer of a training that goes on from its last checkpoint; everything is on disk when it ends.
+    """Yield the trainer of a training, resumed from its last checkpoint; everything is on disk when the block ends.
 
-    Inside, a SIGTERM or Ctrl-C waits for the end of a unit of steps (`Loop.save_unit`), or for `between_steps`.
-
-    Args:
-      accumulate: as in `train_step`.
+    Inside, a SIGTERM or Ctrl-C takes effect at the end of a unit of steps (`Loop.save_unit`), or in `between_steps`.
+    `accumulate` is as in `train_step`.
 
     Raises:
-      Stopped: at the end, if there was a signal.
+      Stopped: at the end, after a signal.
       OSError: naming the folder, if a checkpoint cannot be written.
     """
     with sigterm.deferred():
@@ -274,10 +272,9 @@ def fit(
     schedule: Schedule = lambda step: 1.0,
     accumulate: int = 1,
 ) -> TrainState:
-    """Train on `batches[step]` to `loop.total_steps`; arguments and errors as of `training` and `Trainer.update`.
+    """Train on `batches[step]` to `loop.total_steps`; arguments and errors as in `training` and `Trainer.update`.
 
-    A training whose last checkpoint is final returns at once. With `loop.patience` the returned parameters, also in the
-    final checkpoint, are those of the best evaluation.
+    A finished training returns at once. With `loop.patience` the returned and final parameters are the best evaluated.
     """
     with training(
         state, loss_fn=loss_fn, optimizer=optimizer, checkpoints=checkpoints, loop=loop, schedule=schedule,
@@ -294,7 +291,7 @@ def fit(
 
 
 def device_memory() -> dict[str, int]:
-    """Return the peak of bytes in use: on the first device, or of this process where the device is the host."""
+    """Return the peak bytes in use: on the first device, or by this process if the device is the host."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is None:
         return {"peak_bytes": machine.peak_memory()}

@@ -1,10 +1,10 @@
-"""Maximum likelihood: of the next token for a language model, of the reward-to-go for a guide.
+"""Maximum-likelihood losses: of the next token for a language model, of the reward-to-go for a guide.
 
 The guide's loss is the negative log-likelihood of the observed reward-to-go at every labeled token (arXiv 2502.20548,
 Algorithm 1). Shapes: B rows, T tokens, D embed, V vocabulary, F offsets of the future-token loss.
 
-A loss and its metrics are means over a batch. Where `whole` is given, `batch` is a part of its rows, and the sums are
-divided by the whole's counts: the parts' losses, metrics and gradients then add up to the whole's.
+Losses and metrics are means over a batch. With `whole`, `batch` is a part of its rows, and sums are divided by the
+whole's counts, so that losses, metrics and gradients of the parts add up to the whole's.
 """
 
 import functools
@@ -27,7 +27,7 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.train.chunked import labeled_sum
 
 Error = Literal["nll", "squared"]
-# of (params, hidden [B, T, D], batch) -> what the values are fitted to in the place of the reward-to-go, [B, T]
+# (params, hidden [B, T, D], batch) -> targets [B, T] that replace the reward-to-go
 Targets = Callable[[Params, jax.Array, Batch], jax.Array]
 
 
@@ -52,14 +52,14 @@ def language_model_loss(
 def _next_token(
     params: Params, hidden: jax.Array, targets: jax.Array, mask: jax.Array, *, config: DecoderConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the mask: of the cross-entropy, and of the times that the likeliest token is the right one."""
+    """Sums over the mask of the cross-entropy, and of how often the likeliest token is the target."""
     logits = decoder.logits(params, config, hidden)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(mask, loss, 0).sum(), jnp.where(mask, logits.argmax(-1) == targets, 0).sum(dtype=jnp.float32)
 
 
 def _has_context(batch: Batch) -> jax.Array:
-    """[B, T - 1]: whether the token one place later is one of a response, with a token of its own segment before it."""
+    """[B, T - 1]: whether the next token is a response's, with a token of its own segment before it."""
     return batch.response_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
 
 
@@ -80,14 +80,13 @@ def value_loss(
 ) -> tuple[jax.Array, dict]:
     """Mean negative log-likelihood of the reward-to-go over all labeled tokens of the batch.
 
-    With "future" heads in `params`, `future_weight` times the loss of predicting the later tokens of successful
-    rollouts is added, from the same forward pass: a value that depends on tokens several steps ahead is otherwise
-    found only after a long plateau.
+    With "future" heads in `params`, `future_weight` times `future_token_loss` is added, from the same forward pass: a
+    value that depends on tokens several steps ahead is otherwise learned only after a long plateau.
 
     Args:
       params: a value model's parameters, with "future" [F, D, V] or without.
-      error: "squared" is half the squared error of the distribution's mean, in place of the likelihood.
-      targets: of what is fitted in place of the observed reward-to-go (`targets.py`), with no gradient through it.
+      error: "squared" replaces the likelihood by half the squared error of the distribution's mean.
+      targets: computes targets that replace the observed reward-to-go (`targets.py`), without a gradient.
       projection, clip: how a categorical puts rewards on its atoms, see `values.project`.
       remat, attend_by, packed: of the trunk, see `decoder.forward`.
     """
@@ -126,7 +125,7 @@ def _reward_to_go(
     projection: values.Projection,
     clip: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the mask: of the error, and of the squared difference between mean and observed reward-to-go."""
+    """Sums over the mask of the error, and of the squared difference between mean and observed reward-to-go."""
     tokens, fitted_to, reward_to_go = of_tokens
     outputs = value.read(params, config, hidden, tokens)
     distribution = values.from_outputs(config.distribution, outputs, config.atoms)
@@ -139,11 +138,7 @@ def _reward_to_go(
 
 
 def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:
-    """Refuses rewards that the guide's distribution does not cover, before they enter a jitted step.
-
-    Raises:
-      UserError: naming the reward and the range.
-    """
+    """Raise a UserError for rewards that the guide's distribution does not cover, before they enter a jitted step."""
     ranges = {"bernoulli": (0.0, 1.0), "categorical": config.atoms[:1] + config.atoms[-1:]}
     if config.distribution in ranges and not (clip and config.distribution == "categorical"):
         try:
@@ -155,7 +150,7 @@ def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> No
 def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:
     """Mean cross-entropy of the tokens 1, 2, ... F places later, by linear heads [F, D, V] on hidden [B, T, D].
 
-    Only responses with a positive reward are learned from. Multi-token prediction: Gloeckle et al., arXiv 2404.19737.
+    Only responses with a positive reward count. Multi-token prediction: Gloeckle et al., arXiv 2404.19737.
     """
     total, count = 0.0, 0.0
     for offset, head in enumerate(heads, start=1):
@@ -174,7 +169,7 @@ def _later_token(
 
 
 def _has_future(batch: Batch, offset: int) -> jax.Array:
-    """[B, T - offset]: whether the token `offset` places later is to be predicted."""
+    """[B, T - offset]: whether the token `offset` places later is a target."""
     both = batch.response_mask[:, :-offset] & batch.response_mask[:, offset:]
     same = batch.segments[:, :-offset] == batch.segments[:, offset:]
     return both & same & (batch.reward_to_go[:, :-offset] > 0)

@@ -1,7 +1,4 @@
-"""One update: the gradient of a batch, taken whole or in parts, and the optimizer's step.
-
-Shapes: B rows, T tokens.
-"""
+"""One update: the gradient of a batch, whole or in parts, and the optimizer's step. Shapes: B rows, T tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +14,14 @@ from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import Params
 
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # of (params, batch), or (params, part, whole batch)
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch) or (params, part, whole batch)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training depends on: with the data's seed, `step` is also the position in the data.
+    """The state of a training; with the data's seed, `step` is also the position in the data.
 
-    `frozen` are the model's parameters that are not learned: no gradient, moments or checkpoints are made of them.
+    `frozen` are model parameters that are not learned: they have no gradient or moments and are not in checkpoints.
     """
 
     params: Params
@@ -39,10 +36,7 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
-    """Step 0, on a copy of the parameters: each step donates its state, and the caller's may be another model's too.
-
-    Moments are made where their parameters lie, see `state_shardings`.
-    """
+    """Step 0, on a copy of the parameters, since each step donates its state; moments as in `state_shardings`."""
     shardings = state_shardings(params, optimizer)
     params, frozen = jax.tree.map(jnp.copy, (params, frozen or {}))
     if shardings is None:
@@ -54,16 +48,16 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, frozen: 
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation) -> TrainState | None:
-    """Shardings of the optimizer state of sharded parameters, a tree like it; None for parameters on no mesh.
+    """Shardings of a sharded model's training state, a tree like it; None for parameters without a mesh.
 
-    What the optimizer keeps for a parameter, in its shape, lies as the parameter does. The rest, which is small
-    (counts, Adafactor's rows and columns), is whole on every device.
+    Optimizer state with a parameter's shape has the parameter's sharding. The rest, which is small (counts, Adafactor's
+    rows and columns), is replicated.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
     flat = jax.tree.leaves_with_path(params)
-    places = [getattr(leaf, "sharding", None) for _, leaf in flat]  # a traced one has none
+    places = [getattr(leaf, "sharding", None) for _, leaf in flat]  # traced leaves have none
     meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
     if not meshes:
         return None
@@ -88,13 +82,12 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, times `rate`, the schedule's; metrics are scalars on the device.
+    """One update scaled by the schedule's `rate`; metrics are scalars on the device.
 
     The rate is an argument, so that one program serves trainings of any length.
 
     Args:
-      accumulate: parts that the batch's rows are taken in, one after the other; it divides the rows. The update is
-        that of the whole batch.
+      accumulate: number of sequential parts of the batch's rows, which it divides; the update is the whole batch's.
     """
 
     def loss_of_learned(params: Params, *batches: Batch) -> tuple[jax.Array, dict]:
@@ -112,10 +105,10 @@ def train_step(
 
 
 def _accumulated(gradient_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple:
-    """Compute `gradient_fn` of the batch as the sum over its parts: the activations of one exist at a time."""
+    """Compute `gradient_fn` of the batch as the sum over its parts, with the activations of one part at a time."""
     chex.assert_is_divisible(len(batch.tokens), parts)
 
-    # Every part takes rows from all over the batch: from each device's share of them, where devices divide the rows.
+    # Every part has rows from all over the batch: from each device's share, where devices divide the rows.
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 

@@ -1,8 +1,7 @@
-"""Targets that are computed from the values themselves rather than from the observed reward.
+"""Targets computed from the values themselves rather than from the observed reward: TD(lambda), Bellman backups.
 
-TD(lambda) along the rollout, and the Bellman backup over all next tokens. Both are of the present parameters, and no
-gradient goes through them, as in the papers: there is no second, older network. The reward comes at a response's last
-token. Shapes: B rows, T tokens, D embed, V vocabulary.
+As in the papers, they use the current parameters, without a gradient and without a second, older network. The reward
+comes at a response's last token. Shapes: B rows, T tokens, D embed, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -23,20 +22,15 @@ from qsharp_jax.train.chunked import NUMBERS
 
 def last_tokens(batch: Batch) -> jax.Array:
     """[B, T] bool: the last token of each response, stop token or not."""
-    goes_on = batch.response_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
-    return batch.response_mask & ~jnp.pad(goes_on, ((0, 0), (0, 1)))
+    continues = batch.response_mask[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
+    return batch.response_mask & ~jnp.pad(continues, ((0, 0), (0, 1)))
 
 
 # --- TD(lambda) -----------------------------------------------------------------------------------------------------
 
 
 def td_lambda(params: Params, hidden: jax.Array, batch: Batch, *, config: ValueConfig, decay: float) -> jax.Array:
-    """`lambda_returns` of a guide's own means, [B, T].
-
-    Args:
-      hidden: [B, T, D], of its trunk.
-      decay: the lambda.
-    """
+    """`lambda_returns` of a guide's own means, [B, T], from its trunk's hidden states [B, T, D]."""
     before = value.read_from(config, hidden, batch.tokens, batch.segments)
     outputs = value.read(params, config, before, batch.tokens)
     means = values.from_outputs(config.distribution, outputs, config.atoms).mean()
@@ -46,12 +40,12 @@ def td_lambda(params: Params, hidden: jax.Array, batch: Batch, *, config: ValueC
 def lambda_returns(means: jax.Array, reward: jax.Array, last: jax.Array, decay: float) -> jax.Array:
     """G_T = r at the last token, and before it G_t = (1 - lambda) V(x, y_1..t+1) + lambda G_t+1: [B, T].
 
-    Values of the tokens to come, weighed by (1 - lambda) lambda^k, and the reward by what is left (Sutton 1988;
-    arXiv 2405.06639, section 3). lambda 1 is the reward itself, 0 the next token's value.
+    The sum weighs later values by (1 - lambda) lambda^k and the reward by the rest (Sutton 1988; arXiv 2405.06639,
+    section 3). lambda 1 is the reward itself, 0 the next token's value.
 
     Args:
       means: [B, T], V(x, y_1..t) at each token t.
-      reward: [B, T], of which the last tokens' entries count.
+      reward: [B, T], read at the last tokens.
       last: [B, T] bool.
       decay: the lambda, in [0, 1].
     """
@@ -60,8 +54,8 @@ def lambda_returns(means: jax.Array, reward: jax.Array, last: jax.Array, decay: 
 
     def back(later: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         next_mean, reward, last = at
-        found = jnp.where(last, reward, (1 - decay) * next_mean + decay * later)
-        return found, found
+        target = jnp.where(last, reward, (1 - decay) * next_mean + decay * later)
+        return target, target
 
     next_means = jnp.pad(means[:, 1:], ((0, 0), (0, 1)))
     by_position = (next_means.T, reward.T, last.T)
@@ -83,13 +77,13 @@ def bellman(
     attend_by: Attention = "xla",
     packed: bool = True,
 ) -> jax.Array:
-    """`backup` of a Q-type guide's own means under pi_ref, whose forward pass is taken here: [B, T].
+    """`backup` of a Q-type guide's own means under pi_ref, whose forward pass is computed here: [B, T].
 
     Args:
       params: the guide's, with pi_ref's under "ref".
       hidden: [B, T, D], of the guide's trunk.
       ref_config: pi_ref's shape.
-      sampling: the temperature, top_k and top_p of pi_ref's rollouts: the values are of the policy that made them.
+      sampling: the temperature, top_k and top_p of pi_ref's rollouts, whose policy the values describe.
       vocab_size: ids from here on pad the embedding, and are never drawn.
       attend_by, packed: see `decoder.forward`.
     """
@@ -106,7 +100,7 @@ def bellman(
         return jnp.sum(pi_ref * values.from_outputs(config.distribution, outputs, config.atoms).mean(), axis=-1)
 
     rows, length = batch.tokens.shape
-    positions = max(NUMBERS // (rows * config.trunk.vocab_size * config.outputs), 1)  # with logits at a time
+    positions = max(NUMBERS // (rows * config.trunk.vocab_size * config.outputs), 1)  # with logits at the same time
     by_position = hidden.swapaxes(0, 1), ref_hidden.swapaxes(0, 1)
     following = jax.lax.map(expected, by_position, batch_size=min(positions, length)).T
     return backup(following, batch.reward_to_go, last_tokens(batch))
@@ -125,10 +119,7 @@ def _probabilities(logits: jax.Array, temperature: float, top_k: int, top_p: flo
 def backup(following: jax.Array, reward: jax.Array, last: jax.Array) -> jax.Array:
     """v_t = r at the last token, and before it E_{z ~ pi_ref}[V(x, y_1..t z)] (arXiv 2310.17022, CD-Q): [B, T].
 
-    Args:
-      following: [B, T], that expectation.
-      reward: [B, T], of which the last tokens' entries count.
-      last: [B, T] bool.
+    `following` is that expectation; `reward` is read at the `last` tokens; [B, T] each.
     """
     chex.assert_equal_shape([following, reward, last])
     return jnp.where(last, reward, following)

@@ -1,7 +1,7 @@
 """Training speed: model FLOP/s, their share of what the devices can do, and the share of time spent in steps.
 
-FLOPs are counted as in PaLM, appendix B (Chowdhery et al., arXiv 2204.02311): what forward and backward pass of the
-model need, whatever the program computes again or for padding. Shapes: B rows, T tokens.
+FLOPs are counted as in PaLM, appendix B (Chowdhery et al., arXiv 2204.02311): what the model's forward and backward
+passes need, without recomputation and padding. Shapes: B rows, T tokens.
 """
 
 import contextlib
@@ -18,22 +18,18 @@ from qsharp_jax.models import decoder
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
 
-Flops = Callable[[Batch], float]  # of one training step on a batch
+Flops = Callable[[Batch], float]  # FLOPs of one training step on a batch
 
 # --- FLOPs of a step ------------------------------------------------------------------------------------------------
 
 
 def language_model_flops(config: DecoderConfig) -> Flops:
-    """`step_flops` for a language model, whose output head is multiplied with every token, tied or not."""
+    """`step_flops` for a language model; its output head counts for every token, tied or not."""
     return _flops(config, config.embed * config.vocab_size)
 
 
 def guide_flops(config: ValueConfig, future_offsets: int = 0) -> Flops:
-    """`step_flops` for a guide; of a Q-type's head only the columns of the token itself are read.
-
-    Args:
-      future_offsets: heads of the loss that predicts later tokens, each over the whole vocabulary.
-    """
+    """`step_flops` for a guide with heads of the future-token loss; a Q-type reads only the token's own columns."""
     return _flops(config.trunk, config.trunk.embed * (config.outputs + future_offsets * config.trunk.vocab_size))
 
 
@@ -46,22 +42,22 @@ def _flops(config: DecoderConfig, head: int) -> Flops:
 
 
 def step_flops(batch: Batch, *, matmul_parameters: int, attention: int) -> float:
-    """Floating-point operations of forward and backward pass on a batch, a multiplication and an addition being two.
+    """Floating-point operations of forward and backward pass on a batch; a multiply-add counts as two.
 
-    6 N for a token, and 12 L H E n for a token of a sequence of n: 2 N and 4 L H E n forward (scores, and the values'
-    sum), twice that backward. Causal attention is counted as if every token attended to all of its own sequence, as
-    PaLM does. Not counted are padding, rematerialisation, embedding look-ups, norms, softmax and the optimizer.
+    6 N per token plus 12 L H E n per token of a sequence of n: 2 N and 4 L H E n forward (scores and weighted sum of
+    values), twice that backward. As in PaLM, causal attention counts as if every token attended to its whole sequence.
+    Padding, rematerialization, embedding lookups, norms, softmax and the optimizer are not counted.
 
     Args:
       matmul_parameters: N, parameters that a token is multiplied with: the blocks' kernels and the output head.
-      attention: L H E, the layers times their query heads times a head's width.
+      attention: L H E, layers times query heads times head width.
     """
     lengths = _lengths(np.asarray(batch.segments)).astype(float)
     return 6.0 * matmul_parameters * lengths.sum() + 12.0 * attention * (lengths**2).sum()
 
 
 def _lengths(segments: np.ndarray) -> np.ndarray:
-    """Tokens of every segment of every row, from segments [B, T] with 0 at padding."""
+    """Tokens in every segment of every row, from segments [B, T] with 0 at padding."""
     most = int(segments.max(initial=0)) + 1
     numbered = segments + most * np.arange(len(segments))[:, None]
     return np.bincount(numbered.reshape(-1), minlength=most * len(segments)).reshape(-1, most)[:, 1:].reshape(-1)
@@ -69,7 +65,7 @@ def _lengths(segments: np.ndarray) -> np.ndarray:
 
 # --- What devices can do --------------------------------------------------------------------------------------------
 
-# Dense bfloat16 FLOP/s of one device of JAX, by a part of its `device_kind`; from the makers' data sheets.
+# Dense bfloat16 FLOP/s of one JAX device, by a part of its `device_kind`; from the vendors' data sheets.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
@@ -88,13 +84,13 @@ PEAKS = {
 
 
 def device_peak(kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device of this `device_kind`; None for one that is not in the table, as a CPU."""
+    """Dense bfloat16 FLOP/s of a device of this `device_kind`; None if it is not in the table, such as a CPU."""
     names = [name for name in PEAKS if name in kind]
     return PEAKS[max(names, key=len)] if names else None
 
 
 def peak(params: Any) -> float | None:
-    """FLOP/s of all devices that parameters lie on, together; None if one of them is unknown."""
+    """Total FLOP/s of all devices that hold the parameters; None if one of them is unknown."""
     devices = set().union(*(leaf.sharding.device_set for leaf in jax.tree.leaves(params)))
     peaks = [device_peak(device.device_kind) for device in devices]
     return None if None in peaks else sum(peaks)
@@ -106,32 +102,32 @@ def peak(params: Any) -> float | None:
 class Clock:
     """Wall time of a training in this process, divided into steps and everything else.
 
-    Steps are dispatched: the call returns before the device has computed. So time is only read where the device is
-    known to be done (`lap`). From the time between two laps the time that the device had to wait is subtracted: calls
-    that compile, gaps between steps after which the device was idle, and everything under `lost`. What may be both,
-    such as a compilation while earlier steps still run, counts as lost, so goodput is never overstated.
+    Steps are dispatched asynchronously, so time is read only where the device is known to be done (`lap`). The time the
+    device had to wait is subtracted from a lap: calls that compile, gaps between steps after which the device was idle,
+    and everything under `lost`. Time that may be either, such as compiling while earlier steps still run, counts as
+    lost, so goodput is never overstated.
     """
 
     def __init__(self, flops: Flops | None = None):
         self._flops = flops
         self._began = time.monotonic()
         self._useful = 0.0  # seconds, in all laps
-        self._shapes: set = set()  # of batches that there is a program for
-        self.warm = 0  # steps since the last that compiled
+        self._shapes: set = set()  # of batches already compiled for
+        self.warm = 0  # steps since the last one that compiled
         self._restart()
 
     def _restart(self) -> None:
         self._lap, self._lost, self._tokens, self._operations = time.monotonic(), 0.0, 0, 0.0
-        self._gap = self._lap  # start of the present gap between steps, moved by what is lost inside of it
+        self._gap = self._lap  # start of the current gap between steps, moved by what is lost within it
 
     def start(self, params: Any) -> None:
-        """End the preparations, such as reading a checkpoint; steps on these parameters follow."""
+        """End the preparations, such as reading a checkpoint, before the first step on these parameters."""
         self._peak = peak(params)
         self._restart()
 
     @contextlib.contextmanager
     def lost(self) -> Iterator[None]:
-        """Count the time inside as lost; the device must be done with the steps before."""
+        """Count the time inside as lost; the device must have finished all steps."""
         began = time.monotonic()
         try:
             yield
@@ -140,13 +136,13 @@ class Clock:
             self._lost, self._gap = self._lost + seconds, self._gap + seconds
 
     @contextlib.contextmanager
-    def step(self, batch: Batch, last: dict[str, jax.Array]) -> Iterator[None]:
-        """Time the call of a step on a batch; the first of a shape compiles, or loads a program, and is lost.
+    def step(self, batch: Batch, previous: dict[str, jax.Array]) -> Iterator[None]:
+        """Time the call of a step on a batch; the first of a shape compiles, or loads a program, and counts as lost.
 
         Args:
-          last: metrics of the step before: if they are ready, the device has waited for the batch.
+          previous: metrics of the previous step: if they are ready, the device has waited for this batch.
         """
-        if all(metric.is_ready() for metric in last.values()):
+        if all(metric.is_ready() for metric in previous.values()):
             self._lost += time.monotonic() - self._gap
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
         compiles = shapes not in self._shapes
@@ -160,16 +156,15 @@ class Clock:
         self._gap = time.monotonic()
 
     def lap(self) -> dict[str, float]:
-        """The speed since the last lap; to be called when the device is done with every step.
+        """Return the speed since the last lap; call it when the device has finished every step.
 
         Returns:
-          seconds: wall time since the last lap, what was lost too.
-          tokens_per_second: of steps, padding not counted.
-          flops: model FLOPs of the steps since the last lap; only if FLOPs are counted.
-          flops_per_second: model FLOP/s of steps; likewise.
-          mfu: these, as a share of the devices' dense bfloat16 peak; only if that is known.
-          goodput: the share of steps in all wall time since the clock was made. With `mfu` it multiplies to the share
-            of the peak that the training as a whole makes use of.
+          seconds: wall time since the last lap, including lost time.
+          tokens_per_second: of steps, without padding.
+          flops, flops_per_second: model FLOPs since the last lap, and FLOP/s of steps; only if FLOPs are counted.
+          mfu: FLOP/s as a share of the devices' dense bfloat16 peak; only if that is known.
+          goodput: the share of steps in all wall time of this clock; mfu * goodput is the share of the peak that the
+            whole training uses.
         """
         now = time.monotonic()
         seconds = max(now - self._lap - self._lost, 1e-9)
