@@ -1,4 +1,4 @@
-"""All algorithms on the star graph G(2, 4) of star_graph.py: `qsharp compare`. Some 18 minutes a seed on two cores."""
+"""All algorithms on the star graph G(2, 4) of star_graph.py: `qsharp compare`. 18 minutes per seed on two cores."""
 
 from ml_collections import ConfigDict
 
@@ -10,20 +10,20 @@ def get_config() -> ConfigDict:
 
 
 def compared(c: ConfigDict) -> ConfigDict:
-    """A run's settings, with what a comparison has beside them."""
+    """Add the settings of a comparison to those of a run."""
     c.evaluate.samples = 1
     c.compare = ConfigDict()
     c.compare.methods = ("qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo")
     c.compare.seeds = (0, 1, 2)
-    # Settings of single methods, as on the command line. These two take several steps on each lot of rollouts, and at
-    # the others' 1e-3 they leave pi_ref in the first lots, KLQ for objectives far below 0.
+    # Settings of single methods, as on the command line. PPO and KLQ take several steps on each batch of rollouts; at
+    # the others' 1e-3 they leave pi_ref within the first batches, KLQ for objectives far below 0.
     c.compare.changes = ConfigDict()
     c.compare.changes.ppo = c.compare.changes.klq = ("policy.optimizer.learning_rate=1e-4",)
     return c
 
 
 def compared_on_paper_graph(c: ConfigDict) -> ConfigDict:
-    """Settings of `compared`, with what the larger policies of star_graph_paper.py need."""
+    """Add the settings of a comparison, and those that the larger policies of star_graph_paper.py need."""
     c = compared(c)
     c.compare.changes = ConfigDict()
     c.policy.optimizer.learning_rate = 1e-5

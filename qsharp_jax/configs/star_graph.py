@@ -1,8 +1,8 @@
-"""The star graph G(2, 4) on a CPU, pi_ref pre-trained on right paths as in the paper. Some six minutes on two cores.
+"""The star graph G(2, 4) on a CPU, pi_ref pre-trained on correct paths as in the paper. About six minutes on two cores.
 
 pi_ref learns to follow edges and that the last node is the goal, and stays at 1/d at the first branch. The value of the
-first step needs the path three nodes ahead: with the likelihood alone the guide stays at chance for thousands of steps,
-and the auxiliary loss on later tokens of successful rollouts is what breaks the plateau.
+first step depends on the path three nodes ahead: with the likelihood alone the guide stays at chance for thousands of
+steps; the auxiliary loss on later tokens of successful rollouts breaks the plateau.
 """
 
 from ml_collections import ConfigDict
@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
 
     c.task.name = "star_graph"
     c.task.degree = 2
-    c.task.path_length = 4  # nodes, the start counted
+    c.task.path_length = 4  # nodes, including the start
     c.task.num_nodes = 12  # node ids
-    c.task.pretrain_on = "paths"  # right paths, or walks down a random arm
+    c.task.pretrain_on = "paths"  # correct paths; "walks": down a random arm
 
     c.model.size = "tiny"
     c.model.embed = 64
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.model.token_shift = True
 
     c.pretrain.steps = 1500
-    c.pretrain.stop_loss = 0.17  # nats a token; with all certain but the first branch it would be log(2) / 5 = 0.139
+    c.pretrain.stop_loss = 0.17  # nats per token; certain of all but the first branch, it would be log(2) / 5 = 0.139
     c.pretrain.batch_size = 64
     c.pretrain.length_bucket = 8
     c.pretrain.log_every = 25

@@ -2,13 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.configs.star_graph_paper import get_config as base
+from qsharp_jax.configs.star_graph_paper import graph
 
 
 def get_config() -> ConfigDict:
-    c = base()
-    c.task.degree = 2
-    c.task.path_length = 20
-    c.generate.max_new_tokens = 24  # the path and its end
-    c.fit.future_offsets = 19
-    return c
+    return graph(degree=2, path_length=20)

@@ -2,13 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.configs.star_graph_paper import get_config as base
+from qsharp_jax.configs.star_graph_paper import graph
 
 
 def get_config() -> ConfigDict:
-    c = base()
-    c.task.degree = 3
-    c.task.path_length = 8
-    c.generate.max_new_tokens = 16  # the path and its end
-    c.fit.future_offsets = 7
-    return c
+    return graph(degree=3, path_length=8)

@@ -1,6 +1,6 @@
-"""The paper's star graphs for an accelerator: a GPT-2-small-sized pi_ref and guide, 50 node ids, right paths.
+"""The paper's star graphs for an accelerator: a GPT-2-small-sized pi_ref and guide, 50 node ids, correct paths.
 
-It holds what all of them share, at G(2, 5); `star_graph_g2_5.py` and its like are to be run.
+Run `star_graph_g2_5.py` and its siblings; this file holds what they share.
 """
 
 from ml_collections import ConfigDict
@@ -10,9 +10,14 @@ from qsharp_jax.configs.star_graph import get_config as small
 
 
 def get_config() -> ConfigDict:
+    return graph(degree=2, path_length=5)
+
+
+def graph(degree: int, path_length: int) -> ConfigDict:
     c = small()
     c.rounds = 2
-    c.task.path_length = 5
+    c.task.degree = degree
+    c.task.path_length = path_length
     c.task.num_nodes = 50
 
     c.model = ConfigDict()
@@ -26,7 +31,7 @@ def get_config() -> ConfigDict:
     c.pretrain.log_every = 50
     adamw(c.pretrain.optimizer, 2.5e-4)
 
-    c.generate.max_new_tokens = 8  # the path and its end
+    c.generate.max_new_tokens = -(-(path_length + 1) // 8) * 8  # the path and its end
 
     c.collect.prompts = 50_000
     c.collect.samples = 4
@@ -35,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.fit.epochs = 5
     c.fit.batch_size = 256
-    c.fit.future_offsets = 4
+    c.fit.future_offsets = path_length - 1
     c.fit.warm_start = False
     adamw(c.fit.optimizer, 1e-4)
 

@@ -1,7 +1,6 @@
 """Fixed-shape batches of token sequences, bucketed by length or packed.
 
-The batches of an epoch follow from the seed, and a step's batch from the step alone, so the step is the position in
-the data. Shapes: B rows, T tokens.
+Batches depend only on the seed and the step, so the step is the position in the data. Shapes: B rows, T tokens.
 """
 
 import dataclasses
@@ -39,12 +38,9 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A sequence to learn from.
+    """A sequence of token ids to learn from, with the reward of the whole response.
 
-    Attributes:
-      prompt, response: token ids.
-      reward: of the whole response.
-      first_label: first labeled token, counted from the response's first; -1 is the prompt's last token.
+    `first_label` is the first labeled token, counted from the response's first; -1 is the prompt's last token.
     """
 
     prompt: Sequence[int]
@@ -61,7 +57,7 @@ def from_rollout(rollout: Rollout) -> Example:
 
 
 def make_batch(examples: Sequence[Example], rows: int, width: int) -> Batch:
-    """Lay out one example per row in a batch of `rows` x `width`; rows left over are padding."""
+    """Lay out one example per row in a batch of `rows` x `width`; the remaining rows are padding."""
     return make_packed_batch([[example] for example in examples], rows, width)
 
 
@@ -79,21 +75,18 @@ def make_packed_batch(groups: Sequence[Sequence[Example]], rows: int, width: int
             positions[row, first:end] = np.arange(len(example))
             response_mask[row, begin:end] = True
             label_mask[row, begin + example.first_label : end] = True
-            # The reward comes at the end, so all of it is still to come at every token of the response.
+            # The reward comes at the end, so the reward-to-go is the same at every token of the response.
             reward_to_go[row, begin + min(example.first_label, 0) : end] = example.reward
     return Batch(tokens, segments, positions, response_mask, label_mask, reward_to_go)
 
 
 def length_batches(lengths: Sequence[int], *, rows: int, bucket: int) -> list[tuple[int, np.ndarray]]:
-    """Group sequences of similar length.
+    """Group sequences of similar length: (width, indices) per group, where the width fits all of its lengths.
 
     Args:
       lengths: [n], in tokens.
-      rows: most sequences in a group.
+      rows: maximum number of sequences in a group.
       bucket: widths are multiples of it, so there are at most as many shapes as buckets.
-
-    Returns:
-      (width, indices) per group, where the width fits all of the group's lengths.
     """
     widths = -(-np.asarray(lengths) // bucket) * bucket
     batches = []
@@ -106,10 +99,8 @@ def length_batches(lengths: Sequence[int], *, rows: int, bucket: int) -> list[tu
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group indices so that each group's lengths add up to at most `capacity`: best-fit decreasing (Johnson 1973).
 
-    Longest first, each goes to the group with the least room left among those with room for it.
-
-    Raises:
-      UserError: if a length is above `capacity`.
+    Longest first, each goes to the group with the least room left among those with room for it. A length above
+    `capacity` is a UserError.
     """
     if max(lengths, default=0) > capacity:
         raise UserError(
@@ -151,17 +142,13 @@ class Batches:
         examples: `Example`s, or other objects with a length that `make` accepts.
         rows: B, of every batch.
         bucket: widths are multiples of it, in tokens.
-        seed: of the shuffling.
         pack_length: width of every batch, in tokens, with several examples per row; 0: one example per row.
-        make: function of (groups of examples, rows, width) that returns the batch.
-
-        Raises:
-          UserError: if an example is longer than `pack_length`.
+        make: (groups of examples, rows, width) -> the batch.
         """
         self._examples, self._rows, self._bucket, self._seed, self._make = examples, rows, bucket, seed, make
         self._lengths = np.asarray([len(example) for example in examples])
         self._pack_length = pack_length
-        # Every epoch packs the same lengths together; which examples of a length, is shuffled.
+        # Every epoch packs the same lengths together, but shuffles the examples of each length.
         self._groups = pack(-np.sort(-self._lengths), pack_length) if pack_length else None
         self._epoch, self._order = 0, self._shuffled(0)
 

@@ -21,12 +21,12 @@ class Rollout:
     Attributes:
       prompt_id: identity of the problem.
       round: 1, 2, ...
-      prompt_tokens, response_tokens: ids, the stop token included.
+      prompt_tokens, response_tokens: ids, including the stop token.
       switch: number of response tokens that the guided policy chose before `pi_ref` took over; 0 in round 1.
       reward: of the whole response.
-      finished: the response ended with a stop token.
-      eta: of the roll-in; inf where `pi_ref` chose everything.
-      seed: of the roll-out.
+      finished: whether the response ended with a stop token.
+      eta: eta of the roll-in; inf where `pi_ref` chose everything.
+      seed: seed of the roll-out.
       text: the response as text.
     """
 
@@ -43,10 +43,9 @@ class Rollout:
 
     @property
     def first_label(self) -> int:
-        """First labeled position, counted from the response's first token.
+        """First labeled position, counted from the response's first token: the last token not chosen by `pi_ref`.
 
-        It is the last token that `pi_ref` did not choose: the last token of the roll-in, or -1, the prompt's last
-        token, where `pi_ref` chose the whole response.
+        This is the last token of the roll-in, or -1, the prompt's last token, without a roll-in.
         """
         return self.switch - 1
 
@@ -76,7 +75,7 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def write_shard(folder: Path, index: int, rollouts: Sequence[Rollout]) -> None:
-    """Write one shard; a kill at any moment leaves the whole shard or none."""
+    """Write one shard, whole or not at all."""
     import pyarrow.parquet
 
     if not files.is_remote(folder):
@@ -91,22 +90,22 @@ def read_shard(path: Path) -> list[Rollout]:
 
     Raises:
       UserError: if it is damaged or not a shard of rollouts.
-      OSError: if it cannot be read, which says nothing about its content.
+      OSError: if it cannot be read, whatever its content.
     """
     import pyarrow.parquet
 
-    content = path.read_bytes()  # first, so that a failure below is one of the content
+    content = path.read_bytes()  # first, so that failures below are due to the content
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content), page_checksum_verification=True)
         if not table.schema.equals(_schema()):
             raise pyarrow.ArrowInvalid("its columns are not those of rollouts")
     except MemoryError:  # pyarrow.ArrowMemoryError is one too
         raise
-    # The checksums cover the pages. In the schema, a flipped bit may also leave a name that is not UTF-8: a ValueError.
+    # Checksums cover the pages only: a flipped bit in the schema may leave a name that is not UTF-8, a ValueError.
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise UserError(
-            f"the shard {path} is damaged ({str(error).splitlines()[0]}); delete it and collect again, or go on without"
-            " it with --skip-damaged"
+            f"the shard {path} is damaged ({str(error).splitlines()[0]}); delete it and collect again, or continue"
+            " without it with --skip-damaged"
         ) from error
     return [Rollout(**row) for row in table.to_pylist()]
 
@@ -116,10 +115,7 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
 
     Args:
       folder: holds `round_1/`, `round_2/`, ...
-      skip_damaged: leave out damaged shards, printing the name of each, instead of stopping at the first.
-
-    Raises:
-      UserError: for a damaged shard, or if a round has no rollouts.
+      skip_damaged: leave out damaged shards, printing each, instead of raising a UserError at the first.
     """
     rollouts = []
     for number in rounds:

@@ -1,7 +1,4 @@
-"""Conversion between text and token ids with any `transformers` tokenizer, and whether two models share their tokens.
-
-`tokenizer_files.py` reads a tokenizer from a model's folder.
-"""
+"""Conversion between text and token ids with any `transformers` tokenizer, and comparison of two models' tokens."""
 
 import copy
 import dataclasses
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = ("plain", "chat")
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError)  # raised by a chat template
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError)  # raised by chat templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +28,9 @@ class Tokenizer:
       hf_tokenizer: of any kind.
       prompt_format: "plain", the text itself, or "chat", one user turn in the tokenizer's chat template, up to where
         the answer begins.
-      prefix_ids: ids at the start of a plain prompt; by default the bos token, if the tokenizer has one.
-      stop_ids: a response ends at the first of these; by default the eos token and the one that ends a chat's turn.
-      date: the date that a chat template takes for today.
+      prefix_ids: ids at the start of a plain prompt; by default the bos token, if there is one.
+      stop_ids: a response ends at the first of these; by default the eos token and the token that ends a chat's turn.
+      date: today's date for a chat template.
 
     Raises:
       UserError: for the chat format without a chat template, or stop ids that the tokenizer does not have.
@@ -78,8 +75,7 @@ class Tokenizer:
           date: by default today.
 
         Raises:
-          UserError: if the folder has no tokenizer, a damaged one, or files that contradict each other, and as the
-            class does.
+          UserError: if the folder has no tokenizer, a damaged one, or contradictory files, and as in the class.
         """
         hf_tokenizer = files.read(folder)
         prefix_ids, suffix_ids = files.around(hf_tokenizer)
@@ -89,7 +85,7 @@ class Tokenizer:
         own = None if stop_ids is None else tuple(stop_ids)
         tokenizer = cls(hf_tokenizer, prompt_format, prefix_ids, own, date or datetime.date.today())
         if stop_ids is None:
-            # A config made for another vocabulary may list ids that do not exist here: they are never drawn.
+            # A config made for another vocabulary may list ids that do not exist here; they are never drawn.
             listed = {token for token in files.listed_stop_ids(folder) if 0 <= token < tokenizer.vocab_size}
             tokenizer = dataclasses.replace(tokenizer, stop_ids=tuple(sorted({*tokenizer.stop_ids, *listed})))
         return tokenizer
@@ -101,7 +97,7 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Largest id plus one. An embedding may have more rows, to fill up a round size."""
+        """Largest id plus one. An embedding may have more rows, as padding."""
         return max(self.entries) + 1
 
     @functools.cached_property
@@ -131,11 +127,7 @@ class Tokenizer:
         return self.prompt_format == "chat" and self._sample_chat(False) != other._sample_chat(False)
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Encode a prompt in the prompt format.
-
-        Raises:
-          UserError: for a word or symbol that the vocabulary does not have, or that the chat template refuses.
-        """
+        """Encode a prompt in the prompt format; raises a UserError for unknown words and template errors."""
         if self.prompt_format == "chat":
             try:
                 text = self._render(prompt)
@@ -153,11 +145,7 @@ class Tokenizer:
         return [*self.prefix_ids, *tokens]
 
     def encode_response(self, response: str) -> list[int]:
-        """Encode a response with the token that ends it: in a chat the end of a turn, else eos.
-
-        Raises:
-          UserError: for a word or symbol that the vocabulary does not have.
-        """
+        """Encode a response with the token that ends it: in a chat the end of a turn, else eos; errors as above."""
         end = self.end_of_turn if self.prompt_format == "chat" else None
         end = self.hf_tokenizer.eos_token_id if end is None else end
         return [*self._encode(response, "response"), *([] if end is None else [end])]
@@ -167,9 +155,9 @@ class Tokenizer:
         return self.hf_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_stream(self, blocks: Iterable[Sequence[int]]) -> Iterator[str]:
-        """Decode a response whose ids come in blocks; yields the new text after each block, and the rest at the end.
+        """Decode ids that come in blocks; yields the new text after each block, and the rest at the end.
 
-        An incomplete character is held back until its last byte has come.
+        An incomplete character is held back until its last byte has arrived.
         """
         tokens, shown, whole = [], 0, ""
         for block in blocks:
@@ -181,7 +169,7 @@ class Tokenizer:
         yield whole[shown:]
 
     def for_export(self) -> "PreTrainedTokenizerBase":
-        """Return a `transformers` tokenizer to save, which puts `prefix_ids` before a text by itself."""
+        """Return a `transformers` tokenizer to save, which itself puts `prefix_ids` before a text."""
         from tokenizers import processors
 
         tokenizer = copy.deepcopy(self.hf_tokenizer)
@@ -195,10 +183,10 @@ class Tokenizer:
         return tokenizer
 
     def _render(self, prompt: str, answer: str | None = None) -> str:
-        """Render the chat template, on this tokenizer's date: a question up to its answer, or with an answer.
+        """Render the chat template on this tokenizer's date: a question up to its answer, or with an answer.
 
-        `apply_chat_template` would let the template read the clock: a function among its arguments is replaced by a
-        string. A template may print the time of the day, too: midnight.
+        `apply_chat_template` cannot be used: it replaces a function among its arguments by a string, so templates would
+        read the clock. A template that prints the time prints midnight.
         """
         from transformers.utils import chat_template_utils
 
@@ -226,7 +214,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _warn_of_prefix(self) -> None:
-        """Warn about prompts that begin with the prefix already: cached, so once per tokenizer."""
+        """Warn about prompts that already begin with the prefix: cached, so once per tokenizer."""
         names = "".join(self.entries[token] for token in self.prefix_ids)
         warn(f"a plain prompt starts with {names!r} already, like text from a chat template; it is not added again")
 
@@ -239,7 +227,7 @@ class Tokenizer:
 
     def _encode(self, text: str, kind: str) -> list[int]:
         tokens, unknown = self._raw(text), self.hf_tokenizer.unk_token_id
-        # GPT-2 gives its eos token this name too, but knows all bytes.
+        # GPT-2 also gives its eos token this name, but knows all bytes.
         if unknown in tokens and unknown != self.hf_tokenizer.eos_token_id:
             offsets = self.hf_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             begin, end = offsets[tokens.index(unknown)]
@@ -252,14 +240,11 @@ class Tokenizer:
 
 
 def check_same_tokens(ref: Tokenizer, guide: Tokenizer) -> None:
-    """Check that the guide has every token of the reference, with the same id.
+    """Raise a UserError unless the guide has every token of the reference, with the same id.
 
-    Embedding sizes are not compared, since they may be padded, and the guide may have more tokens, since the reference
-    never draws them. Special tokens with another name in the guide only cause a warning if neither model uses them:
-    not to stop, and not around or between texts. Llama 3 and 3.1 differ in 249 of these.
-
-    Raises:
-      UserError: naming the first three that differ.
+    Embedding sizes may differ, and the guide may have more tokens, since the reference never draws them. Special tokens
+    with another name in the guide only cause a warning if neither model uses them to stop, around texts or between
+    them. Llama 3 and 3.1 differ in 249 of these.
     """
     used = {*ref.stop_ids, *ref.template_ids, *guide.template_ids}
     differing = [token for token in sorted(ref.entries) if guide.entries.get(token) != ref.entries[token]]

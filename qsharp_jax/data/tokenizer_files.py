@@ -1,4 +1,4 @@
-"""Reading a tokenizer from a model's folder, and what the folder says about how texts begin and responses end."""
+"""Reading a tokenizer from a model's folder, and the folder's rules for how texts begin and responses end."""
 
 import json
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the path of one with a model and its tokenizer")
+        raise UserError(f"there is no folder {folder}; give the folder of a model and its tokenizer")
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer: none of {', '.join(_FILES)} exists; put the tokenizer's files next to the"
             " weights"
         )
-    # No code from the folder is run, and nothing is looked up elsewhere.
+    # No code from the folder is run, and nothing is looked up online.
     options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     try:
         if not (folder / _OWN).is_file():
@@ -52,7 +52,7 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
     except UserError:
         raise
-    except Exception as error:  # the libraries below raise their own, down to a bare Exception
+    except Exception as error:  # the libraries below raise their own, including a bare Exception
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the tokenizer in {folder} ({words}); download its files again") from error
     entries = {token: entry for entry, token in own.get_vocab().items()}
@@ -63,7 +63,7 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
     if isinstance(adds, bool) and adds != puts:
         warn(
             f"in {folder}, tokenizer_config.json says that add_bos_token is {json.dumps(adds)}, but {_OWN} puts"
-            f" {'a token' if puts else 'nothing'} before a text; {_OWN} counts"
+            f" {'a token' if puts else 'nothing'} before a text; {_OWN} is used"
         )
     return tokenizer
 
@@ -71,17 +71,14 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
 def _check_tokens(
     folder: Path, entries: Mapping[int, str], tokenizer: "PreTrainedTokenizerBase", listed: Mapping[int, str]
 ) -> None:
-    """Check that a folder's other files have no tokens that its tokenizer.json does not have.
+    """Raise a UserError if a folder's other files have tokens that its tokenizer.json does not have.
 
-    Tokens for padding and the like are ignored: nothing here uses them.
+    Padding tokens and the like are ignored, since nothing here uses them.
 
     Args:
       entries: the tokens of tokenizer.json, by id.
       tokenizer: read from all files together.
       listed: the added tokens of tokenizer_config.json, by id.
-
-    Raises:
-      UserError: naming the first that differs.
     """
     unused = {getattr(tokenizer, name) for name in ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")}
     more = sorted(tokenizer.get_vocab().keys() - {*entries.values()} - unused)
@@ -97,7 +94,7 @@ def _check_tokens(
 
 
 def around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that a tokenizer's own rule puts before and after every text."""
+    """Return the ids that a tokenizer itself puts before and after every text."""
     whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     for start in range(len(whole) - len(bare), -1, -1):
         if whole[start : start + len(bare)] == bare:
@@ -106,7 +103,7 @@ def around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple
 
 
 def listed_stop_ids(folder: str | Path) -> list[int]:
-    """Return the eos_token_id, one number or several, of generation_config.json, else of config.json."""
+    """Return the eos_token_id, one or several, of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         listed = _read_json(path).get("eos_token_id")

@@ -1,4 +1,4 @@
-r"""The 30 problems of AIME 2024, whose answers are integers from 0 to 999, written with or without leading zeros.
+r"""The 30 problems of AIME 2024, whose answers are integers from 0 to 999, with or without leading zeros.
 
 The guide learns from MATH's training problems. A row has a `problem`, an `answer` and an `id`.
 
@@ -18,11 +18,7 @@ parse = boxed.answer
 
 
 def gold(answer: str) -> str:
-    """Return the number without leading zeros.
-
-    Raises:
-      ValueError: for anything else.
-    """
+    """Return the number without leading zeros; raises a ValueError for anything else."""
     number = answer.strip()
     if not re.fullmatch(r"[0-9]{1,3}", number):
         raise ValueError(f"the answer {answer!r} is not an integer from 0 to 999")

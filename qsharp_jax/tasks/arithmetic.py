@@ -1,7 +1,7 @@
-r"""Word problems of one to three steps, small enough for a language model that is trained on the spot.
+r"""Word problems of one to three steps, small enough for a language model trained on a CPU.
 
 "Sam has 54 eggs. Sam gives 12 eggs to Mia. How many eggs does Sam have?" is answered "54-12=42. \boxed{42}". In the
-pre-training corpus a step may take the wrong operation; what follows is computed correctly from there. Prompt and
+pre-training corpus a step may use the wrong operation; later steps are computed correctly from its result. Prompt and
 response together show such a reading error, so a value model can learn to see it, and a guide to avoid it.
 
 config: max_events         a story has 1..max_events events after its opening; at most 3
@@ -34,13 +34,13 @@ RESULT = {
     **{("/", a * b, b): a for a in range(10) for b in range(1, 10)},
 }
 _STEPS = {op: [step for step in RESULT if step[0] == op] for op in "+-*/"}
-_BARE_EQUATIONS = 6  # in a bare text, which makes it nearly as long as a problem with its response
+_BARE_EQUATIONS = 6  # per bare text, which makes it nearly as long as a problem with its response
 
-_COUNTS = range(1, 98)  # values of a story's count; at each, some event can be read correctly and wrongly
+_COUNTS = range(1, 98)  # values of a story's count at which some event can be read both correctly and wrongly
 
 MISREAD = {"+": "-", "-": "+", "*": "+", "/": "-"}  # the operation that a reading error takes instead
 
-# Possible numbers of an event. Two numbers are multiplied first: 3 boxes of 8 eggs are 24 eggs.
+# Possible numbers of an event; two numbers are multiplied first: 3 boxes of 8 eggs are 24 eggs.
 _ONE = tuple((n,) for n in range(2, 100))
 _TWO = tuple(itertools.product(range(2, 10), repeat=2))
 
@@ -51,13 +51,13 @@ class Kind:
 
     Attributes:
       name: for the problem's identity.
-      op: operation on the count before the event and the event's number that gives the count after it.
+      op: operation on the count and the event's number that gives the new count.
       misread: probability of a reading error in each of its steps.
       text: the sentence, with the number or numbers as {0} and {1}.
       numbers: their possible values, if the result is one of `_COUNTS`.
-      question: if not empty, the story ends with this event and asks this.
+      question: if not empty, the story ends with this event and this question.
       what: the thing counted from here on; empty if that does not change.
-      passes_on: from here on the count is that of the other person.
+      passes_on: whether the count is the other person's from here on.
     """
 
     name: str
@@ -93,7 +93,7 @@ _NAMES = ("Ana", "Ben", "Mia", "Sam")
 _THINGS = ("apples", "cards", "coins", "eggs", "shells")
 
 # A word includes the space before it, and the space after it if a number or the box follows; so does a full stop.
-# Every space is then part of a token, and a digit is the same token everywhere.
+# So every space is part of a token, and a digit is the same token everywhere.
 _PIECE = r"\\boxed\{|(?: ?[A-Za-z]+|\.)(?: (?=[0-9\\]))?|."
 
 _Events = list[tuple[Kind, tuple[int, ...]]]
@@ -144,10 +144,7 @@ def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str
 
 
 def parse(response: str) -> str | None:
-    r"""Return the number in the last \boxed{...}, without leading zeros.
-
-    None if that box is not closed or holds anything else; text before and after it is ignored.
-    """
+    r"""Return the number in the last \boxed{...}, without leading zeros; None if the box is unclosed or holds more."""
     _, box, rest = response.rpartition(r"\boxed{")
     number = re.match(r"([0-9]+)\}", rest) if box else None
     return (number[1].lstrip("0") or "0") if number else None
@@ -169,7 +166,7 @@ def _stories(config: Any, rng: random.Random) -> Iterator[tuple[Problem, tuple[i
         events: _Events = []
         length = max(rng.randint(1, config.max_events) for _ in range(2))  # longer stories are likelier
         while len(events) < length:
-            kind = rng.choice(_KINDS_OF[rng.choice("+-*/")])  # so that no operation is rare
+            kind = rng.choice(_KINDS_OF[rng.choice("+-*/")])  # by operation first, so that none is rare
             choices = _choices(kind, value)
             if not choices or kind.what == what or (kind.question and len(events) < length - 1):
                 continue
@@ -187,9 +184,9 @@ def _stories(config: Any, rng: random.Random) -> Iterator[tuple[Problem, tuple[i
 
 @functools.cache
 def _choices(kind: Kind, value: int) -> list[tuple[int, ...]]:
-    """Return the numbers with which such an event takes `value` to another of `_COUNTS`.
+    """Return the numbers with which such an event turns `value` into another of `_COUNTS`.
 
-    The wrong operation has an equation with them too, so the kind alone decides how likely an error is.
+    The wrong operation also has an equation with them, so the kind alone decides how likely an error is.
     """
     return [
         numbers
@@ -214,10 +211,7 @@ def _response(rng: random.Random, opening: int, events: _Events, error_scale: fl
 def _step(
     rng: random.Random, equations: list[str], op: str, left: int | None, right: int | None, misread: float
 ) -> int | None:
-    """Append the equation of one step and return its result; None, and nothing is appended, if there is no equation.
-
-    If the chosen operation has no equation with these numbers, the other one is taken.
-    """
+    """Append the equation of one step and return its result; if neither operation has an equation, return None."""
     ops = (MISREAD[op], op) if rng.random() < misread else (op, MISREAD[op])
     for step in ((op, left, right) for op in ops):
         if step in RESULT:

@@ -36,7 +36,7 @@ class Problem:
 
 
 def content_id(content: str) -> str:
-    """Return 16 hex digits of a hash of what makes a problem this one and no other."""
+    """Return 16 hex digits of a hash of a problem's content."""
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -57,11 +57,8 @@ def generator(*name: Any) -> random.Random:
 def take(draws: Iterator[tuple[Problem, Any]], split: str, count: int, *, distinct: bool) -> list[tuple[Problem, Any]]:
     """Take the first `count` of the endless `draws` that belong to `split`, without repeats if `distinct`.
 
-    Args:
-      draws: problems, each with whatever else its task needs to write about it.
-
-    Raises:
-      ValueError: for an unknown split, or if there are not enough problems.
+    Each draw is a problem with whatever else its task needs to write about it. An unknown split, or too few problems,
+    is a ValueError.
     """
     check_split(split)
     taken: list[tuple[Problem, Any]] = []
@@ -88,8 +85,7 @@ def word_level_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Build a tokenizer with one token per piece; ids follow their order, after the special tokens.
 
-    A piece that is not listed becomes <unk>, which callers refuse. Encoding adds no special tokens and strips blanks
-    around a text.
+    Other pieces become <unk>, which callers refuse. Encoding adds no special tokens and strips blanks around a text.
     """
     import tokenizers
     import transformers

@@ -4,7 +4,7 @@ The answer is the last box, together with the boxes before it that it is joined 
 are between them: math and layout commands, a unit, a comma, semicolon, "and" or "or", a label like (b), and the name of
 the second box's value, as in "x = \boxed{2} and x = \boxed{3}" or "\boxed{2}, and the other root is \boxed{3}". Other
 words, signs or sentences separate them, as in "\boxed{2}. Wait, \boxed{3}", "\boxed{2} + \boxed{3} = \boxed{5}" or
-"\boxed{2}, so that we have \boxed{4}": the boxes before are then steps, or corrected.
+"\boxed{2}, so that we have \boxed{4}": the earlier boxes are then steps, or were corrected.
 """
 
 import re
@@ -37,16 +37,16 @@ def prompt(question: str) -> str:
 
 
 def answer(response: str) -> str | None:
-    r"""Return the contents of the boxes that form the answer, comma-separated; None if the last is empty or not closed.
+    r"""Return the boxes that form the answer, comma-separated; None if the last is empty or not closed.
 
-    Equal boxes that are joined count once. Time is linear in the length of the text.
+    Equal boxes that are joined count once. The time is linear in the length of the text.
     """
     boxes = answers(response)
     return ", ".join(boxes) if boxes else None
 
 
 def answers(response: str) -> list[str]:
-    """Return the same as a list of boxes, empty if the last is empty or not closed."""
+    """Return the same as a list of boxes."""
     joined: list[str] = []  # from the last to the first
     following = len(response)
     for box in reversed(list(_BOX.finditer(response))):
@@ -60,10 +60,7 @@ def answers(response: str) -> list[str]:
 
 
 def last_box(response: str) -> str | None:
-    r"""Return the content of the last \boxed{...}, stripped; None if there is none, or it is empty or not closed.
-
-    Time is linear in the length of the text.
-    """
+    r"""Return the content of the last \boxed{...}, stripped; None if there is none, or it is empty or not closed."""
     end = None
     for box in _BOX.finditer(response):
         end = box.end()

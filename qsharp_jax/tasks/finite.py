@@ -1,7 +1,7 @@
 """Shared by tasks over a fixed data set: its rows, from JSON lines or from the Hugging Face hub, and its splits.
 
-config: data         folder with the data set's files; "hub": from the Hugging Face hub; "": the folder that the
-                     environment variable QSHARP_DATA names, or the hub if it is not set
+config: data         folder with the data set's files; "hub": load from the Hugging Face hub; "": the folder in the
+                     environment variable QSHARP_DATA, or the hub if it is not set
         evaluate_on  the held-out problems: "test", or "validation", a tenth of the training problems
         split_seed   selects that tenth
 """
@@ -25,22 +25,13 @@ _HELD_OUT = 0.1  # share of the training problems that are for validation, as in
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a file.
-
-    Attributes:
-      place: where it is, for messages.
-      fields: by name.
-    """
+    """One row of a file, with its `place` for messages, and its `fields` by name."""
 
     place: str
     fields: dict[str, Any]
 
     def text(self, field: str) -> str:
-        """Return a required field that is a text and not blank.
-
-        Raises:
-          UserError: naming the row.
-        """
+        """Return a required field that is a nonblank text; raises a UserError that names the row."""
         if field not in self.fields:
             names = ", ".join(self.fields) or "none at all"
             raise UserError(f"{self.place}: there is no field {field!r}, but {names}; add it")
@@ -50,11 +41,7 @@ class Row:
         return value
 
     def problem(self, problem_id: str, prompt: str, gold: Callable[[str], str], answer: str) -> Problem:
-        """Return the problem whose answer is `gold(answer)`.
-
-        Raises:
-          UserError: naming the row and the problem, for a ValueError of `gold`.
-        """
+        """Return the problem whose answer is `gold(answer)`; a ValueError of `gold` becomes a UserError."""
         try:
             return Problem(problem_id, prompt, gold(answer))
         except ValueError as error:
@@ -68,9 +55,9 @@ class Source:
     Attributes:
       file: path below the data folder, of JSON lines with the hub's fields.
       hub: name of the data set on the hub, or URL of a file of JSON lines.
-      to_problems: function of a row that returns its problems.
+      to_problems: (row) -> its problems.
       split: name of the split on the hub.
-      parts: configurations on the hub; their rows follow each other.
+      parts: configurations on the hub, whose rows are concatenated.
     """
 
     file: str
@@ -102,13 +89,13 @@ def problems(
     """Draw `count` problems of a split without replacement.
 
     Args:
-      split: "train" or "test"; `config.evaluate_on` says what the latter is.
-      train: divided into the problems to learn from and those for validation.
-      group: function of a problem; problems with the same group stay together.
+      split: "train" or "test", which means `config.evaluate_on`.
+      train: divided into training and validation problems.
+      group: (problem) -> its group; problems with the same group stay together.
 
     Raises:
       ValueError: for an unknown split, or if there are fewer problems.
-      UserError: as `read`.
+      UserError: as in `read`.
     """
     check(config)
     base.check_split(split)
@@ -126,14 +113,13 @@ def problems(
 
 
 def read(source: Source, data: str) -> list[Problem]:
-    """Read one file's problems; a repeated problem gets an id of its own, ending in -2, -3, ...
+    """Read one file's problems; the id of a repeated problem ends in -2, -3, ...
 
     Args:
       data: as in the config.
 
     Raises:
-      UserError: if there is no such file or the hub cannot be reached, naming the file to provide; for a line that is
-        not a JSON object; for wrong fields; if there are no rows.
+      UserError: if the file does not exist, the hub cannot be reached, or rows are missing or damaged.
     """
     folder = data or os.environ.get(VARIABLE) or "hub"
     path = Path(folder).expanduser() / source.file
@@ -152,7 +138,7 @@ def read(source: Source, data: str) -> list[Problem]:
 
 def _local_rows(source: Source, path: Path) -> list[Row]:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON has some inside strings
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON strings have some
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no file {path}; put the JSON lines of {source.hub} (split {source.split}) there, or give"
@@ -182,7 +168,7 @@ def _hub_rows(source: Source) -> list[Row]:
             parts = [datasets.load_dataset("json", data_files=source.hub, split="train")]
         else:
             parts = [datasets.load_dataset(source.hub, part, split=source.split) for part in source.parts]
-    except Exception as error:  # of the hub's client, of the network below it, or of `datasets`
+    except Exception as error:  # from the hub's client, the network, or `datasets`
         words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"cannot load {source.hub} ({words}); put its JSON lines at DIR/{source.file} and set"

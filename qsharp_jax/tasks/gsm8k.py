@@ -19,11 +19,7 @@ parse = boxed.answer
 
 
 def gold(answer: str) -> str:
-    """Return the number after the last "####", or the text itself, without commas between thousands.
-
-    Raises:
-      ValueError: if that is not a number.
-    """
+    """Return the number after the last "####", or the text itself, without commas; raises a ValueError otherwise."""
     number = answer.rpartition("####")[2].strip().replace(",", "")
     if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", number):
         raise ValueError(f"the answer {answer[-40:]!r} does not end in a number like '#### 72'")

@@ -23,11 +23,7 @@ parse = boxed.answer
 
 
 def gold(answer: str) -> str:
-    """Return the answer itself, stripped.
-
-    Raises:
-      ValueError: if it is empty, or its braces do not match.
-    """
+    """Return the answer itself, stripped; raises a ValueError if it is empty, or its braces do not match."""
     text = answer.strip()
     if not text:
         raise ValueError("the answer is empty")

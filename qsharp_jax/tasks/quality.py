@@ -1,6 +1,6 @@
 r"""Multiple choice about long texts: QuALITY v1.0.1 (Pang et al. 2022, arXiv 2112.08608), files "htmlstripped".
 
-A row is an article of some 5,000 tokens, `article`, with `questions`, each with `question`, four `options`, a
+A row is an article of about 5,000 tokens, `article`, with `questions`, each with `question`, four `options`, a
 `gold_label` from 1 to 4 and a `question_unique_id`. The training problems are those of train, a tenth of its articles
 for validation; the test problems are those of dev, since the test file has no labels. A response answers with a
 letter, \boxed{B}.
@@ -36,11 +36,7 @@ def reward(problem: Problem, response: str) -> float:
 
 
 def gold(answer: str) -> str:
-    """Return the letter of a label from 1 to 4, or a letter itself.
-
-    Raises:
-      ValueError: for anything else.
-    """
+    """Return the letter of a label from 1 to 4, or a letter itself; raises a ValueError for anything else."""
     label = answer.strip().upper()
     if re.fullmatch("[1-4]", label):
         return LETTERS[int(label) - 1]
@@ -72,7 +68,7 @@ def _to_problem(row: finite.Row, article: str) -> Problem:
 
 
 def _article(problem: Problem) -> str:
-    """The article, about which several rows may have questions, of one writer each."""
+    """The article of a problem; several rows may have questions about one article."""
     return problem.problem_id.partition("/")[0]
 
 

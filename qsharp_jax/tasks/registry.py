@@ -9,11 +9,7 @@ TASKS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.tasks
 
 
 def get(name: str) -> ModuleType:
-    """Return the task's module.
-
-    Raises:
-      ValueError: for an unknown name, naming the tasks and the nearest one.
-    """
+    """Return the task's module; raises a ValueError, with the known tasks, for an unknown name."""
     if name in TASKS:
         return TASKS[name]
     nearest = difflib.get_close_matches(name, TASKS, n=1)

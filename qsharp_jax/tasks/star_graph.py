@@ -93,7 +93,7 @@ def _graphs(config: Any, rng: random.Random) -> Iterator[tuple[Problem, list[str
         arms = [[start, *nodes[i : i + steps]] for i in range(0, len(nodes), steps)]
         edges = [f"{a},{b}" for arm in arms for a, b in itertools.pairwise(arm)]
         query = f"/{start},{arms[0][-1]}="
-        # Sorted: the order in which the prompt lists the edges does not change the graph.
+        # Sorted, since the order in which the prompt lists the edges does not change the graph.
         content = "|".join(sorted(edges)) + query
         rng.shuffle(edges)
         paths = [",".join(map(str, arm)) for arm in arms]

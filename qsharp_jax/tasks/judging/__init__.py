@@ -1,9 +1,8 @@
-"""Rewards of responses, and which answers to a problem are the same.
+"""Rewards of responses, and equivalence of answers to a problem.
 
-Answers to a task that is mathematics (`SYMBOLIC`) are compared as strings, then as rational numbers in a normal form
-(`dress.py`), then by `math_verify` in worker processes, so that generation does not wait for them.
-
-The rules (units, decimals, bases, percent, sets and tuples) are in README.md, "Data sets".
+Mathematical answers (of `SYMBOLIC` tasks) are compared as strings, then as rational numbers in a normal form
+(`dress.py`), then by `math_verify` in worker processes, so that generation does not wait for them. The rules (units,
+decimals, bases, percent, sets and tuples) are described in docs/tasks.md.
 """
 
 import dataclasses
@@ -30,12 +29,7 @@ _BLANKS = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """The verdict on one response.
-
-    Attributes:
-      reward: 1.0 if the answer is correct, else 0.0.
-      parsed: the answer in the response; None if there is none.
-    """
+    """The reward of a response, 1.0 for a correct mathematical answer, and its answer; None if there is none."""
 
     reward: float
     parsed: str | None
@@ -45,9 +39,7 @@ class Judge:
     """Judge of the responses to one task's problems."""
 
     def __init__(self, task: ModuleType, workers: int | None = None):
-        """Args:
-        workers: number of processes, by default one per core, at most 16; they start when algebra is needed.
-        """
+        """Create a judge; its `workers`, by default one per core up to 16, start when algebra is needed."""
         self._task = task
         self._pool = functools.cache(lambda: Pool(workers))
         self._same = functools.lru_cache(1 << 16)(self._compare)  # a problem's samples often agree
@@ -58,7 +50,7 @@ class Judge:
         return [judgement() for judgement in pending]
 
     def submit(self, problem: Problem, response: str) -> Callable[[], Judgement]:
-        """Start to judge a response; calling the result waits for the judgement."""
+        """Start to judge a response; calling the result waits for the judgment."""
         parsed = self._task.parse(response)
         if not self._task.SYMBOLIC:
             return functools.partial(Judgement, self._task.reward(problem, response), parsed)
@@ -68,10 +60,10 @@ class Judge:
         return lambda: Judgement(float(same.result()), parsed)
 
     def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
-        """Give all equal answers to a problem one spelling.
+        """Give all equivalent answers to a problem one spelling.
 
-        Correct answers are spelled as the problem's. Other answers that are equal, directly or through further ones,
-        are spelled as the first of them. None stays None.
+        Correct answers are spelled like the problem's. Other answers that are equivalent, directly or through further
+        ones, are spelled like the first of them. None stays None.
 
         Args:
           problems: [n].
@@ -79,7 +71,7 @@ class Judge:
         """
         if not self._task.SYMBOLIC:
             return [list(group) for group in answers]
-        # Submit everything before waiting: first to find the correct answers, then which wrong ones are equal.
+        # Submit everything before waiting: first to find the correct answers, then which wrong ones are equivalent.
         groups = [list(dict.fromkeys(answer for answer in group if answer is not None)) for group in answers]
         correct = [
             [self._same(p.answer, answer) for answer in group] for p, group in zip(problems, groups, strict=True)
@@ -94,8 +86,8 @@ class Judge:
             spelling = dict.fromkeys(group, problem.answer) | {answer: answer for answer in others}
             for (first, second), verdict in same.items():
                 if verdict.result():
-                    kept, lost = sorted((spelling[first], spelling[second]), key=others.index)
-                    spelling |= {answer: kept for answer in others if spelling[answer] == lost}
+                    first_spelling, second_spelling = sorted((spelling[first], spelling[second]), key=others.index)
+                    spelling |= {answer: first_spelling for answer in others if spelling[answer] == second_spelling}
             spelled.append(spelling)
         return [
             [None if answer is None else spelling.get(answer) for answer in group]
@@ -107,7 +99,7 @@ class Judge:
         self._pool().close()
 
     def _compare(self, gold: str, answer: str) -> Future[bool]:
-        """Start to compare two answers; the verdict is there at once unless it takes algebra."""
+        """Start to compare two answers; the verdict is immediate unless it takes algebra."""
         if gold.rstrip(". ") == answer.rstrip(". "):
             return _answered(True)
         if max(len(gold), len(answer)) > LONGEST:
@@ -138,7 +130,7 @@ def _plain(gold: Answer, answer: Answer) -> bool | None:
 
 
 def _spelling(text: str) -> str:
-    """Return a form that is the same for texts that differ in blanks, or words that differ in case."""
+    """Return a form that is the same for texts that differ in blanks, or in the case of words."""
     words = _TEXT.sub(r" \1 ", text)
     if _WORDS.fullmatch(words):
         return "".join(words.split()).lower()

@@ -19,20 +19,16 @@ from qsharp_jax.system.errors import UserError
 
 SECONDS = 5.0  # of processor time per pair; MATH's own answers take milliseconds
 PATIENCE = 60.0  # seconds of wall time per pair, for a worker that hangs without computing
-MEMORY = 1 << 30  # bytes of a worker's address space, of which it starts with some 70 MB
-START = 120.0  # seconds of wall time in which a worker has to start
+MEMORY = 1 << 30  # bytes of a worker's address space; it starts with about 70 MB
+START = 120.0  # seconds of wall time for a worker to start
 MOST_WORKERS = 16
 
 
 class Pool:
-    """Worker processes, each started when there is work for it. They end with this process, however that ends."""
+    """Worker processes, started on demand. They end with this process, however that ends."""
 
     def __init__(self, workers: int | None = None, *, seconds: float = SECONDS, memory: int = MEMORY):
-        """Args:
-        workers: number of processes, by default one per core, at most 16.
-        seconds: limit on processor time per pair of answers.
-        memory: limit on a worker's address space, in bytes.
-        """
+        """Create a pool of `workers`, by default one per core up to 16, with limits per pair and in bytes."""
         workers = workers or min(machine.cores(), MOST_WORKERS)
         self._start = functools.partial(_Worker, seconds, memory)
         self._threads = ThreadPoolExecutor(workers, "judge")
@@ -41,10 +37,7 @@ class Pool:
             self._idle.put(None)
 
     def same(self, gold: str, answer: str) -> Future[bool]:
-        """Compare an answer with the gold one; `math_verify` is not symmetric in them.
-
-        The result raises UserError if no worker can be started.
-        """
+        """Compare an answer with the gold answer (not symmetric); the result raises a UserError if no worker starts."""
         return self._threads.submit(self._same, gold, answer)
 
     def _same(self, gold: str, answer: str) -> bool:
@@ -71,8 +64,9 @@ class _Worker:
     """A process that runs `worker.py`."""
 
     def __init__(self, seconds: float, memory: int):
-        # -P: the folder of `worker.py` is not one to import from. The seed: sets of symbols are ordered by their
-        # hashes, and the order decides which way an algorithm takes.
+        # -P: do not import from the folder of `worker.py`. The seed: sets of symbols are ordered by their hashes, and
+        # the order can change an algorithm's path.
+
         self._process = subprocess.Popen(
             [sys.executable, "-P", Path(__file__).with_name("worker.py"), str(seconds), str(memory)],
             stdin=subprocess.PIPE,
