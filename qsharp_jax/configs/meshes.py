@@ -49,8 +49,8 @@ def tpu(name: str, generation: str, chips: int, slices: int = 1) -> dict:
     flat = generation in ("v5e", "v6e")
     here = 8 if flat and chips == 8 else 4  # per host: the host of 8 chips is a slice by itself
     # Weights and optimizer are divided over all chips, rows over `fsdp`: with 64 chips or more, a batch of 32 to 64
-    # rows has too few. And where `fsdp` would be a whole square or box, the TPU compiler has no way to scatter gradients: it
-    # sums them whole on every chip, for twice the bytes (benchmarks/RESULTS.md).
+    # rows has too few. And where `fsdp` would be a whole square or box, the TPU compiler has no way to scatter
+    # gradients: it sums them whole on every chip, for twice the bytes (benchmarks/RESULTS.md).
     tensor = ({16: 2, 64: 2, 128: 4, 256: 4} if flat else {8: 2, 16: 2, 32: 2, 64: 2}).get(chips, 1)
     return SINGLE | CHIPS[generation] | dict(
         name=name, platform="tpu", kind=f"TPU {generation}", slices=slices, hosts=chips // here, devices_per_host=here,

@@ -1,4 +1,4 @@
-"""A reference and guides in folders, as `transformers` keeps models: tokenizers, shapes, and the weights when asked.
+"""A reference and guides in folders of `transformers`: tokenizers, shapes, and, on request, the weights.
 
 Everything that can be refused without the weights is refused before they are read.
 """
@@ -23,7 +23,7 @@ from qsharp_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Folders:
-    """Models that go together.
+    """Models to use together, each from its folder.
 
     Attributes:
       ref: the reference's folder, or None.
@@ -31,10 +31,10 @@ class Folders:
       dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
       prompt_format: "plain" or "chat", see `Tokenizer`.
       stop_ids: by default those of the reference's folder.
-      date: what a chat template that writes the date takes for today; by default the day that it is.
+      date: today's date for a chat template that writes it; by default the current date.
 
     Raises:
-      UserError: for a folder that is none of a model, or a guide with other tokens than the reference.
+      UserError: for a folder without a model, or a guide with other tokens than the reference.
     """
 
     ref: Path | None
@@ -45,36 +45,33 @@ class Folders:
     date: datetime.date | None = None
 
     def __post_init__(self):
-        configs = self.configs  # first of all, whether these are folders of models
+        configs = self.configs  # first, since this checks that these are folders of models
         check_vocabulary(self.tokenizer, configs, self.guides if self.ref else (), f"the tokenizer in {self._first}")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The reference's tokenizer, or the guide's where it is alone."""
+        """The reference's tokenizer, or the guide's without a reference."""
         return Tokenizer.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
-        """The shapes of the "reference" and of the trunk of the "guide", as far as there are folders; of several guides
-        the names are those of `generate.guide_names`."""
-        made = {}
-        if self.ref:
-            made["reference"] = hf.read_config(self.ref, self._dtype(self.ref))
-        for name, guide in self._named_guides():
-            made[name] = hf.read_guide_config(guide, self._dtype(guide)).trunk
-        return made
+        """The shapes of the "reference" and of the guides' trunks, named by `generate.guide_names`."""
+        configs = {"reference": hf.read_config(self.ref, self._dtype(self.ref))} if self.ref else {}
+        return configs | {
+            name: hf.read_guide_config(guide, self._dtype(guide)).trunk for name, guide in self._named_guides()
+        }
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Those of the models in `configs` as they will be loaded, as `jax.ShapeDtypeStruct`s."""
-        made = {}
+        """The weights of the models in `configs` as `jax.ShapeDtypeStruct`s."""
+        weights = {}
         if self.ref:
             dtype = self._dtype(self.ref)
-            made["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
+            weights["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
         for name, guide in self._named_guides():
             dtype = self._dtype(guide)
-            made[name] = value.abstract(hf.read_guide_config(guide, dtype), dtype)
-        return made
+            weights[name] = value.abstract(hf.read_guide_config(guide, dtype), dtype)
+        return weights
 
     def load_ref(self) -> LanguageModel:
         return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
@@ -139,30 +136,27 @@ def load(
 
 
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
-    """Check that models have the tokens of a text's tokenizer.
+    """Check that models have the tokens of a tokenizer; a UserError names the first model or entry that differs.
 
     Args:
-      configs: the models' shapes, by their names in a message.
-      guides: folders whose tokenizers, if they have any, must have the same entries; they need none of their own.
-      whose: words for the text's tokenizer.
-
-    Raises:
-      UserError: naming the first model or entry that does not fit.
+      configs: the models' shapes, by their names in messages.
+      guides: folders whose tokenizers, if any, must have the same entries.
+      whose: the tokenizer's name in messages.
     """
     for what, config in configs.items():
         if config.vocab_size < text.vocab_size:
             raise UserError(
                 f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to"
-                f" {text.vocab_size - 1}; put the model's own there"
+                f" {text.vocab_size - 1}; use the model's own tokenizer"
             )
     for guide in filter(has_tokenizer, guides):
         check_same_tokens(text, Tokenizer.load(guide))
 
 
 def stored_dtype(folder: Path) -> str:
-    """bfloat16 where config.json says so, else float32, which holds every float16 exactly.
+    """bfloat16 if config.json says so, else float32, which holds every float16 exactly.
 
-    A config.json that is missing or damaged is refused by whoever reads the rest of it.
+    A missing or damaged config.json is reported by whoever reads the rest of it.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""The models of a run: tokenizer, shapes and weights, as its config says.
+"""The models of a run: tokenizer, shapes and weights, according to its config.
 
-    config.ref     "pretrain": made from the sections `model` and `pretrain`; or the folder of a language model
-    config.guide   how the first guide starts: "ref", from the reference's weights; "scratch", of the shape `model`; or
-                   a folder, of a language model (below a fresh head) or of an exported guide (with its own)
+    config.ref     "pretrain": pre-trained by the sections `model` and `pretrain`; or the folder of a language model
+    config.guide   how the first guide starts: "ref", from the reference's weights; "scratch", with the shape `model`;
+                   or a folder, of a language model (with a fresh head) or of an exported guide (with its own)
 
-Errors in a folder are found without reading its weights.
+Errors in a folder are reported without reading its weights.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ ON_THE_SPOT = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
 
 
 def folder(config: ConfigDict, name: str) -> Path | None:
-    """Return the folder of "ref" or "guide"; None if the model is made on the spot."""
+    """Return the folder of "ref" or "guide"; None if the config names no folder."""
     return None if config[name] in ON_THE_SPOT[name] else Path(config[name]).expanduser()
 
 
 def make_absolute(config: ConfigDict) -> None:
-    """Make the paths of folders absolute, in place, as a workdir keeps them."""
+    """Make the paths of folders absolute, in place, as workdirs store them."""
     for name, words in ON_THE_SPOT.items():
         if config[name] not in words:
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
@@ -68,33 +68,33 @@ def make_tokenizer(config: ConfigDict, date: datetime.date | None = None) -> Tok
       date: for chat templates that write it; by default today.
 
     Raises:
-      UserError: if neither a folder nor the task has one, and as `Tokenizer.load`.
+      UserError: if neither a folder nor the task has one, and as in `Tokenizer.load`.
     """
     if ref := folder(config, "ref"):
         return Tokenizer.load(ref, prompt_format=config.prompt_format, date=date)
     task = registry.get(config.task.name)
     if task.FINITE:
         raise UserError(
-            f"config.ref is pretrain, and for {config.task.name} no model is made on the spot; give --config.ref=DIR,"
-            " the folder of a language model"
+            f"config.ref is pretrain, but {config.task.name} has no texts to pre-train on; give --config.ref=DIR, the"
+            " folder of a language model"
         )
     return Tokenizer(task.make_tokenizer(config.task), config.prompt_format)
 
 
 def ref_config(session: Session) -> DecoderConfig:
-    """Return the reference's shape, as `ref_shape`."""
+    """Return the reference's shape; see `ref_shape`."""
     return ref_shape(session.config, tokenizer(session).vocab_size)
 
 
 def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
-    """Return the reference's shape, to be computed in the config's dtype, which is the folder's own by default.
+    """Return the reference's shape, computed in the config's dtype, by default the folder's own.
 
     Args:
-      vocab_size: the tokenizer's, for a model that is made on the spot.
+      vocab_size: the tokenizer's, for a model that is not from a folder.
 
     Raises:
       ValueError: for an impossible section `model`.
-      UserError: for a folder of no model that is computed here.
+      UserError: for a folder without a supported model.
     """
     if ref := folder(config, "ref"):
         return hf.read_config(ref, _dtype(config, ref))
@@ -102,15 +102,14 @@ def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
 
 
 def guide_config(session: Session) -> ValueConfig:
-    """Return the guide's shape, as `guide_shape`."""
+    """Return the guide's shape; see `guide_shape`."""
     return guide_shape(session.config, tokenizer(session).vocab_size)
 
 
 def guide_shape(config: ConfigDict, vocab_size: int | None) -> ValueConfig:
     """Return the guide's shape, with arguments and a dtype as in `ref_shape`.
 
-    Raises:
-      UserError: also for the folder of a guide that is not of the kind that the section `value` says.
+    A UserError is also raised for a guide's folder that contradicts the section `value`.
     """
     start = folder(config, "guide")
     if start:
@@ -126,14 +125,14 @@ def guide_shape(config: ConfigDict, vocab_size: int | None) -> ValueConfig:
         for name in ("type", "distribution", "atoms"):
             if (setting := getattr(shape, name)) != (present := getattr(stored, name)):
                 raise UserError(
-                    f"config.value.{name} is {setting!r}, and the guide in {start} has {present!r}; change the setting,"
+                    f"config.value.{name} is {setting!r}, but the guide in {start} has {present!r}; change the setting,"
                     " or start from another guide"
                 )
     return shape
 
 
 def fit_config(session: Session) -> ValueConfig:
-    """Return the guide's shape, to be computed in `fit.dtype`."""
+    """Return the guide's shape, computed in `fit.dtype`."""
     return guide_config(session).computed_in(session.config.fit.dtype)
 
 
@@ -145,7 +144,7 @@ def trunk_configs(session: Session) -> dict[str, DecoderConfig]:
 def weights(session: Session) -> dict[str, Params]:
     """Return the models' weights in the form for decoding, as `jax.ShapeDtypeStruct`s."""
     config, shape = session.config, ref_config(session)
-    stored = shape.dtype if folder(config, "ref") else "float32"  # of what was trained here
+    stored = shape.dtype if folder(config, "ref") else "float32"  # the dtype of training
     learned = decoder.abstract(shape) if trains_policy(config) else value.abstract(guide_config(session))
     return {"reference": decoder.abstract(shape, stored), "guide": learned}
 
@@ -174,27 +173,23 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 
 def check_folders(config: ConfigDict) -> None:
-    """Check that the folders exist, and are not those of adapters.
-
-    Raises:
-      UserError: naming the setting or the folder.
-    """
+    """Check that the model folders exist and do not hold adapters; a UserError names the setting or the folder."""
     for name, words in ON_THE_SPOT.items():
         path = folder(config, name)
         if path and not path.is_dir():
             raise UserError(
-                f"config.{name} is {config[name]!r}, and there is no such folder; give {', '.join(words)}, or the"
-                " folder of a model"
+                f"config.{name} is {config[name]!r}, which is not a folder; give {', '.join(words)}, or the folder of a"
+                " model"
             )
         if path:
             hf.check_no_adapter(path)
 
 
 def check(session: Session) -> None:
-    """Check that the folders hold what the config takes them for, with one vocabulary; weights are not read.
+    """Check that the folders hold what the config says, with one vocabulary, without reading weights.
 
     Raises:
-      UserError: saying which does not, and why; ValueError: for impossible sections.
+      UserError: naming the folder; ValueError: for impossible sections.
     """
     ref, guide = folder(session.config, "ref"), folder(session.config, "guide")
     whose = f"the tokenizer in {ref}" if ref else "the task's tokenizer"
@@ -207,7 +202,7 @@ def check(session: Session) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunModels:
-    """The models of a run, with the members of `Folders`."""
+    """The models of a run, with the interface of `Folders`."""
 
     session: Session
 
@@ -238,10 +233,10 @@ class RunModels:
 
 
 def load_ref(session: Session) -> LanguageModel:
-    """Load the reference, from its folder or as it was pre-trained, in the form for decoding.
+    """Load the reference, from its folder or as pre-trained, in the form for decoding.
 
     Raises:
-      UserError: if its pre-training has not ended, or what is read is damaged.
+      UserError: if its pre-training is not finished, or what is read is damaged.
     """
     shape, mesh = ref_config(session), session.decode_mesh
     if ref := folder(session.config, "ref"):
@@ -253,7 +248,7 @@ def load_ref(session: Session) -> LanguageModel:
 
 
 def load_guide(session: Session, number: int | None = None) -> ValueModel | LanguageModel:
-    """Load the guide fitted in a round, by default in the last that has one; or the policy trained in it.
+    """Load the guide fitted in a round, or the policy trained in it; by default in the last fitted round.
 
     Raises:
       UserError: if there is none, or the checkpoint is damaged.
@@ -268,7 +263,7 @@ def load_guide(session: Session, number: int | None = None) -> ValueModel | Lang
     checkpoints = _finished(workdir.guide_folder(number), f"guide of round {number}", "fit")
     shape = guide_config(session)
     shapes = value.abstract(shape)
-    if offsets := session.config.fit.future_offsets:  # the auxiliary loss's heads: saved too, but not the guide's
+    if offsets := session.config.fit.future_offsets:  # the auxiliary loss's heads, saved with the guide
         shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, shape.trunk), jax.random.key(0))
     model = session.for_fitting(ValueModel(shapes, shape))
     params = checkpoints.restore_params(model.params)
@@ -276,10 +271,9 @@ def load_guide(session: Session, number: int | None = None) -> ValueModel | Lang
 
 
 def first_guide(session: Session, ref: LanguageModel | None) -> Params:
-    """Return float32 parameters, layers stacked, that the first guide starts from; a folder's are on `fit_mesh`.
+    """Return the float32 parameters, layers stacked, that the first guide starts from; a folder's are on `fit_mesh`.
 
-    Args:
-      ref: the reference; not used where the guide's trunk comes from a folder, the reference's among them.
+    `ref` is the reference; it is not used if the guide's trunk comes from a folder.
     """
     config, shape = session.config, guide_config(session)
     start = folder(config, "guide")
@@ -295,10 +289,9 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
 
 
 def first_policy(session: Session, ref: LanguageModel) -> Params:
-    """Return float32 parameters, layers stacked and on `fit_mesh`, of the reference's copy that a policy starts as.
+    """Return float32 parameters, layers stacked and on `fit_mesh`, of the copy of the reference that is trained.
 
-    Args:
-      ref: the reference; not used where it comes from a folder.
+    `ref` is the reference; it is not used if it comes from a folder.
     """
     if start := folder(session.config, "ref"):
         shape = ref_config(session)
@@ -320,6 +313,7 @@ def _is_finished(folder: Path) -> bool:
 def _finished(folder: Path, what: str, command: str) -> Checkpoints:
     if not _is_finished(folder):
         raise UserError(f"there is no {what} in {folder}; run `qsharp {command}` on this workdir first")
+
     return Checkpoints(folder)
 
 

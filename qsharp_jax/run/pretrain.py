@@ -1,6 +1,6 @@
-"""The reference model made on the spot: maximum likelihood on a task's texts, prompt given, response learned.
+"""Pre-training of the reference model: maximum likelihood of a task's responses, given their prompts.
 
-What a downloaded model is for the large tasks.
+For small tasks, in place of a downloaded model.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
 
 
 def run(session: Session) -> LanguageModel:
-    """Trains pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
+    """Train pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
     if models.folder(session.config, "ref"):
         return models.load_ref(session)
     config, model_config = session.config.pretrain, models.ref_config(session)
     checkpoints = Checkpoints(session.workdir.ref)
-    with contextlib.suppress(DamagedError):  # `fit` names it, and goes on from the one before
+    with contextlib.suppress(DamagedError):  # `fit` reports it, and resumes from the checkpoint before
         if checkpoints.finished():
             return models.load_ref(session)
     text = models.tokenizer(session)
@@ -40,10 +40,10 @@ def run(session: Session) -> LanguageModel:
         seed=session.seed("pretrain"),
     )
     optimizer = train.make_optimizer(config.optimizer)
-    first = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
+    initial = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
     with session.fitting():
         state = train.fit(
-            train.init_state(first.params, optimizer),
+            train.init_state(initial.params, optimizer),
             batches,
             loss_fn=functools.partial(train.language_model_loss, config=model_config),
             optimizer=optimizer,
@@ -60,4 +60,4 @@ def run(session: Session) -> LanguageModel:
                 profile=session.profile_folder("pretrain"),
             ),
         )
-    return session.for_decoding(first.replace(params=state.params))
+    return session.for_decoding(initial.replace(params=state.params))

@@ -1,7 +1,7 @@
 """Hashes of a run's inputs: the files of its models' folders, and its problems.
 
-They stand in the workdir's config.json, under "hashes" beside the settings. A run that goes on with other weights or
-problems than it began with is refused: its guide would be of neither.
+They are stored in the workdir's config.json, under "hashes" beside the settings. A run is not resumed with other
+weights or problems than it began with, since its guide would match neither.
 """
 
 import concurrent.futures
@@ -19,90 +19,85 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
 
-# Of a model's folder: weights, configs, tokenizer. What else lies there, as a README, changes nothing.
+# Of a model's folder: weights, configs, tokenizer. Other files, such as a README, do not matter.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
-SLOW = 2e9  # bytes, from which on progress is shown
+SLOW = 2e9  # bytes; progress is shown above this
 
-Files = dict[str, dict]  # by name: sha256, and size in bytes and mtime_ns, by which an unchanged file is known
+Files = dict[str, dict]  # by name: sha256, and size in bytes and mtime_ns, which tell whether a file changed
 
 
 def check_folders(workdir: Workdir) -> None:
-    """Check that the models' folders hold the same files as when the run began; in a new run they are noted.
+    """Check that the models' folders hold the same files as when the run began; a new run stores their hashes.
 
-    A file is read only if its size or time of change is not as noted: all of them in a new run, none as a rule later.
+    Files with unchanged size and mtime are not rehashed.
 
     Raises:
       UserError: naming the setting, the folder and the files.
     """
-    if not workdir.writes:  # the first process of several looks
+    if not workdir.writes:  # only the first of several processes checks
         return
-    held = workdir.read_hashes()
-    found = dict(held)
+    stored = workdir.read_hashes()
+    hashes = dict(stored)
     for name in models.ON_THE_SPOT:
         folder = models.folder(workdir.config, name)
         if folder is None:
             continue
-        found[name] = _files(folder, held.get(name, {}))
-        if name in held and (changed := _changed(held[name], found[name])):
+        hashes[name] = _hash_files(folder, stored.get(name, {}))
+        if name in stored and (changed := _changed(stored[name], hashes[name])):
             raise UserError(
-                f"config.{name} is {folder}, where {', '.join(changed)} changed since this run began; put back what was"
-                " there, or give another --workdir"
+                f"config.{name} is {folder}, where {', '.join(changed)} changed since this run began; restore the"
+                " files, or give another --workdir"
             )
-    if found != held:
-        workdir.write_hashes(found)
+    if hashes != stored:
+        workdir.write_hashes(hashes)
 
 
 def check_problems(session: Session) -> None:
-    """Check that the task gives the same problems as when the run began; in a new run they are noted.
-
-    Raises:
-      UserError: naming the task and the split.
-    """
+    """Check that the task has the same problems as when the run began (UserError); a new run stores their hashes."""
     if not session.workdir.writes:
         return
-    held = session.workdir.read_hashes()
-    found = held | {
+    stored = session.workdir.read_hashes()
+    hashes = stored | {
         "train problems": of_problems(all_train_problems(session)),
         "test problems": of_problems(test_problems(session)),
     }
-    for name in found.keys() & held.keys():
-        if found[name] != held[name]:
+    for name in hashes.keys() & stored.keys():
+        if hashes[name] != stored[name]:
             raise UserError(
-                f"the {name} of the task {session.config.task.name} changed since this run began; put back the data, or"
+                f"the {name} of the task {session.config.task.name} changed since this run began; restore the data, or"
                 " the program, that it began with, or give another --workdir"
             )
-    if found != held:
-        session.workdir.write_hashes(found)
+    if hashes != stored:
+        session.workdir.write_hashes(hashes)
 
 
 def of_problems(problems: Sequence[Problem]) -> str:
-    """The SHA-256 of the problems as JSON lines, in their order."""
+    """Return the SHA-256 of the problems as JSON lines, in their order."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps(vars(problem), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _files(folder: Path, held: Files) -> Files:
+def _hash_files(folder: Path, stored: Files) -> Files:
     paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
     slow = sum(path.stat().st_size for path in paths) > SLOW
 
     def describe(path: Path) -> dict:
         stat = path.stat()
-        noted = held.get(path.name, {})
-        made = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if all(noted.get(key) == number for key, number in made.items()):
+        noted, stamp = stored.get(path.name, {}), {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        if stamp.items() <= noted.items():
             return noted
         with open(path, "rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()} | made
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()} | stamp
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bar = Bar(pool.map(describe, paths), f"hash {folder.name}", total=len(paths), disable=not slow)
         return {path.name: description for path, description in zip(paths, bar, strict=True)}
 
 
-def _changed(held: Files, found: Files) -> list[str]:
+def _changed(stored: Files, current: Files) -> list[str]:
     def sha256(files: Files, name: str) -> str | None:
         return files.get(name, {}).get("sha256")
 
-    return [name for name in sorted(held | found) if sha256(held, name) != sha256(found, name)]
+    return [name for name in sorted(stored | current) if sha256(stored, name) != sha256(current, name)]

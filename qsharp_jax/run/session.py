@@ -17,7 +17,7 @@ from qsharp_jax.run.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Session:
-    """A run in its workdir. With `profile`, each of its trainings writes a trace of some steps."""
+    """A run in its workdir. With `profile`, each training writes a trace of some steps."""
 
     workdir: Workdir
     profile: bool = False
@@ -27,7 +27,7 @@ class Session:
         return self.workdir.config
 
     def profile_folder(self, phase: str) -> Path | None:
-        """Return the folder for the trace of a training; None if no trace is wanted."""
+        """Return the folder for the trace of a training; None without `profile`."""
         return self.workdir.profile(phase) if self.profile else None
 
     # --- Seeds ------------------------------------------------------------------------------------------------------
@@ -52,15 +52,15 @@ class Session:
 
     @property
     def hosts_per_group(self) -> int:
-        """Processes that decode as one: groups of this size share the prompts."""
+        """Number of processes that decode as one; groups of this size share the prompts."""
         return 1 if self.decode_mesh is None else len({d.process_index for d in self.decode_mesh.devices.flat})
 
     def fitting(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the mesh for fitting, if there is one, is set."""
+        """Return a context in which the mesh for fitting, if any, is set."""
         return contextlib.nullcontext() if self.fit_mesh is None else jax.set_mesh(self.fit_mesh)
 
     def decoding(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the mesh for decoding, if there is one, is set."""
+        """Return a context in which the mesh for decoding, if any, is set."""
         return contextlib.nullcontext() if self.decode_mesh is None else jax.set_mesh(self.decode_mesh)
 
     def for_fitting(self, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, with a sentence that says how, and the end of a process that was told to stop."""
+"""Errors that a user can fix, with messages that say how, and the end of a process that was told to stop."""
 
 import difflib
 import errno
@@ -30,8 +30,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: "did you mean 'eta'?", or a list of all known names."""
     known = sorted(known)
     # A dotted name may be right except for its section.
-    last = name.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known)
+    stem = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == stem] or difflib.get_close_matches(name, known)
     if near:
         return f"did you mean {' or '.join(map(repr, near[:3]))}?"
     return f"known: {', '.join(known)}"
@@ -45,7 +45,7 @@ _OS_ERRORS = {
 }
 
 
-# As "(os error 28)" and "[os_error_code='28']" in the errors of `tokenizers` and TensorStore, which are no OSErrors.
+# "(os error 28)" and "[os_error_code='28']" in errors of `tokenizers` and TensorStore, which are not OSErrors.
 _NUMBER_IN_TEXT = re.compile(r"os[ _]error(?:_code)?[ =]'?([0-9]+)")
 
 
@@ -58,13 +58,10 @@ def os_error_number(e: Exception) -> int | None:
 
 
 def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str | None:
-    """Return the sentence for an error of the operating system that the user can fix; None for other errors.
+    """Return the message for an error of the operating system that the user can fix; None for other errors.
 
-    These are a full disk, a quota, and a read-only or forbidden file anywhere, and any error on a path that the user
-    gave.
-
-    Args:
-      paths: options and the paths that the user gave them.
+    These are a full disk, a quota, a read-only or forbidden file, and any error on one of `paths`: pairs of an option
+    and the path that the user gave it.
     """
     number, name, option = os_error_number(e), getattr(e, "filename", None), None
     if isinstance(name, str):
@@ -79,7 +76,7 @@ def explain_os_error(e: Exception, paths: Sequence[tuple[str, str]] = ()) -> str
 
 
 def _option(name: str, paths: Sequence[tuple[str, str]]) -> tuple[str | None, str]:
-    """Return the option whose path a file is at or below, and the file; or, on the way to a path, that path."""
+    """Return the option whose path contains the file, and the file; or, if the file contains a path, that path."""
     file = Path(os.path.abspath(name))
     for option, path in paths:
         place = Path(os.path.abspath(path))

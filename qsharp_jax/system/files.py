@@ -1,7 +1,7 @@
-"""Files on this machine and objects in a bucket (gs://...), written so that a kill loses nothing that was there.
+"""Files on this machine and objects in a bucket (gs://...), written so that a kill loses nothing that existed.
 
-On a disk a file is written whole under another name, synced and renamed, or grows by appending. An object exists whole
-or not at all, and cannot be appended to or renamed: it grows by being written again.
+On a disk a file is written under another name, synced and renamed, or grows by appending. An object is written whole or
+not at all, and cannot be appended to or renamed: to grow, it is written again.
 """
 
 import contextlib
@@ -16,16 +16,14 @@ from typing import Any, BinaryIO
 
 from qsharp_jax.system.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# Paths
-# ---------------------------------------------------------------------------------------------------------------
+# --- Paths ----------------------------------------------------------------------------------------------------------
 
 
 def make_path(text: str | Path) -> Path:
-    """Return a `Path` on this machine, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
+    """Return a `Path`, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
 
     Raises:
-      UserError: for another URL, or for a bucket where gcsfs is not installed.
+      UserError: for another URL, or for a bucket if gcsfs is not installed.
     """
     if not is_remote(text):
         return Path(text)
@@ -37,7 +35,7 @@ def make_path(text: str | Path) -> Path:
     import fsspec
     from etils import epath
 
-    # TensorStore writes checkpoints past gcsfs, whose cached listings would be out of date.
+    # TensorStore writes checkpoints without gcsfs, whose cached listings would be out of date.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(str(text))
 
@@ -51,11 +49,7 @@ def absolute(path: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a file or an object exists.
-
-    Raises:
-      UserError: if the path is in a bucket that cannot be reached.
-    """
+    """Return true if a file or an object exists; raises a UserError if a bucket cannot be reached."""
     if not is_remote(path):
         return path.is_file()
     try:
@@ -63,7 +57,7 @@ def is_file(path: Path) -> bool:
         return True
     except FileNotFoundError:
         return False
-    except Exception as error:  # of Google's libraries, aiohttp, or an OSError
+    except Exception as error:  # from Google's libraries, aiohttp, or an OSError
         words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"{path} cannot be reached ({words}); check the bucket's name, and log in by `gcloud auth"
@@ -72,7 +66,7 @@ def is_file(path: Path) -> bool:
 
 
 def store(path: Path) -> Any:
-    """Return the fsspec file system of a path in a bucket, for what `epath` cannot do."""
+    """Return the fsspec file system of a path in a bucket, for operations that `epath` lacks."""
     import fsspec
 
     return fsspec.core.url_to_fs(str(path))[0]
@@ -80,7 +74,7 @@ def store(path: Path) -> Any:
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Give an OSError inside that names no file, such as one of a write to an open file, this name."""
+    """Add this name to an OSError inside that names no file, such as one from a write to an open file."""
     try:
         yield
     except OSError as e:
@@ -89,19 +83,14 @@ def named(path: str | Path) -> Iterator[None]:
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whole files
-# ---------------------------------------------------------------------------------------------------------------
+# --- Whole files ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file to write, whose content is at `path` when the block ends: all of it, or nothing of it.
+    """Open a binary file to write, whose whole content is at `path` after the block, and none of it before.
 
-    A reader, or a kill at any moment, finds the old content or the new one.
-
-    Raises:
-      OSError: naming the file, if it cannot be written; nothing is left behind then.
+    A reader sees the old or the new content, also after a kill. An OSError names the file, and leaves nothing behind.
     """
     if is_remote(path):
         content = io.BytesIO()
@@ -127,7 +116,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text, all of it or nothing; see `writing`."""
+    """Write a text, whole or not at all; see `writing`."""
     with writing(make_path(path)) as file:
         file.write(text.encode())
 
@@ -138,7 +127,7 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def folder_of_this_machine(path: Path) -> Iterator[Path]:
-    """Give `path`, or for a bucket a temporary folder that is uploaded at the end, for libraries that write files."""
+    """Yield `path`, or for a bucket a temporary folder that is uploaded at the end, for libraries that write files."""
     if not is_remote(path):
         yield path
         return
@@ -151,7 +140,7 @@ def folder_of_this_machine(path: Path) -> Iterator[Path]:
 
 
 def rename_folder(path: Path, target: Path) -> None:
-    """Move a folder beside itself; in a bucket object by object, without downloading them."""
+    """Move a folder to a sibling; in a bucket object by object, without downloading them."""
     if is_remote(path):
         store(path).mv(str(path), str(target), recursive=True)
     else:
@@ -159,7 +148,7 @@ def rename_folder(path: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and everything in it, if it exists."""
+    """Remove a folder and its content, if it exists."""
     if not path.exists():
         return
     if is_remote(path):
@@ -168,15 +157,13 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files that grow
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files that grow ------------------------------------------------------------------------------------------------
 
 
 class Growing:
     """A file that one writer appends to.
 
-    An object is written again with all its content each time: for what comes every few seconds and stays at some MB.
+    An object is written whole each time, which suits data of a few MB that comes every few seconds.
     """
 
     def __init__(self, path: Path):
@@ -184,11 +171,7 @@ class Growing:
         self._content: bytes | None = None  # of an object
 
     def append(self, data: bytes) -> None:
-        """Add to the end; a new file is created, with its folder.
-
-        Raises:
-          OSError: naming the file, if it cannot be written.
-        """
+        """Append to the file, creating it and its folder if needed; an OSError names the file."""
         if is_remote(self._path):
             if self._content is None:
                 self._content = self._path.read_bytes() if is_file(self._path) else b""
@@ -201,7 +184,7 @@ class Growing:
                 file.write(data)
 
     def append_line(self, line: str) -> None:
-        """Add a line to lines, once half a line that a kill left at the end of the file is cut off."""
+        """Append a line, after removing a half line that a kill left at the end of the file."""
         if not is_remote(self._path) and self._path.exists():
             with named(self._path), open(self._path, "a+b") as file:
                 _cut_half_line(file)
@@ -217,6 +200,6 @@ def _cut_half_line(file: BinaryIO) -> None:
     if file.seek(0, os.SEEK_END) == 0:
         return
     file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":  # only then is the file read whole
+    if file.read(1) != b"\n":  # only then is the whole file read
         file.seek(0)
         file.truncate(len(whole_lines(file.read())))

@@ -1,4 +1,4 @@
-"""Locks: one process at a time writes in a workdir, by the kernel's lock on a disk, by an object in a bucket."""
+"""Locks: one process at a time writes in a workdir, by the kernel's file lock on a disk, by an object in a bucket."""
 
 import json
 import os
@@ -17,34 +17,27 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HEARTBEAT = 15.0  # seconds between two signs of life of the holder of a bucket's lock
-STALE = 75.0  # seconds without one, after which it may be taken over
+HEARTBEAT = 15.0  # seconds between heartbeats of the holder of a bucket's lock
+STALE = 75.0  # seconds without a heartbeat, after which the lock may be taken over
 
 
 class Lock(Protocol):
     def check(self) -> None:
-        """Raise UserError if another process has taken it over."""
+        """Raise a UserError if another process has taken it over."""
 
     def release(self) -> None:
-        """Release it; twice does no harm."""
+        """Release it; a second call does nothing."""
 
 
 def take(path: Path) -> Lock:
-    """Take the lock of the workdir `path`.
-
-    Raises:
-      UserError: naming the holder, if another process has it.
-    """
+    """Take the lock of the workdir `path`; raises a UserError that names the holder, if another process has it."""
     return _ObjectLock(path) if files.is_remote(path) else _FileLock(path)
 
 
 def lock_file(file: IO) -> bool:
     """Lock an open file until it is closed or the process ends; False if another process has locked it.
 
-    Where the system has no `fcntl` (Windows) nothing is locked, and a warning says so.
-
-    Raises:
-      OSError: naming the file, if its file system has no locks.
+    Without `fcntl` (Windows) nothing is locked, and a warning is printed. A file system without locks is an OSError.
     """
     if fcntl is None:
         warn(f"{file.name} cannot be locked on this system; make sure that no other process writes there")
@@ -62,7 +55,7 @@ def _in_use(path: Path, holder: str) -> UserError:
 
 
 class _FileLock:
-    """The locked file `lock`, which holds the holder's pid. The kernel unlocks it when the process ends, in any way."""
+    """The locked file `lock`, which contains the holder's pid; the kernel unlocks it when the process ends."""
 
     def __init__(self, path: Path):
         self._file = open(path / "lock", "a+")
@@ -80,7 +73,7 @@ class _FileLock:
 
     def release(self) -> None:
         if not self._file.closed:
-            if fcntl:  # closing alone would leave it with any child that was forked meanwhile
+            if fcntl:  # closing alone would leave it locked by a child forked meanwhile
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
@@ -89,35 +82,34 @@ class _ObjectLock:
     """Objects `lock/000001`, `lock/000002`, ...: the last is the holder's, and each is created only if it is absent.
 
     So two processes that want the lock at once never both get it. The holder writes a new number into its object every
-    `HEARTBEAT` seconds, and at its end that it is free. A killed holder leaves it as it is: a process that wants the
-    lock takes the next number once the last did not change for `STALE` seconds of its own clock (clocks are not
-    compared). A holder that was taken for dead, for example when its network was gone for that long, finds a later
-    number, and stops.
+    `HEARTBEAT` seconds, and marks it free at its end. After a kill the object stays: a process that wants the lock
+    takes the next number once the last has not changed for `STALE` seconds of its own clock (clocks are not compared).
+    A holder that was wrongly taken for dead, for example without network for that long, sees a later number, and stops.
     """
 
     def __init__(self, path: Path):
         self._path, self._folder, self._store = path, path / "lock", files.store(path)
         self._holder = f"process {os.getpid()} on {socket.gethostname()}"
         self._beat, self._lost, self._ended = 0, False, threading.Event()
-        last = self._last()
-        if last:
-            self._wait_for(last)
-        self._number = last + 1
+        newest = self._newest()
+        if newest:
+            self._wait_for(newest)
+        self._number = newest + 1
         try:
             self._store.pipe_file(self._name(self._number), self._content(), mode="create")
         except FileExistsError:
-            raise _in_use(path, "a process that was quicker") from None
+            raise _in_use(path, "another process that took the lock first") from None
         for number in self._numbers():
             if number < self._number:
                 self._store.rm_file(self._name(number))
-        self._thread = threading.Thread(target=self._give_signs_of_life, daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         if self._lost:
             raise UserError(
-                f"{self._path} was taken over by another process, since this one gave no sign of life for {STALE:g}"
-                " seconds; let that one go on"
+                f"{self._path} was taken over by another process, because this one sent no heartbeat for {STALE:g}"
+                " seconds; let the other one continue"
             )
 
     def release(self) -> None:
@@ -136,23 +128,19 @@ class _ObjectLock:
         except FileNotFoundError:
             return []
 
-    def _last(self) -> int:
+    def _newest(self) -> int:
         return max(self._numbers(), default=0)
 
     def _content(self, free: bool = False) -> bytes:
         return json.dumps({"holder": self._holder, "beat": self._beat, "free": free}).encode()
 
     def _wait_for(self, number: int) -> None:
-        """Return if the lock is free or its holder dead.
-
-        Raises:
-          UserError: if the holder lives.
-        """
+        """Return once the lock is free or its holder dead; raises a UserError if the holder is alive."""
         first, began = self._store.cat_file(self._name(number)), time.monotonic()
         lock = json.loads(first)
         if lock["free"]:
             return
-        print(f"{self._path} is locked by {lock['holder']}: waiting {STALE:g} s for a sign of life", file=sys.stderr)
+        print(f"{self._path} is locked by {lock['holder']}: waiting {STALE:g} s for a heartbeat", file=sys.stderr)
         while time.monotonic() - began < STALE:
             time.sleep(HEARTBEAT / 5)
             now = self._store.cat_file(self._name(number))
@@ -161,13 +149,13 @@ class _ObjectLock:
             if now != first:
                 raise _in_use(self._path, lock["holder"])
 
-    def _give_signs_of_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(HEARTBEAT):
             try:
-                if self._last() != self._number:
+                if self._newest() != self._number:
                     self._lost = True
                     return
                 self._beat += 1
                 self._store.pipe_file(self._name(self._number), self._content())
-            except Exception:  # the network: the next sign may get through
+            except Exception:  # the network: the next heartbeat may get through
                 continue

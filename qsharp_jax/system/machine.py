@@ -19,12 +19,12 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Return how many bytes can still be allocated; the file cache, which gives way, counts as free."""
+    """Return how many bytes can still be allocated, including the file cache."""
     return psutil.virtual_memory().available
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has had in memory."""
+    """Return the peak memory of this process in bytes."""
     if resource is None:
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
-"""Several processes on one run, one per host: how they meet, which share each has, and how all end when one does.
+"""Several processes on one run, one per host: how they meet, what each does, and how all end when one does.
 
 Every process runs the same program on the same workdir. The first prints, reports and writes what exists once. Each
-keeps a connection to the first, so that one that dies, or refuses to go on, ends the others at once and is named: JAX's
-collectives would wait for it, or abort without a message.
+keeps a connection to the first, so that one that dies or fails ends the others at once and is named: JAX's collectives
+would wait for it, or abort without a message.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from jax.experimental import multihost_utils
 from qsharp_jax.system.errors import Stopped, UserError
 from qsharp_jax.system.sigterm import Peers, leave, requested
 
-PORT = 8476  # of the coordinator where nobody names one; the next one up is for the connections
+PORT = 8476  # the coordinator's default port; the next one is for the connections
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One process among `count`: the address where they meet, and which of them this one is."""
+    """The place of one process among `count`: its index, and the address where they meet."""
 
     host: str
     port: int
@@ -50,11 +50,11 @@ def find_place(coordinator: str, count: int | None, index: int | None) -> Place:
       count, index: with HOST:PORT only.
 
     Raises:
-      UserError: if it is none of these, or what it names does not exist.
+      UserError: if it is none of these, or the metadata or variables do not exist.
     """
     if coordinator in ("tpu", "slurm"):
         if (count, index) != (None, None):
-            raise UserError(f"--processes and --process go with --coordinator HOST:PORT; {coordinator} knows them")
+            raise UserError(f"--processes and --process are only for --coordinator HOST:PORT, not for {coordinator}")
         return _place_by_tpu() if coordinator == "tpu" else _place_by_slurm()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
@@ -102,18 +102,18 @@ def _place_by_tpu() -> Place:
 def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[Peers]:
     """Meet the other processes of a run and start `jax.distributed`; an error inside the block ends all of them.
 
-    Gives the ways to end or stop them at any moment, from any thread.
+    Yields the ways to end or stop them at any moment, from any thread.
 
     Args:
       timeout: seconds to wait for the others.
-      explain: the exit code and the sentence for an error.
+      explain: returns the exit code and the message for an error.
 
     Raises:
       UserError: if the others do not come, or the first cannot be reached.
     """
     connections = _accept_others(place, timeout) if place.index == 0 else _connect_to_first(place, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Without detection: under SLURM it would give a process only the device of its rank on the host.
+    # Without detection, which under SLURM would give a process only the device of its rank on the host.
     jax.distributed.initialize(
         f"{place.host}:{place.port}", place.count, place.index, initialization_timeout=timeout,
         cluster_detection_method="deactivate",
@@ -128,28 +128,28 @@ def joined(place: Place, timeout: int, explain: Callable[[BaseException], tuple[
         wait_for_all("the end of the run")
     except BaseException as error:
         if not isinstance(error, UserError | Stopped):
-            time.sleep(2)  # it may be the echo of another process's end, which a connection reports in a moment
+            time.sleep(2)  # it may result from another process's end, which a connection reports in a moment
         end_all(*explain(error))
     connections.tell(0, "")
 
 
 # --- The connections ------------------------------------------------------------------------------------------------
 
-# A message is a line of JSON: `_STOP`, or the exit code and the sentence that a process ends with ("": normally).
-_STOP = "stop"  # a SIGTERM came to the sender
+# A message is a line of JSON: `_STOP`, or the exit code and the message that a process ends with ("": normally).
+_STOP = "stop"  # the sender received a SIGTERM
 _ALL_END = "; all processes of the run end"
-_PATIENCE = 45  # seconds without a sign of a host until it counts as dead
+_PATIENCE = 45  # seconds of silence after which a host counts as dead
 
 
 class _Connections:
-    """The connections of this process: of the first to each of the others, of another to the first alone."""
+    """The connections of this process: of the first to each of the others, of another to the first only."""
 
     def __init__(self):
         self._lines: list[socket.socket] = []
         self._ending, self._stopping = threading.Lock(), threading.Event()
 
     def add(self, line: socket.socket, who: str) -> None:
-        """Start a thread that acts on what the process at the other end says, and on its death."""
+        """Start a thread that acts on the messages and the death of the process at the other end."""
         self._lines.append(line)
         threading.Thread(target=self._read, args=(line, who), daemon=True).start()
 
@@ -159,18 +159,18 @@ class _Connections:
             os.kill(os.getpid(), signal.SIGTERM)
         code, sentence = message or (2, f"{who} has died{_ALL_END}")
         if sentence:
-            with self._ending:  # the first that ends is the one that is named
+            with self._ending:  # the first to end is the one that is named
                 self.tell(code, sentence, but=line)
                 leave(code, sentence)
 
     def stop(self, but: socket.socket | None = None) -> None:
-        """Pass a SIGTERM on, once, to the processes at all connections, or all but one."""
+        """Pass on a SIGTERM, once, to the processes at all connections except `but`."""
         if not self._stopping.is_set():
             self._stopping.set()
             self._send(_STOP, but)
 
     def tell(self, code: int, sentence: str, but: socket.socket | None = None) -> None:
-        """Say how a process has ended; without a sentence, normally."""
+        """Report how a process has ended; an empty message means normally."""
         self._send((code, sentence), but)
 
     def _send(self, message: Any, but: socket.socket | None) -> None:
@@ -189,7 +189,7 @@ def _connect_to_first(place: Place, timeout: int) -> _Connections:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the coordinator {place.host}:{place.port} could not be reached within {timeout} s ({error});"
-                    " see that process 0 has been started there, and that no firewall closes this port and the next"
+                    " make sure that process 0 runs there, and that no firewall closes this port and the next"
                 ) from None
             time.sleep(0.5)
     _send(line, {"index": place.index, "count": place.count, "who": _who(place.index)})
@@ -208,13 +208,13 @@ def _accept_others(place: Place, timeout: int) -> _Connections:
             except TimeoutError:
                 raise UserError(
                     f"of {place.count} processes {', '.join(map(str, sorted(missing)))} did not come to port"
-                    f" {place.port + 1} within {timeout} s; see that they have been started, with this host's"
+                    f" {place.port + 1} within {timeout} s; make sure that they were started, with this host's"
                     " address as coordinator"
                 ) from None
-            met = _receive(line, timeout=5)
-            if isinstance(met, dict) and met.get("count") == place.count and met["index"] in missing:
-                missing.remove(met["index"])
-                connections.add(line, met["who"])
+            greeting = _receive(line, timeout=5)
+            if isinstance(greeting, dict) and greeting.get("count") == place.count and greeting["index"] in missing:
+                missing.remove(greeting["index"])
+                connections.add(line, greeting["who"])
     return connections
 
 
@@ -223,12 +223,12 @@ def _who(index: int) -> str:
 
 
 def _send(line: socket.socket, message: Any) -> None:
-    with contextlib.suppress(OSError):  # the other end has gone: the thread that reads will say so
+    with contextlib.suppress(OSError):  # the other end is gone, which the reading thread reports
         line.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(line: socket.socket, timeout: float | None = None) -> Any:
-    """Return the next message; None if the other end has gone, sends no JSON, or its host does not answer any more."""
+    """Return the next message; None if the other end is gone, sends no JSON, or its host no longer answers."""
     line.settimeout(timeout)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", _PATIENCE // 3), ("TCP_KEEPINTVL", _PATIENCE // 9), ("TCP_KEEPCNT", 6)):
@@ -242,8 +242,8 @@ def _receive(line: socket.socket, timeout: float | None = None) -> Any:
 
 # --- Who does what --------------------------------------------------------------------------------------------------
 
-# Processes decode in groups of `hosts_per_group` next to each other, each on the devices of all of its group; the first
-# of a group leads: it keeps what all of them have.
+# Processes decode in groups of `hosts_per_group` neighbors, on the devices of the whole group. The first of a group
+# leads: it stores the results that all of them have.
 
 
 def is_first() -> bool:
@@ -251,23 +251,19 @@ def is_first() -> bool:
 
 
 def leads(hosts_per_group: int) -> bool:
-    """Return whether this process is the first of its group."""
+    """Return true if this process is the first of its group."""
     return jax.process_index() % hosts_per_group == 0
 
 
 def share(items: Sequence[Any], hosts_per_group: int = 1) -> Sequence[Any]:
-    """Return this group's part of a sequence: adjacent items, as many as any other group's or one more or less."""
+    """Return this group's part of a sequence: adjacent items, in number equal to the other groups' or one off."""
     bounds = np.linspace(0, len(items), jax.process_count() // hosts_per_group + 1).round().astype(int)
     group = jax.process_index() // hosts_per_group
     return items[bounds[group] : bounds[group + 1]]
 
 
 def gather(items: list[Any], hosts_per_group: int = 1) -> list[Any]:
-    """Concatenate the lists of all groups (those of the processes that lead), in every process.
-
-    Args:
-      items: of JSON's types.
-    """
+    """Concatenate the leading processes' lists of JSON values, in every process."""
     if jax.process_count() == 1:
         return items
     parts = _gather_bytes(json.dumps(items).encode() if leads(hosts_per_group) else b"")
@@ -275,10 +271,10 @@ def gather(items: list[Any], hosts_per_group: int = 1) -> list[Any]:
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray], hosts_per_group: int = 1) -> dict[str, np.ndarray]:
-    """Concatenate the rows of all groups (those of the processes that lead), in every process, bit for bit.
+    """Concatenate the leading processes' rows, bit for bit, in every process.
 
     Args:
-      arrays: [rows, ...] each, with the same names in all groups, or none from a group without rows.
+      arrays: [rows, ...] each, with the same names in all groups, or empty for a group without rows.
     """
     if jax.process_count() == 1:
         return dict(arrays)
@@ -290,7 +286,7 @@ def gather_rows(arrays: Mapping[str, np.ndarray], hosts_per_group: int = 1) -> d
 
 
 def _gather_bytes(data: bytes) -> list[bytes]:
-    """Gather the bytes of all processes, in their order, without those that have none."""
+    """Gather the bytes of all processes, in their order, omitting empty ones."""
     sizes = multihost_utils.process_allgather(np.asarray([len(data)])).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
@@ -299,24 +295,24 @@ def _gather_bytes(data: bytes) -> list[bytes]:
 
 
 def everywhere(condition: bool) -> bool:
-    """Return whether it holds in every process; all of them have to call this."""
+    """Return true if the condition holds in every process; all of them must call this."""
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
 def stop_if_told() -> None:
-    """Raise `Stopped` in every process if one of them was told to stop; all of them have to call this."""
+    """Raise `Stopped` in every process if one of them was told to stop; all of them must call this."""
     if not everywhere(not requested()):
         raise Stopped
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Run a part that each process, or group of processes, does by itself; at its end all wait for each other.
+    """Run a part independently in each process or group; at its end all wait for each other.
 
     Raises:
-      Stopped: in every process, if it was raised inside in one.
+      Stopped: in every process, if it was raised inside any.
     """
     stopped = False
     try:
@@ -328,6 +324,6 @@ def apart() -> Iterator[None]:
 
 
 def wait_for_all(what: str) -> None:
-    """Wait until every process has come here; `what` is a name for the place."""
+    """Wait until every process has called this; `what` names the place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

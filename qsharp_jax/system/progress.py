@@ -1,4 +1,4 @@
-"""Progress of long loops, on standard error: a bar on a terminal, elsewhere a line of text twice a minute at most."""
+"""Progress of long loops on standard error: a bar on a terminal, elsewhere a line of text at most twice a minute."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ class Bar(tqdm):
 
     def __init__(self, items: Iterable[Any], name: str | None, **options: Any):
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        unseen = options.get("total") == 0 or bool(os.environ.get("TQDM_DISABLE"))  # nothing to do is no progress
+        unseen = options.get("total") == 0 or bool(os.environ.get("TQDM_DISABLE"))
         options["disable"] = options.get("disable", False) or unseen
         super().__init__(items, name, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)
 

@@ -1,7 +1,7 @@
-"""Settings as dataclass fields: default, range, unit and help, said once.
+"""Settings as dataclass fields that hold default, range, unit and help in one place.
 
-A section of the config, `Sampling`, and the arguments of a command are frozen dataclasses of such fields. The checks,
-`--help`, docs/config.md and the tests of ranges all read them from here.
+A section of the config, `Sampling`, and the arguments of a command are frozen dataclasses of such fields, from which
+the checks, `--help`, docs/config.md and the tests of ranges are derived.
 """
 
 import dataclasses
@@ -23,24 +23,12 @@ class Rule:
 
 
 def setting(default: Any, rule: Rule, help: str, *, unit: str | None = None) -> Any:
-    """Return a dataclass field with a default, the rule for its values, and its help text.
-
-    Args:
-      default: `dataclasses.MISSING` if a value must be given.
-      unit: what the number counts or measures, for example "tokens" or "nats".
-    """
+    """Return a dataclass field with a default, the rule for its values, its help text, and its unit, as "tokens"."""
     return dataclasses.field(default=default, metadata={"rule": rule, "help": help, "unit": unit})
 
 
 def check(name: str, value: Any, rule: Rule) -> None:
-    """Check one setting; of an array every entry.
-
-    Args:
-      name: as the user wrote it, for example "config.fit.epochs" or "--eta".
-
-    Raises:
-      UserError: naming the setting, its value, and what is allowed.
-    """
+    """Check a setting, every entry of an array; a UserError gives the `name` as the user wrote it, as "--eta"."""
     entries = np.unique(value).tolist() if isinstance(value, np.ndarray) else [value]
     if not all(map(rule.passes, entries)):
         raise UserError(f"{name} is {value!r}; it must be {rule.words}")

@@ -1,12 +1,12 @@
 """SIGTERM, which clouds send some seconds before they take a machine away, ends the process with exit code 0.
 
-At once, as a rule: a workdir's files are whole or absent at any moment. Code that has something to save runs inside
+Normally at once, since a workdir's files are always whole or absent. Code that has something to save runs inside
 `deferred`, checks `requested` regularly, saves, and raises `Stopped`. Ctrl-C (SIGINT) does the same there, with exit
 code 130; elsewhere it raises KeyboardInterrupt as usual.
 
-Senders repeat themselves: `timeout` signals its child and then the child's group, SLURM a job that is preempted and
-then one whose grace time is over. Signals within `REPEATED` seconds of the first are the same request. A later one ends
-the process without saving, and says what is lost. Signals belong to the process, and so does the state here.
+Senders repeat themselves: `timeout` signals its child and then the child's group, SLURM a preempted job and then one
+whose grace time is over. Signals within `REPEATED` seconds of the first are the same request; a later one ends the
+process without saving, and says what is lost. Signals belong to the process, and so does the state here.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclasses.dataclass
 class _State:
-    """The first signal, and how the main thread takes it.
+    """The first signal, and how the main thread handles it.
 
     Attributes:
-      number: of the first signal; 0 before it.
+      number: the first signal; 0 before it.
       since: when it came, in seconds of a monotonic clock.
       deferred: the first signal is only noted.
-      raising: where deferred, the first signal raises `Stopped` in the main thread nevertheless.
-      raised: the main thread is on its way out, and no other signal raises anything.
-      raised_by: the signal that sent it there, which the main thread may see before `number` is set.
+      raising: where deferred, the first signal nevertheless raises `Stopped` in the main thread.
+      raised: the main thread is exiting, and no other signal raises anything.
+      raised_by: the signal that made it exit, which the main thread may see before `number` is set.
       unsaved: what is lost if the process ends now.
     """
 
@@ -53,21 +53,19 @@ _state = _State()
 
 
 def leave(code: int, sentence: str) -> None:
-    """End this process at once, even if its main thread waits for another process, or a device, forever."""
+    """End this process at once, even if its main thread waits forever for another process or a device."""
     try:
         sys.stdout.flush()
         print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
-    finally:  # the reader of the output may have gone
+    finally:  # the reader of the output may be gone
         os._exit(code)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """The processes of a run; by default this is the only one.
+    """Functions that `end` all processes of a run, with an exit code and a message, or `stop` the others by SIGTERM.
 
-    Attributes:
-      end: ends all of them at once, with an exit code and a sentence.
-      stop: sends the others the SIGTERM that came to this one.
+    By default this process is the only one.
     """
 
     end: Callable[[int, str], None] = leave
@@ -76,16 +74,17 @@ class Peers:
 
 @contextlib.contextmanager
 def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[None]:
-    """Call `end`, which has to end the process (see `leave`), at a SIGTERM inside the block that is not `deferred`.
+    """Call `end`, which must end the process (see `leave`), at a SIGTERM inside the block that is not `deferred`.
 
-    A thread waits for the signal: Python's own handlers wait until the main thread comes back from the device, which
-    may take longer than the cloud waits. For the main thread only. After a signal the handlers stay when the block is
-    left: the process is about to exit, and a repeated signal must not change its exit code.
+    A thread waits for the signal: Python's own handlers wait until the main thread returns from the device, which may
+    take longer than the cloud waits. For the main thread only. After a signal the handlers stay when the block ends:
+    the process is about to exit, and a repeated signal must not change its exit code.
     """
+    reader, writer = socket.socketpair()  # not pipes, which cannot be a signal's wakeup on Windows
     reader, writer = socket.socketpair()  # of which Windows can make a signal's wakeup, not of pipes
     writer.setblocking(False)
     _reset()
-    # Shells start background jobs with SIGINT ignored; it stays so.
+    # Shells start background jobs with SIGINT ignored; it stays ignored.
     taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, _raise_where_allowed) for number in taken}
     wakeup = signal.set_wakeup_fd(writer.fileno())
@@ -97,16 +96,12 @@ def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[No
         if not requested():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        writer.close()  # which ends the thread
+        writer.close()  # ends the thread
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Only note SIGTERM and Ctrl-C inside the block, for `requested`.
-
-    Raises:
-      Stopped: at the end, if there was one and nobody checked.
-    """
+    """Only note SIGTERM and Ctrl-C inside the block, for `requested`; raises `Stopped` at its end if there was one."""
     _state.deferred = True
     try:
         yield
@@ -121,7 +116,7 @@ def deferred() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Raise `Stopped` at SIGTERM and Ctrl-C in this part of a `deferred` block.
 
-    Not in one of several processes: the others would wait for it.
+    Several processes do not, since the others would wait for the one that stops.
     """
     import jax  # not above: the command line imports this file
 
@@ -158,7 +153,7 @@ def _reset() -> None:
 
 
 def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
-    """Handle a signal in the main thread, once that is back from the device."""
+    """Handle a signal in the main thread, once it returns from the device."""
     allowed = _state.raising if _state.deferred else number == signal.SIGINT
     if allowed and not _state.raised:
         _state.raised, _state.raised_by = True, number
@@ -173,12 +168,7 @@ def _wait(reader: socket.socket, end: Callable[[], None], peers: Peers) -> None:
 
 
 def _receive(number: int, now: float, end: Callable[[], None], peers: Peers) -> None:
-    """Act on a signal.
-
-    Args:
-      now: in seconds of a monotonic clock.
-      end: of `sigterm_ends`.
-    """
+    """Act on a signal received at `now`, in seconds of a monotonic clock."""
     if not requested():
         _state.since, _state.number = now, number
         if _state.deferred:

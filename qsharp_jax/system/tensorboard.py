@@ -17,19 +17,15 @@ from qsharp_jax.system.files import Growing
 class EventFiles:
     """The event files of one workdir: `FOLDER/PHASE/events.out.tfevents...`, one file per phase and process.
 
-    A phase that another process resumes gets another file, which begins with the step that it starts at: TensorBoard
-    then leaves out what an earlier process logged of that step and later ones.
+    A phase resumed by another process gets another file, which begins with the step that it starts at: TensorBoard then
+    ignores what the earlier process logged at that step and later.
     """
 
     def __init__(self, folder: Path):
         self._folder, self._files = folder, {}
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Write the numbers of one line of metrics at its "step" (0 without one) in its "phase".
-
-        Raises:
-          OSError: if the file cannot be written.
-        """
+        """Write the numbers of one line of metrics at its "step" (0 without one) in its "phase"."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # takes half a second, only when logging
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter

@@ -73,7 +73,7 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
     config = changed(tmp_path)
     with config.unlocked():
         config.task = dict(name="gsm8k", data="data", evaluate_on="test", split_seed=0)
-    with pytest.raises(UserError, match="config.ref is pretrain, and for gsm8k no model is made on the spot"):
+    with pytest.raises(UserError, match="config.ref is pretrain, but gsm8k has no texts to pre-train on"):
         checks.check(config)
     models.make_absolute(config)
     assert config.task.data == str(Path.cwd() / "data")

@@ -111,7 +111,7 @@ def test_a_row_without_its_models_says_which(tmp_path, capsys):
     """The folders' names are those that the models are published under."""
     path = CONFIGS / "math" / "llama31_8b.py"
     message = refused(capsys, "run", "--config", path, "--workdir", tmp_path / "run")
-    assert "config.ref is 'Llama-3.1-8B-Instruct', and there is no such folder" in message
+    assert "config.ref is 'Llama-3.1-8B-Instruct', which is not a folder" in message
     assert not (tmp_path / "run").exists()
 
 
