@@ -12,23 +12,22 @@ class Algorithm:
     """An algorithm, one per name in `config.algorithm`.
 
     Attributes:
-      name: in the config, in files and on the command line.
-      label: in tables and plots.
-      color: in plots, as matplotlib takes it.
+      name: its name in the config, in files and on the command line.
+      label, color: its name in tables and plots, and its color in plots, as in matplotlib.
       learns: a "guide", which is a `ValueModel` beside pi_ref, or a "policy", which is a trained copy of pi_ref.
-      run: (session, ref, after_round) -> the last guide or policy. It makes all rounds, resumes from what is in the
-        workdir, and calls `after_round(number, guide)` after each.
-      settings: an instance of its settings' dataclass, with the defaults; None if it has no settings. The config's
-        section is called like the algorithm.
+      run: (session, ref, after_round) -> the last guide or policy. It runs all rounds, resumes from the workdir, and
+        calls `after_round(number, guide)` after each.
+      settings: an instance of its settings' dataclass, with the defaults; None without settings. The config's section
+        has the algorithm's name.
       eta: the setting that is its weight of the KL; None: `collect.eta`.
-      on_policy: whether it learns from rollouts of its own policy; the first rollouts of all others are pi_ref's.
+      on_policy: whether it learns from rollouts of its own policy; other algorithms' first rollouts are pi_ref's.
       mode: config -> the mode of `guidance.MODES` in which its guide tilts pi_ref; None for a policy.
-      extra_modes: modes in which the last guide is measured beside its own; a mode is also the method of its rows.
+      extra_modes: further modes in which the last guide is evaluated; a mode is also the method of its rows.
       check: config -> None; raises a UserError unless its settings go with the others.
       collect, fit: the steps of a round that learns a guide, for `qsharp collect` and `qsharp fit`: (session, number,
         ref, guide) -> statistics, and (session, number, ref, data, previous guide) -> guide.
-      epoch_rollouts: data -> the rollouts of which an epoch takes gradients, for the budgets of `qsharp compare`. It is
-        used for an algorithm with a setting `epochs`.
+      epoch_rollouts: data -> the rollouts whose gradients an epoch takes, for the budgets of `qsharp compare`; used for
+        algorithms with a setting `epochs`.
     """
 
     name: str

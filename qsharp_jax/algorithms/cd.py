@@ -6,10 +6,10 @@
         fudge        max r log V(x, y_1..t) + (1 - r) log(1 - V(x, y_1..t))               (FUDGE itself)
         q            min (V(x, y_1..t) - v_t)^2 / 2,   v_t = r at the last token, and before it
                          v_t = E_{z ~ pi_ref}[V(x, y_1..t z)], with no gradient           (CD-Q)
-    pi(y|x) ∝ pi_ref(y|x) exp(V(x, y) / eta);   of fudge: pi_ref(y|x) V(x, y)
+    pi(y|x) ∝ pi_ref(y|x) exp(V(x, y) / eta);   for fudge: pi_ref(y|x) V(x, y)
 
-It learns from pi_ref's rollouts alone. They are collected and fitted in as many rounds as Q#'s, each round's fit on all
-so far, so that both have as many rollouts and as many steps.
+It learns from pi_ref's rollouts alone, in as many rounds as Q#, each fit on all rollouts so far, so that both have as
+many rollouts and steps.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def fit(
 
 
 def _flops(session: Session) -> train.Flops:
-    """Return the FLOPs of a step of CD-Q: the guide's, pi_ref's forward pass (a third of a step's), V of all tokens."""
+    """Return the FLOPs of a CD-Q step: the guide's, a third of pi_ref's (forward only), and V of all tokens."""
     from qsharp_jax import train
     from qsharp_jax.run import models
 
@@ -108,20 +108,16 @@ def mode(config: ConfigDict) -> str:
 
 
 def check(config: ConfigDict) -> None:
-    """Check that the variant goes with the guide's head.
-
-    Raises:
-      UserError: if not.
-    """
+    """Check that the variant goes with the guide's head; raises a UserError."""
     if config.cd.variant == "fudge" and config.value.distribution != "bernoulli":
         raise UserError(
-            f"config.cd.variant fudge learns a probability, and config.value.distribution is"
+            f"config.cd.variant fudge learns a probability, but config.value.distribution is"
             f" {config.value.distribution}; give bernoulli, or the variant regression"
         )
     if config.cd.variant == "q" and config.value.type != "q":
         raise UserError(
-            "config.cd.variant q takes the mean over all next tokens, which a Q-type guide gives in one pass; give"
-            " config.value.type=q, or config.algorithm=vas with td_lambda 0, which takes the rollout's next token alone"
+            "config.cd.variant q needs the mean over all next tokens, which a Q-type guide gives in one pass; give"
+            " config.value.type=q, or config.algorithm=vas with td_lambda 0, which uses the rollout's next token alone"
         )
 
 

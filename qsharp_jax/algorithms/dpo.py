@@ -11,8 +11,8 @@ Preference Optimization" (arXiv 2404.19733).
         minimize  mean over pairs  -log sigmoid(beta (h(y_w) - h(y_l)))                                    (DPO, eq. 7)
                                    + alpha (-log pi_theta(y_w | x)) / |y_w|                               (RPO, eq. 1)
 
-beta, the KL's weight, is config.dpo.beta or config.rpo.beta, or collect.eta. Each round starts from the one before
-where `fit.warm_start` says so, else from pi_ref. Prompts whose rollouts were all paid the same give no pair.
+beta, the KL's weight, is config.dpo.beta or config.rpo.beta, by default collect.eta. Each round starts from the
+previous one with `fit.warm_start`, else from pi_ref. Prompts whose rollouts all have the same reward give no pair.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
+    """Two rollouts by their indices in the data; its length is that of the longer one."""
     """Two rollouts by their places in the data; its length is the longer one's."""
 
     chosen: int
@@ -83,7 +84,7 @@ class Pair:
 
 
 def make_pairs(data: Sequence[Rollout]) -> tuple[list[Pair], int]:
-    """Return any two rollouts of one prompt with different rewards, and the number of prompts that have no such two."""
+    """Return all pairs of a prompt's rollouts with different rewards, and the number of prompts without a pair."""
     from qsharp_jax.data.batches import from_rollout
 
     by_prompt: dict[str, list[int]] = {}
@@ -98,20 +99,16 @@ def make_pairs(data: Sequence[Rollout]) -> tuple[list[Pair], int]:
 
 
 def epoch_rollouts(data: Sequence[Rollout]) -> list[Rollout]:
-    """Return the rollouts of an epoch, both of every pair."""
+    """Return the rollouts of an epoch: both of every pair."""
     pairs, _ = make_pairs(data)
     return [data[place] for pair in pairs for place in (pair.chosen, pair.rejected)]
 
 
 def fit(session: Session, number: int, first: Params, params: Params, data: Sequence[Rollout]) -> Params:
-    """Fit a round's policy to all pairs of the data.
+    """Fit a round's policy to all pairs of the data, starting from `params`; a UserError if there is no pair.
 
     Args:
       first: pi_ref's parameters.
-      params: where the fit starts.
-
-    Raises:
-      UserError: if there is no pair.
     """
     from qsharp_jax.algorithms import policy_based
     from qsharp_jax.algorithms.policy_scores import make_batch, score
@@ -126,9 +123,9 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     prompts = len({rollout.prompt_id for rollout in data})
     if not pairs:
         raise UserError(
-            f"{session.config.algorithm} has no pairs to learn from: all {prompts} prompts were skipped, for the"
-            " rollouts of each were paid the same; give more config.collect.samples, or problems that pi_ref solves now"
-            " and then"
+            f"{session.config.algorithm} has no pairs to learn from: all {prompts} prompts were skipped, since the"
+            " rollouts of each have the same reward; give more config.collect.samples, or problems that pi_ref"
+            " sometimes solves"
         )
     counts = {"pairs": len(pairs), "prompts": prompts, "skipped_prompts": skipped}
     session.workdir.append_metrics({"phase": f"round {number}: pairs", **counts})
@@ -138,7 +135,7 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
         _, ref_log_probs, _ = score(session, first, examples)
 
     def make(groups: Sequence[Sequence[Pair]], most: int, width: int) -> PolicyBatch:
-        """Put the chosen in the first half of the rows, the rejected in the second in the same order."""
+        """Put the chosen responses in the first half of the rows, the rejected in the second, in the same order."""
         batch = [pair for (pair,) in groups]
         padding = [None] * (most - len(batch))
         order = [*(pair.chosen for pair in batch), *padding, *(pair.rejected for pair in batch)]
@@ -166,7 +163,7 @@ def loss(
     beta: float,
     alpha: float,
 ) -> tuple[jax.Array, dict]:
-    """Compute DPO's loss, with `alpha` RPO's, of a batch of chosen responses and then, in order, the rejected ones."""
+    """Compute the loss of DPO, or with `alpha` RPO, for a batch of chosen responses followed by the rejected ones."""
     import jax
     import jax.numpy as jnp
 
@@ -191,17 +188,13 @@ def loss(
 
 
 def check(config: ConfigDict) -> None:
-    """Check that prompts have samples to compare, and that the parts of a batch hold whole pairs.
-
-    Raises:
-      UserError: if not.
-    """
+    """Check that prompts have samples to compare, and that the parts of a batch hold whole pairs (UserError)."""
     name, samples, rows = config.algorithm, config.collect.samples, config.policy.batch_size
     if samples < 2:
         raise UserError(f"config.collect.samples is {samples}; {name} compares two rollouts of a prompt")
     if rows % (parts := 2 * config.fit.accumulate):
         raise UserError(
-            f"config.policy.batch_size is {rows}; it must be a multiple of {parts}, config.fit.accumulate times the two"
+            f"config.policy.batch_size is {rows}; it must be a multiple of {parts}: config.fit.accumulate times the two"
             " rollouts of a pair"
         )
 

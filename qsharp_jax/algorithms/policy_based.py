@@ -1,11 +1,10 @@
-"""The steps that algorithms which train the policy itself are made of: sample, score, update, and keep it.
+"""The steps of algorithms that train the policy itself: sample, score, update, and save.
 
-pi_theta starts as a copy of pi_ref. The objective of all methods is E reward - eta KL(pi_theta || pi_ref). An on-policy
-method takes three steps in turn: the policy answers a batch of problems, with pi_ref beside it in the decode loop;
-every token gets its targets; some updates follow. Several processes share the problems of a batch, and learn from all
-of its rollouts together.
+pi_theta starts as a copy of pi_ref. All methods maximize E reward - eta KL(pi_theta || pi_ref). An on-policy method
+repeats three steps: the policy answers a batch of problems, with pi_ref beside it in the decode loop; every token gets
+its targets; some updates follow. Several processes share the problems of a batch, and learn from all of its rollouts.
 
-Numbers about rollouts are [N, M]: N rollouts, the samples of a prompt next to each other, M new tokens at most, 0 past
+Arrays about rollouts are [N, M]: N rollouts, the samples of a prompt next to each other, M new tokens at most, 0 past
 a response's end. In a minibatch they are [B, T], each at the position of its token.
 """
 
@@ -35,7 +34,7 @@ from qsharp_jax.tasks.base import Problem
 from qsharp_jax.train import Trainer
 from qsharp_jax.train.checkpoint import Checkpoints
 
-DRAWN = ("tokens", "lengths", "finished", "log_probs", "ref_log_probs", "kl")  # of a `Generation`
+DRAWN = ("tokens", "lengths", "finished", "log_probs", "ref_log_probs", "kl")  # fields of a `Generation`
 
 
 # --- Rollouts -----------------------------------------------------------------------------------------
@@ -50,7 +49,7 @@ class RolloutBatch:
       samples: number per prompt.
       mask: [N, M] bool, true at response tokens.
       log_probs, ref_log_probs: [N, M] nats, of each token under the policy that drew it and under pi_ref.
-      values: [N, M], the value head's V(s_t) of the state that the token was drawn in; 0 without one.
+      values: [N, M], the value head's V(s_t) of the state in which each token was drawn; 0 without a head.
     """
 
     examples: list[Example]
@@ -68,8 +67,8 @@ class RolloutBatch:
     @property
     def token_rewards(self) -> np.ndarray:
         """The response's reward at its last token, 0 elsewhere, [N, M]."""
-        last = np.arange(self.mask.shape[1]) == self.mask.sum(1, keepdims=True) - 1
-        return np.where(last, self.rewards[:, None], 0.0)
+        at_end = np.arange(self.mask.shape[1]) == self.mask.sum(1, keepdims=True) - 1
+        return np.where(at_end, self.rewards[:, None], 0.0)
 
 
 def discounted_sum(x: np.ndarray, decay: float) -> np.ndarray:
@@ -89,7 +88,7 @@ def next_values(values: np.ndarray) -> np.ndarray:
 
 
 def start(session: Session, ref: LanguageModel, *, value_head: bool = False) -> Params:
-    """Return a copy of pi_ref's parameters for training; a value head beside them gives 0 everywhere."""
+    """Return a copy of pi_ref's parameters to train, with a value head that is 0 everywhere if asked for."""
     params = models.first_policy(session, ref)
     if value_head:
         width = models.ref_config(session).embed
@@ -106,7 +105,7 @@ def finish(session: Session, params: Params) -> LanguageModel:
     return session.for_decoding(LanguageModel(without_value_head(params), models.ref_config(session)))
 
 
-# of (log_probs [B, T], values [B, T], batch, whole batch) -> (loss, metrics); parts of a batch add up, as in `train`
+# (log_probs [B, T], values [B, T], batch, whole batch) -> (loss, metrics); parts of a batch add up, as in `train`
 Loss = Callable[[jax.Array, jax.Array, PolicyBatch, PolicyBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -121,12 +120,9 @@ def training(
     log_every: int,
     save_unit: int = 1,
 ) -> Iterator[Trainer]:
-    """Yield the trainer of a round's policy, resumed from its last checkpoint; the policy is kept at the end.
+    """Yield the trainer of round `number`, starting from `params` or its last checkpoint; saves the policy at the end.
 
-    Args:
-      number: of the round.
-      params: where the round starts.
-      save_unit: as in `train.Loop`.
+    `save_unit` is as in `train.Loop`.
     """
     config, section = session.config.fit, session.config.policy
     optimizer, folder = train.make_optimizer(section.optimizer), session.workdir.guide_folder(number)
@@ -157,7 +153,7 @@ def training(
         if not trainer.finished:
             trainer.finish()
     checkpoints = Checkpoints(folder)
-    if with_value_head and not checkpoints.finished():  # what is kept is the policy, as every algorithm's
+    if with_value_head and not checkpoints.finished():  # the saved policy has no value head, like every algorithm's
         state = trainer.state
         checkpoints.save(state.replace(params=without_value_head(state.params), opt_state={}), final=True)
         checkpoints.wait()
@@ -180,11 +176,11 @@ class OnPolicyTraining:
     algorithm calls `sample`, computes the targets of all tokens, and updates on the `minibatches` of every epoch.
 
     Attributes:
-      number: of the round.
+      number: the round.
       ref: in the form for decoding.
-      prompts: problems of a batch of rollouts, at most.
+      prompts: maximum number of problems per batch of rollouts.
       samples: rollouts per problem.
-      epochs: over each batch of rollouts.
+      epochs: passes over each batch of rollouts.
       greedy: take the likeliest token at each step, which is not a sample of the policy.
     """
 
@@ -199,7 +195,7 @@ class OnPolicyTraining:
     def __post_init__(self):
         problems, config = train_problems(self.session, self.number), self.session.config
         count = -(-len(problems) // self.prompts)
-        bounds = np.linspace(0, len(problems), count + 1).round().astype(int)  # batches of nearly one size
+        bounds = np.linspace(0, len(problems), count + 1).round().astype(int)  # batches of nearly equal size
         self._problems = [problems[begin:end] for begin, end in itertools.pairwise(bounds)]
         largest = max(map(len, self._problems))
         groups = jax.process_count() // self.session.hosts_per_group
@@ -209,7 +205,7 @@ class OnPolicyTraining:
 
     @contextlib.contextmanager
     def resume(self, params: Params, loss: Loss) -> Iterator[None]:
-        """Train from these parameters, or from the last checkpoint, which is always between two batches of rollouts."""
+        """Train from these parameters, or from the last checkpoint, which is always between batches of rollouts."""
         with training(
             self.session,
             self.number,
@@ -227,19 +223,19 @@ class OnPolicyTraining:
         return self._trainer.state.params
 
     def remaining(self) -> Iterator[int]:
-        """Yield the numbers of the batches of rollouts that are left after the last checkpoint."""
+        """Yield the numbers of the batches of rollouts after the last checkpoint."""
         while not self._trainer.done:
             yield self._trainer.step // self._updates
 
     def sample(self, index: int) -> RolloutBatch:
-        """Answer a batch of the problems with the present policy, judge and score the answers.
+        """Answer a batch of the problems with the current policy, judge and score the answers.
 
-        Responses are drawn from the policy itself: at the config's temperature, never truncated. Several processes, or
-        groups of them that decode together, share the problems; every process gets the whole batch. The rollouts are
-        written as a shard of the round's, and their statistics to the log.
+        Responses are drawn at the config's temperature, never truncated. Several processes, or groups that decode
+        together, share the problems; every process gets the whole batch. The rollouts are written as a shard of the
+        round's, and their statistics to the log.
 
         Raises:
-          UserError: if the log-probabilities of the decode loop and of the training differ by more than the limit.
+          UserError: if the log-probabilities of decoding and training differ by more than the limit.
           Stopped: in every process, if one received a SIGTERM.
         """
         with self._trainer.between_steps() as params:
@@ -271,7 +267,7 @@ class OnPolicyTraining:
         return RolloutBatch(examples, self.samples, mask, log_probs, drawn["ref_log_probs"], values)
 
     def minibatches(self, rollout_batch: RolloutBatch, targets: Numbers) -> Iterator[PolicyBatch]:
-        """Yield all rollouts in parts of nearly one size, in another order in every epoch of the round."""
+        """Yield all rollouts in parts of nearly equal size, in a new order in every epoch of the round."""
         examples, config = rollout_batch.examples, self.session.config
         epoch = self._trainer.step // self._minibatches
         order = np.random.default_rng((self.session.seed(f"policy {self.number}"), epoch)).permutation(len(examples))
@@ -280,11 +276,11 @@ class OnPolicyTraining:
             yield make_batch(examples, targets, indices, rows=config.policy.batch_size, width=width)
 
     def update(self, minibatch: PolicyBatch) -> None:
-        """Take one step; errors as of `train.Trainer.update`."""
+        """Take one step; errors as in `train.Trainer.update`."""
         self._trainer.update(minibatch)
 
     def _seeds(self, index: int, count: int) -> np.ndarray:
-        """Return a seed per rollout; they depend on the config's seed, the round and the batch's number only."""
+        """Return a seed per rollout, which depends only on the config's seed, the round and the batch's number."""
         return np.random.SeedSequence((self.session.seed("sample policy"), self.number, index)).generate_state(count)
 
     def _decode(
@@ -306,7 +302,7 @@ class OnPolicyTraining:
                         dataclasses.replace(models.sampling(session), top_p=1.0, top_k=1 if self.greedy else 0),
                         samples=self.samples,
                         seeds=seeds[rows],
-                        batch_size=self._decode_rows,  # filled up, so that batches of similar size share a program
+                        batch_size=self._decode_rows,  # padded, so that batches of similar size share a program
                         record=("log_probs", "kl"),
                     )
                 part = {name: getattr(drawn, name) for name in DRAWN}
@@ -345,7 +341,7 @@ class OnPolicyTraining:
         limit = self.session.config.policy.log_prob_limit
         if not gap <= limit:
             raise UserError(
-                f"{self.session.config.algorithm}, round {self.number}, batch {index}: the log-probabilities that"
-                f" tokens were sampled with and those of the training differ by {gap:.2g} nats, and"
+                f"{self.session.config.algorithm}, round {self.number}, batch {index}: the log-probabilities of"
+                f" sampling and training differ by {gap:.2g} nats, and"
                 f" config.policy.log_prob_limit is {limit:g}; compute both in float32, or raise the limit"
             )

@@ -1,7 +1,6 @@
 """Batches of a policy's responses, their log-probabilities and values, and means over their tokens.
 
-N rollouts of at most M new tokens are arrays [N, M], 0 past a response's end. In a batch they are [B, T], each
-number at the position of its token.
+Shapes as in `policy_based.py`: arrays about N rollouts of at most M new tokens are [N, M]; in a batch they are [B, T].
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from qsharp_jax.run.session import Session
 from qsharp_jax.system import multihost
 from qsharp_jax.train.chunked import at_labeled
 
-VALUE_HEAD = "value_head"  # beside the policy's parameters while an algorithm trains one with it
+VALUE_HEAD = "value_head"  # beside the policy's parameters in algorithms that train a value head
 
 Numbers = Mapping[str, np.ndarray]  # [N, M] each
 
@@ -33,12 +32,9 @@ Numbers = Mapping[str, np.ndarray]  # [N, M] each
 
 @flax.struct.dataclass
 class PolicyBatch:
-    """Rows of prompt and response, right-padded, as a `Batch`, and numbers about the response's tokens.
+    """Rows of prompt and response, right-padded as in `Batch`, with numbers about the response's tokens.
 
-    Attributes:
-      tokens, segments, positions: [B, T] int32.
-      response_mask: [B, T] bool.
-      numbers: [B, T] float32 each, by name, 0 off the response.
+    `numbers` are [B, T] float32 each, by name, 0 off the response.
     """
 
     tokens: jax.Array
@@ -65,7 +61,7 @@ def make_batch(
 
 
 def mean_per_token(x: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> jax.Array:
-    """Return the mean of x [B, T] over response tokens; of a part of `whole`, its part of the mean."""
+    """Return the mean of x [B, T] over response tokens; for a part of `whole`, its contribution to the mean."""
     return jnp.where(batch.response_mask, x, 0).sum() / jnp.maximum(whole.response_mask.sum(), 1)
 
 
@@ -83,9 +79,9 @@ class Scorer:
 
     Attributes:
       config: the policy's shape.
-      temperature: the policy is that of the logits divided by it.
+      temperature: divides the policy's logits.
       vocab_size: ids from here on pad the embedding; they have probability 0.
-      detach_values: the gradient of V stops at the trunk, and the value head alone learns from it.
+      detach_values: the gradient of V stops at the trunk, so that only the value head learns from it.
       remat, attend_by: see `decoder.forward`.
     """
 
@@ -97,10 +93,7 @@ class Scorer:
     attend_by: Attention = "xla"
 
     def __call__(self, params: Params, batch: PolicyBatch) -> tuple[jax.Array, jax.Array]:
-        """log pi(y_t | s_t) in nats, and V(s_t) of the state before the token: [B, T] each, 0 off the response.
-
-        Without a value head V is 0.
-        """
+        """log pi(y_t | s_t) in nats, and V(s_t) of the state before the token: [B, T] each, 0 off the response."""
         chex.assert_equal_shape([batch.tokens, batch.response_mask])
         hidden, _ = decoder.forward(
             params, self.config, batch.tokens, batch.segments, batch.positions,
@@ -123,7 +116,7 @@ class Scorer:
 
 
 def scorer(session: Session) -> Scorer:
-    """Return the scorer in the dtype of the fit, at the temperature that responses are sampled at."""
+    """Return the scorer in the dtype of the fit, at the temperature of sampling."""
     fit = session.config.fit
     return Scorer(
         config=dataclasses.replace(models.ref_config(session), dtype=fit.dtype or models.ref_config(session).dtype),
@@ -141,10 +134,7 @@ _score = jax.jit(Scorer.__call__, static_argnums=0)
 def score(session: Session, params: Params, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the mask of tokens, their log-probabilities, and V of the state before each: [N, M] each.
 
-    Several processes compute this together.
-
-    Raises:
-      Stopped: if one of them received a SIGTERM.
+    All processes must call this. Raises `Stopped` in all of them if one received a SIGTERM.
     """
     most, bucket = session.config.generate.max_new_tokens, session.config.fit.length_bucket
     mask = np.arange(most) < np.asarray([len(example.response) for example in examples])[:, None]

@@ -10,8 +10,8 @@
             minimize  -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (eq. 7)
                       + c mean_t (V(s_t) - (A_t + V_old(s_t)))^2                                    (eq. 9)
 
-V is a linear head on the policy's own trunk, which learns from it too if policy.detach_values is false. GAE:
-arXiv 1506.02438, eq. 16. The weight of the KL is collect.eta.
+V is a linear head on the policy's trunk, which also learns from it if policy.detach_values is false. GAE: arXiv
+1506.02438, eq. 16. The weight of the KL is collect.eta.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     D <- {}
     for round k = 1, 2, ...:
         roll in with pi_k up to a random switch, finish with pi_ref, observe the reward   (pi_1 = pi_ref)
-        D <- D + these
+        D <- D + these rollouts
         fit Z by maximum likelihood on all of D
         pi_{k+1}(y|x) ∝ pi_ref(y|x) E_{z ~ Z(x,y)}[exp(z / eta)]
 
-There is no step for the policy: it is pi_ref with the guide beside it.
+There is no step for the policy: it is pi_ref tilted by the guide.
 """
 
 from __future__ import annotations

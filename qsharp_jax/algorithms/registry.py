@@ -1,7 +1,7 @@
 """The algorithms by name, in the order in which they are displayed.
 
-A line is "FILE:RECORD". Records are imported by these names, and not by `import`, since an algorithm's functions import
-the modules of a run, which read the records. To read them must take no JAX: `--help` and the recipes do so.
+Records are imported by name ("FILE:RECORD"), not by `import`, since an algorithm's functions import the modules of a
+run, which read the records. Reading them must not import JAX, for `--help` and the recipes.
 """
 
 import pkgutil
@@ -21,7 +21,7 @@ RECORDS = (
 
 _RECORDS = [pkgutil.resolve_name(f"qsharp_jax.algorithms.{record}") for record in RECORDS]
 ALGORITHMS: dict[str, Algorithm] = {record.name: record for record in _RECORDS}
-DEFAULT = "qsharp"  # of `config.algorithm`; the others are compared to it
+DEFAULT = "qsharp"  # the default of `config.algorithm`; the others are compared to it
 
 
 def names(learns: str) -> list[str]:

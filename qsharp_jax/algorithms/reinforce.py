@@ -8,9 +8,9 @@ al., "Back to Basics", arXiv 2402.14740).
         A_i = R_i - (sum_{j != i} R_j) / (n - 1)                                              leave-one-out baseline
         theta <- theta + lr * mean_i A_i grad log pi_theta(y_i | x)                           update
 
-With config.reinforce.baseline "mean" the baseline is the mean of all R of the batch. config.reinforce.greedy is the
-variant of Q#'s own program, one response of the likeliest tokens per prompt: it does not explore. The weight of the KL
-is collect.eta.
+With config.reinforce.baseline "mean" the baseline is the batch's mean of R. config.reinforce.greedy is the variant in
+Q#'s own program, one response of the likeliest tokens per prompt, which does not explore. The weight of the KL is
+collect.eta.
 """
 
 from __future__ import annotations
@@ -90,11 +90,7 @@ def loss(log_probs: jax.Array, values: jax.Array, batch: PolicyBatch, whole: Pol
 
 
 def check(config: ConfigDict) -> None:
-    """Check that the baseline has samples to be computed from, and that a step takes whole prompts.
-
-    Raises:
-      UserError: if not.
-    """
+    """Check that the baseline has samples to be computed from, and that a step takes whole prompts (UserError)."""
     samples = 1 if config.reinforce.greedy else config.collect.samples
     if config.reinforce.baseline == "leave_one_out" and samples < 2:
         raise UserError(
@@ -103,8 +99,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.policy.batch_size % samples:
         raise UserError(
-            f"config.policy.batch_size is {config.policy.batch_size}; reinforce takes whole prompts, so a multiple of"
-            f" config.collect.samples, {samples}"
+            f"config.policy.batch_size is {config.policy.batch_size}; reinforce takes whole prompts, so give a multiple"
+            f" of config.collect.samples, {samples}"
         )
 
 

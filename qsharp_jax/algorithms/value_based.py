@@ -1,6 +1,6 @@
-"""The steps that algorithms which learn a guide are made of: collect a round's rollouts, read them, fit the guide.
+"""The steps of algorithms that learn a guide: collect a round's rollouts, read them, fit the guide.
 
-An algorithm chooses the targets and the loss of the fit. All results are in the workdir, so that a stopped run resumes.
+An algorithm chooses the fit's targets and loss. All results are in the workdir, so that a stopped run resumes.
 """
 
 import dataclasses
@@ -26,10 +26,7 @@ from qsharp_jax.train.checkpoint import Checkpoints
 
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
-    """Roll in with pi_ref tilted by the guide, finish with pi_ref; records go to the workdir, statistics come back.
-
-    Without a guide pi_ref chooses every token.
-    """
+    """Roll in with pi_ref tilted by the guide, if any, finish with pi_ref, and return the rollouts' statistics."""
     began = time.monotonic()
     with session.decoding():
         decoded = rollouts.collect(
@@ -57,22 +54,18 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
 
 
 def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
-    """Return the rollouts of this round and all before it, of the problems that are to be learned from.
-
-    Raises:
-      UserError: if none are left; and as `read_rounds`.
-    """
+    """Return the rollouts to learn from, of this round and all before it; a UserError if there are none."""
     folder = session.workdir.path / "rollouts"
     data = read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
     if not session.config.collect.drop_no_variation:
         return data
-    if not (kept := with_variation(data)):
-        raise UserError(
-            f"collect.drop_no_variation leaves none of {len(data)} rollouts: of every problem all rewards are"
-            f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
-            " collect.samples, with other problems, or without it"
-        )
-    return kept
+    if varied := with_variation(data):
+        return varied
+    raise UserError(
+        f"collect.drop_no_variation leaves none of {len(data)} rollouts: within every problem all rewards are"
+        f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
+        " collect.samples, with other problems, or without it"
+    )
 
 
 def fit(
@@ -87,16 +80,15 @@ def fit(
     beside: Params | None = None,
     flops: train.Flops | None = None,
 ) -> ValueModel:
-    """Fit a guide to all the data, except for the prompts that are held out to measure it on.
+    """Fit a guide to the data, except for the prompts that are held out, and return it on the mesh for fitting.
 
-    It starts from `previous`, the guide of the round before, where the config says so and there is one; else from
-    `Session.first_guide`, which may need the reference. It comes back where it was fitted, `Session.for_decoding` moves
-    it.
+    It starts from `previous`, the previous round's guide, with `fit.warm_start`; else from `models.first_guide`, which
+    may need the reference.
 
     Args:
-      error, targets: of `train.value_loss`; by default the likelihood of the observed reward-to-go.
+      error, targets: as in `train.value_loss`; by default the likelihood of the observed reward-to-go.
       beside: parameters of other models that the targets need, by name; they are not learned.
-      flops: of a step, by default the guide's alone.
+      flops: FLOPs of a step, by default the guide's alone.
     """
     config, guide_config = session.config.fit, models.guide_config(session)
     checkpoints = Checkpoints(session.workdir.guide_folder(number))
@@ -119,10 +111,10 @@ def fit(
     learned = [r for r in data if not _is_held_out(r, config.holdout)]
     held_out = [r for r in data if _is_held_out(r, config.holdout)]
     if not learned:
-        raise UserError(f"all of {len(data)} rollouts are of prompts that fit.holdout keeps out; lower it")
+        raise UserError(f"all {len(data)} rollouts have prompts that fit.holdout holds out; lower it")
     if config.evaluate_every and not held_out:
         raise UserError(
-            f"fit.evaluate_every is {config.evaluate_every}, and none of {len(data)} rollouts is of a held-out prompt;"
+            f"fit.evaluate_every is {config.evaluate_every}, but none of {len(data)} rollouts has a held-out prompt;"
             " raise fit.holdout, or give 0"
         )
     batches = Batches(
@@ -178,7 +170,7 @@ def fit(
                 profile=session.profile_folder(f"round_{number}"),
             ),
         )
-    if config.lora_rank:  # its checkpoints are of what is learned; what they make of the trunk is an ordinary guide
+    if config.lora_rank:  # its own checkpoints hold the LoRA; the merged parameters are an ordinary guide
         state = state.replace(params=lora.merged(_without(state.model, beside)), frozen={})
         checkpoints.save(state, final=True)
         checkpoints.wait()
@@ -190,5 +182,5 @@ def _without(params: Params, names: Iterable[str]) -> Params:
 
 
 def _is_held_out(rollout: Rollout, share: float) -> bool:
-    """Return whether the rollout's prompt is held out, in every round."""
+    """Return true if the rollout's prompt is held out, in every round."""
     return zlib.crc32(rollout.prompt_id.encode()) < share * 2**32

@@ -6,8 +6,8 @@
             G_t = (1 - lambda) V(x, y_1..t+1) + lambda G_t+1, with no gradient
     pi(y|x) ∝ pi_ref(y|x) exp(V(x, y) / eta) on the likeliest tokens under pi_ref
 
-lambda 1 is a regression of the reward. It learns from pi_ref's rollouts alone, in as many rounds as Q#, each fit on all
-so far; several guides, each of its own reward, can be composed when decoding, see `generate`.
+With lambda 1 this is a regression of the reward. It learns from pi_ref's rollouts alone, in as many rounds as Q#, each
+fit on all rollouts so far. Guides of different rewards can be composed when decoding, see `generate`.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from qsharp_jax.run.session import Session
 
 
 def run(session: Session) -> None:
-    """Run everything except the report; what is in the workdir is not done again.
+    """Run everything except the report and what the workdir already has.
 
     Raises:
       UserError: for devices or problems that do not match the config, and as the algorithm does.
     """
+
     checks.check_devices(session)
     provenance.check_problems(session)
     ref = pretrain.run(session)

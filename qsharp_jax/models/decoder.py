@@ -50,6 +50,7 @@ class _Declared(nn.Module):
         sizes = leaves.axis_sizes(self.config)
         for name, entry in self.table.items():
             if isinstance(entry, Leaf):
+                assert entry.init is not None
                 self.param(name, entry.init, entry.shape(sizes), self.config)
             else:
                 _Declared(entry, self.config, name=name)()
@@ -63,7 +64,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 
     def init_leaf(path: Any, leaf: Leaf) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert leaf.init is not None  # only the training code's own leaves have none
+        assert leaf.init is not None  # only leaves that the training code creates have none
         own_key = keys[name] if name in keys else jax.random.fold_in(key, zlib.crc32(name.encode()))
         return leaf.init(own_key, leaf.shape(sizes), config)
 

@@ -1,4 +1,4 @@
-"""Refuse a mesh that a run cannot use, and name one that it can: more hosts at a time, or a preset."""
+"""Refuse a mesh that a run cannot use, and name one that it can: with more hosts at a time, or another preset."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from qsharp_jax.plan.job import Job
 from qsharp_jax.system.errors import UserError
 
 GIB = 2**30
-MARGIN = 1.15  # a forecast may be too high by this factor; what is refused does not fit even then
+MARGIN = 1.15  # forecasts may be too high by this factor; a refused run would not fit even then
 
 
 def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> None:
@@ -20,16 +20,15 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
 
     Args:
       section: the config's `mesh`.
-      presets: all sections that could take its place, by name.
+      presets: all sections that could replace it, by name.
       devices: of this machine; by default they are not checked.
 
     Raises:
-      UserError: with the numbers, the fewest hosts that could decode together if one is too small, and the nearest
-        preset that works.
+      UserError: with the numbers, and the remedy: hosts that decode together, or the nearest preset that works.
     """
     if (reason := problem(job, section, devices)) is None:
         return
-    # A preset of unknown memory would suit every plan; it counts only where devices tell whether it is theirs.
+    # A preset of unknown memory would suit every plan; it only counts if devices tell whether it is theirs.
     known = (other for other in presets.values() if other["hbm_bytes"] or devices is not None)
     others = sorted(known, key=lambda other: _distance(section, other))
     works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
@@ -43,7 +42,7 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
 
 
 def _decode_on_several_hosts(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
-    """Give sizes of `decode` on several hosts of a slice, fewest first, with each of the reference's kv heads whole."""
+    """Yield sizes of `decode` on several hosts of a slice, fewest first, with whole kv heads of the reference."""
     for hosts in range(2, section["hosts"] + 1):
         if section["hosts"] % hosts == 0:
             chips = hosts * section["devices_per_host"]
@@ -52,7 +51,7 @@ def _decode_on_several_hosts(job: Job, section: Any) -> Iterator[tuple[int, dict
 
 
 def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None) -> str | None:
-    """Say why a run does not fit on a mesh; None if it does."""
+    """Describe why a run does not fit on a mesh; None if it does."""
     try:
         if devices is not None:
             for use in meshes.MESH_AXES:
@@ -65,7 +64,7 @@ def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None)
             parts = sorted(step.memory, key=lambda line: -line.amount)[:3]
             words = ", ".join(f"{line.what} {line.amount / GIB:.2f}" for line in parts)
             return (
-                f"{what} with {step.rows} rows would take {step.bytes / GIB:.2f} GiB a chip ({words}), and one of"
+                f"{what} with {step.rows} rows would take {step.bytes / GIB:.2f} GiB per chip ({words}), but a chip of"
                 f" {section['name']} has {section['hbm_bytes'] / GIB:.2f}"
             )
     return None

@@ -1,7 +1,7 @@
 """A step of the fit and guided decoding, compiled by the TPU compiler for a slice that need not exist here.
 
-libtpu compiles for a named topology; the programs are those of `train.train_step` and `generate.decode` on abstract
-arrays with shardings. Nothing is allocated and nothing runs.
+libtpu compiles `train.train_step` and `generate.decode` for a named topology, on abstract arrays with shardings.
+Nothing is allocated and nothing runs.
 """
 
 import contextlib
@@ -32,12 +32,11 @@ class Compiled:
 
     Attributes:
       bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.
-      arguments, temporaries: their parts of it.
-      flops: of a chip in a step, as far as the compiler counts them.
-      collectives: bytes that arrive on a chip in a step, by kind.
+      arguments, temporaries: parts of these bytes.
+      flops: of a chip per step, as far as the compiler counts them.
+      collectives: bytes that arrive on a chip per step, by kind.
       text: the program.
     """
-
     bytes: int
     arguments: int
     temporaries: int
@@ -47,19 +46,15 @@ class Compiled:
 
 
 def devices(section: Any) -> list[Any]:
-    """Return the devices of a preset's slices.
-
-    Raises:
-      UserError: for a preset without TPUs, or where the compiler is not installed.
-    """
+    """Return the devices of a preset's slices; a UserError for a preset without TPUs, or without the compiler."""
     if not section["topology"]:
-        raise UserError(f"--compile is for TPU meshes, and {section['name']} is none; give one, as --config.mesh=v5e_8")
+        raise UserError(f"--compile is for TPU meshes, not {section['name']}; give one, as --config.mesh=v5e_8")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('--compile needs the TPU compiler; install it with: pip install ".[tpu]"')
     from jax.experimental import topologies
 
     sides = {"chips_per_host_bounds": (2, 4, 1)} if section["devices_per_host"] == 8 else {}
-    # Two TensorCores are one device, on chips that have two.
+    # On chips with two TensorCores, both are one device.
     cores = {"chip_config_name": "megacore"} if section["topology"].startswith("v4") else {}
     with _quiet():
         return topologies.get_topology_desc(
@@ -91,16 +86,16 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
             placed(shapes, places), placed(batch, sharding.of_rows(batch, mesh, sharding.FIT)), np.float32(1)
         )
         compiled = _compile(lowered)
-    # The compiler counts one turn of a loop; nearly all work is in those over the layers.
+    # The compiler counts one iteration of a loop; nearly all work is in the loops over the layers.
     turns = guide.trunk.layers * config.accumulate
     return _facts(compiled, program.Program(compiled.as_text()).traffic(), turns)
 
 
 def decode(job: Job, section: Any, rows: int) -> Compiled:
-    """Compile the decode loop with its caches, for `rows` rows; flops and collectives are those of one step."""
+    """Compile the decode loop with its caches for `rows` rows; flops and collectives are per step."""
     config = job.config
     mesh = meshes.preset_mesh(section, "decode", devices(section))
-    # Not by `generate.for_decoding`, which prepares models for the devices of this machine.
+    # Not `generate.for_decoding`, which prepares models for the devices of this machine.
     ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
     guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))
     ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
@@ -152,12 +147,12 @@ def _compile(lowered: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what libtpu writes to the process's standard error about a TPU that is not there."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Hide what libtpu writes to the process's standard error about the missing TPU."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)

@@ -1,6 +1,6 @@
 """Memory and time of a step on each chip of a mesh, by arithmetic: without devices, weights or a compiler.
 
-Arrays are counted by their shardings, what the backward pass keeps by asking JAX, a step's temporaries and times by
+Arrays are counted by their shardings, what the backward pass saves by asking JAX, a step's temporaries and times by
 formulas, each with a description that the table shows.
 """
 
@@ -39,10 +39,10 @@ class Forecast:
     Attributes:
       rows: of the whole mesh.
       memory: bytes on a chip at the peak of a step, by part.
-      flops: of a chip in a step.
-      collectives: bytes that arrive on a chip in a step, by kind.
+      flops: of a chip per step.
+      collectives: bytes that arrive on a chip per step, by kind.
       slow: those of these bytes that come from other slices.
-      times: seconds of a step, by what bounds it.
+      times: seconds per step, by what bounds it.
     """
 
     rows: int
@@ -58,7 +58,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """The lower bound of a step: the slowest of what can go on at the same time."""
+        """The lower bound of a step: the slowest of what can run at the same time."""
         return max((line.amount for line in self.times), default=0.0)
 
 
@@ -66,14 +66,9 @@ class Forecast:
 
 
 def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
-    """Forecast one step of the guide's fit.
+    """Forecast one step of the guide's fit with `rows`, by default the config's batch size.
 
-    Args:
-      section: the config's `mesh`.
-      rows: of the batch; by default the config's.
-
-    Raises:
-      UserError: if the mesh does not divide the guide's heads or the rows.
+    `section` is the config's `mesh`. A UserError if it does not divide the guide's heads or the rows.
     """
     config, guide = job.config.fit, job.guide.config.computed_in(job.config.fit.dtype)
     mesh, parts = abstract_mesh(section, "fit"), config.accumulate
@@ -88,13 +83,13 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
 
     weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
     memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
-    kept = next(line.amount for line in memory if line.what == "activations")
+    saved = next(line.amount for line in memory if line.what == "activations")
     products = _product_weights(params)
     forward = 2 * products / tensor * part.tokens
     scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
     recomputed = {"none": 0, "dots": scores, "full": forward + scores}[config.remat]
     flops = parts * (3 * (forward + scores) + recomputed)
-    traffic = 4 * weights + 2 * optimizer_state + parts * (2 * kept + 3 * part.layer * part.trunk.layers)
+    traffic = 4 * weights + 2 * optimizer_state + parts * (2 * saved + 3 * part.layer * part.trunk.layers)
     brought, across = _fit_collectives(part, weights)
     slow = across if section["slices"] > 1 else 0.0
     descriptions = [
@@ -138,12 +133,12 @@ class _Part:
 def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, vmem: int) -> tuple[Line, ...]:
     trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
-    kept = _kept(part.guide, config.remat, rows, length, part.tensor)
-    # The compiler makes a narrow copy of the float32 weights, of all layers at once, and gathers from that.
+    saved = _saved(part.guide, config.remat, rows, length, part.tensor)
+    # The compiler makes a narrow copy of the float32 weights of all layers at once, and gathers from that.
     narrow = 0 if part.width == 4 else _layers_bytes(part.params, here=True) * part.width // 4
-    # What a block needs for its gradient is recomputed for one layer if it is not kept for all.
-    recomputed = max(0, _kept(part.guide, "dots", rows, length, part.tensor) - kept) // trunk.layers
-    scores = SCORES if config.attention == "xla" else 0  # others have a part of them at a time
+    # What a block needs for its gradient and did not save is recomputed for one layer at a time.
+    recomputed = max(0, _saved(part.guide, "dots", rows, length, part.tensor) - saved) // trunk.layers
+    scores = SCORES if config.attention == "xla" else 0  # others compute a part of them at a time
     attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
     gathered = 2 * part.layer * (part.fsdp > 1)
     to_scatter = gathered * 4 // part.width
@@ -158,7 +153,7 @@ def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, 
         Line("gathered weights", gathered, "of two layers, whole over fsdp"),
         Line("gradients to scatter", to_scatter, "float32, of two layers, whole"),
         Line(
-            "activations", kept,
+            "activations", saved,
             f"of {trunk.layers} layers, what remat {config.remat} keeps of {rows} rows x {length} tokens",
         ),
         Line(
@@ -190,20 +185,20 @@ def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
     }), across  # fmt: skip
 
 
-LARGEST = 2**20  # a chip's rows, where the search for the largest batch ends
-SCORES, HIDDEN = 10, 16  # bytes: of a score while its gradient is taken, and of a hidden unit
-WORK = 4  # arrays at a time in decoding that are as large as the logits
+LARGEST = 2**20  # rows per chip at which the search for the largest batch ends
+SCORES, HIDDEN = 10, 16  # bytes per score while its gradient is computed, and per hidden unit
+WORK = 4  # simultaneous arrays in decoding of the logits' size
 
 
-def _kept(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """Count the bytes that the backward pass needs of the forward pass, on one chip, without the weights."""
-    one, two = (_kept_of(guide, remat, count, length, tensor) for count in (1, 2))
-    return one + (rows - 1) * (two - one)
+def _saved(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
+    """Count the bytes that the backward pass needs from the forward pass, on one chip, without the weights."""
+    of_one, of_two = (_saved_of(guide, remat, count, length, tensor) for count in (1, 2))
+    return of_one + (rows - 1) * (of_two - of_one)
 
 
 @functools.lru_cache
-def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """Ask JAX what it keeps, for a model with a chip's share of the heads and of the hidden units."""
+def _saved_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
+    """Ask JAX what it saves, for a model with a chip's share of the heads and of the hidden units."""
     trunk = guide.trunk
     heads, mlp = _divided(trunk.heads, tensor), _divided(trunk.mlp, tensor)
     kv_heads = heads // _shared(trunk, tensor)
@@ -215,22 +210,22 @@ def _kept_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int
         loss = functools.partial(train.value_loss, batch=batch, config=share, remat=remat)
         return jax.vjp(loss, params, has_aux=True)[1]
 
-    kept = Counter(
+    saved = Counter(
         (leaf.shape, leaf.dtype)
         for leaf in jax.tree.leaves(jax.eval_shape(backward, params, abstract_batch(rows, length)))
     )
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (kept - weights).items())
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (saved - weights).items())
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------
 
 
 def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
-    """Forecast one step of guided decoding on the devices of a decode mesh.
+    """Forecast one step of guided decoding, with `rows` rounded up to what the mesh divides.
 
     Args:
       section: the config's `mesh`; the sizes of its `decode` may span several hosts.
-      rows: of a batch; by default the config's in collection, rounded up to what the mesh divides.
+      rows: by default those of the config's collection.
 
     Raises:
       UserError: if the mesh does not divide a model's heads.
@@ -245,7 +240,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     for name, (_, trunk) in trunks.items():
         cache = kv_cache.abstract(trunk, rows, job.cache_size)
         caches[name] = chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
-    # A V-type takes its candidates through the layers beside the pending token.
+    # A V-type guide computes its candidates through the layers beside the pending token.
     candidates = config.generate.top_k_candidates
     queries = {"reference": 1, "guide": 1 + candidates * (guide.config.type == "v")}
     stream = rows // data
@@ -290,7 +285,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         brought["all-reduce"] += sums * 2 * (tensor - 1) / tensor
         brought["all-gather"] += sums * 3 * (beside - 1) / beside
     brought["all-to-all"] = vocabulary * (mesh.size - 1) / mesh.size
-    # Of the guide's embedding, and of a reference's that is not its head, a step only reads rows.
+    # A step only looks up rows of the guide's embedding, and of a reference's that is not its head.
     tables = chip_bytes(guide.params["trunk"]["embedding"])
     tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
     traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables
@@ -306,11 +301,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
 
 
 def largest(forecast: Any, job: Job, section: Any, step: int) -> int | None:
-    """Return the most rows that fit into a chip's memory, a multiple of `step`; 0 if none do, None if unknown.
-
-    Args:
-      forecast: `fit` or `decode`.
-    """
+    """Return the most rows that fit into a chip's memory, a multiple of `step`; 0 if none do, None if unknown."""
     if not section["hbm_bytes"]:
         return None
     fits = lambda count: forecast(job, section, step * count).bytes <= section["hbm_bytes"]  # noqa: E731
@@ -331,7 +322,7 @@ def largest(forecast: Any, job: Job, section: Any, step: int) -> int | None:
 def _times(
     section: Any, flops: float, traffic: float, brought: Counter, slow: float, how: dict[str, str]
 ) -> tuple[Line, ...]:
-    """Give the seconds of a step by what bounds it, as far as the preset has the numbers."""
+    """Return the seconds of a step by what bounds it, as far as the preset has the numbers."""
     lines = []
     if section["flops"]:
         lines.append(Line("computing", flops / section["flops"], how["computing"]))
@@ -350,7 +341,7 @@ def _divided(count: int, tensor: int) -> int:
 
 
 def _shared(trunk: DecoderConfig, tensor: int) -> int:
-    """Return how many query heads a chip has for each of its kv heads."""
+    """Return the number of a chip's query heads per kv head."""
     heads = _divided(trunk.heads, tensor)
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
@@ -373,7 +364,7 @@ def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None
 
 
 def _turned_bytes(params: Params) -> int:
-    """Count the bytes on one chip of what the decode loop reads in another order than it is stored in."""
+    """Count the bytes on one chip of weights that the decode loop reads in another order than they are stored in."""
     leaves = jax.tree.leaves_with_path(params)
     return chip_bytes([leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"])
 

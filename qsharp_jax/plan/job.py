@@ -23,7 +23,7 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError, nearest
 
-DTYPE_OF_SIZE = "bfloat16"  # of models given by a size, where the config does not say
+DTYPE_OF_SIZE = "bfloat16"  # dtype of models given by a size, unless the config sets one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,10 @@ class Job:
     """Shapes and sizes of a run.
 
     Attributes:
-      config: of the run.
-      ref, guide: the models as a run decodes with them, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide
-        has float32 weights, as fitted, and is computed in its trunk's dtype.
+      ref, guide: the models as decoded, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide has float32
+        weights, as fitted, and is computed in its trunk's dtype.
       fitted: the float32 parameters of a fit: the guide, the heads of the auxiliary loss, and a LoRA.
-      fit_tokens: of a row in the fit.
+      fit_tokens: tokens per row of the fit.
       cache_size: positions of the caches in decoding.
     """
 
@@ -50,11 +49,10 @@ class Job:
 def make(
     config: ConfigDict, *, ref_size: str | None = None, guide_size: str | None = None, prompt_tokens: int | None = None
 ) -> Job:
-    """Return the job of a config, with other models if their sizes are named.
+    """Return the job of a config, with other models if sizes of `models.config.SIZES` are given.
 
     Args:
-      ref_size, guide_size: of `models.config.SIZES`.
-      prompt_tokens: of the longest prompt; by default the size of the smallest bucket.
+      prompt_tokens: length of the longest prompt; by default the smallest bucket.
 
     Raises:
       UserError: for an unknown size, an invalid model, or a context that is too short for the run.
@@ -68,8 +66,8 @@ def make(
     for name, shape in {"reference": ref, "guide": guide.trunk}.items():
         if prompt + new > shape.max_positions:
             raise UserError(
-                f"prompts of {prompt} tokens with {new} new ones are more than the {name}'s {shape.max_positions}"
-                " positions; give a smaller --prompt-tokens or config.generate.max_new_tokens"
+                f"prompts of {prompt} tokens with {new} new ones exceed the {name}'s {shape.max_positions} positions;"
+                " give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
     bucket, fitted = config.fit.length_bucket, value.abstract(guide)
     is_new = ref_size is None and models.folder(config, "ref") is None
@@ -91,7 +89,7 @@ def make(
 
 
 def learned(job: Job, params: Params) -> tuple[Params, Params]:
-    """Split fitted parameters into those that the optimizer changes and those that a LoRA leaves frozen."""
+    """Split fitted parameters into those that the optimizer changes and those that a LoRA freezes."""
     return lora.split(params) if job.config.fit.lora_rank else (params, {})
 
 

@@ -1,4 +1,4 @@
-"""A compiled program, read from its text (`compiled.as_text()`), and the bytes that its collectives bring.
+"""A compiled program, parsed from its text (`compiled.as_text()`), and the bytes that its collectives bring.
 
 A program is a list of computations, each a list of instructions; a decode loop is a while over blocks whose body has a
 while over steps.
@@ -24,7 +24,7 @@ _OPERATION = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result; `fast`: in the chip's fast memory, not in HBM."""
+    """One array of an instruction's result; `fast`: in the chip's fast memory instead of HBM."""
 
     shape: tuple[int, ...]
     bytes: int
@@ -33,12 +33,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
-
-    Attributes:
-      called: the computations that it runs.
-      operands: the instructions that it reads.
-      source: the operation of the Python program that it comes from, as far as the compiler says.
+    """One line of a computation, with the computations it runs (`called`), the instructions it reads (`operands`), and
+    the Python operation it comes from (`source`), as far as the compiler says.
     """
 
     name: str
@@ -51,12 +47,9 @@ class Instruction:
 
 
 class Program:
-    """The computations of a program.
+    """The instructions of a program by computation, and the name of its entry computation.
 
-    Attributes:
-      computations: instructions by computation.
-      entry: the name of the first computation.
-      blocks, step: of a decode loop, the names of the computations that are a block and a step.
+    `blocks` and `step` are the names of a decode loop's computations.
     """
 
     def __init__(self, text: str):
@@ -80,8 +73,8 @@ class Program:
     def traffic(self, start: str | None = None) -> Counter[str]:
         """Count the bytes that collectives bring to a chip, by kind, in one run of a computation or of the program.
 
-        Those in a loop count once per turn. In rings of n chips, an all-gather brings (n - 1) / n of its result, an
-        all-reduce twice that, a reduce-scatter (n - 1) / n of what it reduces.
+        Those in a loop count once per iteration. In rings of n chips, an all-gather brings (n - 1) / n of its result,
+        an all-reduce twice that, a reduce-scatter (n - 1) / n of what it reduces.
         """
         total, seen = Counter(), set()
         for name, times in self._runs(self.entry if start is None else start):
@@ -91,7 +84,7 @@ class Program:
                 kind = i.kind.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                # An all-gather that runs beside several products is listed in each of them, with one channel.
+                # An all-gather that overlaps several products is listed in each of them, with one channel.
                 if "chain_id=" in i.text and (channel := _CHANNEL.search(i.text)):
                     if channel[1] in seen:
                         continue
@@ -108,7 +101,7 @@ class Program:
         return Counter({kind: round(size) for kind, size in total.items()})
 
     def _runs(self, name: str, times: int = 1) -> Iterator[tuple[str, int]]:
-        """Give every computation reached from one, and how often it runs."""
+        """Yield every computation reached from one, and how often it runs."""
         yield name, times
         for i in self.computations[name]:
             turns = self._turns(i) if i.kind == "while" else 1
@@ -116,13 +109,13 @@ class Program:
                 yield from self._runs(called, times * turns)
 
     def _turns(self, loop: Instruction) -> int:
-        """Return the number that a scan's counter is compared with; 1 where there is none."""
+        """Return the limit of a scan's counter; 1 without one."""
         condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.text)[1]]
         limits = [re.search(r"constant\((\d+)\)", i.text) for i in condition if i.kind == "constant"]
         return max((int(limit[1]) for limit in limits if limit), default=1)
 
     def _largest_while(self, name: str) -> str:
-        """Return the body with the most instructions, of the while loops in a computation."""
+        """Return the body with the most instructions among the while loops in a computation."""
         bodies = [re.search(r"body=%?([\w.-]+)", i.text)[1] for i in self.computations[name] if i.kind == "while"]
         return max(bodies, key=lambda body: sum(len(self.computations[reached]) for reached in self.reached(body)))
 
@@ -137,7 +130,7 @@ class Program:
 
 
 def result_bytes(instruction: Instruction) -> int:
-    """Return the bytes of the arrays that an instruction gives; a -start's result also lists its operands."""
+    """Return the bytes of an instruction's result; that of a -start also lists its operands."""
     arrays = [array for array in instruction.results if array.shape]
     if instruction.kind.endswith("-start") and len(arrays) > 1:
         arrays = arrays[len(arrays) // 2 :]
@@ -145,7 +138,7 @@ def result_bytes(instruction: Instruction) -> int:
 
 
 def group_size(instruction: Instruction) -> int:
-    """Return how many chips a collective is among; 1 for one that does not say."""
+    """Return the number of chips in a collective; 1 if it does not say."""
     text = instruction.text
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", named[1]))

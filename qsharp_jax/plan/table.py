@@ -1,4 +1,4 @@
-"""The plan as text: what a chip holds and does in a step, and how each number was computed."""
+"""The plan as text: memory and work of a chip per step, and how each number was computed."""
 
 import math
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ from qsharp_jax.plan.job import Job
 
 
 def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
-    """Give the lines of the plan; with `compile`, those of the compiler as soon as it is done.
+    """Yield the lines of the plan; with `compile`, also the compiler's.
 
     Raises:
-      UserError: for a mesh that does not divide the models or the rows, or one that cannot be compiled for.
+      UserError: for a mesh that does not divide the models or the rows, or that cannot be compiled for.
     """
     if compile:
         compiled.devices(section)  # fails early where there is no compiler
@@ -47,7 +47,7 @@ def _head(job: Job, section: Any) -> Iterable[str]:
     chip += f", {section['flops'] / 1e12:.0f} TFLOP/s, {section['ici_bandwidth'] / 1e9:.0f} GB/s from the others"
     yield (
         f"Mesh {section['name']}: {slices} x {hosts} x {each} (slices, hosts, devices) of {section['kind']}"
-        + (f", each {chip}" if section["hbm_bytes"] else ", of which nothing is known")
+        + (f", each {chip}" if section["hbm_bytes"] else ", without known memory or speed")
     )
     for name, model in {"Reference": job.ref, "Guide": job.guide}.items():
         trunk = getattr(model.config, "trunk", model.config)
@@ -63,7 +63,7 @@ def _forecast(step: Forecast, section: Any, tokens: int, most: int | None) -> It
         yield _row(line.what, f"{line.amount / GIB:.3f} GiB", line.how)
     limit = section["hbm_bytes"]
     state = f"of {limit / GIB:.0f}" + (", WHICH IS TOO MUCH" if step.bytes > limit else "") if limit else ""
-    yield _row("together", f"{step.bytes / GIB:.3f} GiB", state)
+    yield _row("total", f"{step.bytes / GIB:.3f} GiB", state)
     if most is not None:
         yield _row("largest batch", f"{most} rows", "that would fit")
     for line in step.times:
@@ -72,7 +72,7 @@ def _forecast(step: Forecast, section: Any, tokens: int, most: int | None) -> It
         together, apart = step.seconds, sum(line.amount for line in step.times)
         yield _row(
             "a step", f"{together * 1e3:.3f} ms",
-            f"at best, all at once: {tokens / together:.4g} tokens a second,"
+            f"at best, all at once: {tokens / together:.4g} tokens/s,"
             f" {step.flops / section['flops'] / together:.0%} of the peak; {apart * 1e3:.3f} ms one after the other",
         )  # fmt: skip
 

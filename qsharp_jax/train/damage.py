@@ -1,4 +1,4 @@
-"""Which errors on reading a checkpoint say that it is damaged. All others say that the reading failed, and may pass."""
+"""Which errors on reading a checkpoint mean that it is damaged; all others are failures of reading, which may pass."""
 
 import errno
 import json
@@ -7,12 +7,12 @@ from types import TracebackType
 
 from qsharp_jax.system.errors import UserError, os_error_number
 
-# A file that is not there, a folder in its place, and a file in place of a folder.
+# A missing file, a folder in its place, and a file in place of a folder.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
-# TensorStore's codes for content that is not there, ends early, fails its checksum or does not decode. Its others,
-# UNAVAILABLE, RESOURCE_EXHAUSTED, PERMISSION_DENIED, ..., are of the disk, the network or the machine. INVALID_ARGUMENT
-# is not written before its message.
+# TensorStore's codes for content that is missing, ends early, fails its checksum or does not decode. Other codes,
+# UNAVAILABLE, RESOURCE_EXHAUSTED, PERMISSION_DENIED, ..., come from the disk, the network or the machine.
+# INVALID_ARGUMENT is not written before its message.
 _DAMAGE = re.compile(
     r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND): |FAILED_PRECONDITION: (?!.*http_response_code)|.*Error decoding", re.DOTALL
 )
@@ -23,7 +23,7 @@ class DamagedError(UserError):
 
 
 def is_damage(error: BaseException) -> bool:
-    """Tell whether an error shows damage: a checksum, shapes, a missing file, or content that does not parse."""
+    """Return true if an error shows damage: a checksum, shapes, a missing file, or content that does not parse."""
     error = root_cause(error)
     if isinstance(error, DamagedError | FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
         return True
@@ -31,7 +31,7 @@ def is_damage(error: BaseException) -> bool:
         return number in _MISSING
     if isinstance(error, ValueError) and _DAMAGE.match(str(error)):
         return True
-    # Orbax has no exception of its own for metadata in which a key or the name of a type is garbled.
+    # Orbax has no exception of its own for metadata with a garbled key or type name.
     parsing = KeyError | TypeError | ValueError | AttributeError | NotImplementedError
     return isinstance(error, parsing) and _raised_in(error.__traceback__).startswith("orbax.checkpoint.")
 

@@ -1,7 +1,4 @@
-"""The optimizer and the learning rate schedule, from the config.
-
-It knows leaves by their names alone.
-"""
+"""The optimizer and the learning rate schedule, from the config."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +15,7 @@ Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
 
 
 def make_schedule(config: Any, total_steps: int) -> Schedule:
-    """The learning rate's course relative to its peak: linear warm-up, then constant or cosine to `end_fraction`.
+    """The learning rate relative to its peak: linear warm-up, then constant or cosine to `end_fraction`.
 
     Args:
       config: warmup_steps, schedule, end_fraction.
@@ -40,8 +37,8 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
 def make_optimizer(config: Any) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW, Adafactor, or Muon on the blocks' matrices (AdamW elsewhere), at the peak rate.
 
-    Weight decay is on matrices only: not on norms, biases and the like. Adafactor (Shazeer and Stern, arXiv 1804.04235)
-    keeps a row and a column of second moments of a matrix in place of AdamW's two numbers a weight.
+    Only matrices have weight decay, not norms, biases and the like. Adafactor (Shazeer and Stern, arXiv 1804.04235)
+    stores a row and a column of second moments per matrix instead of AdamW's two numbers per weight.
 
     Args:
       config: name, learning_rate, adam_learning_rate (Muon's AdamW), weight_decay, b2 (of AdamW), clip.
@@ -49,7 +46,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     if config.name == "adamw":
         rule = optax.adamw(config.learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     elif config.name == "adafactor":
-        # A rate relative to a parameter's size would hold the guide's head, which begins at zero, where it is.
+        # A rate relative to a parameter's size would never change the guide's head, which starts at zero.
         rule = optax.adafactor(
             config.learning_rate,
             multiply_by_parameter_scale=False,
@@ -57,7 +54,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             weight_decay_mask=_is_matrix,
         )
     else:
-        # Muon's own AdamW for the rest would decay every leaf: it knows no mask.
+        # Muon's own AdamW for the rest would decay every leaf, since it has no mask.
         muon = optax.contrib.muon(
             config.learning_rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_matrices
         )
@@ -85,5 +82,5 @@ def _is_block_matrix(params: Params) -> Params:
 
 
 def _muon_matrices(params: Params) -> Params:
-    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalised on its own."""
+    """Kernels inside the blocks are [L, in, out]: each layer's matrix is orthogonalized separately."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)

@@ -1,7 +1,4 @@
-"""A trace of a few training steps for a profiler's eyes: what ran on host and devices, and when.
-
-TensorBoard shows it with its profile plugin (`pip install xprof`).
-"""
+"""A profiler trace of a few training steps, for TensorBoard's profile plugin (`pip install xprof`)."""
 
 import contextlib
 import sys
@@ -13,7 +10,7 @@ import jax
 from qsharp_jax.system.files import folder_of_this_machine
 
 STEPS = 10
-WARM = 5  # steps in a row without a compilation before the trace begins
+WARM = 5  # consecutive steps without a compilation before the trace begins
 
 
 class Trace:
@@ -24,10 +21,10 @@ class Trace:
         self._running, self._stack = False, contextlib.ExitStack()
 
     def before_step(self, state: Any, warm: int) -> None:
-        """Begins the trace, or ends it, when the device is done with all steps so far, whose state this is.
+        """Begin or end the trace, once the device has finished all steps so far, whose state this is.
 
         Args:
-          warm: steps so far, since the last that compiled.
+          warm: steps since the last one that compiled.
         """
         if self._running and self._left == 0:
             self.end(state)
@@ -39,7 +36,7 @@ class Trace:
             self._left -= 1
 
     def end(self, state: Any) -> None:
-        """Writes what there is; training that ends sooner has fewer steps in its trace, or none, and says so."""
+        """Write the trace; a training that ends early has fewer steps in it, or none, with a message."""
         if self._running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

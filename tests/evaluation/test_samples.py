@@ -210,7 +210,7 @@ def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypat
 def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
     session, ref, guide = stoppable
     monkeypatch.setattr(judge(session), "submit", lambda *_: lambda: Judgement(math.nan, "1"))
-    with pytest.raises(UserError, match="was not written, since a sample's reward or KL is not a finite number"):
+    with pytest.raises(UserError, match="was not written: a sample's reward or KL is not a finite number"):
         sample(session, ref, guide)
     assert not shards_of(session, "qsharp_round_1")
 

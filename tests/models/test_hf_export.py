@@ -162,4 +162,4 @@ def test_a_model_without_a_class_in_transformers_is_refused_before_anything_is_w
 def test_a_q_type_with_several_outputs_per_token_is_refused(tmp_path):
     config = ValueConfig(LLAMA, type="q", distribution="categorical", atoms=(0.0, 1.0))
     message = refusal(hf.export_guide, ValueModel({}, config), tmp_path / "new")
-    assert message.startswith("a Q-type guide with several outputs per token has no form in transformers")
+    assert message.startswith("transformers has no form for a Q-type guide with several outputs per token")

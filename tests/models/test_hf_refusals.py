@@ -30,7 +30,7 @@ def change_tensors(folder, **tensors):
 
 def test_a_folder_that_is_not_there_or_holds_no_config(tmp_path):
     assert load_refusal(tmp_path / "none").startswith("there is no folder ")
-    assert "has no config.json; give a folder that transformers could load" in load_refusal(tmp_path)
+    assert "has no config.json; give a folder that transformers can load" in load_refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", '{"architectures": ["Llama', "[1, 2]", '{"architectures": 3}', "\x80"])
@@ -77,7 +77,7 @@ def test_a_config_that_is_no_json_object(content, copy):
         ("llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
          "partial_rotary_factor is not 1"),
         ("llama", dict(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}),
-         "rope_parameters has entries of its own for 'full_attention'"),
+         "rope_parameters has separate entries for 'full_attention'"),
         # layers that see less, or differ
         ("llama", dict(sliding_window=8), "sliding_window is 8"),
         ("gpt2", dict(sliding_window=8), "sliding_window is 8"),
@@ -118,7 +118,7 @@ def test_an_adapter_is_refused_beside_weights_and_alone(copy):
     folder = copy()
     (folder / "adapter_config.json").write_text("{}")
     for load in (hf.load_ref, hf.load_trunk, hf.load_guide):
-        assert "has an adapter_config.json beside the weights, and an adapter is not app" in load_refusal(folder, load)
+        assert "has an adapter_config.json beside the weights, and adapters are not app" in load_refusal(folder, load)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
     (folder / "config.json").unlink()
@@ -169,7 +169,7 @@ def test_a_missing_shard_and_a_damaged_index(tmp_path):
     hf.export_ref(ref(), tmp_path, largest_file=3000)
     shards = sorted(tmp_path.glob("*.safetensors"))
     shards[1].unlink()
-    assert f"lacks {shards[1].name}, one of 1 missing of {len(shards)} files" in load_refusal(tmp_path)
+    assert f"lacks {shards[1].name} (1 of {len(shards)} weight files are missing)" in load_refusal(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     for content in ("{", "[]", '{"weight_map": 3}', '{"metadata": {}}'):
         index.write_text(content)
@@ -203,13 +203,13 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(copy, monkeypatch):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({UP: None}, f"lacks the tensor {UP}, which its config.json asks for"),
-        ({UP: None, "lm_head.weight": None}, "lacks the tensor lm_head.weight and 1 more, which its config.json asks for"),
+        ({UP: None}, f"lacks the tensor {UP}, which its config.json requires"),
+        ({UP: None, "lm_head.weight": None}, "lacks the tensor lm_head.weight and 1 more, which its config.json requires"),
         ({"model.layers.2.mlp.up_proj.weight": np.zeros((20, 16))},
          "has the tensor model.layers.2.mlp.up_proj.weight, which its config.json does not"),
         ({UP: np.zeros((20, 15), np.float32)},
-         f"the tensor {UP} has the shape (20, 15), and its config.json asks for (20, 16)"),
-        ({UP: np.zeros((20, 16), np.int8)}, f"the tensor {UP} is stored as I8; F32, BF16, F16 can be read"),
+         f"the tensor {UP} has the shape (20, 15), but its config.json requires (20, 16)"),
+        ({UP: np.zeros((20, 16), np.int8)}, f"the tensor {UP} is stored as I8; supported are F32, BF16, F16"),
     ],
 )  # fmt: skip
 def test_a_tensor_that_is_not_the_config_s_is_named(tensors, message, copy):
@@ -241,7 +241,7 @@ def test_a_tied_head_that_is_stored_too_must_be_the_embedding(copy, made):
     head = head.copy()
     head[22, 15] = 7
     change_tensors(folder, **{"lm_head.weight": head})
-    assert "has a lm_head.weight that is not its embedding" in load_refusal(folder)
+    assert "has a lm_head.weight that differs from its embedding" in load_refusal(folder)
     hf.load_trunk(folder, dtype="float32")  # which has no head
 
 

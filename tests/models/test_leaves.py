@@ -38,5 +38,5 @@ def test_one_entry_adds_a_leaf(axes, spec, decays, tmp_path, monkeypatch):
 
 
 def test_a_leaf_without_an_entry_is_an_error():
-    with pytest.raises(ValueError, match="no entry is known for parameter layers.surprise; add one to models/leaves.py"):
+    with pytest.raises(ValueError, match="parameter layers.surprise has no entry in the table; add one to models/leaves.py"):
         jax.tree.map_with_path(lambda path, _: leaves.find(path), {"layers": {"surprise": 1}})

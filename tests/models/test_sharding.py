@@ -228,7 +228,7 @@ def test_an_uneven_vocabulary_is_on_every_device():
         (lambda: sharding.of_model(abstract_ref(heads=24), mesh_of(tensor=16), DECODE), "24 query heads .* tensor 16; .* 1, 2, 3, 4, 6, 8, 12$"),
         (lambda: sharding.of_model(abstract_ref(mlp=8190), mesh_of(tensor=4), DECODE), "8190 hidden units of the mlp .* tensor 4"),
         (lambda: sharding.of_rows(cache(rows=6), mesh_of(data=4), DECODE), "6 rows of the batch .* data 4; .* 1, 2, 3$"),
-        (lambda: meshes.make_mesh({"data": 1, "fsdp": 1}, DECODE), "axis 'fsdp', which no rule uses"),
+        (lambda: meshes.make_mesh({"data": 1, "fsdp": 1}, DECODE), "no sharding rule uses the mesh axis 'fsdp'"),
         (lambda: meshes.make_mesh({"data": 2}, DECODE, jax.devices()[:1]), "a mesh of data 2 needs 2 devices, and there are 1"),
     ],
 )  # fmt: skip

@@ -143,9 +143,9 @@ def command(*words: str, index: int | None = None, port: int | None = None, **op
     [
         (
             1,
-            "the coordinator localhost:{port} could not be reached within 1 s (.*); see that process 0 has been started",
+            "the coordinator localhost:{port} could not be reached within 1 s (.*); make sure that process 0 runs",
         ),
-        (0, "of 2 processes 1 did not come to port {next} within 1 s; see that they have been started"),
+        (0, "of 2 processes 1 did not come to port {next} within 1 s; make sure that they were started"),
     ],
 )
 def test_one_that_waits_in_vain_says_for_what(tmp_path, index, sentence):
