@@ -14,8 +14,8 @@ The soft optimal policy is pi_ref exp((Q - V) / tau), so a policy and a state va
             minimize  mean_t (Q(s_t, y_t) - G_t)^2
 
 It is undiscounted, and V is 0 past the end. At theta_old the gradient is -2 alpha A_t (tau grad log pi + grad V), with
-A the GAE (arXiv 1506.02438) of the KL-penalized reward. V is a linear head on the policy's trunk, which also learns from
-it if policy.detach_values is false: then 1 / tau times as much as from log pi. tau, the weight of the KL, is
+A the GAE (arXiv 1506.02438) of the KL-penalized reward. V is a linear head on the policy's trunk, which also learns
+from it if policy.detach_values is false: then 1 / tau times as much as from log pi. tau, the weight of the KL, is
 config.klq.tau, by default collect.eta.
 """
 

@@ -166,7 +166,7 @@ def test_folders_need_their_config_alone(tmp_path):
         (("fit.accumulate=8",), r"^4 rows of the batch .* fsdp 8; .*; the nearest preset that works is .*=v5e_4$"),
         (
             ("collect.batch_size=2000",),
-            r"^decoding with 2000 rows would take .* GiB a chip \(reference's cache .*has 16",
+            r"^decoding with 2000 rows would take .* GiB per chip \(reference's cache .*has 16",
         ),
         (("fit.batch_size=2048", "fit.remat=none"), r"^a step of the fit with 2048 rows would take .*\(activations"),
     ],
