@@ -21,19 +21,19 @@ from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
 STOPPED = "stopped by SIGTERM; run the same command again to resume"
 INTERRUPTED = "interrupted; run the same command again to resume"
-RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with a file
+RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with an output file
 
-# `plan` takes no accelerator; libtpu does not look for the TPU that it compiles for.
+# `plan` uses no accelerator; libtpu must not look for the TPU that it compiles for.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-# JAX and the models are imported by the commands that need them, so that `--help` answers at once.
+# The commands import JAX and the models where needed, so that `--help` answers at once.
 
 
 def console() -> int:
     """Run `main` as a process.
 
-    After an error or a signal it does not wait for threads: one that writes a checkpoint may wait forever for the one
-    that was interrupted, and one that judges answers for all that are still queued.
+    After an error or a signal it does not wait for threads: one that writes a checkpoint may wait forever for an
+    interrupted one, and one that judges answers for all that are queued.
     """
     code = main()
     if code or sigterm.requested():
@@ -42,12 +42,12 @@ def console() -> int:
     return 0
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; by default with the process's own arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; the arguments are by default the process's own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises installing PyTorch, which is not needed
     paths: list[tuple[str, str]] = []
     try:
-        options, rest = commands.parser().parse_known_args(given)
+        options, rest = commands.parser().parse_known_args(arguments)
         paths += commands.paths(options, rest)
         if options.name == "plan":
             os.environ.update(_NO_DEVICES)
@@ -60,7 +60,7 @@ def main(given: Sequence[str] | None = None) -> int:
             options.command.run(workdir, options)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # the reader of our output is gone, as in `qsharp generate ... | head`
+    except BrokenPipeError:  # the reader of the output is gone, as in `qsharp generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -72,11 +72,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: BaseException, paths: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
-    """The exit code and the sentence for an error; None if only a traceback explains it.
-
-    Args:
-      paths: options and paths that the user gave.
-    """
+    """The exit code and the message for an error on one of the user's `paths`; None if only a traceback explains it."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, Stopped):
@@ -100,7 +96,7 @@ def _paths_of(config: ConfigDict) -> list[tuple[str, str]]:
 def _joined(
     options: argparse.Namespace, paths: Sequence[tuple[str, str]]
 ) -> contextlib.AbstractContextManager[sigterm.Peers]:
-    """Wait for the other processes of the run, if there are any. All but the first print only errors."""
+    """Wait for the other processes of the run, if any. All but the first print only errors."""
     if getattr(options, "coordinator", None) is None:
         return contextlib.nullcontext(sigterm.Peers())
 
@@ -127,7 +123,7 @@ def _on_sigterm(options: argparse.Namespace, peers: sigterm.Peers) -> contextlib
 
 
 def _keep_programs(folder: Path) -> None:
-    """Keep compiled programs on disk, for the next round and for the same command repeated."""
+    """Keep compiled programs on disk, for later rounds and for repeated commands."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(files.absolute(folder)))
@@ -145,7 +141,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         return contextlib.nullcontext()
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
-    if hasattr(options.command, "check_arguments"):  # before a workdir is opened or made
+    if hasattr(options.command, "check_arguments"):  # before a workdir is opened or created
         options.command.check_arguments(options)
     if options.workdir is None:
         return contextlib.nullcontext()
@@ -173,7 +169,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         if options.config is None:
             configs.override_mesh(workdir.config, rest)
             _check_stored(workdir, checks.check_settings if rejudges else checks.check)
-        if not rejudges:  # it reads no model, and the folders may be on another machine
+        if not rejudges:  # which reads no model, and the folders may be on another machine
             provenance.check_folders(workdir)
     except BaseException:
         workdir.close()
@@ -182,7 +178,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
 
 
 def _check_mesh(config: ConfigDict, path: str) -> None:
-    """Check that a mesh of several devices is this machine's, divides what it must, and has the memory."""
+    """Check that a mesh of several devices is this machine's, divides the models and rows, and has the memory."""
     if "mesh" not in config or config.mesh.name == "single":
         return
 
@@ -203,7 +199,7 @@ def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
 
 
 def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:
-    """Check that --rejudge is given for an existing run and one process."""
+    """Check that --rejudge is used with an existing run and one process."""
     if options.config is not None or rest:
         raise UserError("--rejudge judges the stored samples of a run; give --workdir alone")
     if options.coordinator is not None:

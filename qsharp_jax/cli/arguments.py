@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 CONFIG_HELP = """\
 Settings: any value of the config can be changed by --config.KEY=VALUE, for example --config.seed=1 or
---config.collect.samples=8. A workdir remembers its settings, so later commands need --workdir only. To use models in
-folders instead of models made on the spot: --config.ref=DIR, and --config.guide=DIR for what the guide starts from."""
+--config.collect.samples=8. A workdir remembers its settings, so later commands need only --workdir. To use models in
+folders instead of pre-training: --config.ref=DIR, and --config.guide=DIR for what the guide starts from."""
 
 MODELS_HELP = """\
 Models: those of a run, by --workdir, or those in folders with config.json, safetensors and tokenizer files, as
-`transformers` and `qsharp export` write them, by --ref and --guide. The guide's tokenizer must have the reference's
+written by `transformers` and `qsharp export`, by --ref and --guide. The guide's tokenizer must have the reference's
 entries, except for special tokens that neither model uses; the embeddings may be padded to different sizes."""
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; made if it is new")
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="the run's folder; created if it is new")
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -32,10 +32,10 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--coordinator", metavar="PLACE",
-        help="where they meet: HOST:PORT of the first of them, tpu (by the TPU VM's metadata), or slurm (under srun)",
+        help="where they meet: HOST:PORT of the first process, tpu (by the TPU VM's metadata), or slurm (under srun)",
     )  # fmt: skip
-    group.add_argument("--processes", type=whole(1), metavar="N", help="how many there are, with HOST:PORT")
-    group.add_argument("--process", type=whole(0), metavar="I", help="which of them this is, from 0, with HOST:PORT")
+    group.add_argument("--processes", type=whole(1), metavar="N", help="number of processes, with HOST:PORT")
+    group.add_argument("--process", type=whole(0), metavar="I", help="index of this process, from 0, with HOST:PORT")
     group.add_argument(
         "--coordinator-timeout", type=whole(1), default=300, metavar="SECONDS",
         help="how long they wait for each other at the start (default: 300)",
@@ -50,7 +50,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Models of a run or in folders; the command adds --guide itself, since some take several."""
+    """Add models of a run or in folders; the command adds --guide itself, since some take several."""
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder: its reference and its last guide")
     parser.add_argument("--ref", metavar="DIR", help="folder of the reference model")
     parser.add_argument(

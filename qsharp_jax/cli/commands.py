@@ -15,9 +15,9 @@ Guides a frozen language model by a learned distribution of the reward-to-go (Q#
 
   qsharp run --config arithmetic --workdir runs/arithmetic
 
-does everything: it makes or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
-report. Repeated with the same workdir it resumes where it was stopped. The other commands are its single steps. With
-models of your own, a folder for each with config.json, safetensors and tokenizer files:
+does everything: it pre-trains or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
+report. Repeated with the same workdir it resumes where it stopped. The other commands are its single steps. With
+models of your own, each in a folder with config.json, safetensors and tokenizer files:
 
   qsharp generate --ref DIR --guide DIR "a prompt"
   qsharp score --ref DIR --guide DIR --input FILE --output FILE"""
@@ -25,12 +25,12 @@ models of your own, a folder for each with config.json, safetensors and tokenize
 _NAMES = "run", "compare", "collect", "fit", "generate", "score", "judge", "evaluate", "report", "plan", "export"
 COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}
 
-_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be several
+_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be a list
 _PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that refuses like the rest of the program: in one sentence."""
+    """A parser whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -58,11 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def paths(options: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
-    """List the files and folders that the user named, as pairs of option and path.
-
-    Args:
-      rest: the arguments that change the config.
-    """
+    """List the files and folders that the user named, in options or config changes (`rest`), as (option, path)."""
     named = [(f"--{name}", getattr(options, name, None)) for name in _PATHS]
     guides = getattr(options, "guide", None)
     named += [("--guide", guide) for guide in ([guides] if isinstance(guides, str) else guides or [])]

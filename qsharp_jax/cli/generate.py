@@ -22,10 +22,9 @@ SUMMARY = "answer prompts with the guided model; JSON lines to standard output, 
 EPILOG = f"""\
 A line of the output is a JSON object with the "prompt", the "response" and its "tokens", whether it "finished" (by a
 stop token), its "eta" and "seed", per token "log_probs", "ref_log_probs", "kl" and "values" (null where there is none),
-and the "settings" that all lines have in common. Standard output has them in the order of the prompts. --output gets
-each as it ends, and has them in the order of the prompts when all are there. The same command, repeated after it was
-stopped, appends what is missing; prompts may be added at the end of the input. A file made with other models or
-settings is refused.
+and the "settings" that all lines share. Standard output has them in the order of the prompts. --output gets each line
+as its response ends, and is sorted by prompt at the end. The same command, repeated after it stopped, appends what is
+missing; prompts may be added at the end of the input. A file made with other models or settings is refused.
 
 {arguments.MODELS_HELP}
 
@@ -93,7 +92,7 @@ def option(name: str) -> str:
 
 
 def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
-    """Answer every prompt at every eta, as JSON lines, or one prompt as text while it comes."""
+    """Answer every prompt at every eta, as JSON lines, or one prompt as text while it is generated."""
     import numpy as np
 
     from qsharp_jax.cli import generated
@@ -138,7 +137,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
         from qsharp_jax.generate import ContinuousBatch
         from qsharp_jax.system.progress import Bar
 
-        batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the programs are the same
+        batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the compiled programs are the same
             *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
             samples=per_prompt, rows=rows, rng=seeds, starts=((place, ()) for place in places),
         )  # fmt: skip
@@ -152,14 +151,14 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     if options.output and Path(options.output).is_file():
 
-        def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # prompts of one length share a prefill
+        def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # prompts of equal length share a prefill
             return lines(sorted(places, key=lambda place: len(encoded[place // per_prompt])))
 
         if generated.write(Path(options.output), requests, described, by_length) == len(plan):
             print(f"{options.output} is complete: all {len(plan)} responses are there", file=sys.stderr)
         return
-    # Standard output, a pipe or /dev/null: its content is not kept.
-    load()  # what is refused is refused before the output is opened
+    # Standard output, a pipe or /dev/null, which cannot be resumed.
+    load()  # errors come before the output is opened
     output = open(options.output, "w", encoding="utf-8") if options.output else _standard_output()
     with files.named(options.output or "standard output"), output as file:
         for line in generated.in_order(lines(range(len(plan)))):
@@ -168,11 +167,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """Check what can be refused before a workdir is opened.
-
-    Raises:
-      UserError: for arguments that do not go together.
-    """
+    """Raise a UserError for arguments that do not go together, before a workdir is opened."""
     check_source(options)
     guides, weights = len(options.guide or []), len(options.weights or [])
     if guides and options.ref is None:
@@ -185,7 +180,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `Sampling` that the arguments set."""
+    """Return the fields of `Sampling` that the arguments set."""
     changes = {name: value for name in TYPES if (value := getattr(options, name)) is not None}
     for name, value in changes.items():
         settings.check(option(name), value, FIELDS[name].metadata["rule"])
@@ -193,7 +188,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> Sampling:
-    """The run's settings or the defaults, changed by the arguments; without eta, weights and mode."""
+    """Return the run's settings or the defaults, changed by the arguments; without eta, weights and mode."""
     vocab_size = models.tokenizer.vocab_size
     if changes.get("top_k_candidates", 0) > vocab_size:
         raise UserError(
@@ -208,7 +203,7 @@ def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> 
 
 
 def _mode(workdir: Workdir | None) -> str:
-    """The guidance mode of a run's algorithm; a policy is sampled as it is."""
+    """Return the guidance mode of a run's algorithm; it has no effect on a policy."""
     if workdir is None:
         return "qsharp"
     from qsharp_jax.algorithms.registry import ALGORITHMS
@@ -246,7 +241,7 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _encode(models: Any, prompts: list[str], max_new_tokens: int, guided: bool) -> list[list[int]]:
-    """The prompts' ids; one that is too long for a model that runs is refused before any weight is read."""
+    """Return the prompts' ids; a prompt too long for one of the models is refused before weights are read."""
     encoded = [models.tokenizer.encode_prompt(prompt) for prompt in prompts]
     limits = {name: config.max_positions for name, config in models.configs.items() if guided or name == "reference"}
     name, limit = min(limits.items(), key=lambda item: item[1])
@@ -264,7 +259,7 @@ def _encode(models: Any, prompts: list[str], max_new_tokens: int, guided: bool) 
 def _described(
     models: Any, workdir: Workdir | None, options: argparse.Namespace, names: Sequence[str], sampling: Sampling
 ) -> dict[str, Any]:
-    """Everything that the responses depend on except prompt and eta, as JSON has it.
+    """Return everything that the responses depend on except prompt and eta, as JSON values.
 
     Args:
       names: the models that run.
@@ -278,18 +273,13 @@ def _described(
 
         source = {"workdir": str(workdir.path), "round": fitted_rounds(workdir) if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
-    kept = {name: getattr(sampling, name) for name in (*TYPES, "stop_ids", "mode")}
-    kept["weights"] = None if sampling.weights is None else sampling.weights.tolist()
-    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | kept))
+    described = {name: getattr(sampling, name) for name in (*TYPES, "stop_ids", "mode")}
+    described["weights"] = None if sampling.weights is None else sampling.weights.tolist()
+    return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | described))
 
 
 def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
-    """Check that the weights and caches of the models that run fit, before any weight is read.
-
-    Args:
-      rows: rows of a batch.
-      longest: tokens of the longest prompt.
-    """
+    """Check that the weights and caches of the models `names` fit, for `rows` prompts of up to `longest` tokens."""
     from qsharp_jax.generate import cache_size, caches
     from qsharp_jax.models import memory
 

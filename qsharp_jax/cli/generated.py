@@ -1,7 +1,7 @@
 """Output of `qsharp generate`: JSON lines, one per response.
 
-On standard output they come in the order of the prompts. A file gets each line as its response ends, so that a command
-that was stopped goes on behind what is there; when the last line has come, they are put into the order of the prompts.
+On standard output they come in the order of the prompts. A file gets each line as its response ends, so that a stopped
+command resumes after the existing lines; at the end they are sorted into the order of the prompts.
 """
 
 import json
@@ -20,16 +20,11 @@ from qsharp_jax.system.errors import UserError
 
 BEGINNING = b'{"prompt": '  # of every line
 OTHER_FILE = "give another --output, or delete it"
-Span = tuple[int, int]  # where a line begins in its file, and where it ends
+Span = tuple[int, int]  # begin and end of a line in its file
 
 
 class Request(NamedTuple):
-    """Everything known of a response before it is generated.
-
-    Attributes:
-      eta: None for infinity, which JSON does not know.
-      seed: of this response.
-    """
+    """Everything known of a response before it is generated; an eta of None is infinity, which JSON does not have."""
 
     prompt: str
     eta: float | None
@@ -37,11 +32,10 @@ class Request(NamedTuple):
 
 
 def encode(request: Request, response: str, part: Generation, row: int, settings: Mapping[str, Any]) -> str:
-    """The line of a response.
+    """Return the line of a response, whose tokens and numbers are in a row of `part`; null for what is not finite.
 
     Args:
-      part, row: where its tokens and their numbers are; null for those that are not finite.
-      settings: what all responses of the command have in common, as JSON has it.
+      settings: what all responses of the command share, as JSON values.
     """
 
     def numbers(array: np.ndarray) -> list[float | None]:
@@ -64,7 +58,7 @@ def encode(request: Request, response: str, part: Generation, row: int, settings
 
 
 def in_order(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
-    """Each line as soon as it and those of all places before it have come."""
+    """Yield each line as soon as it and all lines of earlier places have come."""
     waiting, place = {}, 0
     for other, line in lines:
         waiting[other] = line
@@ -82,23 +76,20 @@ def write(
     settings: Mapping[str, Any],
     lines: Callable[[Sequence[int]], Iterable[tuple[int, str]]],
 ) -> int:
-    """Appends what is missing of the responses, each when it comes, and at the end puts all lines in order.
+    """Append the missing responses as they come, then sort all lines; return how many responses existed.
 
     Args:
-      settings: as of `encode`.
-      lines: of the places of missing responses, their lines with their places, in any order.
-
-    Returns:
-      How many responses were there already.
+      settings: as in `encode`.
+      lines: (places of missing responses) -> their lines with their places, in any order.
 
     Raises:
-      UserError: if another process writes there, or the file holds something else, see `_resume`.
+      UserError: if another process writes to the file, or it holds something else, see `_resume`.
     """
     with open(path, "ab") as file:
         if not lock.lock_file(file):
             raise UserError(f"another process writes to {path}; wait for it to end, or give another --output")
         spans = _resume(path, requests, settings)
-        kept, end = len(spans), max((end for _, end in spans.values()), default=0)
+        existing, end = len(spans), max((end for _, end in spans.values()), default=0)
         missing = [place for place in range(len(requests)) if place not in spans]
         for place, line in lines(missing) if missing else ():
             data = line.encode()
@@ -108,19 +99,17 @@ def write(
             spans[place] = end, end + len(data)
             end += len(data)
         _sort(path, spans)
-    return kept
+    return existing
 
 
 def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]) -> dict[int, Span]:
-    """Find where the file holds responses to the requests, by their places.
-
-    Half a line that a kill left at the end is cut off.
+    """Find the file's responses to the requests, by their places, and remove a half line that a kill left.
 
     Raises:
-      UserError: naming the first line that is not a response to one of the requests by the same settings. The file
-        stays as it is.
+      UserError: naming the first line that does not respond to one of the requests with the same settings; the file is
+        then unchanged.
     """
-    places = defaultdict(deque)  # one as a rule: the same prompt may be there several times, and get the same seed
+    places = defaultdict(deque)  # usually one per request, but the same prompt and seed may occur several times
     for place, request in enumerate(requests):
         places[request].append(place)
     spans: dict[int, Span] = {}
@@ -143,32 +132,28 @@ def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]
 
 
 def _read(path: Path, number: int, line: bytes, settings: Mapping[str, Any]) -> Request:
-    """The request that a line answers.
-
-    Raises:
-      UserError: if it is no response, or one by other settings, of which the first is named.
-    """
+    """Return the request that a line answers; a UserError names the first setting that differs."""
     try:
-        kept = json.loads(line)
-        request, theirs = Request(kept["prompt"], kept["eta"], kept["seed"]), dict(kept["settings"])
-        hash(request)  # of lists there is none
+        stored = json.loads(line)
+        request, theirs = Request(stored["prompt"], stored["eta"], stored["seed"]), dict(stored["settings"])
+        hash(request)  # fails for lists
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}, line {number}, is not of `qsharp generate` as it is now; {OTHER_FILE}") from None
     for name in [*settings, *theirs]:
         if theirs.get(name) != settings.get(name):
             raise UserError(
                 f"{path}, line {number}, was generated with {name} {json.dumps(theirs.get(name))}, and this command has"
-                f" {json.dumps(settings.get(name))}; give another --output, or the settings of before"
+                f" {json.dumps(settings.get(name))}; give another --output, or the previous settings"
             )
     return request
 
 
 def _sort(path: Path, spans: Mapping[int, Span]) -> None:
-    """Puts a file's lines into the order of their places, all of them or none."""
+    """Sort a file's lines by their places, all of them or none."""
     in_place = [spans[place] for place in sorted(spans)]
     if in_place == sorted(in_place):
         return
-    path = path.resolve()  # what a link refers to, not the link, is replaced
+    path = path.resolve()  # replace the target of a link, not the link
     with open(path, "rb") as source, files.writing(path) as target:
         for begin, end in in_place:
             source.seek(begin)

@@ -1,4 +1,4 @@
-"""Files of prompts and responses: JSON lines in, JSON lines out, refused with the line's number."""
+"""Files of prompts and responses: JSON lines in and out; errors give the line's number."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from qsharp_jax.system.errors import UserError
 
 
 def read_lines(path: str, content: str) -> list[tuple[str, str]]:
-    """Read the lines of a text file that are not empty, each with its place ("FILE, line N") for messages.
+    """Read the nonempty lines of a text file, each with its place ("FILE, line N") for messages.
 
     Args:
       path: the file, or "-" for standard input.
-      content: words for what it should hold, for example "prompts, one per line".
+      content: what it should hold, for example "prompts, one per line".
 
     Raises:
-      UserError: if there is no such file, it is not UTF-8 text, or it has no line.
+      UserError: if the file does not exist, is not UTF-8 text, or has no lines.
     """
     name = "standard input" if path == "-" else path
     try:
@@ -27,7 +27,7 @@ def read_lines(path: str, content: str) -> list[tuple[str, str]]:
         raise UserError(f"there is no file {name}; give --input the path of a file of {content}") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise UserError(f"{name} is not UTF-8 text; give --input a file of {content}") from None
-    # Not `splitlines`: JSON has some of its line ends inside strings.
+    # Not `splitlines`, since JSON strings may contain other line ends.
     lines = [
         (f"{name}, line {number}", line.removesuffix("\r"))
         for number, line in enumerate(text.split("\n"), start=1)
@@ -39,7 +39,7 @@ def read_lines(path: str, content: str) -> list[tuple[str, str]]:
 
 
 def parse(line: str, *, strict: bool = False) -> dict[str, Any] | None:
-    """Parse one line as a JSON object; None if it is anything else, or holds what is not text (half a surrogate pair).
+    """Parse one line as a JSON object; None if it is anything else, or holds half a surrogate pair.
 
     Args:
       strict: refuse NaN and infinity, which JSON does not have.
@@ -64,16 +64,12 @@ def check_other_file(path: str, source: str) -> None:
 
 
 def check_output(path: str) -> None:
-    """Check before anything is computed that a file can be written; its content stays.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
+    """Raise a UserError if a file cannot be written, before anything is computed; its content stays."""
     try:
         open(path, "a").close()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path} cannot be written: its folder does not exist; make it, or give another --output"
+            f"{path} cannot be written: its folder does not exist; create it, or give another --output"
         ) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give --output the path of a file") from None

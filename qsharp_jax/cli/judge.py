@@ -59,13 +59,10 @@ def run(workdir: None, options: argparse.Namespace) -> None:
 
 
 def read(path: str, task: ModuleType, data: str) -> tuple[list[dict], list["Problem"]]:
-    """Read the records of a file, and the problem that each responds to.
+    """Read the records of a file, and the problem that each responds to; a UserError names the line.
 
     Args:
       data: where a finite task's problems are looked up, as in the task's config.
-
-    Raises:
-      UserError: naming the line that is not such a record, or whose answer or problem the task does not know.
     """
     lines = json_lines.read_lines(path, "responses as JSON lines")
     records = [(place, _parse(place, line)) for place, line in lines]
@@ -104,7 +101,7 @@ def _problem(place: str, record: dict, task: ModuleType, known: dict[str, "Probl
 
 
 def summary(problems: list["Problem"], judgements: list["Judgement"]) -> str:
-    """The mean reward over problems with its interval, and how many responses had no answer."""
+    """Return a line with the mean reward over problems, its interval, and the number of responses without an answer."""
     import numpy as np
 
     from qsharp_jax.evaluation import statistics

@@ -9,11 +9,7 @@ from qsharp_jax.system.errors import UserError
 
 
 def check_source(options: argparse.Namespace) -> None:
-    """Check that the arguments name either a run or folders, and those that the command needs.
-
-    Raises:
-      UserError: if they do not.
-    """
+    """Raise a UserError unless the arguments name either a run or folders."""
     folders = [f"--{name}" for name in ("ref", "guide") if getattr(options, name) is not None]
     if options.workdir is not None and folders:
         raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")

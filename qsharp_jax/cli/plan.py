@@ -6,13 +6,13 @@ from qsharp_jax.cli.arguments import CONFIG_HELP, add_config, whole
 
 SUMMARY = "memory and time on a mesh of devices, without a device"
 EPILOG = f"""\
-No workdir, device or weights are needed; of models in folders config.json is read. It prints what a chip holds and does
-in a step of the fit and of decoding on the config's mesh, and how each number was computed. For example
+No workdir, device or weights are needed; models in folders only need their config.json. It prints what a chip holds and
+does per step of the fit and of decoding on the config's mesh, and how each number was computed. For example
 
   qsharp plan --config arithmetic --config.mesh=v5p_64 --ref-size llama3.1-70b --guide-size llama3.2-3b
 
-A mesh that is impossible is refused with the nearest one that works. Memory, bandwidths and peak are the vendor's
-numbers in configs/meshes.py; for `single` and `cpu` give them, as --config.mesh.hbm_bytes=16000000000.
+An impossible mesh is refused, with the nearest one that works. Memory, bandwidths and peak are the vendor's numbers in
+configs/meshes.py; for `single` and `cpu` give them, as --config.mesh.hbm_bytes=16000000000.
 
 {CONFIG_HELP}"""
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(workdir: None, options: argparse.Namespace) -> None:
-    """Print the plan of the config; an impossible mesh is refused after what can be said about it."""
+    """Print the plan of the config; an impossible mesh is refused after what is known about it."""
     from qsharp_jax import plan
     from qsharp_jax.run import config as configs
 

@@ -7,11 +7,7 @@ from qsharp_jax.system.errors import UserError
 
 
 def check_separate_steps(config: ConfigDict) -> None:
-    """Check that the run's algorithm collects and fits in separate steps.
-
-    Raises:
-      UserError: if it trains a policy.
-    """
+    """Raise a UserError if the run's algorithm trains a policy, which does not collect and fit in separate steps."""
     if trains_policy(config):
         raise UserError(
             f"{config.algorithm} trains a policy and collects as it does so; use qsharp run, which resumes where it"

@@ -10,7 +10,7 @@ SUMMARY = "everything: reference, the config's algorithm, evaluation, report; re
 
 
 def _settings() -> str:
-    """One line per setting: its key, its default, and what it means."""
+    """Return one line per setting: its key, its default, and what it means."""
     lines = []
     for prefix, section in schema.sections().items():
         for name, field in schema.settings(section).items():

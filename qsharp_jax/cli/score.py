@@ -1,7 +1,4 @@
-"""`qsharp score`: log-probabilities and values of given responses.
-
-The output grows in the order of the input, so that its lines say where to resume.
-"""
+"""`qsharp score`: log-probabilities and values of given responses, written in the order of the input to resume."""
 
 import argparse
 import functools
@@ -29,25 +26,25 @@ if TYPE_CHECKING:  # importing the tokenizers takes a second
 SUMMARY = "log-probabilities and values of given responses; JSON lines; resumes"
 EPILOG = f"""\
 A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
-{{"prompt_tokens": [...], "response_tokens": [...]}}, which come first where both are there. A response given as text
-is scored with the token that ends it: in the chat format the end of a turn, else eos. For a response without an end
-give tokens. The output has the same lines and fields, with
+{{"prompt_tokens": [...], "response_tokens": [...]}}, which take precedence. A response given as text is scored with
+the token that ends it: in the chat format the end of a turn, else eos; to score one without an end, give tokens. The
+output has the same lines and fields, with
 
   ref_log_probs  of every response token given those before it, in nats, under the reference at temperature 1
-  values         the mean reward-to-go that the guide gives every response token
+  values         the guide's mean reward-to-go at every response token
   value          the last of these
 
-The same command, repeated after it was stopped, appends what is missing. Where the chat template writes the date, give
---date, so that it resumes with the same prompts on another day.
+The same command, repeated after it stopped, appends what is missing. If the chat template writes the date, give --date
+to resume with the same prompts on another day.
 
 {arguments.MODELS_HELP}"""
 
 BATCH_ROWS = 16
 ADDED = ("ref_log_probs", "values", "value")
-SHORTEST = 32  # tokens; batches are as wide as this or 2, 4, 8, ... times it, so that few programs are compiled
-CHUNK = 16  # batches between two writes: enough that sequences of like length meet
+SHORTEST = 32  # tokens; batch widths are this times a power of two, so that few programs are compiled
+CHUNK = 16  # batches between writes: enough to combine sequences of similar length
 
-# scorer(examples, bucket=width of their batches in tokens) -> one array per response, with an entry per response token
+# scorer(examples, bucket=width of their batches in tokens) -> one array per response, with a number per response token
 Scorer = Callable[..., list[np.ndarray]]
 
 
@@ -99,11 +96,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 
 def read(path: str) -> list[dict]:
-    """Read a file's records, each with texts `prompt` and `response` or ids `prompt_tokens` and `response_tokens`.
-
-    Raises:
-      UserError: naming the line that is no such record.
-    """
+    """Read a file's records, each with texts or ids of prompt and response; a UserError names a line without."""
     return [_parse(place, line) for place, line in json_lines.read_lines(path, "prompts and responses as JSON lines")]
 
 
@@ -114,7 +107,7 @@ def _parse(place: str, line: str) -> dict:
             f'{place}: expected a JSON object with texts "prompt" and "response", or with lists of ids "prompt_tokens"'
             ' and "response_tokens"'
         )
-    # Scores in the input, as in the output of `qsharp generate`, may be those of other models.
+    # Scores in the input, as in the output of `qsharp generate`, may come from other models.
     return {key: item for key, item in record.items() if key not in ADDED}
 
 
@@ -131,7 +124,7 @@ def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first:
     """Encode the records, texts with the token that ends a response.
 
     Args:
-      positions: the longest sequence that the models take, in tokens.
+      positions: the models' longest sequence, in tokens.
       first: number of the first record, for messages.
 
     Raises:
@@ -164,13 +157,13 @@ def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first:
 
 
 def resume(path: str, records: Sequence[dict], added: Sequence[str]) -> int:
-    """Count the records that the output has already; half a line that a kill left is cut off.
+    """Count the records already in the output, and remove a half line that a kill left.
 
     Args:
       added: those of `ADDED` that this command adds.
 
     Raises:
-      UserError: if the output does not come from these records. It is left as it is then.
+      UserError: if the output, which is then unchanged, does not come from these records.
     """
     data = Path(path).read_bytes() if Path(path).is_file() else b""
     *lines, half = data.split(b"\n")
@@ -210,13 +203,7 @@ def write(
     means: Scorer | None,
     rows: int,
 ) -> None:
-    """Append the scored records to the output, chunk by chunk.
-
-    Args:
-      log_probs: the reference's scorer, or None.
-      means: the guide's scorer, or None.
-      rows: sequences of a batch.
-    """
+    """Append the scored records to the output, in chunks; a scorer of None is skipped."""
     from qsharp_jax.system.progress import Bar
 
     with files.named(path), open(path, "a", encoding="utf-8") as file:
@@ -236,7 +223,7 @@ def write(
 
 
 def _by_width(scorer: Scorer, examples: Sequence["Example"]) -> list[np.ndarray]:
-    """Score examples in batches of like width, and return the scores in the order of the examples."""
+    """Score examples in batches of similar width, and return the scores in the order of the examples."""
     widths = [SHORTEST << max(math.ceil(math.log2(len(example) / SHORTEST)), 0) for example in examples]
     scores: list[np.ndarray] = [np.empty(0)] * len(examples)
     for width in sorted(set(widths)):
@@ -247,5 +234,5 @@ def _by_width(scorer: Scorer, examples: Sequence["Example"]) -> list[np.ndarray]
 
 
 def _numbers(array: np.ndarray) -> list[float | None]:
-    """The shortest decimals that are these float32, None for what is not finite."""
+    """The shortest decimals of these float32, None for what is not finite."""
     return [float(str(x)) if math.isfinite(x) else None for x in np.asarray(array, np.float32)]

@@ -1,4 +1,4 @@
-"""Checks of a run before anything is computed: its settings together, its models, problems and devices."""
+"""Checks of a run before anything is computed: its settings, models, problems and devices."""
 
 from pathlib import Path
 
@@ -15,11 +15,7 @@ from qsharp_jax.tasks import registry as tasks
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Check that all settings are present, in their ranges, and go together.
-
-    Raises:
-      UserError: naming the setting, its value and what is allowed.
-    """
+    """Check that all settings are present, in range and consistent; a UserError names the setting."""
     present, algorithm = configs.keys(config), ALGORITHMS.get(config.get("algorithm"))
     trains_policy = algorithm is not None and algorithm.learns == "policy"
     pretrained = config.get("ref") == "pretrain"
@@ -29,11 +25,11 @@ def check_settings(config: ConfigDict) -> None:
         others.remove("policy")
     if not pretrained:
         others.add("pretrain")
-    asked = [key for key in schema.RULES if key.partition(".")[0] not in others]
-    for key in [*asked, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
+    required = [key for key in schema.RULES if key.partition(".")[0] not in others]
+    for key in [*required, "task.name", *(["model.size"] if pretrained or config.get("guide") == "scratch" else [])]:
         if key not in present:
             raise UserError(f"the config lacks the setting {key}; start from qsharp_jax.run.schema.default_config()")
-    for key in present:  # these are arguments of `generate`: another would be refused there, after the pre-training
+    for key in present:  # settings of `generate` are its arguments, which would refuse others after the pre-training
         if key.startswith("generate.") and key not in schema.RULES:
             raise UserError(f"there is no setting {key}; {nearest(key, schema.RULES)}")
     configs.check(config)
@@ -45,11 +41,11 @@ def check_settings(config: ConfigDict) -> None:
     if config.fit.patience and not config.fit.evaluate_every:
         raise UserError(
             f"config.fit.patience is {config.fit.patience} and config.fit.evaluate_every 0; patience counts"
-            " evaluations, so say how many steps lie between them"
+            " evaluations, so set the number of steps between them"
         )
     if config.fit.evaluate_every and not config.fit.holdout:
         raise UserError(
-            f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; say what share of the"
+            f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; set the share of the"
             " prompts to evaluate on"
         )
     if config.collect.drop_no_variation and config.collect.samples == 1:
@@ -65,8 +61,8 @@ def check_settings(config: ConfigDict) -> None:
     width = "pack_length" if config.fit.pack_length else "length_bucket"
     if config.fit.attention == "splash" and config.fit[width] % 128:
         raise UserError(
-            f"config.fit.{width} is {config.fit[width]}, and config.fit.attention splash takes multiples of 128 tokens;"
-            " give one, or another attention"
+            f"config.fit.{width} is {config.fit[width]}, but config.fit.attention splash needs a multiple of 128"
+            " tokens; give one, or another attention"
         )
     if trains_policy:
         _check_policy(config)
@@ -80,13 +76,13 @@ def check_settings(config: ConfigDict) -> None:
         tasks.get(config.task.name).check(config.task)
     except ValueError as error:
         raise UserError(str(error)) from None
-    except (AttributeError, TypeError) as error:  # a setting is not there, or of another type
+    except (AttributeError, TypeError) as error:  # a setting is missing, or of another type
         words = str(error).strip('"')
         raise UserError(f"the config's task section is not what {config.task.name} needs: {words}") from None
 
 
 def _check_policy(config: ConfigDict) -> None:
-    """Check the settings that all algorithms share which train the policy itself."""
+    """Check the settings shared by all algorithms that train the policy itself."""
     name = config.algorithm
     if config.guide != "ref":
         raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
@@ -97,11 +93,7 @@ def _check_policy(config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Everything about a config that can be refused before anything is computed.
-
-    Raises:
-      UserError: as `check_settings`, and for folders and models that are not what they are taken for.
-    """
+    """Check everything that can be refused before anything is computed, including models and folders (UserError)."""
     check_settings(config)
     _check_rows(config)
     models.check_folders(config)
@@ -116,8 +108,8 @@ def check(config: ConfigDict) -> None:
         and models.ref_config(session).dtype == "bfloat16"
     ):
         raise UserError(
-            f"config.ref is {config.ref}, read in bfloat16 for decoding alone, and {config.algorithm} trains a copy of"
-            " its weights; give --config.dtype=float32"
+            f"config.ref is {config.ref}, read in bfloat16 for decoding, but {config.algorithm} trains a copy of its"
+            " weights; give --config.dtype=float32"
         )
     longest = min(shape.max_positions for shape in models.trunk_configs(session).values())
     if (new := config.generate.max_new_tokens) >= longest:
@@ -139,15 +131,10 @@ def _check_rows(config: ConfigDict) -> None:
 
 
 def check_problems(config: ConfigDict) -> None:
-    """Check that the task has as many problems as the config needs, and that they fit with their responses.
+    """Check that the task has enough problems, and that prompts with responses fit into the models and packed rows.
 
-    A prompt and its response must fit into both models' contexts and into packed rows.
-
-    This takes seconds, so it is for new runs only. A workdir keeps its settings, so one that shows to be impossible
-    after the pre-training would cost a new one.
-
-    Raises:
-      UserError: with how many there are, or how long they may be.
+    This takes seconds, so it is only done for new runs: a workdir keeps its settings, and a mistake found after the
+    pre-training would cost a new one. A UserError gives the numbers.
     """
     session = Session(Workdir(Path(), config))
     tokenizer = models.tokenizer(session)
@@ -156,36 +143,33 @@ def check_problems(config: ConfigDict) -> None:
         for problem in problems.all_train_problems(session) + problems.test_problems(session)
     }
     longest, new = max(lengths, key=lengths.get), config.generate.max_new_tokens
-    together = lengths[longest] + new
+    total = lengths[longest] + new
     for name, shape in models.trunk_configs(session).items():
-        if together > shape.max_positions:
+        if total > shape.max_positions:
             raise UserError(
                 f"the prompt of problem {longest} has {lengths[longest]} tokens, which with"
                 f" config.generate.max_new_tokens = {new} are more than the {name}'s {shape.max_positions} positions;"
                 " give fewer new tokens, or a model with a longer context"
             )
-    if 0 < config.fit.pack_length < together:
+    if 0 < config.fit.pack_length < total:
         raise UserError(
-            f"config.fit.pack_length is {config.fit.pack_length}; it must be at least {together}, the tokens of the"
+            f"config.fit.pack_length is {config.fit.pack_length}; it must be at least {total}, the tokens of the"
             " longest prompt and config.generate.max_new_tokens, or 0"
         )
 
 
 def check_devices(session: Session) -> None:
-    """Check that the meshes match the devices, and that the fit's attention runs on them.
-
-    Raises:
-      UserError: saying what they need.
-    """
+    """Check that the meshes match the devices, and that the fit's attention runs on them (UserError)."""
     _ = session.fit_mesh, session.decode_mesh
-    asked, platform, dtype = session.config.fit.attention, jax.default_backend(), models.fit_config(session).trunk.dtype
-    if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(asked, platform)) != platform:
+    attention, dtype = session.config.fit.attention, models.fit_config(session).trunk.dtype
+    platform = jax.default_backend()
+    if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)) != platform:
         raise UserError(
-            f"config.fit.attention is {asked}, which runs on a {needed}, and JAX has a {platform} here; give xla,"
+            f"config.fit.attention is {attention}, which runs on a {needed}, but JAX has a {platform} here; give xla,"
             " or blocks for long sequences on a CPU"
         )
-    if asked == "cudnn" and dtype != "bfloat16":
+    if attention == "cudnn" and dtype != "bfloat16":
         raise UserError(
-            f"config.fit.attention cudnn computes in bfloat16, and the guide is fitted in {dtype}; give"
+            f"config.fit.attention cudnn computes in bfloat16, but the guide is fitted in {dtype}; give"
             " --config.fit.dtype=bfloat16, or xla"
         )

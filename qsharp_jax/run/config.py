@@ -1,6 +1,6 @@
-"""The configuration of a run: a recipe's `get_config()`, changed by `--config.KEY=VALUE`, checked, kept as JSON.
+"""The configuration of a run: a recipe's `get_config()`, changed by `--config.KEY=VALUE`, checked, stored as JSON.
 
-In the error messages and on the command line a key is dotted: `fit.optimizer.clip`.
+In messages and on the command line a key is dotted: `fit.optimizer.clip`.
 """
 
 import ast
@@ -20,23 +20,21 @@ from qsharp_jax.system.errors import UserError, nearest
 
 RECIPES = Path(__file__).parents[1] / "configs"  # the recipes of the package
 
-# ---------------------------------------------------------------------------------------------------------------
-# From the file and the command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- From the file and the command line -----------------------------------------------------------------------------
 
 
 def load(recipe: str | Path, overrides: list[str]) -> ConfigDict:
     """Return the locked config of a recipe's `get_config()`, changed by the overrides.
 
-    A `mesh` that is a string is the name of one of the `presets` and becomes that preset's section;
-    `--config.mesh=NAME` comes before all other overrides.
+    A `mesh` that is a string is a preset's name, and becomes that preset's section; `--config.mesh=NAME` applies before
+    all other overrides.
 
     Args:
       recipe: a file, or the name of one in `qsharp_jax/configs`, for example "arithmetic" or "math/llama31_8b".
 
     Raises:
-      UserError: if there is no such file, it fails (naming the line), returns no ConfigDict or holds a value that JSON
-        cannot keep, for an unknown preset, and as `override` does.
+      UserError: if the file does not exist, fails (naming the line), returns no ConfigDict or has a value that JSON
+        cannot store, for an unknown preset, and as in `override`.
     """
     path = find(recipe)
     try:
@@ -63,11 +61,7 @@ def load(recipe: str | Path, overrides: list[str]) -> ConfigDict:
 
 
 def find(recipe: str | Path) -> Path:
-    """Return the path of a recipe, given by its path or by its name in `qsharp_jax/configs`.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """Return the path of a recipe, given by path or by name in `qsharp_jax/configs`; a UserError if none exists."""
     if Path(recipe).is_file():
         return Path(recipe)
     if (path := RECIPES / f"{recipe}.py").is_file():
@@ -79,10 +73,7 @@ def find(recipe: str | Path) -> Path:
 
 
 def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
-    """Change the mesh of a workdir's config, in place: `--config.mesh=NAME`, or single numbers of the one it has.
-
-    Raises UserError for an unknown preset, and as `override` does.
-    """
+    """Change the mesh of a workdir's config, in place: by `--config.mesh=NAME`, or single numbers of its section."""
     names, rest = _split_mesh(overrides)
     if names:
         _set_mesh(config, preset(RECIPES, names[-1]))
@@ -90,10 +81,7 @@ def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
 
 
 def presets(path: str | Path) -> dict[str, dict]:
-    """Return the sections `mesh` by name: of the `meshes.py` beside a config file, or else of this package.
-
-    Raises UserError if the file does not hold what it should.
-    """
+    """Return the sections `mesh` by name, from the `meshes.py` beside a config file, or else of this package."""
     path = _presets_file(path)
     try:
         return dict(runpy.run_path(str(path))["PRESETS"])
@@ -102,7 +90,7 @@ def presets(path: str | Path) -> dict[str, dict]:
 
 
 def preset(path: str | Path, name: str) -> dict:
-    """Return one of the `presets`; UserError for a name that is not among them, as well."""
+    """Return one of the `presets`; a UserError for an unknown name."""
     known = presets(path)
     if name not in known:
         raise UserError(f"there is no mesh {name!r} in {_presets_file(path)}; {nearest(name, known)}")
@@ -120,7 +108,7 @@ def _set_mesh(config: ConfigDict, section: dict) -> None:
 
 
 def _split_mesh(overrides: list[str]) -> tuple[list[str], list[str]]:
-    """The names that `--config.mesh` is given, and the other overrides."""
+    """Return the names given by `--config.mesh`, and the other overrides."""
     names, rest, arguments = [], [], iter(overrides)
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -133,17 +121,17 @@ def _split_mesh(overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _line(error: Exception, path: str) -> int | None:
-    """The last line of the file that the error came through, if it came through the file."""
-    if isinstance(error, SyntaxError) and error.filename == path:  # it never ran, so it has no frame there
+    """Return the last line of the file that the error passed through; None if it did not."""
+    if isinstance(error, SyntaxError) and error.filename == path:  # it never ran, so it has no frame
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return lines[-1] if lines else None
 
 
 def override(config: ConfigDict, overrides: list[str]) -> None:
-    """Sets `--config.KEY=VALUE` (or `--config.KEY`, `VALUE`) in place, each value read as its key's present type.
+    """Set `--config.KEY=VALUE` (or `--config.KEY`, `VALUE`) in place, reading each value as its key's current type.
 
-    Raises UserError for an argument of another form, an unknown key, or a value of the wrong type.
+    A UserError for an argument of another form, an unknown key, or a value of the wrong type.
     """
     arguments = iter(overrides)
     for argument in arguments:
@@ -173,7 +161,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _parse(text: str, present: Any, kind: type) -> Any:
-    """Reads `text` as a `kind`, the declared type of the value `present`; ValueError if it is none."""
+    """Read `text` as a `kind`, the declared type of the value `present`; a ValueError if it is not one."""
     if present is None and text.lower() == "none":
         return None
     if kind in (tuple, list):
@@ -198,13 +186,13 @@ def _scalar(text: str, kind: type) -> bool | int | float | str:
     if kind not in (int, float, str):
         raise ValueError
     value = kind(text)
-    if value != value:  # NaN passes no range and equals nothing, so no setting means it
+    if value != value:  # NaN passes no range and equals nothing, so no setting allows it
         raise ValueError
     return value
 
 
 def _item_kind(present: tuple | list | None) -> type:
-    """A list keeps the type of its items; where that is not one type, or there are none, they are floats."""
+    """Return the type of a list's items; float if there are none, or several types."""
     kinds = {type(item) for item in present or ()}
     return kinds.pop() if len(kinds) == 1 else float
 
@@ -215,13 +203,11 @@ def _words(present: Any, kind: type) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, f"of type {kind.__name__}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What it says
-# ---------------------------------------------------------------------------------------------------------------
+# --- Reading the config ---------------------------------------------------------------------------------------------
 
 
 def trains_policy(config: ConfigDict) -> bool:
-    """Return whether the algorithm learns a policy instead of a guide."""
+    """Return true if the algorithm learns a policy instead of a guide."""
     return ALGORITHMS[config.algorithm].learns == "policy"
 
 
@@ -233,30 +219,25 @@ def kl_weight(config: ConfigDict) -> float:
 
 
 def check(config: ConfigDict) -> None:
-    """Check the ranges of the settings in `schema.RULES`; one that this config does not have is passed over.
+    """Check the ranges of the settings in `schema.RULES` that this config has.
 
-    Raises UserError naming the first setting out of range, its value and what is allowed.
+    A UserError names the first setting out of range, its value and what is allowed.
     """
     for key, value in _leaves(to_json(config)):
         if key in schema.RULES:
             settings.check(f"config.{key}", value, schema.RULES[key])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# To and from JSON
-# ---------------------------------------------------------------------------------------------------------------
+# --- To and from JSON -----------------------------------------------------------------------------------------------
 
 
 def to_json(config: ConfigDict) -> dict:
-    """The config as a plain dict that `json` can write; tuples become lists.
-
-    Raises UserError naming a key whose value is neither a number, a text, a truth value, None, nor a list of these.
-    """
+    """Return the config as a plain dict that `json` can write, with lists for tuples; a UserError for other values."""
     return _plain("config", config.to_dict())
 
 
 def from_json(plain: dict) -> ConfigDict:
-    """The locked config that `to_json` gave, with lists for tuples."""
+    """Return the locked config that `to_json` gave, with lists for tuples."""
     return ConfigDict(plain).lock()
 
 
@@ -279,14 +260,14 @@ def _leaves(plain: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def keys(config: ConfigDict) -> list[str]:
-    """All settings, dotted."""
+    """Return all settings, dotted."""
     return [key for key, _ in _leaves(to_json(config))]
 
 
 def differences(a: ConfigDict, b: ConfigDict, *, but: str | None = None) -> list[str]:
-    """The settings in which `b` differs from `a`, each as "fit.epochs: 4 -> 5"; a tuple equals a list, 1 equals 1.0.
+    """Return the settings that differ, each as "fit.epochs: 4 -> 5", except in the section `but`.
 
-    `but` is a section that is left out.
+    A tuple equals a list, and 1 equals 1.0.
     """
     old, new = (dict(_leaves(to_json(config))) for config in (a, b))
     absent = object()

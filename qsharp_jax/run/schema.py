@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass per section of its config, one field per setting.
 
-The checks, the defaults of a recipe, `qsharp run --help` and docs/config.md are read from here. `generate` is a part of
-`Sampling`; the sections of algorithms are in their files; `task` and `model` are checked by the task and by
+The checks, the defaults of a recipe, `qsharp run --help` and docs/config.md are derived from it. `generate` is a part
+of `Sampling`; the sections of algorithms are in their files; `task` and `model` are checked by the task and by
 `DecoderConfig`.
 """
 
@@ -71,10 +71,10 @@ class Optimizer:
     """An optimizer and its schedule."""
 
     name: str = setting(
-        "muon", one_of("adamw", "adafactor", "muon"), "adafactor keeps moments of rows and columns alone"
+        "muon", one_of("adamw", "adafactor", "muon"), "adafactor stores moments of rows and columns only"
     )
-    learning_rate: float = setting(0.02, POSITIVE_FINITE, "at its peak")
-    adam_learning_rate: float = setting(4e-3, POSITIVE_FINITE, "Muon's AdamW, for all but the blocks' matrices")
+    learning_rate: float = setting(0.02, POSITIVE_FINITE, "peak learning rate")
+    adam_learning_rate: float = setting(4e-3, POSITIVE_FINITE, "of Muon's AdamW, for all but the blocks' matrices")
     weight_decay: float = setting(0.01, NOT_NEGATIVE, "decoupled weight decay")
     b2: float = setting(0.98, FRACTION, "AdamW's decay of the second moment")
     clip: float = setting(1.0, POSITIVE, "largest global norm of the gradient; inf for no clipping")
@@ -87,7 +87,7 @@ class Optimizer:
 class Pretrain:
     """The reference, trained in the workdir by maximum likelihood on the task's texts (with ref = pretrain)."""
 
-    steps: int = setting(1600, whole(0), "the most steps")
+    steps: int = setting(1600, whole(0), "maximum number of steps")
     stop_loss: float = setting(0.0, NOT_NEGATIVE, "stop early at this loss", unit="nats per response token")
     batch_size: int = setting(32, whole(1), "texts per step")
     length_bucket: int = setting(24, whole(1), "batches are padded to multiples of this", unit="tokens")
@@ -101,7 +101,9 @@ class Value:
     """The guide's head."""
 
     type: str = setting("v", one_of("v", "q"), "v: read at the appended token; q: a head over the vocabulary")
-    distribution: str = setting("bernoulli", one_of("bernoulli", "categorical", "scalar"), "of the reward")
+    distribution: str = setting(
+        "bernoulli", one_of("bernoulli", "categorical", "scalar"), "distribution of the reward-to-go"
+    )
     atoms: tuple[float, ...] = setting((), ASCENDING, "rewards of the categorical's atoms")
 
 
@@ -111,8 +113,8 @@ class Collect:
 
     prompts: int = setting(600, whole(1), "new problems per round")
     samples: int = setting(4, whole(1), "rollouts per problem")
-    eta: float = setting(0.1, ETA, "weight of the KL to the reference; of the roll-in, from round 2 on")
-    batch_size: int = setting(250, whole(1), "rows decoded at once; one that ends is given to the next prompt")
+    eta: float = setting(0.1, ETA, "weight of the KL to the reference; used by the roll-in from round 2 on")
+    batch_size: int = setting(250, whole(1), "rows decoded at once; a finished row takes the next prompt")
     shard_rows: int = setting(1200, whole(1), "rollouts per file")
     drop_no_variation: bool = setting(
         False, TRUTH, "leave out problems whose rollouts of a round all have the same reward"
@@ -125,12 +127,12 @@ class Fit:
 
     epochs: int = setting(5, whole(1), "passes over the rollouts of all rounds")
     batch_size: int = setting(32, whole(1), "rollouts per step")
-    accumulate: int = setting(1, whole(1), "parts of a batch, for less memory; the step is that of the whole batch")
+    accumulate: int = setting(1, whole(1), "sequential parts of a batch, to save memory; the update is the same")
     remat: str = setting(
         "dots", one_of("none", "dots", "full"),
-        "kept for the gradient: none: everything; dots: matrix products; full: the blocks' inputs alone",
+        "saved for the gradient: none: everything; dots: matrix products; full: the blocks' inputs only",
     )  # fmt: skip
-    dtype: str | None = setting(None, FLOATS, "of the fit's products")
+    dtype: str | None = setting(None, FLOATS, "dtype of the fit's computation")
     attention: str = setting(
         "xla", one_of("xla", "blocks", "cudnn", "splash"),
         "blocks: for long sequences on a CPU; cudnn: on CUDA, in bfloat16; splash: on TPUs",
@@ -141,14 +143,14 @@ class Fit:
     pack_length: int = setting(
         0, whole(0), "length of rows that several rollouts share; 0: one rollout per row", unit="tokens"
     )
-    holdout: float = setting(0.05, FRACTION, "fraction of the prompts that the guide is measured on, not fitted to")
-    evaluate_every: int = setting(0, whole(0), "steps between measurements of the guide; 0: at the end alone")
+    holdout: float = setting(0.05, FRACTION, "fraction of the prompts to evaluate the guide on instead of fitting")
+    evaluate_every: int = setting(0, whole(0), "steps between evaluations of the guide; 0: only at the end")
     patience: int = setting(
-        0, whole(0), "stop after so many measurements without a better nll and keep the best guide; 0: off"
+        0, whole(0), "stop after this many evaluations without a better nll, and keep the best guide; 0: off"
     )
-    projection: str = setting("two_hot", one_of("two_hot", "nearest"), "of rewards on a categorical's atoms")
+    projection: str = setting("two_hot", one_of("two_hot", "nearest"), "how rewards are put on a categorical's atoms")
     clip_rewards: bool = setting(False, TRUTH, "clip rewards to the range of the atoms")
-    warm_start: bool = setting(True, TRUTH, "start from the guide of the round before; the paper starts anew")
+    warm_start: bool = setting(True, TRUTH, "start from the previous round's guide; the paper starts anew")
     future_offsets: int = setting(0, whole(0), "later tokens that the auxiliary loss predicts; 0: off")
     future_weight: float = setting(1.0, NOT_NEGATIVE, "weight of the auxiliary loss")
     log_every: int = setting(50, whole(1), "steps between lines of metrics")
@@ -162,10 +164,10 @@ class Policy:
 
     batch_size: int = setting(64, whole(1), "rollouts per step; both of a pair count")
     prompts: int = setting(
-        64, whole(1), "of a batch of rollouts, each collect.samples times, for algorithms with a value head"
+        64, whole(1), "problems per batch of rollouts, each sampled collect.samples times; algorithms with a value head"
     )
-    log_prob_limit: float = setting(1e-4, POSITIVE, "largest difference of sampler and trainer", unit="nats")
-    detach_values: bool = setting(True, TRUTH, "a value head's error changes the head alone, not the trunk")
+    log_prob_limit: float = setting(1e-4, POSITIVE, "largest difference between sampler and trainer", unit="nats")
+    detach_values: bool = setting(True, TRUTH, "the value head's error trains only the head, not the trunk")
     optimizer: Optimizer = Optimizer(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3)
 
 
@@ -174,10 +176,10 @@ class Evaluate:
     """The evaluation on test problems."""
 
     problems: int = setting(500, whole(1), "test problems")
-    samples: int = setting(8, whole(1), "of pi_ref per problem: pass@k, majority and best of so many")
-    guided_samples: int = setting(1, whole(1), "of what is learned, per problem and eta; the paper has 8")
+    samples: int = setting(8, whole(1), "samples of pi_ref per problem, for pass@k, majority and best of k")
+    guided_samples: int = setting(1, whole(1), "samples of the guide or policy per problem and eta; the paper has 8")
     pass_at: tuple[float, ...] = setting((), PASS_AT, "k of pass@k, at most samples; (): 1, 2, 4, ... up to samples")
-    etas: tuple[float, ...] = setting((0.5, 0.2, 0.1, 0.05), ETAS, "etas that the last guide is evaluated at")
+    etas: tuple[float, ...] = setting((0.5, 0.2, 0.1, 0.05), ETAS, "etas at which the last guide is evaluated")
     batch_size: int = setting(250, whole(1), "rows decoded at once")
 
 
@@ -204,8 +206,8 @@ class Mesh:
     """Devices: `--config.mesh=NAME` takes a preset of configs/meshes.py."""
 
     name: str = setting("single", Rule(TEXT.passes, "a preset's name"), "the preset")
-    platform: str = setting("any", one_of("any", "cpu", "gpu", "tpu"), "of the devices, as JAX calls it")
-    kind: str = setting("one device", Rule(TEXT.passes, "words for its devices"), "words for the devices")
+    platform: str = setting("any", one_of("any", "cpu", "gpu", "tpu"), "the devices' platform, as in JAX")
+    kind: str = setting("one device", Rule(TEXT.passes, "words for its devices"), "description of the devices")
     topology: str = setting(
         "", Rule(lambda v: isinstance(v, str), "a TPU slice, as v5e:2x4, or empty"), "of one TPU slice"
     )
@@ -214,9 +216,9 @@ class Mesh:
     devices_per_host: int = setting(1, whole(1), "devices per host")
     fit: FitMesh = FitMesh()
     decode: DecodeMesh = DecodeMesh()
-    flops: float = setting(0.0, NOT_NEGATIVE, "dense bfloat16 per second and device; 0: not known")
-    hbm_bytes: int = setting(0, whole(0), "memory of a device; 0: not known")
-    vmem_bytes: int = setting(0, whole(0), "memory beside it, where the compiler keeps a layer's temporaries")
+    flops: float = setting(0.0, NOT_NEGATIVE, "dense bfloat16 FLOP/s per device; 0: not known")
+    hbm_bytes: int = setting(0, whole(0), "memory per device; 0: not known")
+    vmem_bytes: int = setting(0, whole(0), "fast memory per device, where the compiler keeps a layer's temporaries")
     hbm_bandwidth: float = setting(0.0, NOT_NEGATIVE, "of a device's memory", unit="bytes/s")
     ici_bandwidth: float = setting(0.0, NOT_NEGATIVE, "into a device from its slice, over all links", unit="bytes/s")
     dcn_bandwidth: float = setting(0.0, NOT_NEGATIVE, "into a device from other slices", unit="bytes/s")
@@ -224,7 +226,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """`qsharp compare` alone. `changes` holds overrides of single algorithms, as `changes.NAME = ("fit.epochs=2",)`."""
+    """`qsharp compare` only. `changes` holds overrides of single algorithms, as `changes.NAME = ("fit.epochs=2",)`."""
 
     methods: tuple[str, ...] = setting((*registry.ALGORITHMS,), METHODS, "algorithms to compare")
     seeds: tuple[int, ...] = setting((0, 1, 2), SEEDS, "one run per algorithm and seed")
@@ -234,7 +236,7 @@ class Compare:
 class Run:
     """A run."""
 
-    seed: int = setting(0, whole(0), "of everything that is random")
+    seed: int = setting(0, whole(0), "seed of everything that is random")
     algorithm: str = setting(
         registry.DEFAULT, one_of(*registry.ALGORITHMS),
         f"{', '.join(registry.names('guide'))} learn a guide; the others train a copy of the reference",
@@ -242,14 +244,14 @@ class Run:
     rounds: int = setting(2, whole(1), "rounds of rollouts and training")
     ref: str = setting(
         "pretrain", Rule(TEXT.passes, "pretrain, or the folder of a model"),
-        "the reference: pretrain makes it from the sections model and pretrain; or a folder as transformers keeps it",
+        "the reference: pretrain trains it by the sections model and pretrain; or a folder as transformers saves it",
     )  # fmt: skip
     guide: str = setting(
         "ref", Rule(TEXT.passes, "ref, scratch, or the folder of a model"),
-        "how the first guide starts: ref: from the reference's weights; scratch: at random, of the section model; or a"
-        " folder, of a model or guide",
+        "how the first guide starts: ref: from the reference's weights; scratch: at random, by the section model; or a"
+        " folder of a model or guide",
     )  # fmt: skip
-    dtype: str | None = setting(None, FLOATS, "of models in folders")
+    dtype: str | None = setting(None, FLOATS, "dtype of models in folders")
     prompt_format: str = setting(
         "plain", one_of("plain", "chat"), "chat: one turn in the chat template of the reference's folder"
     )
@@ -265,8 +267,8 @@ class Run:
 
 
 def sections() -> dict[str, Any]:
-    """Return the defaults of every section, dotted, from the outermost in; "" is the config itself."""
-    algorithms = {name: one.settings for name, one in registry.ALGORITHMS.items() if one.settings is not None}
+    """Return the defaults of every section by its dotted name, from the outermost in; "" is the config itself."""
+    algorithms = {name: record.settings for name, record in registry.ALGORITHMS.items() if record.settings is not None}
     return dict(_sections("", Run())) | algorithms
 
 
@@ -278,7 +280,7 @@ def _sections(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:
 
 
 def settings(section: Any) -> dict[str, dataclasses.Field]:
-    """Return the settings that lie directly in a section, by name."""
+    """Return the settings directly in a section, by name."""
     fields = {field.name: field for field in dataclasses.fields(section) if "rule" in field.metadata}
     return {name: fields[name] for name in GENERATE} if isinstance(section, Sampling) else fields
 
@@ -292,6 +294,7 @@ RULES: dict[str, Rule] = {
 
 def default_config() -> ConfigDict:
     """Return a config of all defaults but `compare`, with empty sections `task` and `model`, for a recipe to change."""
+
     config = ConfigDict()
     for key, section in sections().items():
         if key.partition(".")[0] in ("mesh", "compare"):

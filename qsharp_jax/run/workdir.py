@@ -1,8 +1,4 @@
-"""A run's folder on disk: where its files lie, who may write there, and what goes wrong with files.
-
-It may lie in a bucket: `files.py` and `lock.py` know what differs there. It
-hands out paths, keeps the config, appends metrics.
-"""
+"""A run's folder, on a disk or in a bucket: its paths, its config, its metrics, and its lock."""
 
 import dataclasses
 import datetime
@@ -25,16 +21,17 @@ from qsharp_jax.system.tensorboard import EventFiles
 
 @dataclasses.dataclass
 class Workdir:
-    """The paths of a workdir and the config of its run; `Workdir.open` also takes the lock, until `close` or the end
-    of a `with`. Of several processes on one run the first opens it, and the others `attach`: they write nothing that
-    there is one of (`writes` is false).
+    """The paths of a workdir and the config of its run.
+
+    `Workdir.open` also takes the lock, until `close` or the end of a `with`. Of several processes the first opens it,
+    and the others `attach`: they write nothing that exists once (`writes` is false).
     """
 
     path: Path
     config: ConfigDict
     writes: bool = True
-    ref_in: str | None = None  # name of the workdir beside this one that has its reference; None: it has its own
-    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of its prompts, where they have one
+    ref_in: str | None = None  # name of the sibling workdir that has its reference; None: its own
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of prompts that write it
     _lock: Lock | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -46,15 +43,16 @@ class Workdir:
         ref_in: str | None = None,
         date: datetime.date | None = None,
     ) -> "Workdir":
-        """Opens the workdir for this process alone, making it if it is new; without a config it reads the stored one.
+        """Open the workdir for this process alone, creating it if it is new; without a config the stored one is used.
 
-        A new one may take its reference from the workdir of the name `ref_in` beside it, for ever. A run may go on with
-        another `mesh` than it was begun with: the one that is given counts. Where prompts are chats, which may name the
-        day, a run keeps the date that it was begun on (by default today), on whatever day it goes on.
+        A new workdir may permanently use the reference of its sibling `ref_in`. A run may be resumed with another
+        `mesh`, which then replaces the stored one. A run whose prompts are chats keeps its `date`, by default the day
+        that it began, since chat templates may write it.
 
-        Raises UserError if `path` is a file, or in a bucket that cannot be reached, if it is no workdir and no config
-        is given, if another process holds it, or if it holds a run with other settings; OSError if it cannot be
-        written.
+        Raises:
+          UserError: if `path` is a file, cannot be reached, has no config and none is given, is in use by another
+            process, or holds a run with other settings.
+          OSError: if it cannot be written.
         """
         path = files.make_path(path)
         stored = path / "config.json"
@@ -72,32 +70,32 @@ class Workdir:
             if not files.is_file(stored):
                 settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            held, ref_in, kept = _read_config(stored)
-            if kept is None and held.get("prompt_format") == "chat":
-                kept = date or datetime.date.today()
-                settings = _read_json(stored) | {"date": kept.isoformat()}
+            held_config, ref_in, run_date = _read_config(stored)
+            if run_date is None and held_config.get("prompt_format") == "chat":
+                run_date = date or datetime.date.today()
+                settings = _read_json(stored) | {"date": run_date.isoformat()}
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            if config is not None and (differing := differences(held, config, but="mesh")):
+            if config is not None and (differing := differences(held_config, config, but="mesh")):
                 raise UserError(
-                    f"{path} holds a run with other settings (held -> asked for: {'; '.join(differing)}); "
+                    f"{path} holds a run with other settings (stored -> given: {'; '.join(differing)}); "
                     "give another --workdir, or the same settings"
                 )
         except BaseException:
             lock.release()
             raise
-        settings = held if config is None else config
-        return cls(path, settings, ref_in=ref_in, date=kept or datetime.date.today(), _lock=lock)
+        settings = held_config if config is None else config
+        return cls(path, settings, ref_in=ref_in, date=run_date or datetime.date.today(), _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
-        """The workdir that another process of the same run holds open."""
+        """Return the workdir that another process of the same run has open."""
         path = files.make_path(path)
-        held, ref_in, date = _read_config(path / "config.json")
-        settings = held if config is None else config
+        stored_config, ref_in, date = _read_config(path / "config.json")
+        settings = stored_config if config is None else config
         return cls(path, settings, writes=False, ref_in=ref_in, date=date or datetime.date.today())
 
     def read_hashes(self) -> dict[str, Any]:
-        """The entries of config.json, beside the settings, about the run's inputs; see `hashes.py`."""
+        """Return the hashes of the run's inputs, stored beside the settings; see `provenance.py`."""
         return _read_json(self.path / "config.json").get("hashes", {})
 
     def write_hashes(self, hashes: dict[str, Any]) -> None:
@@ -126,7 +124,7 @@ class Workdir:
         return self.path / "rollouts" / f"round_{round}"
 
     def guide_folder(self, round: int) -> Path:
-        """Return the folder of the checkpoints of a round's guide, or policy."""
+        """Return the folder of the checkpoints of a round's guide or policy."""
         return self.guide / f"round_{round}"
 
     def collected_rounds(self) -> int:
@@ -162,10 +160,11 @@ class Workdir:
         return self.path / "report.md"
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Appends one JSON line, NaN and infinity as null; a half line that a kill left at the end is cut off first.
+        """Append one JSON line, NaN and infinity as null, and write its numbers to TensorBoard's event files.
 
-        The same numbers go to TensorBoard's event files. Raises OSError, with the file's name, if a file cannot be
-        written, and UserError if another process has taken the workdir over.
+        Raises:
+          UserError: if another process has taken over the workdir.
+          OSError: naming the file, if it cannot be written.
         """
         if not self.writes:
             return
@@ -176,10 +175,7 @@ class Workdir:
         self._events.write(metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All metrics so far, without the half line that a kill may have left at the end.
-
-        Raises UserError naming a line that is damaged elsewhere.
-        """
+        """Return all metrics so far, without a half line that a kill left; a UserError names a damaged line."""
         if not files.is_file(self.metrics):
             return []
         lines = files.whole_lines(self.metrics.read_bytes()).splitlines()
@@ -199,29 +195,29 @@ def check_is_workdir(path: Path) -> None:
 
 
 def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:
-    """The settings, where the reference is if not here, and the date of the prompts if it is kept."""
-    held = _read_json(path)
-    settings = {name: item for name, item in held.items() if name not in ("hashes", "ref_in", "date")}
+    """Return the settings, the name of the workdir with the reference, and the date of the prompts, if stored."""
+    stored = _read_json(path)
+    settings = {name: item for name, item in stored.items() if name not in ("hashes", "ref_in", "date")}
     try:
-        date = datetime.date.fromisoformat(held["date"]) if "date" in held else None
+        date = datetime.date.fromisoformat(stored["date"]) if "date" in stored else None
     except (TypeError, ValueError):
-        raise UserError(f"{path} has the date {held['date']!r}; write it as YYYY-MM-DD") from None
-    return from_json(settings), held.get("ref_in"), date
+        raise UserError(f"{path} has the date {stored['date']!r}; write it as YYYY-MM-DD") from None
+    return from_json(settings), stored.get("ref_in"), date
 
 
 def _read_json(path: Path) -> dict:
-    content = path.read_bytes()  # of a bucket, it too may raise a ValueError
+    content = path.read_bytes()  # outside `try`: reading from a bucket may raise a ValueError too
     try:
         plain = json.loads(content)
         if not isinstance(plain, dict):
             raise ValueError("it holds no settings")
         return plain
     except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}); mend it, or give another --workdir") from None
+        raise UserError(f"{path} is damaged ({e}); repair it, or give another --workdir") from None
 
 
 def _finite(value: Any) -> Any:
-    """`value` as strict JSON has it; a NumPy or JAX scalar becomes a Python number."""
+    """Return `value` as strict JSON has it; a NumPy or JAX scalar becomes a Python number."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -20,11 +20,11 @@ class Answer:
 
     Attributes:
       text: LaTeX, without units, percent signs and layout.
-      value: the answer's value, if it is a rational number written as one; else None.
-      rounded: true for a decimal of six or more significant digits, which may stand for a number close to it.
+      value: the answer's value, if it is written as a rational number; else None.
+      rounded: true for a decimal of six or more significant digits, which may be a rounded number.
       percent: true if a percent sign follows.
-      unit: the words of its unit, "" if there is none; a bare letter, as in 5m, is in the text too.
-      name: the name it is assigned to, "x" in x = 5; "" if there is none.
+      unit: the words of its unit, "" without one; a bare letter, as in 5m, is in the text too.
+      name: the name it is assigned to, "x" in x = 5; "" without one.
     """
 
     text: str
@@ -53,8 +53,8 @@ def undress(answer: str) -> Answer:
         rest = number.string[number.end() :]
         unit = units.unit(rest)
         if unit is not None:
-            kept = number.string if rest.strip() in units.LETTERS else number[0]
-            spelled = f"{name} = {kept.strip()}" if name else kept.strip()
+            shown = number.string if rest.strip() in units.LETTERS else number[0]
+            spelled = f"{name} = {shown.strip()}" if name else shown.strip()
             name = re.sub(r"\s", "", name)
             return Answer(spelled, value, _rounded(number), bool(percent), unit or currency, name)
     text, unit = units.split(text)
@@ -227,7 +227,7 @@ _NUMBER = re.compile(
     r")(?![\d.])"
 )
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ENOUGH = 6  # significant digits of a decimal that may stand for a number close to it
+_ENOUGH = 6  # significant digits of a decimal that may be rounded
 
 
 def _separators(text: str) -> str:
@@ -266,6 +266,6 @@ def _value(number: re.Match) -> Fraction | None:
 
 
 def _rounded(number: re.Match) -> bool:
-    """Tell whether a number is a decimal with enough digits, not all zeros after the point."""
+    """Return true for a decimal with enough digits, not all zeros after the point."""
     whole, point, decimals = (number["decimal"] or "").partition(".")
     return bool(point and decimals.strip("0") and len((whole + decimals).lstrip("0")) >= _ENOUGH)

@@ -23,7 +23,7 @@ _KNOWN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.s
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _ORDINALS = {"th", "st", "nd", "rd"}
 
-# Next to these words a number is another number, or not the whole answer.
+# Next to these words a number is part of another number, or not the whole answer.
 _NO_UNIT = frozenset(
     "and or not is are was be if when where for than then to but minus plus times over divided by mod modulo base half"
     " halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth"
@@ -44,14 +44,7 @@ _LAST_WORDS = re.compile(r"(?<=[\s}])[A-Za-z]{2,}[A-Za-z/^{}23 ]*$")
 
 
 def unit(rest: str) -> str | None:
-    """Return the unit that follows a number, in plain words.
-
-    Args:
-      rest: everything after the number.
-
-    Returns:
-      The unit; "" if nothing follows, None if something else does.
-    """
+    """Return the unit in `rest`, the text after a number, in plain words; "" without text, None if it is no unit."""
     if not rest.strip():
         return ""
     bare = not rest.lstrip().startswith(("\\text", "^", "\\degree"))
@@ -70,14 +63,14 @@ def unit(rest: str) -> str | None:
 
 
 def split(text: str) -> tuple[str, str]:
-    r"""Split an expression from the unit after it, as in 3\sqrt{2} \text{ cm}; "" if there is none."""
+    r"""Split an expression from the unit after it, as in 3\sqrt{2} \text{ cm}; "" without a unit."""
     for pattern in (_LAST_TEXT, _LAST_WORDS):
-        last = pattern.search(text)
-        if last is None:
+        match = pattern.search(text)
+        if match is None:
             continue
-        body = text[: last.start()].rstrip()
+        body = text[: match.start()].rstrip()
         if re.search(r"[0-9A-Za-z}]", _TEXT.sub("", body)) and re.search(r"[\w)}\]]$", body):
-            words = unit(" " + last[0])
+            words = unit(" " + match[0])
             if words and (
                 pattern is _LAST_TEXT
                 or all(_known(part) or part in ("unit", "units") for part in re.findall("[A-Za-z]+", words))
@@ -86,11 +79,11 @@ def split(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def conflict(one: str, other: str) -> bool:
-    """Tell whether both are known units and differ."""
-    if not one or not other:
+def conflict(first: str, second: str) -> bool:
+    """Return true if both are known units and differ."""
+    if not first or not second:
         return False
-    a, b = _canonical(one), _canonical(other)
+    a, b = _canonical(first), _canonical(second)
     return a is not None and b is not None and a != b
 
 
@@ -101,7 +94,7 @@ def _known(word: str) -> str | None:
 
 
 def _canonical(unit: str) -> tuple | None:
-    """Return names and powers of its parts, ("mi", 1), ("h", 1) for miles per hour; None if a word is not known."""
+    """Return names and powers of its parts, ("mi", 1), ("h", 1) for miles per hour; None for unknown words."""
     parts = []
     for part in re.split(r"/|\bper\b|\ban?\b", unit.replace("mph", "miles per hour")):
         words = part.replace(".", "").split()

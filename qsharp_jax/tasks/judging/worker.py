@@ -2,9 +2,9 @@
 
     python worker.py SECONDS BYTES
 
-It writes "ready" once it has started, or the error that prevents it. For a line with two answers, the gold one first,
-as a JSON list, it writes "1" or "0". SECONDS of processor time on one line end the process; BYTES limit its address
-space. Windows has neither limit and macOS only the first; there `pool.py`'s limit on wall time ends a worker.
+It writes "ready" once it has started, or the error that prevents it. For each line with two answers, the gold one
+first, as a JSON list, it writes "1" or "0". SECONDS of processor time on one line end the process; BYTES limit its
+address space. Windows has neither limit and macOS only the first; there `pool.py`'s limit on wall time ends a worker.
 
 `math_verify` parses, and compares sets, intervals, equations and matrices part by part. Numbers, which it compares with
 an absolute tolerance, are compared here (`equal`).
@@ -25,7 +25,7 @@ except ImportError:  # Windows, where neither memory nor processor time can be l
 
 seconds, memory = float(sys.argv[1]), int(sys.argv[2])
 replies = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what a library prints is no reply
+os.dup2(2, 1)  # so that what a library prints is not taken for a reply
 try:
     import math_verify
     import sympy
@@ -57,8 +57,8 @@ DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
 def equal(a: sympy.Basic, b: sympy.Basic, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
     """Compare two numbers, expressions or matrices: exactly, or within `RELATIVE` if they contain decimals.
 
-    It replaces `math_verify`'s `sympy_numeric_eq`, to which all numbers below 1e-16 are equal, and takes the same
-    arguments. `math_verify` then simplifies expressions that are not equal here.
+    It replaces `math_verify`'s `sympy_numeric_eq`, for which all numbers below 1e-16 are equal, and has its arguments.
+    `math_verify` then simplifies expressions that are not equal here.
     """
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return (
@@ -88,14 +88,14 @@ def exact(expression: sympy.Basic) -> sympy.Basic:
 
 
 def vanishes(number: sympy.Expr) -> bool:
-    """Tell whether a number is zero to all `DIGITS`, or by algebra."""
+    """Return true if a number is zero to all `DIGITS`, or by algebra."""
     for digits in DIGITS:
         value = number.evalf(10, maxn=digits)
         if value == 0:
             return True
         parts = value.atoms(sympy.Float)
         if not parts or any(part._prec > 1 for part in parts):
-            return False  # a digit of it is certain
+            return False  # a digit is certain
         if sympy.simplify(number) == 0:
             return True
     return True
@@ -104,7 +104,7 @@ def vanishes(number: sympy.Expr) -> bool:
 def last_place(*numbers: sympy.Basic) -> sympy.Number:
     """Return the largest difference from a rounded decimal: a unit in the last place of the shorter one.
 
-    Zero if the decimals have few digits, since these are exact; infinity if decimals are only parts of expressions.
+    Zero for decimals of few digits, which are exact; infinity if decimals are only parts of expressions.
     """
     decimals = [sympy.Rational(str(number)) for number in numbers if isinstance(number, sympy.Float)]
     if not decimals:
@@ -121,8 +121,8 @@ def last_place(*numbers: sympy.Basic) -> sympy.Number:
 
 @functools.lru_cache(64)  # the samples of a problem have one gold answer
 def parse(answer: str) -> list:
-    """Parse an answer to its expression, if there is one, and its text, both of which `math_verify` compares."""
-    if re.fullmatch("-?[0-9]{1,100}", answer):  # the same as its parser returns, in a hundredth of the time
+    """Parse an answer to its expression, if any, and its text, both of which `math_verify` compares."""
+    if re.fullmatch("-?[0-9]{1,100}", answer):  # the parser's result, in a hundredth of the time
         return [sympy.Integer(answer), answer]
     parsed = math_verify.parse(rf"\boxed{{{answer}}}", [LATEX], parsing_timeout=None)
     if parsed and not isinstance(parsed[0], str):
@@ -157,16 +157,16 @@ def normalize_inequalities(parsed: sympy.Basic, answer: str) -> sympy.Basic:
 
 
 def contradicts_itself(parsed: sympy.Basic) -> bool:
-    """Tell whether a chain of equations equates different numbers, like x = 5 = 6."""
+    """Return true if a chain of equations equates different numbers, like x = 5 = 6."""
     if not grader.is_equation(parsed):
         return False
     equations = parsed.args if isinstance(parsed, grader.And) else (parsed,)
     numbers = [side for equation in equations for side in equation.args if getattr(side, "is_number", False)]
-    return any(not equal(one, other) for one, other in itertools.pairwise(numbers))
+    return any(not equal(left, right) for left, right in itertools.pairwise(numbers))
 
 
 def is_unsolved(parsed: list) -> bool:
-    """Tell whether it is an equation like 2x + 4 = 0, whose right side is no answer."""
+    """Return true for an equation like 2x + 4 = 0, whose right side is not an answer."""
     if not parsed or not isinstance(parsed[0], sympy.Eq) or parsed[0].rhs != 0:
         return False
     return bool(parsed[0].lhs.free_symbols) and not parsed[0].lhs.atoms(sympy.Number) <= {sympy.S.NegativeOne}
