@@ -177,11 +177,7 @@ def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | Non
 
 
 def nll(
-    distribution: Distribution,
-    reward_to_go: chex.Numeric,
-    *,
-    projection: Projection = "two_hot",
-    clip: bool = False,
+    distribution: Distribution, reward_to_go: chex.Numeric, *, projection: Projection = "two_hot", clip: bool = False
 ) -> jax.Array:
     """The distribution's `nll`; `projection` and `clip` matter only for a `Categorical`."""
     if isinstance(distribution, Categorical):

@@ -73,7 +73,6 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """Two rollouts by their indices in the data; its length is that of the longer one."""
-    """Two rollouts by their places in the data; its length is the longer one's."""
 
     chosen: int
     rejected: int
@@ -155,13 +154,7 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
 
 
 def loss(
-    log_probs: jax.Array,
-    values: jax.Array,
-    batch: PolicyBatch,
-    whole: PolicyBatch,
-    *,
-    beta: float,
-    alpha: float,
+    log_probs: jax.Array, values: jax.Array, batch: PolicyBatch, whole: PolicyBatch, *, beta: float, alpha: float
 ) -> tuple[jax.Array, dict]:
     """Compute the loss of DPO, or with `alpha` RPO, for a batch of chosen responses followed by the rejected ones."""
     import jax

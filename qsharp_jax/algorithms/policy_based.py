@@ -111,14 +111,7 @@ Loss = Callable[[jax.Array, jax.Array, PolicyBatch, PolicyBatch], tuple[jax.Arra
 
 @contextlib.contextmanager
 def training(
-    session: Session,
-    number: int,
-    params: Params,
-    loss: Loss,
-    *,
-    total_steps: int,
-    log_every: int,
-    save_unit: int = 1,
+    session: Session, number: int, params: Params, loss: Loss, *, total_steps: int, log_every: int, save_unit: int = 1
 ) -> Iterator[Trainer]:
     """Yield the trainer of round `number`, starting from `params` or its last checkpoint; saves the policy at the end.
 

@@ -88,13 +88,7 @@ def advantages(rewards: np.ndarray, values: np.ndarray, gae_lambda: float) -> np
 
 
 def loss(
-    log_probs: jax.Array,
-    values: jax.Array,
-    batch: PolicyBatch,
-    whole: PolicyBatch,
-    *,
-    clip: float,
-    value_weight: float,
+    log_probs: jax.Array, values: jax.Array, batch: PolicyBatch, whole: PolicyBatch, *, clip: float, value_weight: float
 ) -> tuple[jax.Array, dict]:
     """Equation 9 without its entropy term, which the KL to pi_ref replaces."""
     import jax.numpy as jnp

@@ -76,7 +76,6 @@ def seeds_in_words(count: int) -> str:
 
 
 @functools.lru_cache(2)  # an evaluation computes dozens of statistics of the same problems
-
 def _picks(n: int, resamples: int) -> np.ndarray:
     """Draw the problems of each resample, [resamples, n]."""
     return np.random.default_rng(0).integers(n, size=(resamples, n))

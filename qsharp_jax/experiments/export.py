@@ -44,6 +44,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
         metrics=metrics,
     )
 
+
 def _metrics(rows: list[dict], number: int) -> dict[str, str]:
     """Return the model card's table of rewards: those of a round's guide, or of the reference (round 0)."""
     metrics = {}

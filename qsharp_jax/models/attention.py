@@ -100,4 +100,3 @@ def _splash_of_device(query: jax.Array, key: jax.Array, value: jax.Array, segmen
         block_sizes=splash_attention.BlockSizes(**sizes),
     )
     return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segments, segments))
-

@@ -313,4 +313,3 @@ def forward(
         # Unrolled where everything is saved: a loop would copy what each step saves into arrays of all layers and back.
         x, kv = jax.lax.scan(_rematerialized(run_block, remat), x, params["layers"], unroll=remat == "none")
     return final_norm(params, config, x), kv
-

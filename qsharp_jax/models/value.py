@@ -131,11 +131,7 @@ def outputs_of_all(params: Params, config: ValueConfig, hidden: jax.Array) -> ja
 
 
 def forward(
-    params: Params,
-    config: ValueConfig,
-    tokens: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
+    params: Params, config: ValueConfig, tokens: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs [B, T, M] for every token of whole sequences, and the hidden states [B, T, D].
 

@@ -37,6 +37,7 @@ class Compiled:
       collectives: bytes that arrive on a chip per step, by kind.
       text: the program.
     """
+
     bytes: int
     arguments: int
     temporaries: int

@@ -93,6 +93,7 @@ def _introduction(kinds: dict[Kind, list[Pair]], name: str) -> str:
 def _words(kind: Kind, name: str) -> str:
     return html.escape(kind.words.format(learned=name.partition(",")[0]))
 
+
 def _legend(scale: tuple[float, float]) -> str:
     return (
         "<p>A token's shade is the guide's value of it: the reward expected if pi_ref continues from that token. Point"

@@ -75,6 +75,7 @@ def frontier(axes, rows: list[dict]) -> None:
     axes.set_title("pass@1 against KL")
     axes.legend(fontsize=8)
 
+
 def rounds(axes, rows: list[dict]) -> None:
     """Draw the reward by round, at the smallest eta at which all rounds were evaluated."""
     by_round = defaultdict(dict)

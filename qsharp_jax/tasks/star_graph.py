@@ -51,11 +51,7 @@ def make_tokenizer(config: Any) -> "PreTrainedTokenizerFast":
     )
     # Put a comma before every number, then remove it where no number precedes it.
     decoder = decoders.Sequence(
-        [
-            decoders.Replace(Regex("^(?=[0-9])"), ","),
-            decoders.Fuse(),
-            decoders.Replace(Regex("(?<![0-9]),"), ""),
-        ]
+        [decoders.Replace(Regex("^(?=[0-9])"), ","), decoders.Fuse(), decoders.Replace(Regex("(?<![0-9]),"), "")]
     )
     return base.word_level_tokenizer([*map(str, range(config.num_nodes)), *"|/="], pre_tokenizer, decoder)
 

@@ -59,11 +59,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             config.learning_rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_matrices
         )
         adam = optax.adamw(
-            config.adam_learning_rate,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=_is_matrix,
-            nesterov=True,
+            config.adam_learning_rate, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix, nesterov=True
         )
         rule = optax.partition({True: muon, False: adam}, _is_block_matrix)
     return optax.chain(optax.clip_by_global_norm(config.clip), rule)

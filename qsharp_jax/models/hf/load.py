@@ -183,9 +183,7 @@ def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int
     return expected
 
 
-def _check(
-    source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None
-) -> None:
+def _check(source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None) -> None:
     """Compare the tensors with those that the config implies, in name, shape and dtype; raises a UserError."""
     folder = source.folder
     missing = [name for name in expected if name not in tensors.shapes]
