@@ -1,4 +1,4 @@
-"""The main job: word problems, with a reference made on the spot. Some minutes on two CPU cores.
+"""The main job: word problems, with a reference pre-trained by the run. Some minutes on two CPU cores.
 
     qsharp run --config arithmetic --workdir runs/arithmetic
 

@@ -1,6 +1,6 @@
-"""Settings shared by the paper's tables (arXiv 2502.20548, Section 5.2): its hyper-parameters, models in folders.
+"""Settings shared by the paper's tables (arXiv 2502.20548, Section 5.2): its hyperparameters, models in folders.
 
-The rows are the files in gsm8k/, math/, aime/ and quality/. With the models' folders at hand, a row is made by
+The rows are the files in gsm8k/, math/, aime/ and quality/. Given the models' folders, run a row by
 
     qsharp run --config configs/math/llama31_8b.py --config.ref=DIR --config.guide=DIR --workdir DIR
 
@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.run.schema import default_config
 
-PROBLEMS = {  # to learn from, and of the test split
+PROBLEMS = {  # training problems, and test problems
     "gsm8k": (6726, 1319),
     "math": (6750, 500),
     "aime": (6750, 30),  # the guide learns from MATH
-    "quality": (2200, 2086),  # of some 2,270, as whole articles are left out for validation
+    "quality": (2200, 2086),  # of about 2,270, since whole articles are held out for validation
 }
 
 
 def row(task: str, ref: str, guide: str) -> ConfigDict:
-    """`ref` and `guide` are the names of the models' folders."""
+    """Return a row's config; `ref` and `guide` are the names of the models' folders."""
     c = default_config()
-    del c.model, c.pretrain  # nothing is made on the spot
+    del c.model, c.pretrain  # the models come from folders
     c.ref, c.guide = ref, guide
     c.dtype = "bfloat16"
     c.prompt_format = "chat"

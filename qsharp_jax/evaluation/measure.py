@@ -48,7 +48,7 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
     each round at its own eta. With `full`, it also measures the last round's guide greedily, at every eta of the
     config, in the algorithm's extra modes, and as a reranker of pi_ref's samples.
     """
-    config, last = session.config.evaluate, max(guides, default=0)
+    config, latest = session.config.evaluate, max(guides, default=0)
     algorithm = ALGORITHMS[session.config.algorithm]
     method, has_guides, own_eta = algorithm.name, algorithm.learns == "guide", configs.kl_weight(session.config)
     sampling = models.sampling(session)
@@ -67,22 +67,22 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
         mode = algorithm.mode(session.config)
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     for number, guide in guides.items():
-        etas = list(config.etas) if full and number == last and has_guides else [own_eta]
+        etas = list(config.etas) if full and number == latest and has_guides else [own_eta]
         samples[method, number] = sample_method(
             session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )
     if full and guides:
         name = f"{method}_greedy"
-        samples[name, last] = sample_method(session, name, ref, guides[last], greedy, number=last, etas=[own_eta])
+        samples[name, latest] = sample_method(session, name, ref, guides[latest], greedy, number=latest, etas=[own_eta])
         for mode in algorithm.extra_modes:
-            samples[mode, last] = sample_method(
-                session, mode, ref, guides[last], dataclasses.replace(sampling, mode=mode), number=last,
+            samples[mode, latest] = sample_method(
+                session, mode, ref, guides[latest], dataclasses.replace(sampling, mode=mode), number=latest,
                 etas=list(config.etas), samples=config.guided_samples,
             )  # fmt: skip
     scored = None
     if full and guides and has_guides:
-        scored = score_samples(session, guides[last], samples["pi_ref", 0], number=last)
-    return _write_results(session.workdir, judge(session), samples, last, scored)
+        scored = score_samples(session, guides[latest], samples["pi_ref", 0], number=latest)
+    return _write_results(session.workdir, judge(session), samples, latest, scored)
 
 
 def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
@@ -107,8 +107,8 @@ def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple
         raise UserError(
             f"there are no samples of pi_ref in {workdir.samples}; run `qsharp evaluate --workdir {workdir.path}` first"
         )
-    last = max(number for _, number in paths)
-    scored_path = samples_path(workdir, "pi_ref_values", last)
+    latest = max(number for _, number in paths)
+    scored_path = samples_path(workdir, "pi_ref_values", latest)
     samples = {place: _read_judged(path) for place, path in paths.items()}
     scored = read_samples(scored_path) if scored_path.exists() else None
     if scored is not None and len(scored) != len(samples["pi_ref", 0]):
@@ -130,7 +130,7 @@ def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple
         for row, sample in zip(scored, samples["pi_ref", 0], strict=True):
             row |= {key: sample[key] for key in ("parsed", "reward")}
         write_samples(scored_path, scored)
-    return _write_results(workdir, judge, samples, last, scored), changed
+    return _write_results(workdir, judge, samples, latest, scored), changed
 
 
 def _read_judged(path: Path) -> list[dict]:
@@ -148,9 +148,9 @@ Statistics = dict[str, dict[str, float]]  # by name and problem
 
 
 def _write_results(
-    workdir: Workdir, judge: Judge, samples: Samples, last: int, scored: list[dict] | None
+    workdir: Workdir, judge: Judge, samples: Samples, latest: int, scored: list[dict] | None
 ) -> list[dict]:
-    """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `last`."""
+    """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `latest`."""
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for (method, number), rows in samples.items():
         for row in rows:
@@ -166,7 +166,7 @@ def _write_results(
     ]
     if scored is not None:
         unguided = samples["pi_ref", 0]
-        rows += rerank_rows(last, unguided, _classes(judge, unguided), scored)
+        rows += rerank_rows(latest, unguided, _classes(judge, unguided), scored)
     if workdir.writes:
         write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows

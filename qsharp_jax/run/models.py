@@ -35,17 +35,17 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.train.checkpoint import Checkpoints
 
-ON_THE_SPOT = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
+NOT_FOLDERS = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
 
 
 def folder(config: ConfigDict, name: str) -> Path | None:
     """Return the folder of "ref" or "guide"; None if the config names no folder."""
-    return None if config[name] in ON_THE_SPOT[name] else Path(config[name]).expanduser()
+    return None if config[name] in NOT_FOLDERS[name] else Path(config[name]).expanduser()
 
 
 def make_absolute(config: ConfigDict) -> None:
     """Make the paths of folders absolute, in place, as workdirs store them."""
-    for name, words in ON_THE_SPOT.items():
+    for name, words in NOT_FOLDERS.items():
         if config[name] not in words:
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
     if config.task.get("data", "") not in ("", "hub"):
@@ -174,7 +174,7 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 def check_folders(config: ConfigDict) -> None:
     """Check that the model folders exist and do not hold adapters; a UserError names the setting or the folder."""
-    for name, words in ON_THE_SPOT.items():
+    for name, words in NOT_FOLDERS.items():
         path = folder(config, name)
         if path and not path.is_dir():
             raise UserError(

@@ -38,7 +38,7 @@ def check_folders(workdir: Workdir) -> None:
         return
     stored = workdir.read_hashes()
     hashes = dict(stored)
-    for name in models.ON_THE_SPOT:
+    for name in models.NOT_FOLDERS:
         folder = models.folder(workdir.config, name)
         if folder is None:
             continue

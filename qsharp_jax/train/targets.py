@@ -37,7 +37,7 @@ def td_lambda(params: Params, hidden: jax.Array, batch: Batch, *, config: ValueC
     return lambda_returns(means, batch.reward_to_go, last_tokens(batch), decay)
 
 
-def lambda_returns(means: jax.Array, reward: jax.Array, last: jax.Array, decay: float) -> jax.Array:
+def lambda_returns(means: jax.Array, reward: jax.Array, at_end: jax.Array, decay: float) -> jax.Array:
     """G_T = r at the last token, and before it G_t = (1 - lambda) V(x, y_1..t+1) + lambda G_t+1: [B, T].
 
     The sum weighs later values by (1 - lambda) lambda^k and the reward by the rest (Sutton 1988; arXiv 2405.06639,
@@ -46,19 +46,19 @@ def lambda_returns(means: jax.Array, reward: jax.Array, last: jax.Array, decay: 
     Args:
       means: [B, T], V(x, y_1..t) at each token t.
       reward: [B, T], read at the last tokens.
-      last: [B, T] bool.
+      at_end: [B, T] bool.
       decay: the lambda, in [0, 1].
     """
-    chex.assert_rank([means, reward, last], 2)
-    chex.assert_equal_shape([means, reward, last])
+    chex.assert_rank([means, reward, at_end], 2)
+    chex.assert_equal_shape([means, reward, at_end])
 
     def back(later: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        next_mean, reward, last = at
-        target = jnp.where(last, reward, (1 - decay) * next_mean + decay * later)
+        next_mean, reward, at_end = at
+        target = jnp.where(at_end, reward, (1 - decay) * next_mean + decay * later)
         return target, target
 
     next_means = jnp.pad(means[:, 1:], ((0, 0), (0, 1)))
-    by_position = (next_means.T, reward.T, last.T)
+    by_position = (next_means.T, reward.T, at_end.T)
     return jax.lax.scan(back, jnp.zeros_like(means[:, 0]), by_position, reverse=True)[1].T
 
 
@@ -116,10 +116,10 @@ def _probabilities(logits: jax.Array, temperature: float, top_k: int, top_p: flo
     return jax.nn.softmax(logits)
 
 
-def backup(following: jax.Array, reward: jax.Array, last: jax.Array) -> jax.Array:
+def backup(following: jax.Array, reward: jax.Array, at_end: jax.Array) -> jax.Array:
     """v_t = r at the last token, and before it E_{z ~ pi_ref}[V(x, y_1..t z)] (arXiv 2310.17022, CD-Q): [B, T].
 
-    `following` is that expectation; `reward` is read at the `last` tokens; [B, T] each.
+    `following` is that expectation; `reward` is read at the last tokens; [B, T] each.
     """
-    chex.assert_equal_shape([following, reward, last])
-    return jnp.where(last, reward, following)
+    chex.assert_equal_shape([following, reward, at_end])
+    return jnp.where(at_end, reward, following)

@@ -194,18 +194,18 @@ def unbracketed(answer: str) -> str:
 def same(gold: str, answer: str) -> bool:
     try:
         gold, answer = unbracketed(gold), unbracketed(answer)
-        one, other = brackets(gold), brackets(answer)
-        if "⦃" in one + other and one and other and one != other:
+        of_gold, of_answer = brackets(gold), brackets(answer)
+        if "⦃" in of_gold + of_answer and of_gold and of_answer and of_gold != of_answer:
             return False  # a set is no pair
         if bool(DOTS.search(gold)) != bool(DOTS.search(answer)):
             return False
-        if not one and other in ("()", "[]") and "," in gold and not re.search(r"[(\[<>=]|\\[{lg]", gold):
+        if not of_gold and of_answer in ("()", "[]") and "," in gold and not re.search(r"[(\[<>=]|\\[{lg]", gold):
             answer = answer[1:-1]  # a list, which has no brackets in the gold answer
         expected, parsed = parse(gold), parse(answer)
         if is_unsolved(parsed) and not (expected and grader.is_relation(expected[0])):
             return False
         return math_verify.verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True)
-    except (Exception, MemoryError):  # of parsers and algebra, on text that may not be mathematics
+    except (Exception, MemoryError):  # from parsers and algebra, on text that may not be mathematics
         return False
 
 
