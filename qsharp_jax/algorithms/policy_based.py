@@ -42,22 +42,15 @@ DRAWN = ("tokens", "lengths", "finished", "log_probs", "ref_log_probs", "kl")  #
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """Judged rollouts of one policy.
+    """Judged rollouts of one policy."""
 
-    Attributes:
-      examples: N prompts with responses and rewards.
-      samples: number per prompt.
-      mask: [N, M] bool, true at response tokens.
-      log_probs, ref_log_probs: [N, M] nats, of each token under the policy that drew it and under pi_ref.
-      values: [N, M], the value head's V(s_t) of the state in which each token was drawn; 0 without a head.
-    """
-
-    examples: list[Example]
-    samples: int
-    mask: np.ndarray
+    examples: list[Example]  # N prompts with responses and rewards
+    samples: int  # number per prompt
+    mask: np.ndarray  # [N, M] bool, true at response tokens
+    # log_probs, ref_log_probs: [N, M] nats, of each token under the policy that drew it and under pi_ref
     log_probs: np.ndarray
     ref_log_probs: np.ndarray
-    values: np.ndarray
+    values: np.ndarray  # [N, M], the value head's V(s_t) of the state in which each token was drawn; 0 without a head
 
     @property
     def rewards(self) -> np.ndarray:
@@ -167,23 +160,15 @@ class OnPolicyTraining:
 
     The round's problems are divided into batches. Inside `resume`, for each batch number that `remaining` yields, the
     algorithm calls `sample`, computes the targets of all tokens, and updates on the `minibatches` of every epoch.
-
-    Attributes:
-      number: the round.
-      ref: in the form for decoding.
-      prompts: maximum number of problems per batch of rollouts.
-      samples: rollouts per problem.
-      epochs: passes over each batch of rollouts.
-      greedy: take the likeliest token at each step, which is not a sample of the policy.
     """
 
     session: Session
-    number: int
-    ref: LanguageModel
-    prompts: int
-    samples: int
-    epochs: int = 1
-    greedy: bool = False
+    number: int  # the round
+    ref: LanguageModel  # in the form for decoding
+    prompts: int  # maximum number of problems per batch of rollouts
+    samples: int  # rollouts per problem
+    epochs: int = 1  # passes over each batch of rollouts
+    greedy: bool = False  # take the likeliest token at each step, which is not a sample of the policy
 
     def __post_init__(self):
         problems, config = train_problems(self.session, self.number), self.session.config

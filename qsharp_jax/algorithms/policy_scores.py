@@ -75,20 +75,13 @@ def mean_per_response(x: jax.Array, batch: PolicyBatch, whole: PolicyBatch) -> j
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Log-probabilities of a policy in training; hashable, so that it can be a static argument.
+    """Log-probabilities of a policy in training; hashable, so that it can be a static argument."""
 
-    Attributes:
-      config: the policy's shape.
-      temperature: divides the policy's logits.
-      vocab_size: ids from here on pad the embedding; they have probability 0.
-      detach_values: the gradient of V stops at the trunk, so that only the value head learns from it.
-      remat, attend_by: see `decoder.forward`.
-    """
-
-    config: DecoderConfig
-    temperature: float
-    vocab_size: int
-    detach_values: bool
+    config: DecoderConfig  # the policy's shape
+    temperature: float  # divides the policy's logits
+    vocab_size: int  # ids from here on pad the embedding; they have probability 0
+    detach_values: bool  # the gradient of V stops at the trunk, so that only the value head learns from it
+    # remat, attend_by: see `decoder.forward`
     remat: decoder.Remat = "dots"
     attend_by: Attention = "xla"
 

@@ -17,23 +17,14 @@ from qsharp_jax.system.errors import UserError
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of prompt and response, right-padded; a packed row holds several, one after the other.
+    """Rows of prompt and response, right-padded; a packed row holds several, one after the other."""
 
-    Attributes:
-      tokens: [B, T] int32.
-      segments: [B, T] int32, counted from 1 in each row, 0 at padding.
-      positions: [B, T] int32, counted from each segment's first token.
-      response_mask: [B, T] bool, true at response tokens.
-      label_mask: [B, T] bool, true at labeled tokens: tokens of the response, and the prompt's last.
-      reward_to_go: [B, T] float32, the sum of rewards from each of these tokens on.
-    """
-
-    tokens: jax.Array
-    segments: jax.Array
-    positions: jax.Array
-    response_mask: jax.Array
-    label_mask: jax.Array
-    reward_to_go: jax.Array
+    tokens: jax.Array  # [B, T] int32
+    segments: jax.Array  # [B, T] int32, counted from 1 in each row, 0 at padding
+    positions: jax.Array  # [B, T] int32, counted from each segment's first token
+    response_mask: jax.Array  # [B, T] bool, true at response tokens
+    label_mask: jax.Array  # [B, T] bool, true at labeled tokens: tokens of the response, and the prompt's last
+    reward_to_go: jax.Array  # [B, T] float32, the sum of rewards from each of these tokens on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,30 +16,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One response with its reward.
+    """One response with its reward."""
 
-    Attributes:
-      prompt_id: identity of the problem.
-      round: 1, 2, ...
-      prompt_tokens, response_tokens: ids, including the stop token.
-      switch: number of response tokens that the guided policy chose before `pi_ref` took over; 0 in round 1.
-      reward: of the whole response.
-      finished: whether the response ended with a stop token.
-      eta: eta of the roll-in; inf where `pi_ref` chose everything.
-      seed: seed of the roll-out.
-      text: the response as text.
-    """
-
-    prompt_id: str
-    round: int
+    prompt_id: str  # identity of the problem
+    round: int  # 1, 2, ...
+    # prompt_tokens, response_tokens: ids, including the stop token
     prompt_tokens: list[int]
     response_tokens: list[int]
-    switch: int
-    reward: float
-    finished: bool
-    eta: float
-    seed: int
-    text: str
+    switch: int  # number of response tokens that the guided policy chose before `pi_ref` took over; 0 in round 1
+    reward: float  # of the whole response
+    finished: bool  # whether the response ended with a stop token
+    eta: float  # eta of the roll-in; inf where `pi_ref` chose everything
+    seed: int  # seed of the roll-out
+    text: str  # the response as text
 
     @property
     def first_label(self) -> int:

@@ -24,23 +24,18 @@ _REFUSALS = (jinja2.TemplateError, TypeError, ValueError)  # raised by chat temp
 class Tokenizer:
     """A `transformers` tokenizer with fixed rules for how a prompt begins and what ends a response.
 
-    Attributes:
-      hf_tokenizer: of any kind.
-      prompt_format: "plain", the text itself, or "chat", one user turn in the tokenizer's chat template, up to where
-        the answer begins.
-      prefix_ids: ids at the start of a plain prompt; by default the bos token, if there is one.
-      stop_ids: a response ends at the first of these; by default the eos token and the token that ends a chat's turn.
-      date: today's date for a chat template.
-
     Raises:
       UserError: for the chat format without a chat template, or stop ids that the tokenizer does not have.
     """
 
-    hf_tokenizer: "PreTrainedTokenizerBase"
+    hf_tokenizer: "PreTrainedTokenizerBase"  # of any kind
+    # "plain", the text itself, or "chat", one user turn in the tokenizer's chat template, up to where the answer begins
     prompt_format: str = "plain"
+    # ids at the start of a plain prompt; by default the bos token, if there is one
     prefix_ids: tuple[int, ...] | None = None
+    # a response ends at the first of these; by default the eos token and the token that ends a chat's turn
     stop_ids: tuple[int, ...] | None = None
-    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # today's date for a chat template
 
     def __post_init__(self):
         if self.prompt_format not in FORMATS:

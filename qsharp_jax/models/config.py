@@ -12,57 +12,37 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder; hashable, so that it can be a static argument of a jitted function.
+    """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
 
-    Attributes:
-      vocab_size: rows of the embedding.
-      embed: width of the residual stream.
-      layers: number of blocks.
-      heads, kv_heads: query heads, and key/value heads, which divide them.
-      head_dim: width of one head.
-      mlp: hidden width of the feed-forward part.
-      max_positions: longest sequence, in tokens.
-      positions: "rope" or "learned".
-      norm: "rms" or "layer".
-      activation: "swiglu" or "gelu".
-      bias: biases on every projection (GPT-2).
-      qkv_bias: biases on the query, key and value projections (Qwen 2).
-      qk_norm: RMSNorm on the heads' queries and keys (Qwen 3).
-      tied: the output head is the embedding's transpose.
-      token_shift: add a learned share of the previous token's embedding to every position's input. With it, a small
-        model learns to follow a graph's edges in tens of steps instead of thousands.
-      rope_theta: base of the rotary wavelengths.
-      rope_factor: Llama 3.1's rotary scaling: the factor by which long wavelengths are stretched; 1 is no scaling.
-      rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by the
-        whole factor, those below rope_original_positions / rope_high_freq not at all, those between partly.
-      rope_original_positions: the context, in tokens, before the scaling.
-      norm_eps: added to the variance in the norms.
-      dtype: dtype of the computation, "float32" or "bfloat16"; parameters keep their own.
-    """
-
-    vocab_size: int
-    embed: int
-    layers: int
+    vocab_size: int  # rows of the embedding
+    embed: int  # width of the residual stream
+    layers: int  # number of blocks
+    # heads, kv_heads: query heads, and key/value heads, which divide them
     heads: int
     kv_heads: int
-    head_dim: int
-    mlp: int
-    max_positions: int
-    positions: str = "rope"
-    norm: str = "rms"
-    activation: str = "swiglu"
-    bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
+    head_dim: int  # width of one head
+    mlp: int  # hidden width of the feed-forward part
+    max_positions: int  # longest sequence, in tokens
+    positions: str = "rope"  # "rope" or "learned"
+    norm: str = "rms"  # "rms" or "layer"
+    activation: str = "swiglu"  # "swiglu" or "gelu"
+    bias: bool = False  # biases on every projection (GPT-2)
+    qkv_bias: bool = False  # biases on the query, key and value projections (Qwen 2)
+    qk_norm: bool = False  # RMSNorm on the heads' queries and keys (Qwen 3)
+    tied: bool = False  # the output head is the embedding's transpose
+    # add a learned share of the previous token's embedding to every position's input. With it, a small model learns to
+    # follow a graph's edges in tens of steps instead of thousands.
     token_shift: bool = False
-    rope_theta: float = 10_000.0
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    # Llama 3.1's rotary scaling: the factor by which long wavelengths are stretched; 1 is no scaling
     rope_factor: float = 1.0
+    # rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by the
+    # whole factor, those below rope_original_positions / rope_high_freq not at all, those between partly
     rope_low_freq: float = 1.0
     rope_high_freq: float = 4.0
-    rope_original_positions: int = 8192
-    norm_eps: float = 1e-5
-    dtype: str = "float32"
+    rope_original_positions: int = 8192  # the context, in tokens, before the scaling
+    norm_eps: float = 1e-5  # added to the variance in the norms
+    dtype: str = "float32"  # dtype of the computation, "float32" or "bfloat16"; parameters keep their own
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():

@@ -21,21 +21,16 @@ VALUE_AXIS = -2  # of the positions in a buffer of values
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Buffers of keys and values, and the positions that they hold.
+    """Buffers of keys and values, and the positions that they hold."""
 
-    Attributes:
-      keys, values: one [B, G, S, E] buffer per layer; [G, S, E] in a loop over one row, see `cpu_form.without_rows`.
-      start: [B] int32, position of each row's first token.
-      index: int32 scalar, the next position to write.
-      ring: positions wrap around at S, the longest a row may be.
-      positions_last: the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`.
-    """
-
+    # keys, values: one [B, G, S, E] buffer per layer; [G, S, E] in a loop over one row, see `cpu_form.without_rows`
     keys: list[Any]
     values: list[Any]
-    start: Any
-    index: Any
+    start: Any  # [B] int32, position of each row's first token
+    index: Any  # int32 scalar, the next position to write
+    # positions wrap around at S, the longest a row may be
     ring: bool = flax.struct.field(pytree_node=False, default=False)
+    # the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`
     positions_last: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property

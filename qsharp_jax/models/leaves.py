@@ -26,15 +26,11 @@ class Place:
     """The place of a leaf, or of one layer of it, in a checkpoint.
 
     PyTorch's `Linear` is stored as [out, in]; GPT-2's `Conv1D` as [in, out], with query, key and value in one tensor.
-
-    Attributes:
-      name: the tensor's name, with {} for the layer.
-      transposed: the tensor's axes are the leaf's in reverse.
-      part, parts: the leaf is this one of several equal parts of the tensor's last axis.
     """
 
-    name: str
-    transposed: bool = False
+    name: str  # the tensor's name, with {} for the layer
+    transposed: bool = False  # the tensor's axes are the leaf's in reverse
+    # part, parts: the leaf is this one of several equal parts of the tensor's last axis
     part: int = 0
     parts: int = 1
 
@@ -46,18 +42,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter.
+    """One parameter."""
 
-    Attributes:
-      axes: logical axes, without the leading layers axis of stacked leaves.
-      init: draws the initial value; None for leaves that the training code creates itself.
-      used: (config) -> True if a decoder of this config has the leaf.
-      gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none.
-    """
-
-    axes: Axes
-    init: Init | None = None
+    axes: Axes  # logical axes, without the leading layers axis of stacked leaves
+    init: Init | None = None  # draws the initial value; None for leaves that the training code creates itself
+    # (config) -> True if a decoder of this config has the leaf
     used: Callable[[DecoderConfig], bool] = lambda config: True
+    # gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none
     gpt2: Place | None = None
     llama: Place | None = None
 

@@ -28,22 +28,15 @@ from qsharp_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The compiler's report on a program.
+    """The compiler's report on a program."""
 
-    Attributes:
-      bytes: on a chip at the peak: arguments, temporaries, and results that are not updated in place.
-      arguments, temporaries: parts of these bytes.
-      flops: of a chip per step, as far as the compiler counts them.
-      collectives: bytes that arrive on a chip per step, by kind.
-      text: the program.
-    """
-
-    bytes: int
+    bytes: int  # on a chip at the peak: arguments, temporaries, and results that are not updated in place
+    # arguments, temporaries: parts of these bytes
     arguments: int
     temporaries: int
-    flops: float
-    collectives: Counter[str]
-    text: str
+    flops: float  # of a chip per step, as far as the compiler counts them
+    collectives: Counter[str]  # bytes that arrive on a chip per step, by kind
+    text: str  # the program
 
 
 def devices(section: Any) -> list[Any]:

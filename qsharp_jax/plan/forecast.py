@@ -34,23 +34,14 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Memory and time of one step.
+    """Memory and time of one step."""
 
-    Attributes:
-      rows: of the whole mesh.
-      memory: bytes on a chip at the peak of a step, by part.
-      flops: of a chip per step.
-      collectives: bytes that arrive on a chip per step, by kind.
-      slow: those of these bytes that come from other slices.
-      times: seconds per step, by what bounds it.
-    """
-
-    rows: int
-    memory: tuple[Line, ...]
-    flops: float
-    collectives: Counter[str]
-    slow: float
-    times: tuple[Line, ...]
+    rows: int  # of the whole mesh
+    memory: tuple[Line, ...]  # bytes on a chip at the peak of a step, by part
+    flops: float  # of a chip per step
+    collectives: Counter[str]  # bytes that arrive on a chip per step, by kind
+    slow: float  # those of these bytes that come from other slices
+    times: tuple[Line, ...]  # seconds per step, by what bounds it
 
     @property
     def bytes(self) -> int:

@@ -28,22 +28,16 @@ DTYPE_OF_SIZE = "bfloat16"  # dtype of models given by a size, unless the config
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Shapes and sizes of a run.
-
-    Attributes:
-      ref, guide: the models as decoded, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide has float32
-        weights, as fitted, and is computed in its trunk's dtype.
-      fitted: the float32 parameters of a fit: the guide, the heads of the auxiliary loss, and a LoRA.
-      fit_tokens: tokens per row of the fit.
-      cache_size: positions of the caches in decoding.
-    """
+    """Shapes and sizes of a run."""
 
     config: ConfigDict
+    # ref, guide: the models as decoded, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide has float32
+    # weights, as fitted, and is computed in its trunk's dtype.
     ref: LanguageModel
     guide: ValueModel
-    fitted: Params
-    fit_tokens: int
-    cache_size: int
+    fitted: Params  # the float32 parameters of a fit: the guide, the heads of the auxiliary loss, and a LoRA
+    fit_tokens: int  # tokens per row of the fit
+    cache_size: int  # positions of the caches in decoding
 
 
 def make(

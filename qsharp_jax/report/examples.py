@@ -48,19 +48,12 @@ GRADED = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The responses to show.
+    """The responses to show."""
 
-    Attributes:
-      method: the learned method.
-      eta: the eta at which it was sampled.
-      pairs: one per problem, in the problems' order.
-      samples: all samples of pi_ref, and of the method at that eta, by name.
-    """
-
-    method: str
-    eta: float
-    pairs: list[Pair]
-    samples: dict[str, list[dict]]
+    method: str  # the learned method
+    eta: float  # the eta at which it was sampled
+    pairs: list[Pair]  # one per problem, in the problems' order
+    samples: dict[str, list[dict]]  # all samples of pi_ref, and of the method at that eta, by name
 
     @property
     def right_or_wrong(self) -> bool:

@@ -25,24 +25,16 @@ from qsharp_jax.system.errors import UserError
 class Folders:
     """Models to use together, each from its folder.
 
-    Attributes:
-      ref: the reference's folder, or None.
-      guides: folders of guides; without a reference, of one.
-      dtype: of weights and computation, "float32" or "bfloat16"; by default each folder's own.
-      prompt_format: "plain" or "chat", see `Tokenizer`.
-      stop_ids: by default those of the reference's folder.
-      date: today's date for a chat template that writes it; by default the current date.
-
     Raises:
       UserError: for a folder without a model, or a guide with other tokens than the reference.
     """
 
-    ref: Path | None
-    guides: Sequence[Path] = ()
-    dtype: str | None = None
-    prompt_format: str = "plain"
-    stop_ids: Sequence[int] | None = None
-    date: datetime.date | None = None
+    ref: Path | None  # the reference's folder, or None
+    guides: Sequence[Path] = ()  # folders of guides; without a reference, of one
+    dtype: str | None = None  # of weights and computation, "float32" or "bfloat16"; by default each folder's own
+    prompt_format: str = "plain"  # "plain" or "chat", see `Tokenizer`
+    stop_ids: Sequence[int] | None = None  # by default those of the reference's folder
+    date: datetime.date | None = None  # today's date for a chat template that writes it; by default the current date
 
     def __post_init__(self):
         configs = self.configs  # first, since this checks that these are folders of models

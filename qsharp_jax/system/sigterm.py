@@ -28,25 +28,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclasses.dataclass
 class _State:
-    """The first signal, and how the main thread handles it.
+    """The first signal, and how the main thread handles it."""
 
-    Attributes:
-      number: the first signal; 0 before it.
-      since: when it came, in seconds of a monotonic clock.
-      deferred: the first signal is only noted.
-      raising: where deferred, the first signal nevertheless raises `Stopped` in the main thread.
-      raised: the main thread is exiting, and no other signal raises anything.
-      raised_by: the signal that made it exit, which the main thread may see before `number` is set.
-      unsaved: what is lost if the process ends now.
-    """
-
-    number: int = 0
-    since: float = 0.0
-    deferred: bool = False
-    raising: bool = False
-    raised: bool = False
-    raised_by: int = 0
-    unsaved: str = ""
+    number: int = 0  # the first signal; 0 before it
+    since: float = 0.0  # when it came, in seconds of a monotonic clock
+    deferred: bool = False  # the first signal is only noted
+    raising: bool = False  # where deferred, the first signal nevertheless raises `Stopped` in the main thread
+    raised: bool = False  # the main thread is exiting, and no other signal raises anything
+    raised_by: int = 0  # the signal that made it exit, which the main thread may see before `number` is set
+    unsaved: str = ""  # what is lost if the process ends now
 
 
 _state = _State()

@@ -47,27 +47,16 @@ _TWO = tuple(itertools.product(range(2, 10), repeat=2))
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of event.
+    """A kind of event."""
 
-    Attributes:
-      name: for the problem's identity.
-      op: operation on the count and the event's number that gives the new count.
-      misread: probability of a reading error in each of its steps.
-      text: the sentence, with the number or numbers as {0} and {1}.
-      numbers: their possible values, if the result is one of `_COUNTS`.
-      question: if not empty, the story ends with this event and this question.
-      what: the thing counted from here on; empty if that does not change.
-      passes_on: whether the count is the other person's from here on.
-    """
-
-    name: str
-    op: str
-    misread: float
-    text: str
-    numbers: tuple[tuple[int, ...], ...] = _ONE
-    question: str = ""
-    what: str = ""
-    passes_on: bool = False
+    name: str  # for the problem's identity
+    op: str  # operation on the count and the event's number that gives the new count
+    misread: float  # probability of a reading error in each of its steps
+    text: str  # the sentence, with the number or numbers as {0} and {1}
+    numbers: tuple[tuple[int, ...], ...] = _ONE  # their possible values, if the result is one of `_COUNTS`
+    question: str = ""  # if not empty, the story ends with this event and this question
+    what: str = ""  # the thing counted from here on; empty if that does not change
+    passes_on: bool = False  # whether the count is the other person's from here on
 
 
 # At these rates 44% of a corpus's responses are correct. All are below 1/2: the likeliest reading is the correct one.

@@ -22,17 +22,11 @@ _PATIENCE = 20_000  # draws in a row without a new problem before a split counts
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One problem of a task.
+    """One problem of a task."""
 
-    Attributes:
-      problem_id: the same for the same content, in every call and process.
-      prompt: the text that the model sees.
-      answer: the correct final answer, in the form that the task's `parse` returns.
-    """
-
-    problem_id: str
-    prompt: str
-    answer: str
+    problem_id: str  # the same for the same content, in every call and process
+    prompt: str  # the text that the model sees
+    answer: str  # the correct final answer, in the form that the task's `parse` returns
 
 
 def content_id(content: str) -> str:

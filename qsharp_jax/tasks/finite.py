@@ -50,21 +50,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file of a data set.
+    """One file of a data set."""
 
-    Attributes:
-      file: path below the data folder, of JSON lines with the hub's fields.
-      hub: name of the data set on the hub, or URL of a file of JSON lines.
-      to_problems: (row) -> its problems.
-      split: name of the split on the hub.
-      parts: configurations on the hub, whose rows are concatenated.
-    """
-
-    file: str
-    hub: str
-    to_problems: Callable[[Row], list[Problem]]
-    split: str = "train"
-    parts: tuple[str | None, ...] = (None,)
+    file: str  # path below the data folder, of JSON lines with the hub's fields
+    hub: str  # name of the data set on the hub, or URL of a file of JSON lines
+    to_problems: Callable[[Row], list[Problem]]  # (row) -> its problems
+    split: str = "train"  # name of the split on the hub
+    parts: tuple[str | None, ...] = (None,)  # configurations on the hub, whose rows are concatenated
 
 
 def check(config: Any) -> None:

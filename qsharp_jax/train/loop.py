@@ -47,37 +47,28 @@ def told_to_stop(step: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Settings and actions of a training besides its updates; all intervals are in steps.
+    """Settings and actions of a training besides its updates; all intervals are in steps."""
 
-    Attributes:
-      total_steps: of the whole training, including those before a resume.
-      log_every, save_every: intervals of log lines and checkpoints.
-      name: the phase's name, in metrics and progress bars.
-      log: writes a line of metrics.
-      stop: given the averages of each log line, returns true to end the training.
-      measure: returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never).
-      patience: if not 0, training ends after this many evaluations without a lower "nll", and returns to the parameters
-        with the lowest.
-      save_unit: checkpoint and stop only after multiples of this, so that a training whose batches depend on earlier
-        parameters resumes where it would create new ones.
-      stop_requested: called with the step after each step that ends a unit.
-      flops: FLOPs of a step, for the logged speed.
-      profile: folder for a profiler trace of some steps; None for no trace.
-    """
-
-    total_steps: int
+    total_steps: int  # of the whole training, including those before a resume
+    # log_every, save_every: intervals of log lines and checkpoints
     log_every: int
     save_every: int
-    name: str
-    log: Callable[[dict], None]
+    name: str  # the phase's name, in metrics and progress bars
+    log: Callable[[dict], None]  # writes a line of metrics
+    # given the averages of each log line, returns true to end the training
     stop: Callable[[dict], bool] = lambda metrics: False
+    # returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never)
     measure: Callable[[Params], dict] = lambda params: {}
     evaluate_every: int = 0
+    # if not 0, training ends after this many evaluations without a lower "nll", and returns to the parameters with the
+    # lowest
     patience: int = 0
+    # checkpoint and stop only after multiples of this, so that a training whose batches depend on earlier parameters
+    # resumes where it would create new ones
     save_unit: int = 1
-    stop_requested: Callable[[int], bool] = told_to_stop
-    flops: Flops | None = None
-    profile: Path | None = None
+    stop_requested: Callable[[int], bool] = told_to_stop  # called with the step after each step that ends a unit
+    flops: Flops | None = None  # FLOPs of a step, for the logged speed
+    profile: Path | None = None  # folder for a profiler trace of some steps; None for no trace
 
 
 class Trainer:

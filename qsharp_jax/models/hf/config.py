@@ -74,21 +74,13 @@ _LAYERS_DIFFER = ("per_layer_config", "kv_sharing_modes", "transformers_weights"
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig:
-    """The content of config.json.
+    """The content of config.json."""
 
-    Attributes:
-      family: "gpt2", "llama", "qwen2" or "qwen3".
-      classifier: True for a token classifier, False for a language model.
-      decoder: its shape.
-      labels: number of outputs of a token classifier.
-      qsharp: our entry, {} without one.
-    """
-
-    family: str
-    classifier: bool
-    decoder: DecoderConfig
-    labels: int
-    qsharp: dict[str, Any]
+    family: str  # "gpt2", "llama", "qwen2" or "qwen3"
+    classifier: bool  # True for a token classifier, False for a language model
+    decoder: DecoderConfig  # its shape
+    labels: int  # number of outputs of a token classifier
+    qsharp: dict[str, Any]  # our entry, {} without one
 
 
 # --- In -------------------------------------------------------------------------------------------------------------

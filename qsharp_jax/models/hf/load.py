@@ -99,19 +99,13 @@ def check_weights(folder: str | Path, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A folder and what to read from it.
-
-    Attributes:
-      shapes: the tree of parameters, layers stacked.
-      table: the place of each leaf.
-      extra_heads: whether the folder may hold heads that the tree lacks.
-    """
+    """A folder and what to read from it."""
 
     folder: Path
     config: configs.FolderConfig
-    shapes: Params
-    table: Mapping[str, Place]
-    extra_heads: bool = False
+    shapes: Params  # the tree of parameters, layers stacked
+    table: Mapping[str, Place]  # the place of each leaf
+    extra_heads: bool = False  # whether the folder may hold heads that the tree lacks
 
 
 def _ref(folder: str | Path, dtype: str) -> _Source:

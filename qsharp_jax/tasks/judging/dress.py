@@ -16,23 +16,14 @@ __all__ = ["Answer", "undress"]
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    r"""An answer in normal form.
+    r"""An answer in normal form."""
 
-    Attributes:
-      text: LaTeX, without units, percent signs and layout.
-      value: the answer's value, if it is written as a rational number; else None.
-      rounded: true for a decimal of six or more significant digits, which may be a rounded number.
-      percent: true if a percent sign follows.
-      unit: the words of its unit, "" without one; a bare letter, as in 5m, is in the text too.
-      name: the name it is assigned to, "x" in x = 5; "" without one.
-    """
-
-    text: str
-    value: Fraction | None = None
-    rounded: bool = False
-    percent: bool = False
-    unit: str = ""
-    name: str = ""
+    text: str  # LaTeX, without units, percent signs and layout
+    value: Fraction | None = None  # the answer's value, if it is written as a rational number; else None
+    rounded: bool = False  # true for a decimal of six or more significant digits, which may be a rounded number
+    percent: bool = False  # true if a percent sign follows
+    unit: str = ""  # the words of its unit, "" without one; a bare letter, as in 5m, is in the text too
+    name: str = ""  # the name it is assigned to, "x" in x = 5; "" without one
 
 
 def undress(answer: str) -> Answer:
