@@ -268,7 +268,7 @@ def test_attention_of_other_devices_is_refused_before_anything_is_computed(comma
     assert "config.fit.attention is cudnn, which runs on a gpu, and JAX has a cpu here; give xla" in refused(
         capsys, *given, "--config.fit.attention=cudnn"
     )
-    assert "config.fit.length_bucket is 8, and config.fit.attention splash takes multiples of 128" in refused(
+    assert "config.fit.length_bucket is 8, but config.fit.attention splash needs a multiple of 128" in refused(
         capsys, *given, "--config.fit.attention=splash", "--config.fit.length_bucket=8"
     )
 

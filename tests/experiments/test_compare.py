@@ -115,7 +115,7 @@ def test_the_settings_of_a_method(tmp_path):
         (lambda c: c.__delattr__("compare"), "lacks the setting compare.methods"),
         (
             lambda c: c.compare.changes.update(reinforc=("ppo.clip=0.1",)),
-            "changes has reinforc, which is no method; did you mean 'reinforce'",
+            "changes has the unknown method reinforc; did you mean 'reinforce'",
         ),
         (lambda c: c.compare.changes.update(reinforce=("reinforce.clip=0.1",)), "no setting --config.reinforce.clip"),
         (lambda c: c.compare.changes.update(reinforce=("policy.batch_size=6",)), "a multiple of .*samples, 4"),

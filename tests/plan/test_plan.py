@@ -179,7 +179,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_one_that_can(changes, words):
 
 def test_devices_that_are_there_name_their_preset():
     job = job_of()
-    with pytest.raises(UserError, match=r"v5e_8, of tpu devices, and those that are there are cpu; .* is .*=single$"):
+    with pytest.raises(UserError, match=r"v5e_8, for tpu devices, but the devices here are cpu; .* is .*=single$"):
         plan.check(job, job.config.mesh, PRESETS, jax.devices()[:1])
 
 
@@ -194,7 +194,7 @@ def test_the_nearest_preset_works_and_is_of_the_same_kind_if_one_is():
     job = job_of("mesh=v5e_256")
     assert plan.problem(job, PRESETS["v5e_128"]) is None and plan.problem(job, PRESETS["v5e_256"])
     large = job_of(ref_size="llama3.1-70b", guide_size="llama3.2-3b")  # too large for a host of any v5e
-    with pytest.raises(UserError, match=r"reference's weights 16.43.* one of v5e_8 has 16.00; .*=(v5p_16|v6e_8)$"):
+    with pytest.raises(UserError, match=r"reference's weights 16.43.* a chip of v5e_8 has 16.00; .*=(v5p_16|v6e_8)$"):
         plan.check(large, large.config.mesh, PRESETS)
 
 
@@ -215,7 +215,7 @@ def test_hosts_that_could_decode_together_are_named():
 
 def test_devices_that_are_not_there():
     job = job_of()
-    with pytest.raises(UserError, match="of tpu devices, and those that are there are cpu"):
+    with pytest.raises(UserError, match="for tpu devices, but the devices here are cpu"):
         plan.check(job, job.config.mesh, PRESETS, jax.devices())
     plan.check(job, job.config.mesh, PRESETS)
 
@@ -223,7 +223,7 @@ def test_devices_that_are_not_there():
 def test_contexts_and_sizes_that_cannot_be():
     with pytest.raises(UserError, match="--ref-size llama3.1-8x is not known; did you mean 'llama3.1-8b'"):
         job_of(ref_size="llama3.1-8x")
-    with pytest.raises(UserError, match="prompts of 200000 tokens with 768 new ones are more than the reference's"):
+    with pytest.raises(UserError, match="prompts of 200000 tokens with 768 new ones exceed the reference's"):
         job_of(prompt_tokens=200_000)
 
 
@@ -267,7 +267,7 @@ def test_what_is_too_much_is_shown_before_it_is_refused(capfd):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--compile"], "--compile is for TPU meshes, and single is none"),
+        (["--compile"], "--compile is for TPU meshes, not single"),
         (
             [*"--config.mesh=v5e_8 --compile --ref-size llama3.1-8b --guide-size llama3.2-1b".split()],
             "needs the TPU compiler",

@@ -122,7 +122,7 @@ def test_the_order_of_the_axes_is_not_that_of_the_section():
     ("changes", "words"),
     [
         (dict(hosts=4), "config.mesh is v6e_16, 1 slice with 16 devices in all, and there are 1 slice with 8"),
-        (dict(platform="gpu"), "config.mesh is v6e_16, of gpu devices, and those that are there are tpu"),
+        (dict(platform="gpu"), "config.mesh is v6e_16, for gpu devices, but the devices here are tpu"),
         (dict(slices=2, hosts=1), "2 slices with 8 devices in all, and there are 1 slice with 8"),
         (
             dict(hosts=2, fit=dict(data=2, fsdp=8, tensor=1)),

@@ -78,7 +78,7 @@ def test_a_run_from_folders_ends_with_results_and_keeps_their_paths(finished, fo
     assert cli.main(["export", "--workdir", str(finished), "--what", "guide", "--out", str(out)]) == 0
     assert Tokenizer.load(out).entries == Tokenizer.load(folders / "ref").entries
     sentence = refused(capfd, "export", "--workdir", finished, "--what", "ref", "--out", finished / "other")
-    assert f"this run's reference is that of the folder {folders / 'ref'}" in sentence
+    assert f"this run's reference is the model in {folders / 'ref'}" in sentence
 
 
 def test_fit_starts_from_exactly_the_weights_of_the_guide_s_folder(finished, folders, tmp_path, monkeypatch):
@@ -191,8 +191,8 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     small = tmp_path / "small"
     hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
     for changes, words in [
-        (("ref=pretrian",), "config.ref is 'pretrian', and there is no such folder; give pretrain, or the folder"),
-        ((ref, "guide=none"), "config.guide is 'none', and there is no such folder; give ref, scratch, or the folder"),
+        (("ref=pretrian",), "config.ref is 'pretrian', which is not a folder; give pretrain, or the folder"),
+        ((ref, "guide=none"), "config.guide is 'none', which is not a folder; give ref, scratch, or the folder"),
         ((f"ref={tmp_path}",), "has no tokenizer"),
         ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
         ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),
@@ -201,7 +201,7 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
         ((ref, f"guide={other}"), "the guide's vocabulary is not the reference's"),
         ((f"guide={other}",), "the guide's vocabulary is not the reference's"),
         ((ref, f"guide={small}"), "the guide has 5 tokens in its embedding"),
-        ((ref, guide, "value.type=q"), "config.value.type is 'q', and the guide in"),
+        ((ref, guide, "value.type=q"), "config.value.type is 'q', but the guide in"),
         ((ref, guide, "value.distribution=scalar"), "config.value.distribution is 'scalar', and the guide in"),
         (
             (ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,1"),
