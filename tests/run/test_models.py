@@ -202,7 +202,7 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
         ((f"guide={other}",), "the guide's vocabulary is not the reference's"),
         ((ref, f"guide={small}"), "the guide has 5 tokens in its embedding"),
         ((ref, guide, "value.type=q"), "config.value.type is 'q', but the guide in"),
-        ((ref, guide, "value.distribution=scalar"), "config.value.distribution is 'scalar', and the guide in"),
+        ((ref, guide, "value.distribution=scalar"), "config.value.distribution is 'scalar', but the guide in"),
         (
             (ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,1"),
             "config.value.atoms is (0.0, 1.0), and the guide in",
