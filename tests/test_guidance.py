@@ -37,9 +37,6 @@ def softmax(logits):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-# --- candidates and tilt ------------------------------------------------------------------------------------------
-
-
 def test_candidates_are_the_most_likely_tokens_ties_by_lower_id():
     logits = random_logits(np.random.default_rng(0), ties=True) + 0.0
     got = guidance.top_candidates(jnp.asarray(logits), K)
@@ -106,8 +103,6 @@ def test_in_expectation_mode_only_candidates_are_left():
     )  # fmt: skip
     np.testing.assert_array_equal(tilted, [[-np.inf, -2, -np.inf], [0, 0, 0]])
 
-
-# --- tokens that are not scored -----------------------------------------------------------------------------------
 
 mass = jax.jit(guidance.mass_log_weight)
 
@@ -188,9 +183,6 @@ def test_with_an_exact_guide_both_lose_no_more_than_the_unscored_tokens_allow(se
             np.testing.assert_allclose(policy, optimal, atol=1e-5)
 
 
-# --- the optimal policy -------------------------------------------------------------------------------------------
-
-
 def exact_values(tree):
     """The exact law of a sequence's reward after every inner node and token, as a Categorical: [nodes, V, M]."""
     laws = tabular.total_laws(tree)[tree.children(tree.inner)]
@@ -257,9 +249,6 @@ def test_as_eta_falls_cd_goes_left_and_qsharp_goes_right():
         earned[mode] = tabular.evaluate(tree, policy)[0][0]
         np.testing.assert_allclose(policy[0], [1, 0] if mode == "cd" else [0, 1], atol=1e-6)
     np.testing.assert_allclose([earned["cd"], earned["qsharp"]], [0.1, 1.0], atol=1e-6)
-
-
-# --- temperature and truncation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0, 2.0, 1e-6])
@@ -355,9 +344,6 @@ def test_a_large_vocabulary_is_cut_where_a_sort_would_cut_it():
         np.testing.assert_array_equal(np.sort(order[: len(kept)]), kept)
 
 
-# --- KL and log-probabilities -------------------------------------------------------------------------------------
-
-
 @examples
 @given(seeds)
 def test_kl_is_the_exact_sum(seed):
@@ -401,9 +387,6 @@ def test_log_prob_is_the_log_probability():
     want = np.log(softmax(logits))[range(B), tokens]
     np.testing.assert_allclose(guidance.log_prob(jnp.asarray(logits), tokens), want, rtol=1e-5)
     assert guidance.log_prob(jnp.float32([[0, -np.inf]]), jnp.int32([1]))[0] == -np.inf
-
-
-# --- sampling -----------------------------------------------------------------------------------------------------
 
 
 def test_samples_have_the_policy_s_frequencies():

@@ -145,9 +145,6 @@ def test_later_rounds_roll_in_guided_and_finish_with_pi_ref(run, collected):
     assert len({*seeds, *(record.seed for record in read(collected, 1)), *roll_in_seeds(range(48)).tolist()}) == 3 * 48
 
 
-# --- Kills ----------------------------------------------------------------------------------------------------------
-
-
 def shard_bytes(folder: Path, number: int):
     return {path.name: path.read_bytes() for path in sorted((folder / f"round_{number}").iterdir())}
 
@@ -199,9 +196,6 @@ def test_a_killed_collection_goes_on(run, collected, tmp_path, monkeypatch):
     assert read(tmp_path, 2) == read(collected, 2)
 
 
-# --- The switch -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("length", [2, 3, 8, 57])
 def test_switches_are_uniform(length):
     """Over 1 .. length - 1: the chi-square of 40,000 draws is below its 99.99% quantile (Wilson and Hilferty's)."""
@@ -226,9 +220,6 @@ def test_a_switch_leaves_both_sides_a_token(pairs):
     assert ((1 <= switches) & (switches <= np.maximum(lengths - 1, 1))).all()
     exact = [1 + draw * max(length - 1, 1) // 2**32 for length, draw in pairs]  # without overflow
     assert switches.tolist() == exact
-
-
-# --- Sampling -------------------------------------------------------------------------------------------------------
 
 
 def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):

@@ -70,9 +70,6 @@ bernoulli_slopes = jax.jit(jax.grad(bernoulli_log_mgf, argnums=(0, 1)))
 project = jax.jit(values.project)
 
 
-# --- log E exp(z/eta) ---------------------------------------------------------------------------------------------
-
-
 @examples
 @given(logit, etas())
 def test_bernoulli_log_mgf_is_exact_in_float32(logit, eta):
@@ -233,9 +230,6 @@ def test_eta_broadcasts_against_the_batch():
             np.testing.assert_allclose(row, log_mgf(distribution, eta), rtol=1e-6)
 
 
-# --- mean, log mean -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("index", range(3), ids=values.KINDS)
 def test_log_mean_is_the_logarithm_of_the_mean(index):
     distribution = distributions(np.random.default_rng(4))[index]
@@ -254,9 +248,6 @@ def test_log_mean_of_a_tiny_mean_is_finite():
 def test_log_mean_refuses_negative_atoms():
     with pytest.raises(ValueError, match="atoms >= 0"):
         values.Categorical(jnp.zeros(2), jnp.float32([-1, 1])).log_mean()
-
-
-# --- negative log-likelihood --------------------------------------------------------------------------------------
 
 
 def test_nll_of_an_outcome_is_minus_its_log_probability():
@@ -304,9 +295,6 @@ def test_scalar_nll_is_half_the_squared_error():
     np.testing.assert_allclose(values.Scalar(jnp.float32([0.2, -3])).nll(jnp.float32([1, 2])), [0.32, 12.5])
 
 
-# --- projection on the atoms --------------------------------------------------------------------------------------
-
-
 @examples
 @given(
     st.sampled_from([2, 6]).flatmap(
@@ -337,9 +325,6 @@ def test_a_reward_on_an_atom_is_that_atom():
 def test_nearest_takes_the_closest_atom_and_the_lower_of_two():
     got = values.project(jnp.float32([0.1, 0.5, 0.51, 2.4]), jnp.float32([0, 1, 3]), method="nearest")
     np.testing.assert_array_equal(got.argmax(axis=-1), [0, 0, 1, 2])
-
-
-# --- rewards out of range, and other mistakes ---------------------------------------------------------------------
 
 
 def test_a_reward_out_of_range_is_an_error_that_says_which():
@@ -386,9 +371,6 @@ def test_projection_mistakes():
         values.project(0.0, jnp.float32([0, 1]), method="three_hot")
     with pytest.raises(ValueError, match="two atoms or more"):
         values.project(1.0, jnp.float32([1]))
-
-
-# --- from a head's outputs ----------------------------------------------------------------------------------------
 
 
 def test_from_outputs_reads_a_head():

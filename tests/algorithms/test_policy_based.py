@@ -26,8 +26,6 @@ from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 
-# --- Scores and batches ---------------------------------------------------------------------------------------------
-
 V, PADDED = 11, 3
 MODEL = helpers.random_model(V, seed=1, scale=2.0)
 EXAMPLES = [Example([1, 2, 3], [4, 5]), Example([6], [7, 1, 2, 3]), Example([2, 2], [7]), Example([3, 1], [2, 4, 6])]
@@ -108,9 +106,6 @@ def test_a_step_on_a_batch_in_parts_is_that_of_the_whole(name):
     assert whole["gradient_norm"] > 0.01
     for key in whole:
         np.testing.assert_allclose(parts[key], whole[key], rtol=1e-4, atol=1e-6, err_msg=key)
-
-
-# --- A bandit -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True, scope="module")

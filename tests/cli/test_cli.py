@@ -56,9 +56,6 @@ def copied(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
 
 
-# --- A run and its commands -----------------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_everything_it_promises(finished):
     names = {"config.json", "metrics.jsonl", "results.json", "report.md", "frontier.png", "rounds.png", "ref", "guide"}
     names |= {"tensorboard", "calibration.png", "lengths.png", "examples.html"}
@@ -210,9 +207,6 @@ def test_help_says_how(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"] if command is None else [command, "--help"])
     assert stop.value.code == 0 and "--workdir" in capsys.readouterr().out
-
-
-# --- Bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

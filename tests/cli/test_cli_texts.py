@@ -74,9 +74,6 @@ def numpy_greedy(prompt_tokens, stop_ids) -> list[int]:
     return response
 
 
-# --- generate -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt_format", ["plain", "chat"])
 def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, prompt_format):
     arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", "--prompt-format", prompt_format, *FEW)
@@ -263,9 +260,6 @@ def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code
     assert_same_lines([json.loads(line) for line in lines], stdout_lines(capfd, *command[:-2]))
 
 
-# --- score ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt_format", ["plain", "chat"])
 def test_scores_of_texts_are_numpy_s(models, tmp_path, prompt_format):
     """Log-probabilities and values of a full forward in float64, one sequence at a time."""
@@ -335,9 +329,6 @@ def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
     assert "--date goes with --ref" in refused(
         capsys, "generate", PROMPT, "--workdir", tmp_path, "--date", "2024-02-29"
     )
-
-
-# --- Bad input ------------------------------------------------------------------------------------------------------
 
 
 def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):

@@ -12,8 +12,6 @@ from qsharp_jax.data.batches import Batches, Example, from_rollout, make_batch, 
 from qsharp_jax.data.records import Rollout
 from qsharp_jax.system.errors import UserError
 
-# --- Labels and masks -----------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("switch", "labelled"),
@@ -48,8 +46,6 @@ def test_a_batch_by_hand():
     assert not batch.reward_to_go[~batch.response_mask].any()
     assert [array.dtype for array in vars(batch).values()] == [np.int32] * 3 + [bool] * 2 + [np.float32]
 
-
-# --- Batches --------------------------------------------------------------------------------------------------------
 
 cases = st.fixed_dictionaries(
     dict(
@@ -133,9 +129,6 @@ def test_epochs_and_seeds_differ():
         assert together[0] != together[1]
     widths = [len(batch[0][0]) for batch in orders[0]]
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)  # lengths are mixed over the epoch
-
-
-# --- Packing --------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 80))

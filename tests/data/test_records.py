@@ -38,9 +38,6 @@ def make_rollout(number=0, **changes):
     return dataclasses.replace(rollout, **changes)
 
 
-# --- Shards ---------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.lists(ROLLOUTS, min_size=1, max_size=4))
 def test_a_shard_gives_back_every_field_as_it_was(tmp_path_factory, rollouts):

@@ -74,8 +74,6 @@ def test_an_unknown_word_is_named_with_its_place(name, prompt, piece):
     assert f"at character {prompt.index(piece)} " in message
 
 
-# --- Tokenizers of downloaded models --------------------------------------------------------------------------------
-
 SENTENCES = ["Sam has 12 eggs.", "", " two  blanks ", "Élodie said: 😀!\n\nbye", "日本", "a<|eot|>b"]
 
 

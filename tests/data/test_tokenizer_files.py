@@ -179,9 +179,6 @@ def test_a_task_s_words_are_read_as_words_in_every_family(tmp_path, family):
         loaded.encode_prompt("Sam has 54 dragons.")
 
 
-# --- What stands around a text --------------------------------------------------------------------------------------
-
-
 def test_what_the_file_puts_before_a_text_counts_whatever_the_other_files_say(tmp_path, cores, capsys):
     for config in ({}, {"bos_token": "<s>"}, {"bos_token": "<s>", "add_bos_token": True}):
         text = Tokenizer.load(save(tmp_path, cores["llama3"], **config))
@@ -232,9 +229,6 @@ def test_templates_are_those_of_their_files_or_of_the_config(tmp_path, cores):
     more.mkdir()
     (more / "tool_use.jinja").write_text("D")
     assert prompt() == "\nCSam</s>"
-
-
-# --- Files that contradict each other -------------------------------------------------------------------------------
 
 
 def test_the_config_s_copy_of_the_added_tokens_does_not_change_them(tmp_path, cores):

@@ -20,8 +20,6 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.judging import Judge
 
-# --- Figures by hand ------------------------------------------------------------------------------------------------
-
 
 def test_reranking_by_hand():
     """Two problems with three samples each, interleaved. Values are read at the last token."""
@@ -111,8 +109,6 @@ def test_by_default_k_doubles_up_to_all_samples(most, sizes):
     assert [int(name[5:]) for name in made if name.startswith("pass_")] == sizes
     assert [name for name in made if name.startswith("majority_")] == ["majority_2"] * (most > 1)
 
-
-# --- The whole evaluation -------------------------------------------------------------------------------------------
 
 ETAS = (0.5, 0.1)
 
@@ -315,9 +311,6 @@ def test_samples_at_other_etas_are_made_anew(evaluated, monkeypatch):
         measure.sample_method(
             session, "extra", ref, guides[2], models.sampling(session), number=2, etas=etas, samples=2
         )
-
-
-# --- Judged again ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from qsharp_jax.evaluation import statistics
 
-# --- pass@k ---------------------------------------------------------------------------------------------------------
-
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=8), st.data())
@@ -36,9 +34,6 @@ def test_of_other_rewards_it_is_the_expected_best(rewards, data):
 def test_pass_at_k_of_many_samples():
     """Binomials beyond the floats' range; of 2 of 2,000 right ones, 1 - (1/2)(999/1999) in 1,000 draws."""
     assert statistics.pass_at(1000, [1.0] * 2 + [0.0] * 1998) == pytest.approx(1 - 0.5 * 999 / 1999)
-
-
-# --- Majorities -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,9 +90,6 @@ def test_a_tie_is_the_mean_over_all_ways_to_break_it(votes, weighted):
     ]
     rewards = [reward_of[answer] for answer in answers]
     assert statistics.majority(answers, rewards, weights) == pytest.approx(np.mean(found))
-
-
-# --- Intervals ------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_the_bootstraps():

@@ -33,9 +33,6 @@ def comparison(tmp_path, *changes, methods=("qsharp", "reinforce"), seeds=(0,), 
     return made
 
 
-# --- What a run took ------------------------------------------------------------------------------------------------
-
-
 def step(phase, number, seconds, flops, rate=10.0, tokens=100.0):
     return {
         "phase": phase, "step": number, "loss": 0.1, "seconds": seconds, "flops": flops, "flops_per_second": rate,
@@ -70,9 +67,6 @@ def test_a_collection_that_found_its_shards_took_what_the_first_one_took():
     found = compare.costs(metrics)
     assert (found["seconds"], found["rollouts"]) == (11.0, 24)
     assert compare.costs(metrics, ("collect",))["seconds"] == 7.0
-
-
-# --- Budgets --------------------------------------------------------------------------------------------------------
 
 
 def test_epochs_fill_the_budget(tmp_path):
@@ -151,9 +145,6 @@ def test_methods_and_seeds_are_known_and_different(tmp_path, key, value, words):
         made.compare[key] = value
     with pytest.raises(UserError, match=f"config.compare.{key} is .*{words}"):
         config.check(made)
-
-
-# --- A whole one ----------------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_path, monkeypatch, capsys):

@@ -34,8 +34,6 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
-# --- pi_ref itself --------------------------------------------------------------------------------------------------
-
 UNGUIDED = {name: x for name, x in MIXED.items() if name != "eta"}
 
 
@@ -67,9 +65,6 @@ def test_a_row_of_infinite_eta_among_guided_ones_draws_pi_refs_tokens():
         np.testing.assert_array_equal(got.log_probs[row], got.ref_log_probs[row])
         np.testing.assert_allclose(got.log_probs[row], want.log_probs[row], atol=1e-5)
         np.testing.assert_array_equal(got.kl[row], 0)
-
-
-# --- One program, one row, one seed ---------------------------------------------------------------------------------
 
 
 def test_changed_settings_prompts_and_seeds_recompile_nothing():
@@ -161,9 +156,6 @@ def test_what_is_not_recorded_is_none_and_the_rest_the_same(record):
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
-# --- Block by block -------------------------------------------------------------------------------------------------
-
-
 def test_a_stream_gives_the_tokens_of_generate_as_they_come():
     ref, guide = decoding_models("v-bernoulli")
     want, blocks = run(rng=SEEDS, **MIXED), []
@@ -180,9 +172,6 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come():
         assert [token for block in blocks for token in block[row]] == want.response(row)
     assert len(blocks) == -(-want.lengths.max() // module.BLOCK)
     assert all(len(row) <= module.BLOCK for block in blocks for row in block)
-
-
-# --- Where a row ends -----------------------------------------------------------------------------------------------
 
 
 def test_a_row_ends_at_its_first_stop_token_or_with_its_budget():
@@ -220,9 +209,6 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
     ref = LanguageModel({}, config.trunk)
     with pytest.raises(UserError, match="must not give negative ones"):
         generate(ref, ValueModel({}, config), [[1]], Sampling(eta=0.1, max_new_tokens=1, mode="expectation"), rng=0)
-
-
-# --- What is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

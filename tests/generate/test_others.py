@@ -120,9 +120,6 @@ def test_an_unknown_definition_is_refused():
         run(rng=SEEDS, eta=0.1, others="none")
 
 
-# --- small temperatures ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("others", ["mass", "prefix"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_as_the_temperature_falls_responses_become_the_greedy_ones(guided, others):

@@ -86,9 +86,6 @@ def test_without_truncation_both_kls_are_one_and_without_stop_ids_rows_have_thei
     assert not got.finished.any()
 
 
-# --- Shared slots ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["v-bernoulli", "v-categorical"])
 def test_with_slots_for_all_above_the_threshold_every_row_is_as_if_these_were_its_candidates(case):
@@ -115,9 +112,6 @@ def test_too_few_slots_leave_candidates_out_and_say_how_many():
         np.testing.assert_allclose(got.kl[row, 0], exact_kl(want[0], want[2]), atol=1e-5)
 
 
-# --- A padded vocabulary --------------------------------------------------------------------------------------------
-
-
 def test_rows_that_pad_the_embedding_are_never_drawn_and_have_no_probability():
     used = V - 6
     prompts = [[token % used for token in prompt] for prompt in PROMPTS]
@@ -127,9 +121,6 @@ def test_rows_that_pad_the_embedding_are_never_drawn_and_have_no_probability():
         ref = policies("v-bernoulli", prompt, temperature=5.0, guided=False)[2][:used]
         want = ref - np.logaddexp.reduce(ref)
         np.testing.assert_allclose(got.ref_log_probs[row, 0], want[got.tokens[row, 0]], atol=1e-5)
-
-
-# --- Values ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_candidates_value_is_the_one_it_gets_when_it_is_in_the_cache(monkeypatch):
@@ -167,8 +158,6 @@ def test_values_are_those_of_a_teacher_forced_pass(case):
         want = means[row, len(prompt) :][: got.lengths[row]]
         np.testing.assert_allclose(read[known], want[known], atol=1e-4)
 
-
-# --- Distributions, on sequences that can be enumerated -------------------------------------------------------------
 
 TINY_N, TINY_STOP, SAMPLES = 3, 2, 1024
 TINY_PROMPT = [1, 3]
@@ -236,9 +225,6 @@ def test_the_reported_kls_average_to_the_exact_kls_of_whole_responses(samples, g
         # The same KL as the mean log-ratio, which is noisier.
         ratios = (samples.log_probs[rows] - samples.ref_log_probs[rows]).sum(1)
         assert abs(ratios.mean() - exact[0]) < 4 * ratios.std() / np.sqrt(SAMPLES) + 1e-5
-
-
-# --- bfloat16 -------------------------------------------------------------------------------------------------------
 
 
 def test_bfloat16_models_decode_with_float32_records_near_those_of_float32():

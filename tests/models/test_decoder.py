@@ -48,9 +48,6 @@ def hidden_of(family, tokens=TOKENS, segments=SEGMENTS, positions=POSITIONS):
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-# --- What is computed -----------------------------------------------------------------------------------------------
-
-
 @every_family
 def test_forward_is_the_network_in_plain_numpy_whatever_the_packing_and_padding(family):
     params, config = model(family)
@@ -180,9 +177,6 @@ def test_rotary_positions_are_scaled_as_published_up_to_the_last_position(size):
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1.5e-7 * positions.max())
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1.5e-7 * positions.max())
     np.testing.assert_allclose(cos[0, 1, 0], np.cos(angles[1]), atol=1e-6)
-
-
-# --- Parameters -----------------------------------------------------------------------------------------------------
 
 
 @every_family

@@ -121,9 +121,6 @@ def assert_same_states(actual, expected):
         assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
-# --- References -----------------------------------------------------------------------------------------------------
-
-
 @every_config
 def test_float32_logits_are_those_of_transformers(name, folders):
     ours, want = logits_of(hf.load_ref(folders(name), dtype="float32")), theirs(folders(name))
@@ -254,9 +251,6 @@ def test_shards_and_the_base_model_alone_are_the_same_weights(name, folders, tmp
         model.config.save_pretrained(tmp_path / "base")
         save_file(base, tmp_path / "base" / "model.safetensors")
         assert_trees_equal(hf.load_ref(tmp_path / "base", dtype="float32").params, want)
-
-
-# --- Guides ---------------------------------------------------------------------------------------------------------
 
 
 def random_guide(folder, **changes):

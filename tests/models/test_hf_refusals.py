@@ -25,9 +25,6 @@ def change_tensors(folder, **tensors):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# --- Config ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_folder_that_is_not_there_or_holds_no_config(tmp_path):
     assert load_refusal(tmp_path / "none").startswith("there is no folder ")
     assert "has no config.json; give a folder that transformers can load" in load_refusal(tmp_path)
@@ -125,9 +122,6 @@ def test_an_adapter_is_refused_beside_weights_and_alone(copy):
     assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
 
 
-# --- Guides and language models are not taken for each other --------------------------------------------------------
-
-
 def test_a_guide_is_no_reference_and_a_reference_is_no_guide(made):
     assert [hf.is_guide(made / name) for name in ("guide", "q-guide", "llama")] == [True, True, False]
     for name in ("guide", "q-guide"):
@@ -151,9 +145,6 @@ def test_a_guide_is_no_reference_and_a_reference_is_no_guide(made):
 )
 def test_a_guide_whose_entry_does_not_fit_its_weights(name, entry, message, copy):
     assert message in load_refusal(copy(name, qsharp=entry), hf.load_guide)
-
-
-# --- Weights --------------------------------------------------------------------------------------------------------
 
 
 def test_pickles_are_refused_and_the_way_out_is_named(copy):

@@ -45,9 +45,6 @@ def part(forecast, what):
     return line.amount
 
 
-# --- Against numbers by hand ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "numbers"), [("adamw", 2), ("muon", 1), ("adafactor", 0)])
 def test_state_of_the_fit_on_one_chip_of_eight(name, numbers):
     """Weights and gradients four bytes, AdamW two such numbers a weight, Muon one for the blocks' matrices."""
@@ -156,9 +153,6 @@ def test_folders_need_their_config_alone(tmp_path):
     assert job.ref.config.embed == 64 and job.guide.config.trunk.dtype == "bfloat16"
 
 
-# --- Refusals -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -227,9 +221,6 @@ def test_contexts_and_sizes_that_cannot_be():
         job_of(prompt_tokens=200_000)
 
 
-# --- On the command line --------------------------------------------------------------------------------------------
-
-
 def planned(capfd, *arguments):
     """Exit code, standard output, the last line of standard error."""
     code = cli.main(["plan", "--config", str(CONFIG), *arguments])
@@ -280,9 +271,6 @@ def test_what_cannot_be_planned(capfd, monkeypatch, arguments, words):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
     code, _, error = planned(capfd, *arguments)
     assert code == 2 and words in error
-
-
-# --- Against the compiler -------------------------------------------------------------------------------------------
 
 
 def main():

@@ -75,9 +75,6 @@ def cells_of(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-# --- The table ------------------------------------------------------------------------------------------------------
-
-
 def test_the_tables_columns_line_up():
     """The table reads as text too: every line is as long as the others, and has its bars where they have theirs."""
     lines = report.table(ROWS).splitlines()
@@ -160,8 +157,6 @@ def test_differences_have_their_sign():
     assert tables.differences_table(rows[:1]) == ""
 
 
-# --- The files ------------------------------------------------------------------------------------------------------
-
 PLOTS = ("frontier.png", "rounds.png", "calibration.png", "lengths.png")
 
 
@@ -239,9 +234,6 @@ def test_guidance_at_eta_inf_is_shown_as_such(tmp_path):
     assert "Q# eta inf" in page and math.isinf(session.config.collect.eta)
 
 
-# --- Figures of the plots -------------------------------------------------------------------------------------------
-
-
 def test_values_at_places_of_a_response():
     scored = [{"values": [0.1, 0.2, 0.3, 0.4, 0.5]}, {"values": [0.7]}, {"values": [0.0, 1.0]}]
     assert plots.at_place(scored, 0.0).tolist() == [0.1, 0.7, 0.0]
@@ -265,9 +257,6 @@ def test_bins_of_lengths_hold_every_sample_once():
     (only,) = plots.reward_by_length([sample | {"tokens": [0]} for sample in samples])
     by_problem = np.asarray(statistics.by_problem(samples, "reward"))
     assert (only["reward_low"], only["reward_high"]) == pytest.approx(statistics.bootstrap(by_problem))
-
-
-# --- The page of examples -------------------------------------------------------------------------------------------
 
 
 class Page(html.parser.HTMLParser):
@@ -348,9 +337,6 @@ def test_shades_go_from_the_least_to_the_greatest():
     ends = [page._color(share) for share in (0.0, 0.5, 1.0)]
     assert ends == [page._rgb(color) for color in page._ENDS]
     assert len(set(map(page._color, np.arange(21) / 20))) == 21
-
-
-# --- What cannot be reported ----------------------------------------------------------------------------------------
 
 
 def test_without_results_it_says_what_to_run(tmp_path):

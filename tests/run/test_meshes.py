@@ -77,9 +77,6 @@ def test_a_preset_is_a_section_that_the_rules_allow(name):
     }
 
 
-# --- Meshes ---------------------------------------------------------------------------------------------------------
-
-
 def test_one_device_has_no_mesh():
     assert meshes.preset_mesh(None, "fit") is None
     for name in ("single", "cpu"):

@@ -115,8 +115,6 @@ def test_a_row_without_its_models_says_which(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-# --- A small run of one ---------------------------------------------------------------------------------------------
-
 SMALL = [
     f"--config.{change}"
     for change in (

@@ -33,9 +33,6 @@ def in_another_process(code, *arguments):
     )  # fmt: skip
 
 
-# The config
-
-
 def test_a_new_workdir_keeps_its_config(tmp_path):
     path = tmp_path / "runs" / "one"
     with Workdir.open(path, make_config()) as workdir:
@@ -123,8 +120,6 @@ def test_paths(tmp_path):
     assert [p.name for p in files] == ["metrics.jsonl", "results.json", "report.md"]
 
 
-# The lock
-
 HOLD = """
 import sys
 from ml_collections import ConfigDict
@@ -172,9 +167,6 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     finally:
         os.write(write, b".")
         os.waitpid(child, 0)
-
-
-# Metrics
 
 
 @pytest.fixture
@@ -241,9 +233,6 @@ def test_a_killed_writer_loses_nothing_that_it_wrote(tmp_path):
         assert len(steps) > 10 and steps == list(range(len(steps)))
         workdir.append_metrics({"step": -1})
         assert workdir.read_metrics()[-1] == {"step": -1}
-
-
-# Writing, and what goes wrong
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,13 @@ def reference() -> LanguageModel:
     return LanguageModel(state.params, models.ref_config(made))
 
 
+def wrapped_error(error: Exception) -> Exception:
+    """The form in which Orbax wraps what TensorStore raises for one array."""
+    outer = Exception("Encountered error while reading array index: (slice(0, 2, 1),)")
+    outer.__cause__ = error
+    return outer
+
+
 def assert_trees_equal(actual, expected) -> None:
     """The same structure, and the same bits in every leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -74,9 +74,6 @@ def opened(**settings) -> Workdir:
     return Workdir.open(URL, ConfigDict({"seed": 0, **settings}))
 
 
-# --- A whole job ----------------------------------------------------------------------------------------------------
-
-
 def job(*arguments: str) -> int:
     return cli.main(["run", "--config", CONFIG, "--workdir", URL, *QUICK, *arguments])
 
@@ -117,9 +114,6 @@ def test_a_whole_job_in_a_bucket(bucket, capsys, tmp_path):
     lost = next(name for name in bucket.objects if name.endswith("shard-00000.parquet"))
     del bucket.objects[lost]
     assert cli.main(["collect", "--workdir", URL, "--round", "1"]) == 0 and lost in bucket.objects, "made again"
-
-
-# --- Its parts ------------------------------------------------------------------------------------------------------
 
 
 def test_a_workdir_in_a_bucket_keeps_its_config_and_metrics(bucket):
@@ -232,9 +226,6 @@ def test_folders_that_libraries_write_get_into_the_bucket(bucket):
     assert bucket.objects == {"runs/one/tokenizer/deep/vocab.json": b"{}"}
 
 
-# --- The lock -------------------------------------------------------------------------------------------------------
-
-
 def test_a_holder_that_lives_is_left_alone(bucket, quick_locks, capsys):
     with opened() as workdir:
         with pytest.raises(UserError, match=f"{URL} is in use by process {os.getpid()} on .*give another --workdir"):
@@ -313,9 +304,6 @@ def test_of_many_that_want_it_at_once_one_gets_it(bucket, quick_locks):
         thread.join()
     assert len(taken) == 1 and len(refused_) == 5 and all("is in use by" in words for words in refused_)
     taken[0].release()
-
-
-# --- What a user gets wrong -----------------------------------------------------------------------------------------
 
 
 def test_without_gcsfs_it_is_said_what_to_install(monkeypatch, capsys):

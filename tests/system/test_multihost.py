@@ -226,8 +226,6 @@ def test_tpu_metadata_tells_the_place(metadata, monkeypatch):
         find_place("tpu", None, None)
 
 
-# --- A whole run ----------------------------------------------------------------------------------------------------
-
 SMALL = (
     "--config.task.degree=2", "--config.task.path_length=3", "--config.task.num_nodes=6", "--config.model.size=tiny",
     "--config.model.token_shift=False", "--config.model.positions=rope",  # so that it can be exported

@@ -169,9 +169,6 @@ def test_a_later_ctrl_c_ends_a_clean_up_too():
     assert errors == "qsharp: SIGINT again, 1 s after the first: ends at once and gives up what is not written yet\n"
 
 
-# --- By a clock of our own ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def received():
     """A function that acts on a signal at a time, and what came of those so far."""
@@ -208,8 +205,6 @@ def test_the_five_seconds_are_from_the_first(received):
 def test_what_is_not_deferred_ends_at_the_first(received):
     assert received(TERM, 0.0) == ["ended"]
 
-
-# --- A fit under `timeout` ------------------------------------------------------------------------------------------
 
 FIT = """
 import sys

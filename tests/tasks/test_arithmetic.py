@@ -97,9 +97,6 @@ def is_right(prompt, response):
     return arithmetic.parse(response) == str(solve(prompt)[-1])
 
 
-# The problems.
-
-
 def test_the_answer_is_what_the_english_says(train, test):
     for problem in train + test:
         counts = solve(problem.prompt)
@@ -161,9 +158,6 @@ def test_problems_are_the_same_in_every_process():
 def test_an_unknown_split_is_an_error():
     with pytest.raises(ValueError, match="split is 'validation'; it must be one of train, test"):
         arithmetic.problems(CONFIG, "validation", 1, seed=0)
-
-
-# The pre-training corpus.
 
 
 def test_every_worked_equation_is_right(corpus):
@@ -230,9 +224,6 @@ def test_the_corpus_depends_on_the_seed(corpus):
     assert arithmetic.pretraining_texts(CONFIG, 100, seed=1) != arithmetic.pretraining_texts(CONFIG, 100, seed=0)
 
 
-# The reward.
-
-
 @pytest.mark.parametrize(
     "response, answer",
     [
@@ -271,9 +262,6 @@ def test_parse_takes_any_text_and_returns_a_canonical_number(response):
     assert answer is None or answer == str(int(answer))
 
 
-# The tokenizer.
-
-
 def test_texts_survive_the_tokenizer(tokenizer, corpus, test):
     for text in [prompt + response for prompt, response in corpus[:2000]] + [p.prompt for p in test]:
         ids = tokenizer.encode(text)
@@ -303,9 +291,6 @@ def test_sizes(tokenizer, stories):
 def test_unknown_words_are_visible(tokenizer):
     for text in ("Zoe has 5 eggs.", "Sam has 5 emus.", "Sam eats 5 eggs.", "Sam has 5 eggs!", "Sam has\n"):
         assert tokenizer.unk_token_id in tokenizer.encode(text)
-
-
-# Settings and names.
 
 
 @pytest.mark.parametrize(

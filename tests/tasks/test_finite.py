@@ -36,9 +36,6 @@ def refusal(call, *arguments) -> str:
     return message
 
 
-# --- Splits ---------------------------------------------------------------------------------------------------------
-
-
 def test_splits_are_disjoint_and_do_not_depend_on_the_runs_seed(task_and_folder):
     """Nine tenths to learn from and a tenth to validate on, by `split_seed` alone; the run's seed orders them."""
     task, folder = task_and_folder
@@ -102,9 +99,6 @@ def test_a_problem_that_is_there_twice_has_two_ids(tmp_path):
     assert second.problem_id == first.problem_id + "-2" and second.prompt == first.prompt
 
 
-# --- Where the rows come from ---------------------------------------------------------------------------------------
-
-
 def test_the_folder_may_be_named_by_the_environment(tmp_path, monkeypatch):
     named, given = small_data.write_gsm8k(tmp_path / "named"), small_data.write_gsm8k(tmp_path / "given", test=3)
     monkeypatch.setenv("QSHARP_DATA", str(named))
@@ -143,9 +137,6 @@ def test_a_hub_that_cannot_be_reached_says_which_file_would_do(monkeypatch):
     message = refusal(gsm8k.problems, settings(""), "test", 1, 0)
     assert "cannot load openai/gsm8k (Couldn't reach 'openai/gsm8k' on the Hub)" in message
     assert "DIR/gsm8k/test.jsonl" in message and "--config.task.data=DIR" in message and "QSHARP_DATA=DIR" in message
-
-
-# --- What is refused ------------------------------------------------------------------------------------------------
 
 
 def read_lines(tmp_path, *lines: str):

@@ -47,9 +47,6 @@ def tokenizer():
     return star_graph.make_tokenizer(CONFIG)
 
 
-# The problems.
-
-
 @pytest.mark.parametrize("degree, path_length, num_nodes", [(2, 2, 3), (2, 5, 9), (3, 4, 50), (5, 5, 50)])
 def test_the_answer_is_the_only_path(degree, path_length, num_nodes):
     config = changed(degree=degree, path_length=path_length, num_nodes=num_nodes)
@@ -113,9 +110,6 @@ def test_more_problems_than_there_are_is_an_error():
         star_graph.problems(config, "train", 100, seed=0)
 
 
-# The pre-training corpus.
-
-
 def test_pretraining_on_paths_shows_the_right_path():
     for prompt, response in star_graph.pretraining_texts(CONFIG, 200, seed=0):
         assert [list(map(int, response.split(",")))] == paths(*read(prompt))
@@ -141,9 +135,6 @@ def test_the_corpus_depends_on_the_seed():
     assert first == again != other
 
 
-# The reward.
-
-
 def test_the_reward_is_one_for_the_path_and_nothing_else(train):
     for problem in train[:50]:
         assert star_graph.reward(problem, problem.answer) == 1.0
@@ -161,9 +152,6 @@ def test_what_is_no_list_of_nodes_is_no_answer(response):
 def test_a_list_of_nodes_is_its_own_canonical_form(train):
     assert star_graph.parse("7") == "7"
     assert all(star_graph.parse(problem.answer) == problem.answer for problem in train)
-
-
-# The tokenizer.
 
 
 def test_three_tokens_an_edge(tokenizer):
@@ -195,9 +183,6 @@ def test_size(tokenizer):
 @pytest.mark.parametrize("text", ["50,1", "1, 2", "a", "01", "1;2"])
 def test_unknown_nodes_and_signs_are_visible(tokenizer, text):
     assert tokenizer.unk_token_id in tokenizer.encode(text)
-
-
-# Settings.
 
 
 @pytest.mark.parametrize(

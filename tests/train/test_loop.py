@@ -410,8 +410,6 @@ def test_training_stops_early_when_told_to(tmp_path):
     assert int(toy_fit(tmp_path, batches, stop=stop).step) == 8 and not batches.asked
 
 
-# --- What is learned ------------------------------------------------------------------------------------------------
-
 BOS, DEPTH, BRANCHES = 0, 3, 3
 
 

@@ -26,8 +26,6 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-# --- The guide's loss -----------------------------------------------------------------------------------------------
-
 ATOMS = (-1.0, 0.0, 0.25, 2.0)
 REWARDS = {"bernoulli": (0.0, 1.0), "categorical": (-1.0, 0.0, 0.2, 1.3, 2.0), "scalar": (-3.0, 0.5, 7.0)}
 
@@ -146,9 +144,6 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
         train.check_rewards(np.asarray([np.nan]), bernoulli, clip=False)
 
 
-# --- The language model's losses ------------------------------------------------------------------------------------
-
-
 def test_language_model_loss_is_cross_entropy_of_response_tokens():
     """Each response token, the stop token and the first one among them, from the hidden state before it."""
     batch = make_batch(helpers.random_examples(np.random.default_rng(4)), rows=5, width=10)
@@ -219,9 +214,6 @@ def test_the_auxiliary_loss_is_added_with_its_weight(monkeypatch):
     np.testing.assert_allclose(by_both["trunk"], by_nll["trunk"] + 0.3 * by_auxiliary[1], rtol=1e-4, atol=1e-8)
 
 
-# --- Packed batches -------------------------------------------------------------------------------------------------
-
-
 def packed_and_unpacked():
     """The same eight examples in three rows and in eight; a response begins and ends next to another example's."""
     rng = np.random.default_rng(7)
@@ -260,9 +252,6 @@ def test_the_first_token_of_a_segment_has_nothing_before_it():
     np.testing.assert_allclose(q_loss(guide.params, packed)[0][0], q_loss(guide.params, apart)[0][0], rtol=1e-6)
     lm_loss = jax.jit(functools.partial(train.language_model_loss, config=LM.config))
     np.testing.assert_allclose(lm_loss(LM.params, packed)[0], lm_loss(LM.params, apart)[0], rtol=1e-6)
-
-
-# --- Rematerialisation ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

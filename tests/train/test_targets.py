@@ -21,8 +21,6 @@ from qsharp_jax.train import targets
 V = 11
 LM = random_model(V, seed=5, max_positions=64)
 
-# --- TD(lambda) -----------------------------------------------------------------------------------------------------
-
 
 def packed_batch(rng):
     """Rows of several segments, one behind the other, and padding."""
@@ -91,8 +89,6 @@ def test_squared_error_is_of_the_mean_whatever_the_head():
     )
     np.testing.assert_allclose(loss, metrics["brier"] / 2, rtol=1e-6)
 
-
-# --- Fixed points, on a tree whose every sequence is in the batch ---------------------------------------------------
 
 TREE = tabular.random_tree(np.random.default_rng(4), vocab=3, depth=4, stop=0.3, final_rewards=(-1.0, 0.2, 1.0))
 PADDED = TREE.vocab + 2  # columns of the embedding; the last two are of no token

@@ -17,8 +17,6 @@ from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.train import throughput
 from qsharp_jax.train.checkpoint import Checkpoints
 
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
-
 ROWS, WIDTH = 2, 64
 SHAPES = {
     "gpt2": dict(
@@ -99,9 +97,6 @@ def test_packed_and_padded_rows_count_each_sequence_for_itself():
 )  # fmt: skip
 def test_peaks(kind, teraflops):
     assert throughput.device_peak(kind) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
-
-
-# --- The clock ------------------------------------------------------------------------------------------------------
 
 
 class Device:

@@ -24,9 +24,6 @@ def boxes(*answers):
     return [rf"So it is $\boxed{{{answer}}}$." for answer in answers]
 
 
-# --- Judgements -----------------------------------------------------------------------------------------------------
-
-
 def test_judgements_come_in_order(judge):
     problems = [Problem(str(i), "", answer) for i, answer in enumerate(["12", "12", r"\frac{1}{2}", "x", "12", "3"])]
     responses = [*boxes("12", "13", "0.5", "y"), "It is 12.", r"\boxed{3"]
@@ -90,9 +87,6 @@ def test_tasks_of_strings_judge_themselves(monkeypatch):
     assert judge.classes([problem], answers) == answers
 
 
-# --- Classes --------------------------------------------------------------------------------------------------------
-
-
 def test_classes(judge):
     """Right answers are spelled as the problem's, wrong ones as the first of their kind; each problem by itself."""
     problems = [Problem("p", "", r"\frac{1}{2}"), Problem("q", "", "7")]
@@ -152,9 +146,6 @@ def test_classes_are_those_of_the_values(answers):
 
 
 SHARED = Judge(registry.get("math"), workers=2)
-
-
-# --- The real data --------------------------------------------------------------------------------------------------
 
 
 def solutions(name: str, split: str = "test"):
