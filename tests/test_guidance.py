@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,13 +306,6 @@ def test_truncation_keeps_the_top_k_and_the_nucleus(seed, ties):
     assume(checked)
 
 
-def test_rows_that_filter_and_rows_that_do_not_share_a_batch():
-    """Their searches end at different steps: none keeps another from ending."""
-    logits = np.float32([[2, 1, 0]] * 4)
-    got = truncate(logits, jnp.float32([1, 1, 0, 1]), jnp.int32([0, 2, 0, 0]), jnp.float32([1, 1, 1, 0.5]))
-    np.testing.assert_array_equal((got > -jnp.inf).sum(axis=-1), [3, 2, 1, 1])
-
-
 def test_truncation_that_is_off_changes_nothing():
     """top_p = 1 keeps tokens whose probability is lost in the rounding of the sum."""
     logits = np.float32([[50, -50, 0, -np.inf, 1e-30], [0, 0, 0, 0, 0]])
@@ -399,44 +391,3 @@ def test_samples_have_the_policy_s_frequencies():
     drawn = p > 0
     statistic = np.sum((counts - n * p)[drawn] ** 2 / (n * p)[drawn])
     assert statistic < 18.5  # the 0.999 quantile with 4 degrees of freedom
-
-
-def test_a_row_does_not_depend_on_its_neighbours():
-    """Through the whole of a step: a row alone gives what it gives in a batch, wherever it stands."""
-    rng = np.random.default_rng(0)
-    logits, keys = jnp.asarray(random_logits(rng, (64, V))), jax.random.split(jax.random.key(1), 64)
-    temperature, top_p = jnp.float32(rng.choice([0, 0.5, 1], size=64)), jnp.float32(rng.uniform(0.3, 1, size=64))
-
-    @jax.jit
-    def draw(rows):
-        tempered = guidance.temper(logits[rows], temperature[rows])
-        return guidance.sample(guidance.truncate(tempered, temperature[rows], 0 * rows, top_p[rows]), keys[rows])
-
-    together = np.asarray(draw(np.arange(64)))
-    shuffled = rng.permutation(64)
-    np.testing.assert_array_equal(draw(shuffled), together[shuffled])
-    np.testing.assert_array_equal(draw(np.array([17])), together[[17]])
-
-
-def test_one_program_serves_a_sweep():
-    """eta, temperature, top_k and top_p are data: changing them compiles nothing, and rows may differ in them."""
-    rng = np.random.default_rng(0)
-    ref, scores = jnp.asarray(random_logits(rng)), jnp.float32(rng.normal(size=(B, K)))
-    keys = jax.random.split(jax.random.key(0), B)
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def step(eta, temperature, top_k, top_p):
-        candidates = guidance.top_candidates(ref, K)
-        weights = guidance.log_weights(values.Bernoulli(scores), eta, "qsharp")
-        logits = guidance.temper(guidance.tilt(ref, candidates, weights), temperature)
-        return logits, guidance.sample(guidance.truncate(logits, temperature, top_k, top_p), keys)
-
-    settings_of_rows = [(0.1, 1.0, 0, 1.0), (np.inf, 0.8, 0, 0.9), (1e-4, 0.0, 5, 1.0), (2.0, 1.3, 2, 0.5)]
-    dtypes = (np.float32, np.float32, np.int32, np.float32)
-    columns = [np.array(column, dtype) for column, dtype in zip(zip(*settings_of_rows), dtypes, strict=True)]
-    mixed_logits, mixed_tokens = step(*columns)
-    for row in range(B):
-        logits, tokens = step(*(np.full_like(column, column[row]) for column in columns))
-        np.testing.assert_array_equal(logits[row], mixed_logits[row])
-        assert tokens[row] == mixed_tokens[row]

@@ -7,7 +7,6 @@ from pathlib import Path
 import bpe
 import pytest
 from commands import CONFIG, SMALL, refused
-from helpers import quick_compilation  # noqa: F401
 from text_models import make_ref
 
 from qsharp_jax import cli
