@@ -57,8 +57,9 @@ def test_eta_infinite_for_all_rows_is_pi_ref_and_runs_no_guide(eta):
         np.testing.assert_array_equal(getattr(got, name), array, err_msg=name)
 
 
-def test_a_row_of_infinite_eta_among_guided_ones_draws_pi_refs_tokens():
-    got = run(rng=SEEDS, **{**MIXED, "eta": [0.1, np.inf] * 3})
+@pytest.mark.parametrize("others", ["mass", "prefix", "zero"])
+def test_a_row_of_infinite_eta_among_guided_ones_draws_pi_refs_tokens(others):
+    got = run(rng=SEEDS, others=others, **{**MIXED, "eta": [0.1, np.inf] * 3})
     want = run(guided=False, rng=SEEDS, **UNGUIDED)
     for row in (1, 3, 5):
         assert got.response(row) == want.response(row)
@@ -219,6 +220,9 @@ def test_expectation_mode_is_refused_where_means_may_be_negative():
         (dict(eta=np.nan), "eta is nan"),
         (dict(eta=[0.1, 0.2]), r"eta has shape \(2,\); give one number, or one for each of the 6 rows"),
         (dict(eta=np.ones((6, 1))), r"eta has shape \(6, 1\)"),
+        *((dict(eta=eta), "eta is .*; it must be a number, at least 1e-06") for eta in (1e-8, 0.0, -1.0)),
+        *((dict(temperature=t), "temperature is .*; it must be 0, which is greedy") for t in (1e-7, 1e-40, -1.0, np.inf, np.nan)),
+        (dict(others="none"), "others is 'none'; it must be one of mass, prefix, zero"),
         (dict(temperature=-0.1), "temperature is -0.1; it must be 0, which is greedy, or a finite number, at least 1e-06"),
         (dict(top_p=0), r"top_p is 0; it must be a number above 0, at most 1"),
         (dict(top_p=1.1), "top_p is 1.1"),

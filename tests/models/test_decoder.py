@@ -60,28 +60,21 @@ def test_forward_is_the_network_in_plain_numpy_whatever_the_packing_and_padding(
         np.testing.assert_allclose(got_logits[row, place], numpy_decoder.logits(exact, config, want), atol=1e-4)
 
 
-@every_family
-def test_a_later_token_leaves_earlier_positions_alone(family):
-    changed = TOKENS.copy()
-    changed[:, 8] = (TOKENS[:, 8] + 1) % 23
-    before, after = hidden_of(family), hidden_of(family, changed)
-    earlier = (SEGMENTS > 0) & (np.arange(12) < 8)
-    np.testing.assert_array_equal(after[earlier], before[earlier])
-    assert (np.abs(after[:, 8:11] - before[:, 8:11]).max(-1) > 1e-5).all(), "every later position sees it"
+# Where tokens are changed, and which positions do not see it.
+CHANGES = {
+    "a later token": (np.arange(12) == 8, (SEGMENTS > 0) & (np.arange(12) < 8)),
+    "the segment before": (SEGMENTS == 1, (SEGMENTS == 2)),
+    "padding": (SEGMENTS == 0, SEGMENTS > 0),
+}
 
 
 @every_family
-def test_a_segment_does_not_see_the_one_before_it(family):
-    changed = TOKENS.copy()
-    changed[1, :5] = (TOKENS[1, :5] + 1) % 23
-    np.testing.assert_array_equal(hidden_of(family, changed)[1, 5:11], hidden_of(family)[1, 5:11])
-
-
-@every_family
-def test_padding_may_hold_anything_on_either_side(family):
-    changed = np.where(SEGMENTS == 0, 7, TOKENS)
-    place = SEGMENTS > 0
-    np.testing.assert_array_equal(hidden_of(family, changed)[place], hidden_of(family)[place])
+@pytest.mark.parametrize(("changed", "unseen"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_position_sees_its_own_segment_up_to_itself(family, changed, unseen):
+    before, after = hidden_of(family), hidden_of(family, np.where(changed, (TOKENS + 1) % 23, TOKENS))
+    np.testing.assert_array_equal(after[unseen], before[unseen])
+    if changed.ndim == 1:
+        assert (np.abs(after[:, 8:11] - before[:, 8:11]).max(-1) > 1e-5).all(), "every later position sees it"
 
 
 @every_family

@@ -4,19 +4,16 @@ The devices are made by a process of its own, which is this file run as a script
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import fake_devices
 from helpers import random_guide, random_model
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from repository import PYTHONPATH
+from processes import printed_on_fake_devices
 
 from qsharp_jax import generate
 from qsharp_jax.models import config, cpu_form, decoder, memory, meshes, sharding, value
@@ -86,23 +83,14 @@ if __name__ == "__main__":
 # --- In the tests ---------------------------------------------------------------------------------------------------
 
 
-def decoded_elsewhere(*names: str) -> dict:
-    path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
-    environment = os.environ | quick | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fake_devices(8), "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def results():
-    return decoded_elsewhere(*{mesh for _, mesh in QUICK})
+    return printed_on_fake_devices(__file__, *{mesh for _, mesh in QUICK})[0]
 
 
 @pytest.fixture(scope="module")
 def slow_results():
-    return decoded_elsewhere(*{mesh for _, mesh in SLOW})
+    return printed_on_fake_devices(__file__, *{mesh for _, mesh in SLOW})[0]
 
 
 @pytest.mark.parametrize("variant, mesh", QUICK)

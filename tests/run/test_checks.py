@@ -7,20 +7,31 @@ import pytest
 import small_data
 
 from qsharp_jax.run import checks, models, problems
+from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError
 
 
-def changed(tmp_path, *overrides):
-    return helpers.session(tmp_path, *overrides).config
-
-
-def test_a_batch_that_its_parts_do_not_divide(tmp_path):
-    """With both numbers."""
-    config = changed(tmp_path, "fit.batch_size=8", "fit.accumulate=3")
-    with pytest.raises(UserError, match="fit.accumulate is 3.*fit.batch_size, which is 8"):
-        checks.check(config)
-    config.fit.accumulate = 4
-    checks.check(config)
+# Prompts have 16 tokens and responses up to 7 in models of 23 positions.
+@pytest.mark.parametrize(
+    ("bad", "words", "good"),
+    [
+        (["fit.batch_size=8", "fit.accumulate=3"], "fit.accumulate is 3.*fit.batch_size, which is 8", ["fit.accumulate=4"]),
+        (["fit.pack_length=22"], "fit.pack_length is 22; it must be at least 23", ["fit.pack_length=23"]),
+        (["fit.pack_length=22"], "fit.pack_length is 22; it must be at least 23", ["fit.pack_length=0"]),
+        (["generate.max_new_tokens=8"], "16 tokens, which with config.generate.max_new_tokens = 8 are more than the", ["generate.max_new_tokens=7"]),
+        (["fit.patience=3"], "fit.patience is 3 and config.fit.evaluate_every 0", ["fit.evaluate_every=5"]),
+        (["fit.evaluate_every=5", "fit.holdout=0"], "fit.evaluate_every is 5 and config.fit.holdout 0", ["fit.holdout=0.1"]),
+        (["evaluate.pass_at=1,4", "evaluate.samples=3"], "pass_at has 4 and config.evaluate.samples is 3; pass@k needs at least k", ["evaluate.samples=4"]),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(tmp_path, bad, words, good):
+    config = helpers.session(tmp_path, *bad).config
+    with pytest.raises(UserError, match=words):
+        checks.check_settings(config)
+        checks.check_problems(config)
+    configs.override(config, [f"--config.{change}" for change in good])
+    checks.check_settings(config)
+    checks.check_problems(config)
 
 
 def test_a_setting_that_is_not_there(tmp_path):
@@ -34,25 +45,6 @@ def test_a_setting_that_is_not_there(tmp_path):
         checks.check(config)
 
 
-def test_packed_rows_that_a_rollout_may_not_fit_into(tmp_path):
-    """Prompts of 16 tokens and up to 7 new ones: 22 are too few, 23 are enough, and 0 packs nothing."""
-    config = changed(tmp_path, "fit.pack_length=22")
-    with pytest.raises(UserError, match="fit.pack_length is 22; it must be at least 23"):
-        checks.check_problems(config)
-    for enough in (23, 0):
-        config.fit.pack_length = enough
-        checks.check_problems(config)
-
-
-def test_a_budget_that_the_longest_prompt_leaves_no_room_for(tmp_path):
-    """Prompts of 16 tokens in models of 23 positions: 7 new ones fit, 8 do not."""
-    config = changed(tmp_path, "generate.max_new_tokens=8")
-    with pytest.raises(UserError, match="16 tokens, which with config.generate.max_new_tokens = 8 are more than the"):
-        checks.check_problems(config)
-    config.generate.max_new_tokens = 7
-    checks.check_problems(config)
-
-
 def test_every_round_uses_a_fixed_data_set_whole(tmp_path):
     """As the paper does, where endless problems are new ones in each round."""
     folder = small_data.write_gsm8k(tmp_path / "data")
@@ -61,8 +53,12 @@ def test_every_round_uses_a_fixed_data_set_whole(tmp_path):
     assert len(first) == len(second) == 12 and not {p.problem_id for p in first} & {p.problem_id for p in second}
     data_set = dict(name="gsm8k", data=str(folder), evaluate_on="test", split_seed=0)
     made = helpers.session(tmp_path / "other", "rounds=2", "collect.prompts=36", task=data_set)
-    assert len(problems.train_problems(made, 1)) == 36 and problems.train_problems(made, 2) == problems.train_problems(made, 1)
-    assert len(problems.test_problems(made)) == 10 and not set(problems.test_problems(made)) & set(problems.train_problems(made, 1))
+    assert len(problems.train_problems(made, 1)) == 36 and problems.train_problems(made, 2) == problems.train_problems(
+        made, 1
+    )
+    assert len(problems.test_problems(made)) == 10 and not set(problems.test_problems(made)) & set(
+        problems.train_problems(made, 1)
+    )
     made = helpers.session(tmp_path / "more", "collect.prompts=37", task=data_set)
     with pytest.raises(UserError, match="gsm8k: there are 36 train problems, not the 37 asked for"):
         problems.train_problems(made, 1)
@@ -70,7 +66,7 @@ def test_every_round_uses_a_fixed_data_set_whole(tmp_path):
 
 def test_a_task_without_a_model_of_its_own(tmp_path):
     """Its reference comes from a folder; data that are relative to where the command was typed are not kept so."""
-    config = changed(tmp_path)
+    config = helpers.session(tmp_path).config
     with config.unlocked():
         config.task = dict(name="gsm8k", data="data", evaluate_on="test", split_seed=0)
     with pytest.raises(UserError, match="config.ref is pretrain, but gsm8k has no texts to pre-train on"):
@@ -80,15 +76,3 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
     config.task.data = "hub"
     models.make_absolute(config)
     assert config.task.data == "hub"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("fit.patience=3",), "fit.patience is 3 and config.fit.evaluate_every 0"),
-        (("fit.evaluate_every=5", "fit.holdout=0"), "fit.evaluate_every is 5 and config.fit.holdout 0"),
-    ],
-)
-def test_evaluations_that_would_never_come_or_have_nothing_to_measure(tmp_path, overrides, words):
-    with pytest.raises(UserError, match=words):
-        checks.check(changed(tmp_path, *overrides))

@@ -116,13 +116,10 @@ def test_products_and_quotients_stay_within_the_table(train):
 def test_stories_have_one_to_three_events_of_all_kinds(train):
     events = [read(problem.prompt)[1] for problem in train]
     assert {len(e) for e in events} == {1, 2, 3}
+    assert {len(read(p.prompt)[1]) for p in arithmetic.problems(changed(max_events=1), "train", 50, seed=0)} == {1}
     shares = collections.Counter(kind for e in events for kind, _, _ in e)
     assert set(shares) == {kind for kind, _, _ in READINGS}
     assert min(shares.values()) > 0.015 * shares.total()
-
-
-def test_max_events_bounds_the_story():
-    assert {len(read(p.prompt)[1]) for p in arithmetic.problems(changed(max_events=1), "train", 50, seed=0)} == {1}
 
 
 def test_a_problem_is_known_by_its_content_alone(train, test):
@@ -138,12 +135,6 @@ def test_train_and_test_stay_apart_for_every_seed(stories, test):
     assert not tested & {str(read(prompt)) for prompt, _ in stories}
 
 
-def test_problems_depend_on_the_seed_and_not_on_the_count(train):
-    assert arithmetic.problems(CONFIG, "train", 100, seed=0) == train[:100]
-    assert arithmetic.problems(CONFIG, "train", 100, seed=1) != train[:100]
-    assert arithmetic.problems(CONFIG, "train", 0, seed=0) == []
-
-
 def test_problems_are_the_same_in_every_process():
     # Recorded: a change here gives the problems of old rollouts other ids, and moves some from train to test.
     first = arithmetic.problems(CONFIG, "test", 1, seed=0)[0]
@@ -153,11 +144,6 @@ def test_problems_are_the_same_in_every_process():
         "How many shells does Mia have?",
         answer="13",
     )
-
-
-def test_an_unknown_split_is_an_error():
-    with pytest.raises(ValueError, match="split is 'validation'; it must be one of train, test"):
-        arithmetic.problems(CONFIG, "validation", 1, seed=0)
 
 
 def test_every_worked_equation_is_right(corpus):
@@ -219,11 +205,6 @@ def test_the_share_of_bare_equations(fraction):
     assert all(re.fullmatch(r"(\d+[-+*/]\d+=\d+\. ?)+(?<! )", response) for response in bare)
 
 
-def test_the_corpus_depends_on_the_seed(corpus):
-    assert arithmetic.pretraining_texts(CONFIG, 10_000, seed=0) == corpus
-    assert arithmetic.pretraining_texts(CONFIG, 100, seed=1) != arithmetic.pretraining_texts(CONFIG, 100, seed=0)
-
-
 @pytest.mark.parametrize(
     "response, answer",
     [
@@ -262,18 +243,6 @@ def test_parse_takes_any_text_and_returns_a_canonical_number(response):
     assert answer is None or answer == str(int(answer))
 
 
-def test_texts_survive_the_tokenizer(tokenizer, corpus, test):
-    for text in [prompt + response for prompt, response in corpus[:2000]] + [p.prompt for p in test]:
-        ids = tokenizer.encode(text)
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_prompt_and_response_are_cut_where_they_meet(tokenizer, stories):
-    for prompt, response in stories[:500]:
-        assert tokenizer.encode(prompt) + tokenizer.encode(response) == tokenizer.encode(prompt + response)
-
-
 def test_one_token_a_digit_and_none_for_a_space(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(r"Sam has 54 eggs. 54/9=6. \boxed{6}"))
     words = ["Sam", " has ", "5", "4", " eggs", ". "]
@@ -307,7 +276,3 @@ def test_unknown_words_are_visible(tokenizer):
 def test_a_setting_out_of_range_is_an_error(setting, value, allowed):
     with pytest.raises(ValueError, match=f"{setting} is {value}; it must be in {allowed}"):
         arithmetic.check(changed(**{setting: value}))
-
-
-def test_good_settings_pass():
-    arithmetic.check(CONFIG)

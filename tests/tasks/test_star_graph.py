@@ -99,11 +99,6 @@ def test_train_and_test_stay_apart_for_every_seed():
     assert not test & {content(prompt) for prompt, _ in star_graph.pretraining_texts(config, 2000, seed=2)}
 
 
-def test_problems_depend_on_the_seed_and_not_on_the_count(train):
-    assert star_graph.problems(CONFIG, "train", 100, seed=0) == train[:100]
-    assert star_graph.problems(CONFIG, "train", 100, seed=1) != train[:100]
-
-
 def test_more_problems_than_there_are_is_an_error():
     config = changed(degree=2, path_length=2, num_nodes=3)
     with pytest.raises(ValueError, match=r"found \d distinct train problems, not the 100 asked for"):
@@ -130,14 +125,10 @@ def test_pretraining_on_walks_takes_every_arm_alike():
         assert share == pytest.approx(1 / 3, abs=0.026)
 
 
-def test_the_corpus_depends_on_the_seed():
-    first, again, other = (star_graph.pretraining_texts(CONFIG, 50, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other
-
-
 def test_the_reward_is_one_for_the_path_and_nothing_else(train):
     for problem in train[:50]:
         assert star_graph.reward(problem, problem.answer) == 1.0
+        assert star_graph.parse(problem.answer) == problem.answer
         nodes = problem.answer.split(",")
         wrong = [nodes[::-1], nodes[:-1], nodes[1:], [*nodes, nodes[-1]], [nodes[0], *nodes[2:]]]
         for response in [",".join(path) for path in wrong] + [problem.answer + " ", problem.answer + "|", ""]:
@@ -149,35 +140,16 @@ def test_what_is_no_list_of_nodes_is_no_answer(response):
     assert star_graph.parse(response) is None
 
 
-def test_a_list_of_nodes_is_its_own_canonical_form(train):
-    assert star_graph.parse("7") == "7"
-    assert all(star_graph.parse(problem.answer) == problem.answer for problem in train)
-
-
 def test_three_tokens_an_edge(tokenizer):
+    assert len(tokenizer) == 4 + 50 + 3
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("12,3|3,40/12,40=12,3,40"))
     assert pieces == ["12", "3", "|", "3", "40", "/", "12", "40", "=", "12", "3", "40"]
-
-
-def test_texts_survive_the_tokenizer(tokenizer, train):
-    for problem in train:
-        for text in (problem.prompt, problem.answer, problem.prompt + problem.answer):
-            ids = tokenizer.encode(text)
-            assert not set(ids) & set(range(4))
-            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == text
-        prompt, response = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer)
-        assert prompt + response == tokenizer.encode(problem.prompt + problem.answer)
-        assert (len(prompt), len(response)) == (3 * 9 + 3, 4)
 
 
 @given(st.lists(st.integers(4, 4 + 50 + 2), max_size=20))
 def test_tokens_survive_the_text(tokenizer, ids):
     """Whatever a model writes can be read back."""
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
-
-
-def test_size(tokenizer):
-    assert len(tokenizer) == 4 + 50 + 3
 
 
 @pytest.mark.parametrize("text", ["50,1", "1, 2", "a", "01", "1;2"])

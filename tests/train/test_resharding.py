@@ -6,8 +6,6 @@ The devices are made by a process of its own, which is this file run as a script
 import functools
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from devices import fake_devices
-from repository import PYTHONPATH
+from processes import printed_on_fake_devices
 
 from qsharp_jax import cli, train
 from qsharp_jax.data.batches import Batches
@@ -143,7 +140,6 @@ def slice_of_a_run(workdir: Path, out: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     found = {"matrix": matrix(folder / "matrix"), "moved": moved(folder)}
     slice_of_a_run(folder / "run", folder / "from_the_slice")
     print(json.dumps(found))
@@ -163,14 +159,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder) -> dict:
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes most of the time
-        "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": PYTHONPATH,
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_on_fake_devices(__file__, folder)[0]
 
 
 @pytest.mark.slow

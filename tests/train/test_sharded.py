@@ -6,17 +6,14 @@ The devices are made by a process of its own, which is this file run as a script
 import functools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 
 import helpers
 import jax
 import numpy as np
 import pytest
-from devices import fake_devices
-from repository import PYTHONPATH
+from processes import printed_on_fake_devices
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import make_batch
@@ -102,7 +99,6 @@ def gathers(program: str) -> list[list[int]]:
 
 def main():
     """Prints a JSON list: for each case, what one device gives and what the mesh does."""
-    jax.config.update("jax_disable_most_optimizations", True)
     cases = [CASES[int(number)] for number in sys.argv[1:]] or CASES
     print(json.dumps([[fitted(*case[:2], None), fitted(*case[:2], MESHES[case[2]])] for case in cases]))
 
@@ -116,16 +112,10 @@ if __name__ == "__main__":
 
 def run(*cases: int) -> list:
     """Results of `main` on eight fake devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": fake_devices(8), "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": PYTHONPATH,
-    }  # fmt: skip
-    command = [sys.executable, __file__, *map(str, cases)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    found, errors = printed_on_fake_devices(__file__, *cases)
     # XLA says so where it can change a layout only by making the whole array on every device.
-    assert "Involuntary full rematerialization" not in process.stderr
-    return json.loads(process.stdout)
+    assert "Involuntary full rematerialization" not in errors
+    return found
 
 
 @pytest.fixture(scope="module")
