@@ -6,6 +6,7 @@ every draw if it took part.
 
 import datetime
 import errno
+import functools
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import bpe
+import helpers
 import numpy as np
 import numpy_decoder
 import pytest
@@ -31,6 +33,9 @@ from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.run.workdir import Workdir
 
 PROMPT, NEW = "How many eggs?", 8
+assert_same_lines = functools.partial(
+    helpers.assert_same_rows, numbers=("log_probs", "ref_log_probs", "kl", "values"), atol=1e-5
+)
 FEW = ("--max-new-tokens", NEW)
 
 
@@ -108,18 +113,6 @@ def test_several_guides_are_composed_by_their_weights(models, tmp_path, capfd):
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def assert_same_lines(actual: list[dict], expected: list[dict]) -> None:
-    """All that is not a rounded number exactly."""
-    numbers = ("log_probs", "ref_log_probs", "kl", "values")
-    for line, other in zip(actual, expected, strict=True):
-        assert {key: line[key] for key in line if key not in numbers} == {
-            key: other[key] for key in other if key not in numbers
-        }
-        for name in numbers:
-            mine, theirs = (np.asarray(each[name], float) for each in (line, other))
-            np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ARITHMETIC, assert_trees_equal
+from helpers import ARITHMETIC, assert_trees_equal, without_seconds
 
 from qsharp_jax import cli
 from qsharp_jax.data.records import read_rounds
@@ -73,10 +73,6 @@ def reached(workdir: Path) -> str:
     newest = max(files, key=lambda path: path.stat().st_mtime_ns).relative_to(workdir)
     kept = next((part for part in newest.parts if "tmp" in part), None)
     return "/".join(newest.parts[:3]) + (" (half-written)" if kept else "")
-
-
-def without_seconds(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:

@@ -199,12 +199,6 @@ def test_pieces_make_up_the_text_and_never_show_half_a_character(folder, sizes):
     assert "".join(text.decode_stream([text.encode_response("😀")[:2]])) == "\ufffd"  # cut for good
 
 
-def test_pieces_of_a_word_level_text():
-    text = TEXTS["star_graph"]
-    tokens = text.encode_response("0,11,3")
-    assert "".join(text.decode_stream([token] for token in tokens)) == "0,11,3"
-
-
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_task_s_tokenizer_saved_for_other_programs_puts_bos_by_itself(name, tmp_path):
     text = TEXTS[name]

@@ -1,11 +1,11 @@
 """Samples of a method while they are under way: in shards, from which one that was stopped goes on, on two hosts too."""
 
+import functools
 import json
 import math
 import sys
 
 import helpers
-import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
@@ -23,6 +23,9 @@ from qsharp_jax.system.multihost import Place
 from qsharp_jax.tasks.judging import Judgement
 
 ETAS = (0.5, 0.1)
+assert_same_samples = functools.partial(
+    helpers.assert_same_rows, numbers=("kl", "kl_truncated", "values"), atol=2e-4
+)
 
 
 def make_models(session):
@@ -90,22 +93,6 @@ def forbid_sampling(patch):
         raise AssertionError("samples again")
 
     patch.setattr(samples, "ContinuousBatch", forbidden)
-
-
-def without_seconds(rows):
-    return [{key: item for key, item in row.items() if key != "seconds"} for row in rows]
-
-
-def assert_same_samples(actual, expected):
-    """All exactly but the sums of numbers, which depend on when a response was decoded, by a rounding of float32."""
-    numbers = ("kl", "kl_truncated", "values", "seconds")
-    for row, other in zip(actual, expected, strict=True):
-        assert {key: row[key] for key in row if key not in numbers} == {
-            key: other[key] for key in other if key not in numbers
-        }
-        for name in numbers[:3]:
-            mine, theirs = (np.asarray(each[name], float) for each in (row, other))
-            np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
 def test_a_method_that_is_stopped_goes_on_from_its_shards(stoppable, tmp_path, monkeypatch):
@@ -192,7 +179,7 @@ def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypat
             samples.score_samples(session, guide, rows, number=2)
     assert len(shards_of(session, "pi_ref_values_round_2")) == 2
     scored = samples.score_samples(session, guide, rows, number=2)
-    assert without_seconds(scored) == without_seconds(expected)
+    assert helpers.without_seconds(scored) == helpers.without_seconds(expected)
     assert [row["problem_id"] for row in scored] == [row["problem_id"] for row in rows]
     assert all(scored["seconds"] > row["seconds"] for scored, row in zip(scored, rows, strict=True))
     assert not shards_of(session, "pi_ref_values_round_2")

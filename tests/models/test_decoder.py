@@ -148,14 +148,6 @@ def test_bfloat16_computes_near_float32_and_gives_float32_logits():
     assert np.abs(np.asarray(logits - want))[place].mean() < 0.02 * np.asarray(want)[place].std()
 
 
-def test_the_embedding_adds_a_share_of_the_token_before_and_none_at_a_first_token():
-    params, config = model("qwen2")
-    tokens, previous = np.array([[3, 4]]), np.array([[-1, 3]])
-    got = decoder.embed(params, config, tokens, previous, np.array([[0, 1]]))
-    table, share = np.asarray(params["embedding"]), np.asarray(params["token_shift"])
-    np.testing.assert_allclose(got, [[table[3], table[4] + share * table[3]]], atol=1e-6)
-
-
 @pytest.mark.parametrize("size", ["llama3.1-8b", "llama3.2-1b", "llama3-8b", "qwen3-8b"])
 def test_rotary_positions_are_scaled_as_published_up_to_the_last_position(size):
     config = configs.make(size)

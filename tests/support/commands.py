@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import helpers
 from repository import CONFIGS
 
 from qsharp_jax import cli
@@ -35,8 +36,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def results(workdir: Path) -> list[dict]:
-    rows = json.loads((workdir / "results.json").read_text())
-    return [{name: figure for name, figure in row.items() if name != "seconds"} for row in rows]
+    return helpers.without_seconds(json.loads((workdir / "results.json").read_text()))
 
 
 def stdout_lines(capfd, *arguments) -> list[dict]:

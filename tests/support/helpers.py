@@ -8,6 +8,7 @@ where they can be, and are drawn by numpy.
 import functools
 import math
 import tempfile
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import jax
@@ -155,3 +156,15 @@ def assert_trees_equal(actual, expected) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{name: figure for name, figure in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_rows(actual: list[dict], expected: list[dict], numbers: Sequence[str], atol: float) -> None:
+    """The same but for seconds; numbers, which depend on when a response was decoded, by a rounding of float32."""
+    for row, other in zip(without_seconds(actual), without_seconds(expected), strict=True):
+        for name in numbers:
+            np.testing.assert_allclose(*(np.asarray(each.pop(name), float) for each in (row, other)), atol=atol)
+        assert row == other

@@ -116,7 +116,3 @@ def test_time_is_linear(hostile):
     boxed.last_box(hostile)
     boxed.answer(hostile)
     assert time.perf_counter() - begin < 0.5  # some milliseconds; a quadratic search takes minutes
-
-
-def test_the_prompt_is_the_papers():
-    assert boxed.prompt("How many?") == "Problem:\n\nHow many? Write your answer inside \\boxed{}.\n\nSolution:"

@@ -164,15 +164,12 @@ def test_waits_for_inputs_are_lost(monkeypatch):
     assert second["goodput"] == pytest.approx(2 / wall) and second["tokens_per_second"] == pytest.approx(80)
 
 
-def test_flops_are_divided_by_the_time_of_steps_and_by_the_peak(monkeypatch):
-    monkeypatch.setattr(throughput, "device_peak", lambda kind: 1e12)
-    _, lap, _ = timed(monkeypatch, fetch=0.0, host=0.0, runs=0.5, flops=lambda batch: 1e11)
-    assert lap["flops_per_second"] == pytest.approx(2e11) and lap["mfu"] == pytest.approx(0.2)
-
-
-def test_without_a_known_peak_there_are_flops_but_no_share_of_it(monkeypatch):
-    _, lap, _ = timed(monkeypatch, fetch=0.0, host=0.0, runs=0.5, flops=lambda batch: 1e11)
-    assert lap["flops_per_second"] == pytest.approx(2e11) and "mfu" not in lap
+def test_flops_are_divided_by_the_time_of_steps_and_by_the_peak_where_it_is_known(monkeypatch):
+    for peak, mfu in ((1e12, {"mfu": pytest.approx(0.2)}), (None, {})):
+        monkeypatch.setattr(throughput, "device_peak", lambda kind, peak=peak: peak)
+        _, lap, _ = timed(monkeypatch, fetch=0.0, host=0.0, runs=0.5, flops=lambda batch: 1e11)
+        assert lap["flops_per_second"] == pytest.approx(2e11)
+        assert {name: lap[name] for name in lap if name == "mfu"} == mfu
 
 
 def test_evaluations_and_saves_are_lost(monkeypatch):

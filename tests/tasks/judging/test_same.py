@@ -63,6 +63,9 @@ ANSWERS = {
     "x=5": (["5", "x = 2+3 = 5"], ["y=5", "x=5=6=5"]),
     # Words and choices.
     r"\text{even}": (["even", "Even", r"\textbf{even}"], ["odd", "not even"]),
+    r"\text{Evelyn}": (["Evelyn"], ["Angela"]),
+    "2125": (["2,125"], ["-2125"]),
+    "p - q": (["p-q"], ["p+q"]),
     r"\text{(C)}": (["C", "(C)", "C.", r"\textbf{(C)}\ 12"], ["D", "(D) C"]),
     "12:00": (["12:00"], ["1:00"]),
 }  # fmt: skip
