@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 from qsharp_jax import values
 
 ATOMS = {
-    "bernoulli": (0.0, 1.0),
-    "unit": tuple(np.linspace(0, 1, 11)),
-    "signed": (-1.0, -0.3, 0.2, 0.9),
-    "symmetric": (-1.0, 1.0),
-    "losses": (-5.0, -0.5),
-    "scores": (0.3, 2.0, 10.0),
-}
+    "bernoulli": (0.0, 1.0), "unit": tuple(np.linspace(0, 1, 11)), "signed": (-1.0, -0.3, 0.2, 0.9),
+    "symmetric": (-1.0, 1.0), "losses": (-5.0, -0.5), "scores": (0.3, 2.0, 10.0),
+}  # fmt: skip
 
 examples = settings(max_examples=60, deadline=None)
 logit = st.floats(-80, 80, width=32)

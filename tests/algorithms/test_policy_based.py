@@ -159,12 +159,8 @@ def test_a_policy_is_measured_and_reported_like_a_guide():
     session, ref, made, _ = trained("reinforce")
     rows = measure.evaluate(session, ref, {1: made}, full=True)
     assert [row["method"] for row in rows] == [
-        "pi_ref",
-        "pi_ref_greedy",
-        "pi_ref_top_k",
-        "reinforce",
-        "reinforce_greedy",
-    ]
+        "pi_ref", "pi_ref_greedy", "pi_ref_top_k", "reinforce", "reinforce_greedy",
+    ]  # fmt: skip
     objective, _ = bandit.exact_objective(session, ref, made)
     assert rows[3]["eta"] == configs.kl_weight(session.config) and rows[3]["n"] == 60 and rows[3]["kl"] > 0.1
     assert rows[3]["reward"] - configs.kl_weight(session.config) * rows[3]["kl"] == pytest.approx(objective, abs=0.15)

@@ -24,13 +24,9 @@ def test_reranking_by_hand():
     """Two problems with three samples each, interleaved. Values are read at the last token."""
     table = [
         # problem, parsed, reward, values, tokens
-        ("p", "4", 0.0, [0.9, 0.1], 2),
-        ("q", "1", 1.0, [0.3], 1),
-        ("p", "4", 0.0, [0.9, 0.2], 2),
-        ("q", "2", 0.0, [0.1, 0.6], 2),
-        ("p", "7", 1.0, [0.1, 0.2, 0.8], 3),
-        ("q", "3", 0.0, [0.2], 1),
-    ]
+        ("p", "4", 0.0, [0.9, 0.1], 2), ("q", "1", 1.0, [0.3], 1), ("p", "4", 0.0, [0.9, 0.2], 2),
+        ("q", "2", 0.0, [0.1, 0.6], 2), ("p", "7", 1.0, [0.1, 0.2, 0.8], 3), ("q", "3", 0.0, [0.2], 1),
+    ]  # fmt: skip
     samples = [
         {"problem_id": problem, "reward": reward, "tokens": [0] * tokens} for problem, _, reward, _, tokens in table
     ]

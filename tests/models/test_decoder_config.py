@@ -11,21 +11,12 @@ from qsharp_jax.models.value import ValueConfig
 
 # As counted by the publishers' own checkpoints.
 PUBLISHED = {
-    "gpt2-small": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "llama3-1b": 1_235_814_400,
-    "llama3-3b": 3_212_749_824,
-    "llama3-8b": 8_030_261_248,
-    "llama3-70b": 70_553_706_496,
-    "llama3.1-8b": 8_030_261_248,
-    "llama3.1-70b": 70_553_706_496,
-    "llama3.2-1b": 1_235_814_400,
-    "llama3.2-3b": 3_212_749_824,
-    "qwen2.5-1.5b": 1_543_714_304,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-1.7b": 1_720_574_976,
+    "gpt2-small": 124_439_808, "gpt2-medium": 354_823_168, "llama3-1b": 1_235_814_400, "llama3-3b": 3_212_749_824,
+    "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496, "llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824,
+    "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
     "qwen3-8b": 8_190_735_360,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [size for size in configs.SIZES if size != "tiny"])

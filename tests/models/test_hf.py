@@ -148,12 +148,9 @@ def test_bfloat16_errs_no_more_than_transformers_does(name, folders):
 def test_64_greedy_tokens_are_those_of_transformers(name, folders):
     prompts = [TOKENS[0, :40].tolist(), TOKENS[1, :7].tolist(), TOKENS[2, :1].tolist()]
     ours = generate(
-        hf.load_ref(folders(name), dtype="float32"),
-        None,
-        prompts,
-        Sampling(temperature=0.0, max_new_tokens=64),
+        hf.load_ref(folders(name), dtype="float32"), None, prompts, Sampling(temperature=0.0, max_new_tokens=64),
         rng=0,
-    )
+    )  # fmt: skip
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -17,11 +17,8 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import star_graph
 
 FILES = {
-    "model-1.safetensors": b"weights" * 1000,
-    "model-2.safetensors": b"more",
-    "config.json": b"{}",
-    "README.md": b"x",
-}
+    "model-1.safetensors": b"weights" * 1000, "model-2.safetensors": b"more", "config.json": b"{}", "README.md": b"x",
+}  # fmt: skip
 
 
 @pytest.fixture

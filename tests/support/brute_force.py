@@ -48,12 +48,9 @@ ALL = {**CASES, "tiny": (TINY, ValueConfig(dataclasses.replace(TINY, heads=2), "
 # Six rows, each with a prompt of its own length and its own settings: one batch of what a caller may mix.
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [0, 18], [11, 2, 12], [4, 4, 4, 4, 4, 4, 4], [8] * 12]
 MIXED = dict(
-    eta=[0.2, 0.05, np.inf, 0.5, 1.0, 0.1],
-    temperature=[1.0, 0.7, 1.3, 0.0, 1.0, 1.0],
-    top_p=[1.0, 0.8, 0.9, 1.0, 1.0, 0.5],
-    top_k=[0, 0, 0, 0, 5, 3],
-    budget=[N, N, N, 6, N, 1],
-)
+    eta=[0.2, 0.05, np.inf, 0.5, 1.0, 0.1], temperature=[1.0, 0.7, 1.3, 0.0, 1.0, 1.0],
+    top_p=[1.0, 0.8, 0.9, 1.0, 1.0, 0.5], top_k=[0, 0, 0, 0, 5, 3], budget=[N, N, N, 6, N, 1],
+)  # fmt: skip
 COMMON = dict(max_new_tokens=N, stop_ids=STOPS, top_k_candidates=K)
 
 

@@ -208,23 +208,12 @@ def test_the_share_of_bare_equations(fraction):
 @pytest.mark.parametrize(
     "response, answer",
     [
-        (r"54-12=42. \boxed{42}", "42"),
-        (r"\boxed{042}", "42"),
-        (r"\boxed{0}", "0"),
-        (r"\boxed{00}", "0"),
-        (r"\boxed{1} \boxed{42}", "42"),
-        (r"\boxed{42} and so on 7", "42"),
-        (r"\boxed{42} \boxed{", None),
-        (r"\boxed{42} \boxed{x}", None),
-        (r"\boxed{4", None),
-        (r"\boxed{}", None),
-        (r"\boxed{-4}", None),
-        (r"\boxed{4+2}", None),
-        ("42}", None),
-        ("54-12=42.", None),
-        ("", None),
+        (r"54-12=42. \boxed{42}", "42"), (r"\boxed{042}", "42"), (r"\boxed{0}", "0"), (r"\boxed{00}", "0"),
+        (r"\boxed{1} \boxed{42}", "42"), (r"\boxed{42} and so on 7", "42"), (r"\boxed{42} \boxed{", None),
+        (r"\boxed{42} \boxed{x}", None), (r"\boxed{4", None), (r"\boxed{}", None), (r"\boxed{-4}", None),
+        (r"\boxed{4+2}", None), ("42}", None), ("54-12=42.", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_the_last_box_is_the_answer(response, answer):
     assert arithmetic.parse(response) == answer
 

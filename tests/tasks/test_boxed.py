@@ -102,15 +102,10 @@ def test_the_last_box_is_in_the_answer(pieces):
 @pytest.mark.parametrize(
     "hostile",
     [
-        "{" * 100_000,
-        r"\boxed{" * 15_000,
-        r"\boxed{" + "{" * 100_000,
-        r"\boxed a" * 12_000,
-        "\\" * 100_000 + "boxed{1}",
-        r"\boxed{1} and " * 7000,
-        r"\boxed{" + r"\boxed{1} , " * 7000,
+        "{" * 100_000, r"\boxed{" * 15_000, r"\boxed{" + "{" * 100_000, r"\boxed a" * 12_000,
+        "\\" * 100_000 + "boxed{1}", r"\boxed{1} and " * 7000, r"\boxed{" + r"\boxed{1} , " * 7000,
     ],
-)
+)  # fmt: skip
 def test_time_is_linear(hostile):
     begin = time.perf_counter()
     boxed.last_box(hostile)

@@ -130,16 +130,9 @@ def test_classes_are_closed_under_sameness(answers, pairs):
 def test_classes_are_those_of_the_values(answers):
     """Against fractions: two answers have one spelling just if they have one value."""
     values = {
-        None: None,
-        "1/3": 1 / 3,
-        "2/6": 1 / 3,
-        "0.25": 1 / 4,
-        r"\frac14": 1 / 4,
-        "1/4": 1 / 4,
-        "3": 3,
-        "4": 4,
+        None: None, "1/3": 1 / 3, "2/6": 1 / 3, "0.25": 1 / 4, r"\frac14": 1 / 4, "1/4": 1 / 4, "3": 3, "4": 4,
         "04": 4,
-    }
+    }  # fmt: skip
     (spelled,) = SHARED.classes([Problem("p", "", "0.25")], [answers])
     for (a, one), (b, other) in itertools.product(zip(answers, spelled), repeat=2):
         assert (one == other) == (values[a] == values[b])
