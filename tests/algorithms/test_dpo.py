@@ -104,7 +104,6 @@ def test_pairs_are_all_of_one_prompt_with_different_rewards(made):
 
 
 def test_an_empty_half_counts_for_nothing():
-    """A batch without a pair has the loss 0, not nan."""
     empty = PolicyBatch(
         *(np.zeros((4, 3), kind) for kind in (int, int, int, bool)), {"ref_log_probs": np.zeros((4, 3))}
     )

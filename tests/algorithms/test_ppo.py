@@ -81,7 +81,6 @@ def test_at_ratio_1_the_gradient_is_reinforce_with_the_same_advantages():
     ],
 )
 def test_the_clip_by_hand(ratio, advantage, loss, slope):
-    """One token, eps 0.2, without the value's part."""
     sequences, _, _ = setting()
     which = np.flatnonzero(sequences.mask.sum(1) == 1)[:1]
     numbers = {"old_log_probs": np.zeros((1, 3)), "advantages": np.full((1, 3), advantage), "returns": np.zeros((1, 3))}

@@ -38,7 +38,6 @@ def test_rollouts_in_all_are_those_that_the_label_says(tmp_path, ablation):
 
 
 def test_rewards_at_a_kl_are_those_of_a_mixture_within_it():
-    """In the middle of two points their mean, and beyond the last one's KL the last."""
     rng = np.random.default_rng(0)
     low, middle, high = (rng.random(5) for _ in range(3))
     found = {

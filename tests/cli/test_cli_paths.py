@@ -98,7 +98,6 @@ def test_a_path_that_cannot_be_is_one_sentence(there, capsys, command, bad):
 
 
 def test_a_device_as_output_is_written_to_and_stays_one(there, capsys):
-    """It is not replaced by a file, as a file is."""
     assert cli.main(["judge", "--task", "gsm8k", "--input", there["LINES"], "--output", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()
 
@@ -111,8 +110,6 @@ def test_errors_inside_a_run_s_folder_name_the_file(there, tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "/usr/lib/qsharp/x"), OSError("no number")])
 def test_an_error_on_another_file_is_no_mistake_of_the_users(there, monkeypatch, error):
-    """It keeps its traceback."""
-
     def fail(*arguments):
         raise error
 

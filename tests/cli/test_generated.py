@@ -93,7 +93,6 @@ def test_a_file_cut_anywhere_ends_as_one_that_never_was(tmp_path, kept):
 
 
 def test_each_line_is_in_the_file_when_the_next_response_is_waited_for(tmp_path):
-    """A kill loses no response that has ended."""
     path, sizes = tmp_path / "out.jsonl", []
 
     def lines(missing):
@@ -119,7 +118,6 @@ def test_a_file_to_which_another_process_writes_is_refused(tmp_path):
 
 
 def test_requests_that_are_alike_are_all_answered(tmp_path):
-    """The same prompt several times, with a seed that was drawn twice."""
     path = tmp_path / "out.jsonl"
     requests = [REQUESTS[0], REQUESTS[1], REQUESTS[0]]
     path.write_text(make_line(0), encoding="utf-8")

@@ -165,8 +165,6 @@ def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, how):
     ids=repr,
 )
 def test_a_shard_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, where, error):
-    """Nor left out: the error is raised as it is."""
-
     def fail(*arguments, **options):
         raise error
 

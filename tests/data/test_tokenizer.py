@@ -276,7 +276,6 @@ def test_renamed_special_tokens_that_neither_model_uses_are_counted_in_one_line(
     ],
 )
 def test_tokens_of_texts_templates_and_ends_must_be_the_same(ref, guide, count, first, capsys):
-    """A name that is no special token's, one that the template writes, one that ends a response, bos."""
     ref, guide = (llama(**{"special": OLD} | changes) for changes in (ref, guide))
     with pytest.raises(UserError) as caught:
         check_same_tokens(ref, guide)

@@ -200,7 +200,6 @@ def test_what_the_file_puts_after_a_text_is_left_out_of_prompts_with_a_warning(t
 
 
 def test_eos_is_the_config_s_where_the_tokenizer_names_none(tmp_path, cores):
-    """A folder like GPT-2's own."""
     text = Tokenizer.load(save(tmp_path, cores["llama3"], "gpt2"))
     assert text.hf_tokenizer.eos_token == "</s>" and text.encode_response("Sam")[-1] == 1 and text.stop_ids == (1,)
     for listed in (None, [], -1, 2**40, [10**6, 1]):

@@ -53,7 +53,6 @@ def make_sample(problem, reward, parsed="4", kl=0.0, tokens=3, finished=True):
 
 
 def test_the_figures_of_a_method_by_hand():
-    """Problem by problem, in their order, whatever order their samples have."""
     samples = [
         make_sample("q", 1.0, "1", kl=1.0),
         make_sample("p", 0.0, "4", kl=3.0, tokens=5),
@@ -258,14 +257,12 @@ def forbid_sampling(monkeypatch):
 
 
 def test_an_evaluation_is_not_done_twice(evaluated, monkeypatch):
-    """Everything is read back from the samples, seconds included."""
     session, ref, guides, rows = evaluated
     forbid_sampling(monkeypatch)
     assert measure.evaluate(session, ref, guides, full=True) == rows
 
 
 def test_a_stopped_evaluation_goes_on_with_the_method_it_was_at(evaluated, monkeypatch):
-    """One file is missing: that method alone is sampled again, and gives the same responses."""
     session, ref, guides, rows = evaluated
     path = session.workdir.samples / "cd_round_2.jsonl"
     before, content = samples_of(session, "cd_round_2"), path.read_text()
@@ -318,7 +315,6 @@ def copied(evaluated, tmp_path):
 
 
 def test_a_broken_verdict_is_mended(evaluated, copied, monkeypatch):
-    """Rewards and answers that were changed are as before, in every file and in the results."""
     before = {path.name: path.read_text() for path in copied.workdir.samples.iterdir()}
     for name, count in (("cd_round_2", 2), ("pi_ref", 1), ("pi_ref_values_round_2", 1)):
         rows = samples_of(copied, name)
@@ -374,7 +370,6 @@ def test_a_line_separator_in_a_text_is_no_end_of_line(tmp_path):
 
 
 def test_a_guide_less_evaluation_is_pi_refs(copied, monkeypatch, evaluated):
-    """Before the first fit: rows of pi_ref, and no others."""
     forbid_sampling(monkeypatch)
     rows = measure.evaluate(copied, evaluated[1], {}, full=True)
     assert [row["method"] for row in rows] == ["pi_ref", "pi_ref_greedy", "pi_ref_top_k"]

@@ -160,7 +160,6 @@ def test_shards_that_a_kill_left_beside_the_whole_file_are_removed(stoppable, mo
 
 
 def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypatch):
-    """Batch by batch of like length; the end is that of one that was never stopped."""
     session, ref, guide = stoppable
     rows = samples.sample_method(session, "pi_ref", ref, None, models.sampling(session), number=0, samples=3)
     straight = helpers.session(tmp_path / "straight")
@@ -194,7 +193,6 @@ def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
 
 
 def test_two_hosts_share_the_shards_and_go_on_from_those_of_both(tmp_path):
-    """One of them stops within its second shard: both end; then they go on, and end with what one host has."""
     straight = helpers.session(tmp_path / "straight")
     expected = sample(straight, *make_models(straight))
     two = helpers.session(tmp_path / "two")

@@ -99,7 +99,6 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([1 / 8, 0.1, 1 / 3]))
 def test_the_interval_holds_the_mean_and_is_the_same_every_time(counts, unit):
-    """Plots draw its two arms, which must not be negative."""
     rewards = np.asarray(counts) * unit
     low, high = statistics.bootstrap(rewards, resamples=300)
     assert low <= float(np.mean(rewards)) <= high

@@ -52,7 +52,6 @@ def test_squared_loss_needs_rollouts_by_the_square_of_what_the_likelihood_needs(
 
 
 def test_with_a_table_both_losses_give_the_average():
-    """So that what the example shows is of shared models only."""
     rewards, grid = np.array([1.0, 0, 0, 0, 1, 0, 0, 0, 0, 0]), np.linspace(0.01, 0.99, 99)
     for loss in likelihood.LOSSES:
         total = sum(likelihood.nll(loss, grid, reward) for reward in rewards)

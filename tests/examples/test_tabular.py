@@ -236,7 +236,6 @@ def test_toy_tree_separates_the_mean_from_the_optimal_value(eta):
 
 
 def test_a_hundred_thousand_nodes_are_no_trouble():
-    """Values and laws are found level by level, each node once."""
     tree = tabular.random_tree(np.random.default_rng(0), vocab=5, depth=7, stop=0.0)
     assert len(tree.reward) == 97656
     _, v, _ = tabular.soft_bellman(tree, 0.1)

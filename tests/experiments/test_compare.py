@@ -195,7 +195,6 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
 
 
 def test_a_summary_s_interval_is_over_seeds_and_says_how_many():
-    """The interval of one seed over its problems."""
     common = dict(kl=1.0, objective=0.1)
     rewards = {0: [0.0, 0.1], 1: [0.3, 0.326], 2: [0.303, 0.303]}
     rows = [dict(seed=seed, method="dpo", rewards=of, **common) for seed, of in rewards.items()]

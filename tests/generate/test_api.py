@@ -103,7 +103,6 @@ def test_prompts_of_one_token_need_no_padding():
 
 
 def test_prompt_and_response_may_fill_the_context_to_its_last_position():
-    """Learned positions end there."""
     prompts = [[row] * (LLAMA.max_positions - N) for row in range(6)]
     controls = {**MIXED, "eta": 3.0, "budget": N}
     got = run("v-scalar", prompts=prompts, rng=SEEDS, **controls)

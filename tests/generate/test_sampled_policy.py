@@ -52,7 +52,6 @@ def log_probs(model, tokens, temperature):
 
 
 def test_tokens_log_probabilities_and_kl_are_those_of_whole_passes_of_both_models():
-    """Every row with its own temperature, truncation and budget."""
     ref, made = models("v-bernoulli")[0], policy()
     got = sample(made)
     assert np.isnan(got.values).all()

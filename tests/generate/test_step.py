@@ -201,7 +201,6 @@ def exact_sequences(group):
 
 @pytest.mark.parametrize("group", range(len(GROUPS)))
 def test_responses_come_as_often_as_the_guided_policy_says(samples, group):
-    """Chi-square over whole responses, the rare ones together."""
     probabilities, _, _ = exact_sequences(GROUPS[group])
     counts = dict.fromkeys(probabilities, 0)
     for row in range(group * SAMPLES, (group + 1) * SAMPLES):

@@ -34,7 +34,6 @@ def test_cuda_sh_gives_them_to_cpu_runs_alone_here_and_by_ssh(world, platforms, 
 
 @pytest.mark.parametrize(("platforms", "expected"), [("", 0), ("cpu", 4)])
 def test_a_slurm_job_inherits_them_for_a_cpu_run_alone(world, platforms, expected):
-    """`sbatch` hands the environment on."""
     world.put("sbatch", '#!/bin/sh\nenv | grep ^MALLOC_ >"$FAKE/inherited" || true\n')
     done = world.run("cuda.sh", "--slurm", "2", "--gpus", "1", *ARGUMENTS, JAX_PLATFORMS=platforms)
     assert done.returncode == 0, done.stderr

@@ -180,7 +180,6 @@ def test_a_damaged_file_is_named(damage, copy):
 
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(copy, monkeypatch):
-    """An error of the disk, or of the network behind it, is raised as it is."""
     error = OSError(errno.EIO, "Input/output error")
 
     def fail(*arguments, **options):

@@ -134,7 +134,6 @@ def test_the_largest_batch_fits_and_the_next_does_not():
 
 
 def test_a_model_on_the_spot_is_counted_as_it_is_made(tmp_path):
-    """The main job's, against the parameters' own bytes."""
     config = configs.load(CONFIG, [])
     job = plan.make(config)
     params = value.init(jax.random.key(0), job.guide.config)

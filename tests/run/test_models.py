@@ -147,7 +147,6 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
 
 
 def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
-    """On another day than it was begun on, by any command."""
     template = "{{ strftime_now('%d %b %Y') }} " + bpe.TEMPLATE
     hf.export_ref(helpers.random_model(320, max_positions=96), tmp_path / "ref", tokenizer=bpe.make(template=template))
     config = session(f"ref={tmp_path / 'ref'}", "prompt_format=chat").config

@@ -48,7 +48,6 @@ def job_of(path: Path) -> plan.Job:
 
 
 def test_the_rows_are_the_papers():
-    """Of its tables: by task, reference and guide."""
     pairs = {name: (configs.load(path, []).ref, configs.load(path, []).guide) for name, path in zip(NAMES, ROWS)}
     llamas = {"llama3_8b": "Meta-Llama-3-8B-Instruct", "llama31_8b": "Llama-3.1-8B-Instruct"}
     large = {"llama3_70b": "Meta-Llama-3-70B-Instruct", "llama31_70b": "Llama-3.1-70B-Instruct"}
@@ -108,7 +107,6 @@ def needed(count_, job: plan.Job, section: dict) -> str:
 
 
 def test_a_row_without_its_models_says_which(tmp_path, capsys):
-    """The folders' names are those that the models are published under."""
     path = CONFIGS / "math" / "llama31_8b.py"
     message = refused(capsys, "run", "--config", path, "--workdir", tmp_path / "run")
     assert "config.ref is 'Llama-3.1-8B-Instruct', which is not a folder" in message

@@ -109,7 +109,6 @@ def test_a_workdir_without_hashes_notes_them_now(tmp_path, folder):
 
 
 def test_other_problems_are_refused(tmp_path, monkeypatch):
-    """As by another data file, or a program that draws them otherwise."""
     made = helpers.session(tmp_path)
     provenance.check_problems(made)
     provenance.check_problems(Session(made.workdir))

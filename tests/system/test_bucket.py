@@ -152,7 +152,6 @@ def make_state(step: int) -> train.TrainState:
 
 
 def test_checkpoints_in_a_bucket(bucket):
-    """The last two are kept, and another process reads what this one wrote."""
     folder = files.make_path(URL) / "ref"
     assert not folder.exists()
     checkpoints = Checkpoints(folder)
@@ -167,7 +166,6 @@ def test_checkpoints_in_a_bucket(bucket):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
-    """Named, kept under another name, and the one before is gone on from."""
     folder, checkpoints = files.make_path(URL) / "ref", Checkpoints(files.make_path(URL) / "ref")
     for step in (5, 10):
         checkpoints.save(make_state(step))

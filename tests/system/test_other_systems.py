@@ -68,7 +68,6 @@ def test_generate_into_a_file_warns_that_it_is_not_locked(qsharp, ref, tmp_path)
 
 
 def test_judge_asks_its_workers(qsharp, tmp_path):
-    """One of two answers is right by algebra alone."""
     records = [{"response": rf"\boxed{{{answer}}}", "answer": "x+1"} for answer in ("1+x", "x-1")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     qsharp("judge", "--task", "math", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")

@@ -143,7 +143,6 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 def test_signals_close_to_each_other_are_one():
-    """Also those that come when all is saved."""
     assert told("slow", TERM, TERM, TERM) == (0, ["saved", "stopped"], "")
     assert told("asked", *[TERM] * 8, apart=0.02) == (0, ["saved", "stopped"], "")
 

@@ -51,7 +51,6 @@ def balanced(text: str) -> str | None:
 
 @given(st.text("ab{}\\ ", max_size=30), st.text("ab{}\\ ", max_size=10))
 def test_a_box_ends_at_its_own_brace(inside, before):
-    r"""Whatever stands before it; backslashes escape each other too."""
     assert boxed.last_box(before + r"\boxed{" + inside) == balanced("{" + inside)
 
 
@@ -93,7 +92,6 @@ def test_which_boxes_are_the_answer(response, expected):
 
 @given(st.lists(st.sampled_from(["{1}", "{2", "2}", "{3}", " and ", ". ", r"\boxed", "{", "}"]), max_size=12))
 def test_the_last_box_is_in_the_answer(pieces):
-    """Joined ones stand before it."""
     response = "".join(pieces)
     last, answer = boxed.last_box(response), boxed.answer(response)
     assert (last is None) == (answer is None) and (last is None or last in answer.split(", "))

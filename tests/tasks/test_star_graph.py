@@ -68,7 +68,6 @@ def test_the_graph_is_a_star(train):
 
 
 def test_edges_are_listed_in_random_order(train):
-    """The right path's first edge stands anywhere."""
     places = collections.Counter()
     for problem in train:
         first = tuple(map(int, problem.answer.split(",")[:2]))
@@ -148,7 +147,6 @@ def test_three_tokens_an_edge(tokenizer):
 
 @given(st.lists(st.integers(4, 4 + 50 + 2), max_size=20))
 def test_tokens_survive_the_text(tokenizer, ids):
-    """Whatever a model writes can be read back."""
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
 
 

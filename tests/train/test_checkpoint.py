@@ -29,7 +29,6 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_without_a_checkpoint_the_state_stays_and_parameters_are_an_error(tmp_path):
-    """Training starts from its own state; whoever needs a trained model hears that there is none."""
     checkpoints = Checkpoints(tmp_path / "new")
     state = make_state(0)
     assert checkpoints.restore(state) is state and not checkpoints.finished()
@@ -38,7 +37,6 @@ def test_without_a_checkpoint_the_state_stays_and_parameters_are_an_error(tmp_pa
 
 
 def test_parameters_alone_need_shapes_only(tmp_path):
-    """No optimiser and no arrays: what a model is loaded by."""
     save(tmp_path, 4)
     shapes = jax.eval_shape(lambda: make_state(0).params)
     assert_trees_equal(Checkpoints(tmp_path).restore_params(shapes), make_state(4).params)

@@ -110,7 +110,6 @@ DAMAGES = {
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_is_used(tmp_path, capfd, how):
-    """In one sentence. Training comes by the same step again, and saves it again."""
     save(tmp_path, 5, 9)
     DAMAGES[how](tmp_path / "9")
     before = {path.name: path.read_bytes() for path in files_of(tmp_path / "9")}

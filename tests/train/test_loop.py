@@ -224,7 +224,6 @@ def sampling_fit(folder, lines=None, stopped_at=None, killed_at=None, **changes)
 
 
 def test_batches_made_from_the_present_parameters(tmp_path):
-    """x moves 0.2 of the way to the target in a step."""
     lines = []
     _, samples = sampling_fit(tmp_path, lines)
     moved = 1 - 0.8**UNIT

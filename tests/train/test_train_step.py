@@ -60,7 +60,6 @@ def test_the_step_on_parts_is_that_of_the_whole_batch(name):
 
 
 def test_the_activations_of_one_part_exist_at_a_time():
-    """The memory that the compiler reserves for a step falls with the parts."""
     params, loss_fn = LOSSES["language model"]
     batch = make_batch([Example([1, 2], [3] * 62)] * 64, rows=64, width=64)
 

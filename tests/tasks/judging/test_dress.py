@@ -101,7 +101,6 @@ PIECES = st.lists(
 
 @given(PIECES.map("".join), PIECES.map("".join))
 def test_any_text_is_read(one, other):
-    """And any unit compared."""
     a, b = undress(one), undress(other)
     assert units.conflict(a.unit, b.unit) is units.conflict(b.unit, a.unit)
 

@@ -54,7 +54,6 @@ def test_whole_numbers_are_compared_as_such(a, b):
 
 
 def test_whole_numbers_are_what_math_verify_says_they_are(judge):
-    """The short way and the long one agree."""
     numbers = ["0", "7", "-7", "007", "12345678901234567890", "12345678901234567891", "100", "1000", "-0"]
     for gold, answer in itertools.product(numbers, repeat=2):
         assert judge._pool().same(gold, answer).result() == (int(gold) == int(answer)), (gold, answer)
@@ -128,7 +127,6 @@ def test_classes_are_closed_under_sameness(answers, pairs):
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from([None, "1/3", "2/6", "0.25", r"\frac14", "1/4", "3", "4", "04"]), max_size=10))
 def test_classes_are_those_of_the_values(answers):
-    """Against fractions: two answers have one spelling just if they have one value."""
     values = {
         None: None, "1/3": 1 / 3, "2/6": 1 / 3, "0.25": 1 / 4, r"\frac14": 1 / 4, "1/4": 1 / 4, "3": 3, "4": 4,
         "04": 4,
@@ -179,7 +177,6 @@ def test_the_solutions_of_math_and_aime_are_right(name, number, share):
 @needs_real_data
 @pytest.mark.parametrize("name", ["gsm8k", "math", "aime"])
 def test_an_answer_with_one_digit_changed_is_wrong(name):
-    """But for digits in a unit."""
     problems, _ = solutions(name)
     draw = random.Random(0)
     changed = []

@@ -65,7 +65,6 @@ QUICKLY_TRIED = ("a tower", "many matched braces", "deep fractions", "nothing pr
     "name", [pytest.param(name, marks=[] if name in QUICKLY_TRIED else pytest.mark.slow) for name in HOSTILE]
 )
 def test_a_hostile_answer_is_no_answer(quick, name):
-    """In bounded time, and the workers go on as if nothing had been."""
     began = time.monotonic()
     assert quick.same("3", HOSTILE[name]).result() is False
     assert time.monotonic() - began < 30
@@ -122,7 +121,6 @@ def test_a_worker_that_stands_still_is_replaced(monkeypatch):
 
 
 def test_workers_end_with_their_process():
-    """Killed, it leaves none behind."""
     code = """
 import os, signal
 from qsharp_jax.tasks.judging import Pool

@@ -108,7 +108,6 @@ def test_several_boxes(judge, response, gold, reward):
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"there are no shared cases in {CASES}")
 def test_the_shared_cases(judge):
-    """At most six in 154 are judged wrongly."""
     rows, wrong = 0, []
     for name in ("judge_math", "judge_gsm8k", "several_boxes"):
         task = registry.get("gsm8k" if name == "judge_gsm8k" else "math")
