@@ -12,9 +12,14 @@ if jaxlib.version.__version__.startswith("0.10."):
 # gcsfs reads it when it is first imported, by whichever test: else it asks for Google's machines by another protocol.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+# Examples that compile take long, and the machine may be busy.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.fixture(autouse=True)

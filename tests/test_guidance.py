@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qsharp_jax import guidance, values
 
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 seeds = st.integers(0, 2**32 - 1)
 B, V, K = 4, 9, 3
 

@@ -8,7 +8,7 @@ import helpers
 import numpy as np
 import pytest
 from helpers import quick_compilation  # noqa: F401
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qsharp_jax import rollouts
@@ -211,7 +211,6 @@ def test_switches_are_uniform(length):
     np.testing.assert_array_equal(switches, rollouts.draw_switches(np.full(count, length, np.int32), draws))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 100_000), st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
 def test_a_switch_leaves_both_sides_a_token(pairs):
     """The extremes of the random bits and long responses included; a response of one token is kept whole."""

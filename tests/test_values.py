@@ -17,7 +17,7 @@ ATOMS = {
     "symmetric": (-1.0, 1.0), "losses": (-5.0, -0.5), "scores": (0.3, 2.0, 10.0),
 }  # fmt: skip
 
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=60)
 logit = st.floats(-80, 80, width=32)
 
 

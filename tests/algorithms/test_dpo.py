@@ -91,7 +91,7 @@ def test_at_pi_ref_the_loss_is_log_2_whatever_the_pair():
     np.testing.assert_allclose(got, math.log(2), rtol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=12))
 def test_pairs_are_all_of_one_prompt_with_different_rewards(made):
     data = [Rollout(f"p{p}", 1, [1], [2] * (i + 1), 0, r, True, 0.1, 0, "") for i, (p, r) in enumerate(made)]

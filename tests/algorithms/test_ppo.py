@@ -23,7 +23,7 @@ def setting():
     return sequences, *map(jnp.float32, trees.random_tables(np.random.default_rng(0), tree))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from([0.0, 0.7, 1.0]))
 def test_gae_is_the_weighted_sum_of_temporal_differences(seed, lengths, gae_lambda):
     """A_t = sum_l lambda^l (r_{t+l} + V_{t+l+1} - V_{t+l}), one by one, with V = 0 past the end."""

@@ -73,7 +73,7 @@ def rows_of(batch):
     return found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases)
 def test_every_example_comes_once_an_epoch(case):
     lengths = case.pop("lengths")
@@ -84,7 +84,7 @@ def test_every_example_comes_once_an_epoch(case):
         assert sorted(row for step in steps for row in rows_of(batches[step])) == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases)
 def test_batches_have_few_shapes_that_fit(case):
     """All have the same rows; widths are multiples of the bucket, and no row has a whole bucket of padding."""
@@ -102,7 +102,7 @@ def test_batches_have_few_shapes_that_fit(case):
     assert batches.steps_per_epoch - full <= len(buckets)  # at most the last of each width is not full
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases, st.randoms(use_true_random=False))
 def test_a_batch_depends_on_seed_and_step_alone(case, random):
     """Another object, asked in another order and more than once, gives the same: a run resumes from its step."""

@@ -22,7 +22,7 @@ from qsharp_jax.models.config import make as config_of
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.sampling import Sampling
 
-examples = hypothesis_settings(deadline=None, max_examples=60)
+examples = hypothesis_settings(max_examples=60)
 ATOMS = (-0.5, 0.25, 1.0)
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from qsharp_jax.evaluation import statistics
 
 
-@settings(deadline=None)
 @given(st.sampled_from([(0.0, 1.0), (-1.0, 0.0, 0.25, 0.7, 2.0)]), st.data())
 def test_pass_at_k_is_the_mean_of_the_best_over_all_subsets(kinds, data):
     """Of rewards 0 and 1 the indicator that one of k samples is right, which is also Chen's formula."""
@@ -51,7 +50,6 @@ def test_majority(answers, rewards, weights, expected):
     assert statistics.majority(answers, np.asarray(rewards, float), weights) == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 3)), min_size=1, max_size=6),
     st.integers(1, 9),
@@ -96,7 +94,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.90 <= covered <= 0.985
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([1 / 8, 0.1, 1 / 3]))
 def test_the_interval_holds_the_mean_and_is_the_same_every_time(counts, unit):
     rewards = np.asarray(counts) * unit

@@ -10,7 +10,7 @@ import tabular
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-examples = settings(max_examples=25, deadline=None)
+examples = settings(max_examples=25)
 
 
 @st.composite

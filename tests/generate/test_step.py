@@ -55,7 +55,7 @@ def test_one_row_is_the_loop_without_a_cache_too_and_its_cache_is_not_copied():
             assert not re.search(rf"= f32\[(1,)?{shape}\]\S* copy\(", program.as_text())
 
 
-@hypothesis_settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=20, derandomize=True)
 @given(st.data())
 def test_any_prompts_and_settings_give_the_loop_without_a_cache(data):
     rows = len(PROMPTS)

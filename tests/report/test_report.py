@@ -9,6 +9,7 @@ import struct
 import helpers
 import numpy as np
 import pytest
+from helpers import refusal
 
 from qsharp_jax import report
 from qsharp_jax.evaluation import measure, statistics
@@ -284,12 +285,16 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_is_whole_and_needs_no_other_file(tmp_path):
+def test_the_page_is_whole_needs_no_other_file_escapes_texts_and_folds_long_problems(tmp_path):
     session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
+    path, bad = measure.samples_path(session.workdir, "pi_ref", 0), '<script>alert("&amp;")</script>'
+    rows = [row | {"prompt": "word " * 1000, "answer": bad, "parsed": bad} for row in measure.read_samples(path)]
+    measure.write_samples(path, rows)
     report.write(session.workdir)
     text = (tmp_path / "examples.html").read_text()
     found = Page(text)
     assert {"html", "head", "style", "body", "h1"} <= set(found.tags) and "script" not in found.tags
+    assert "<script" not in text and bad in "".join(found.texts) and found.tags.count("details") == 3
     assert not re.search(r"https?:|src=|href=|url\(|@import", text)
     assert (tmp_path / "report.md").read_text().count("(examples.html)") == 1
 
@@ -312,25 +317,6 @@ def test_the_page_shows_each_token_with_its_value(tmp_path):
     assert text.count("end") >= 6, "the stop token is one of the response's"
 
 
-def test_the_page_escapes_what_is_in_texts(tmp_path):
-    session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    path = measure.samples_path(session.workdir, "pi_ref", 0)
-    bad = '<script>alert("&amp;")</script>'
-    rows = [row | {"prompt": bad, "answer": bad, "parsed": bad} for row in measure.read_samples(path)]
-    measure.write_samples(path, rows)
-    report.write(session.workdir)
-    text = (tmp_path / "examples.html").read_text()
-    assert "<script" not in text and bad in "".join(Page(text).texts)
-
-
-def test_a_long_problem_is_folded_up(tmp_path):
-    session = fill(helpers.session(tmp_path, "collect.eta=0.1"))
-    path = measure.samples_path(session.workdir, "pi_ref", 0)
-    measure.write_samples(path, [row | {"prompt": "word " * 1000} for row in measure.read_samples(path)])
-    report.write(session.workdir)
-    assert Page((tmp_path / "examples.html").read_text()).tags.count("details") == 3
-
-
 def test_shades_go_from_the_least_to_the_greatest():
     assert [page._shade(value, (0.0, 1.0)) for value in (0.0, 0.5, 1.0)] == [0, 10, 20]
     assert [page._shade(value, (-2.0, 2.0)) for value in (-2.0, 0.0, 2.0)] == [0, 10, 20]
@@ -341,9 +327,7 @@ def test_shades_go_from_the_least_to_the_greatest():
 
 def test_without_results_it_says_what_to_run(tmp_path):
     session = helpers.session(tmp_path)
-    with pytest.raises(UserError) as caught:
-        report.write(session.workdir)
-    message = str(caught.value)
+    message = refusal(report.write, session.workdir)
     assert str(session.workdir.results) in message and f"qsharp evaluate --workdir {tmp_path}" in message
 
 

@@ -7,6 +7,7 @@ import re
 
 import jax
 import pytest
+from helpers import refusal
 from ml_collections import ConfigDict
 from tpu_compiler import printed_by
 
@@ -108,9 +109,8 @@ def test_decoding_on_a_part_of_a_host_or_on_hosts_that_do_not_divide_all_is_refu
 )
 def test_devices_that_are_not_the_preset_s_are_refused(changes, words):
     devices = devices_of(PRESETS["v6e_8"])
-    with pytest.raises(UserError) as caught:
-        meshes.preset_mesh(PRESETS["v6e_16"] | changes, "fit", devices)
-    assert words in str(caught.value)
+    message = refusal(meshes.preset_mesh, PRESETS["v6e_16"] | changes, "fit", devices)
+    assert words in message
 
 
 # --- On the chips of real slices ------------------------------------------------------------------------------------

@@ -59,30 +59,24 @@ def rewrite(folder: Path) -> None:
     (folder / "model-1.safetensors").write_bytes(b"WEIGHTS" * 1000)
 
 
-def test_changed_weights_are_refused_by_name(tmp_path, folder):
+CHANGES = {
+    "config.json, model-1.safetensors": lambda f: [rewrite(f), (f / "config.json").write_text("{ }")],
+    "model-2.safetensors": lambda f: (f / "model-2.safetensors").unlink(),
+    "model-2.safetensors, model-3.safetensors": lambda f: (f / "model-2.safetensors").rename(f / "model-3.safetensors"),
+}
+
+
+@pytest.mark.parametrize("names", CHANGES)
+def test_weights_that_changed_are_gone_or_new_are_refused_by_name(tmp_path, folder, names):
     path = begin(tmp_path, folder)
-    rewrite(folder)
-    (folder / "config.json").write_text("{ }")
-    with pytest.raises(
-        UserError, match=f"config.ref is {folder}, where config.json, model-1.safetensors changed since"
-    ):
-        go_on(path)
-    for name in ("model-1.safetensors", "config.json"):
-        (folder / name).write_bytes(FILES[name])
+    (folder / "README.md").write_text("another")  # which is no part of the model
     go_on(path)
-
-
-@pytest.mark.parametrize("change", [lambda f: f.unlink(), lambda f: f.rename(f.with_name("model-3.safetensors"))])
-def test_files_that_are_gone_or_new_are_refused(tmp_path, folder, change):
-    path = begin(tmp_path, folder)
-    change(folder / "model-2.safetensors")
-    with pytest.raises(UserError, match=r"where model-2.safetensors.* changed since"):
+    CHANGES[names](folder)
+    with pytest.raises(UserError, match=f"config.ref is {folder}, where {names} changed since"):
         go_on(path)
-
-
-def test_what_is_no_part_of_the_model_may_change(tmp_path, folder):
-    path = begin(tmp_path, folder)
-    (folder / "README.md").write_text("another")
+    (folder / "model-3.safetensors").unlink(missing_ok=True)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
     go_on(path)
 
 

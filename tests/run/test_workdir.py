@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refusal
 from ml_collections import ConfigDict
 from repository import ROOT
 
@@ -45,9 +46,7 @@ def test_a_new_workdir_keeps_its_config(tmp_path):
 def test_other_settings_are_refused_with_both_values(tmp_path):
     Workdir.open(tmp_path, make_config()).close()
     before = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError) as caught:
-        Workdir.open(tmp_path, make_config(seed=1, new="x"))
-    message = str(caught.value)
+    message = refusal(Workdir.open, tmp_path, make_config(seed=1, new="x"))
     assert str(tmp_path) in message and "seed: 0 -> 1" in message and "new: absent -> 'x'" in message
     assert "fit" not in message and "--workdir" in message
     assert (tmp_path / "config.json").read_text() == before

@@ -8,7 +8,7 @@ where they can be, and are drawn by numpy.
 import functools
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import jax
@@ -27,6 +27,7 @@ from qsharp_jax.run import models
 from qsharp_jax.run.problems import task
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
 
 ARITHMETIC = CONFIGS / "arithmetic.py"
 TINY = dict(embed=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp=64, max_positions=23)
@@ -140,6 +141,13 @@ def reference() -> LanguageModel:
     for step in range(steps):
         state, _ = step_fn(state, batches[step], schedule(step))
     return LanguageModel(state.params, models.ref_config(made))
+
+
+def refusal(call: Callable, *arguments, **settings) -> str:
+    """The message of the UserError that a call ends with."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **settings)
+    return str(error.value)
 
 
 def wrapped_error(error: Exception) -> Exception:

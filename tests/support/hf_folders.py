@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import pytest
+from helpers import refusal
 from numpy_decoder import random_params
 
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.system.errors import UserError
 
 LLAMA = DecoderConfig(
     vocab_size=23, embed=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=20, max_positions=32, rope_theta=100.0
@@ -31,12 +30,6 @@ def ref(config=LLAMA):
 def guide(trunk=LLAMA, **changes):
     config = ValueConfig(trunk, **changes)
     return ValueModel(random_params(0, value.init, config), config)
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(UserError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
 
 
 def load_refusal(folder, load=hf.load_ref):

@@ -12,6 +12,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from checkpoints import make_state, save
 from commands import CONFIG, SMALL, refused
 from helpers import quick_compilation  # noqa: F401
 from jax.experimental.compilation_cache import compilation_cache
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from repository import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qsharp_jax import cli, train
+from qsharp_jax import cli
 from qsharp_jax.data.records import Rollout, read_rounds, shard_path, write_shard
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files, lock
@@ -147,18 +148,10 @@ def test_shards_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
         read_rounds(folder, [1])
 
 
-def make_state(step: int) -> train.TrainState:
-    return train.TrainState({"x": jax.numpy.arange(4.0) + step}, {}, jax.numpy.int32(step))
-
-
 def test_checkpoints_in_a_bucket(bucket):
     folder = files.make_path(URL) / "ref"
     assert not folder.exists()
-    checkpoints = Checkpoints(folder)
-    for step in (5, 10, 15):
-        checkpoints.save(make_state(step), final=step == 15)
-    checkpoints.wait()
-    again = Checkpoints(folder)
+    again = Checkpoints(save(folder, 5, 10, 15, final=True))
     assert again.finished() and int(again.restore(make_state(0)).step) == 15
     helpers.assert_trees_equal(again.restore_params(make_state(0).params), make_state(15).params)
     assert {name.partition("/")[0] for name in under(bucket, "ref/")} == {"10", "15"} and not bucket.moves
@@ -166,10 +159,7 @@ def test_checkpoints_in_a_bucket(bucket):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
-    folder, checkpoints = files.make_path(URL) / "ref", Checkpoints(files.make_path(URL) / "ref")
-    for step in (5, 10):
-        checkpoints.save(make_state(step))
-    checkpoints.wait()
+    folder = save(files.make_path(URL) / "ref", 5, 10)
     for name in [name for name in bucket.objects if "/ref/10/params/" in name and "/d/" in name]:
         bucket.objects[name] = b"damaged"
     assert int(Checkpoints(folder).restore(make_state(0)).step) == 5
@@ -183,11 +173,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
 def test_a_checkpoint_that_a_bucket_refuses_to_read_is_not_damaged(bucket, monkeypatch, part, status):
     """As where a login has run out: the error is raised, nothing is moved, and later the checkpoint is there again."""
     monkeypatch.setattr(checkpoint, "PAUSES", (0,))
-    folder = files.make_path(URL) / "ref"
-    checkpoints = Checkpoints(folder)
-    for step in (5, 10):
-        checkpoints.save(make_state(step))
-    checkpoints.wait()
+    folder = save(files.make_path(URL) / "ref", 5, 10)
     bucket.refusals[part] = status
     with pytest.raises(Exception) as caught:
         Checkpoints(folder).restore(make_state(0))

@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 import small_data
+from helpers import refusal
 from small_data import REAL, needs_real_data, settings
 
-from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import aime, finite, gsm8k, math, quality
 
 WRITE = {
@@ -28,10 +28,8 @@ def ids(problems):
     return [problem.problem_id for problem in problems]
 
 
-def refusal(call, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        call(*arguments)
-    message = str(error.value)
+def sentence(call, *arguments) -> str:
+    message = refusal(call, *arguments)
     assert "\n" not in message and message.count(". ") == 0, "one sentence"
     return message
 
@@ -134,7 +132,7 @@ def test_a_hub_that_cannot_be_reached_says_which_file_would_do(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.delenv("QSHARP_DATA", raising=False)
-    message = refusal(gsm8k.problems, settings(""), "test", 1, 0)
+    message = sentence(gsm8k.problems, settings(""), "test", 1, 0)
     assert "cannot load openai/gsm8k (Couldn't reach 'openai/gsm8k' on the Hub)" in message
     assert "DIR/gsm8k/test.jsonl" in message and "--config.task.data=DIR" in message and "QSHARP_DATA=DIR" in message
 
@@ -143,7 +141,7 @@ def read_lines(tmp_path, *lines: str):
     path = tmp_path / "gsm8k" / "test.jsonl"
     path.parent.mkdir()
     path.write_text("\n".join(lines))
-    return refusal(gsm8k.problems, settings(tmp_path), "test", 1, 0), path
+    return sentence(gsm8k.problems, settings(tmp_path), "test", 1, 0), path
 
 
 GOOD = json.dumps(small_data.gsm8k_row(1, 2))
@@ -174,12 +172,12 @@ def test_a_gold_answer_that_is_none_is_refused_with_its_problem(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    message = refusal(math.problems, settings(tmp_path), "train", 1, 0)
+    message = sentence(math.problems, settings(tmp_path), "train", 1, 0)
     assert f"there is no file {tmp_path / 'math' / 'train.jsonl'}" in message
     assert "EleutherAI/hendrycks_math" in message and "--config.task.data=hub" in message
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "train.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert "is not UTF-8 text" in refusal(math.problems, settings(tmp_path), "train", 1, 0)
+    assert "is not UTF-8 text" in sentence(math.problems, settings(tmp_path), "train", 1, 0)
 
 
 @pytest.mark.parametrize(

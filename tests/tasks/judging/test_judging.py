@@ -41,7 +41,6 @@ def without_workers(monkeypatch) -> Judge:
     return Judge(registry.get("gsm8k"))
 
 
-@settings(deadline=None)
 @given(st.integers(), st.integers())
 def test_whole_numbers_are_compared_as_such(a, b):
     """Whatever zeros they are written with; no worker is asked."""
@@ -99,7 +98,6 @@ def test_classes(judge):
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from("abcdef"), max_size=8),
     st.sets(st.sampled_from(list(itertools.combinations("abcdef", 2)))),
@@ -124,7 +122,7 @@ def test_classes_are_closed_under_sameness(answers, pairs):
     assert spelled == [expected[answer] for answer in answers]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from([None, "1/3", "2/6", "0.25", r"\frac14", "1/4", "3", "4", "04"]), max_size=10))
 def test_classes_are_those_of_the_values(answers):
     values = {
