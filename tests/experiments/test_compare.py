@@ -135,18 +135,6 @@ def test_every_comparison_can_be_run(name):
     assert set(made.compare.methods) == {"qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo"}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [("methods", ("qsharp", "sarsa"), "different ones of qsharp"), ("seeds", (1, 1), "different whole numbers")],
-)
-def test_methods_and_seeds_are_known_and_different(tmp_path, key, value, words):
-    made = comparison(tmp_path)
-    with made.unlocked():
-        made.compare[key] = value
-    with pytest.raises(UserError, match=f"config.compare.{key} is .*{words}"):
-        config.check(made)
-
-
 def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_path, monkeypatch, capsys):
     """One pi_ref and one set of first rollouts; a method that is refused does not end the others; nothing twice."""
     pretrained = []

@@ -106,13 +106,6 @@ def needed(count_, job: plan.Job, section: dict) -> str:
         return f"({error})"
 
 
-def test_a_row_without_its_models_says_which(tmp_path, capsys):
-    path = CONFIGS / "math" / "llama31_8b.py"
-    message = refused(capsys, "run", "--config", path, "--workdir", tmp_path / "run")
-    assert "config.ref is 'Llama-3.1-8B-Instruct', which is not a folder" in message
-    assert not (tmp_path / "run").exists()
-
-
 SMALL = [
     f"--config.{change}"
     for change in (
