@@ -249,6 +249,8 @@ def test_nll_of_an_outcome_is_minus_its_log_probability():
     atoms = jnp.float32([-1, 0.5, 2])
     categorical = values.Categorical(jnp.float32(np.random.default_rng(0).normal(size=(3, 3))), atoms)
     np.testing.assert_allclose(nll(categorical, atoms), -jnp.diag(jax.nn.log_softmax(categorical.logits)), rtol=1e-6)
+    # A scalar's is half the squared error.
+    np.testing.assert_allclose(values.Scalar(jnp.float32([0.2, -3])).nll(jnp.float32([1, 2])), [0.32, 12.5])
 
 
 @pytest.mark.parametrize("projection", ["two_hot", "nearest"])
@@ -264,9 +266,6 @@ def test_nll_is_least_at_the_law_of_the_data(projection):
         return categorical.nll(rewards, projection=projection).mean()
 
     np.testing.assert_allclose(jax.jit(slope)(np.log(np.float32(frequencies))), 0, atol=1e-6)
-
-
-def test_bernoulli_nll_is_least_at_the_share_of_wins():
     wins = np.float32([0, 1, 1, 0, 1, 1, 1, 0.5])
     slope = jax.grad(lambda logit: values.Bernoulli(jnp.full(8, logit)).nll(wins).mean())
     np.testing.assert_allclose(slope(np.log(5.5 / 2.5)), 0, atol=1e-6)
@@ -280,10 +279,6 @@ def test_nll_gradients_are_finite_for_confident_and_excluded_outcomes():
     loss = jax.jit(jax.value_and_grad(lambda x: values.Categorical(x, jnp.float32([0, 0.5, 1])).nll(0.25)))
     for x in loss(jnp.float32([0, 1, -jnp.inf])):
         assert jnp.isfinite(x).all()
-
-
-def test_scalar_nll_is_half_the_squared_error():
-    np.testing.assert_allclose(values.Scalar(jnp.float32([0.2, -3])).nll(jnp.float32([1, 2])), [0.32, 12.5])
 
 
 @examples
@@ -307,13 +302,10 @@ def test_two_hot_preserves_the_mean(atoms, shares):
         assert atoms[support[0]] - 1e-5 <= reward <= atoms[support[-1]] + 1e-5
 
 
-def test_a_reward_on_an_atom_is_that_atom():
+def test_a_reward_on_an_atom_is_that_atom_and_the_nearest_of_two_is_the_lower():
     atoms = jnp.float32([-2, 0, 0.1, 7])
     for method in ("two_hot", "nearest"):
         np.testing.assert_array_equal(values.project(atoms, atoms, method=method), np.eye(4))
-
-
-def test_nearest_takes_the_closest_atom_and_the_lower_of_two():
     got = values.project(jnp.float32([0.1, 0.5, 0.51, 2.4]), jnp.float32([0, 1, 3]), method="nearest")
     np.testing.assert_array_equal(got.argmax(axis=-1), [0, 0, 1, 2])
 
@@ -340,7 +332,7 @@ def test_mistakes_are_errors_that_say_what_is_wrong(call, words):
         call()
 
 
-def test_a_reward_out_of_range_is_an_error_that_says_which():
+def test_a_reward_out_of_range_is_an_error_that_says_which_or_in_jit_the_end():
     categorical = values.Categorical(jnp.zeros((3, 2)), jnp.float32([0, 1]))
     rewards = np.array([0.5, 1.5, -2])
     message = r"reward 1\.5 at index \(1,\) is outside \[0, 1\], as are 2 of 3 in all: .*clip=True"
@@ -351,6 +343,9 @@ def test_a_reward_out_of_range_is_an_error_that_says_which():
         values.check_rewards(rewards, 0, 1)
     np.testing.assert_allclose(categorical.nll(rewards, clip=True), np.log(2), rtol=1e-6)
     values.Scalar(jnp.zeros(3)).nll(rewards)  # a mean has no range
+    # Inside jit nothing can be raised; the target stays a distribution.
+    target = jax.jit(values.project)(jnp.float32([-5, 5]), jnp.float32([0, 0.5, 1]))
+    np.testing.assert_array_equal(target, [[1, 0, 0], [0, 0, 1]])
 
 
 def test_rewards_are_compared_in_float32():
@@ -358,12 +353,6 @@ def test_rewards_are_compared_in_float32():
     atoms = jnp.linspace(0.1, 0.7, 7)
     values.check_rewards(np.float64(0.7), atoms[0], atoms[-1])
     np.testing.assert_allclose(values.project(0.7, atoms)[-1], 1, atol=1e-5)
-
-
-def test_inside_jit_a_reward_out_of_range_counts_as_the_end():
-    """Nothing can be raised there; the target stays a distribution."""
-    target = jax.jit(values.project)(jnp.float32([-5, 5]), jnp.float32([0, 0.5, 1]))
-    np.testing.assert_array_equal(target, [[1, 0, 0], [0, 0, 1]])
 
 
 def test_from_outputs_reads_a_head():

@@ -91,13 +91,8 @@ def test_collectives_are_those_of_a_step_and_of_its_inner_loops():
 def test_copies_in_the_loop_are_found_and_reads_ahead_are_none(extra, names):
     assert [i.name for i in read(extra).copies([(16, 1, 2048, 128)])] == names
     assert not read(extra).copies([(64, 256)])
-
-
-def test_a_way_back_from_fast_memory_is_told_from_a_copy_within_hbm():
-    assert [decode_program.is_write_back(*read(extra).copies([(16, 1, 2048, 128)])) for extra in (BACK, TURNED)] == [
-        True,
-        False,
-    ]
+    back = [decode_program.is_write_back(copy) for copy in read(extra).copies([(16, 1, 2048, 128)])]
+    assert back == [extra == BACK] * len(names), "a way back from fast memory is no copy within HBM"
 
 
 def test_bytes_count_what_is_in_hbm_once_a_read_and_once_a_write():

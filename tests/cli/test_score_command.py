@@ -157,11 +157,11 @@ def test_a_line_that_is_no_record_is_named(source, line):
         command.read(source)
 
 
-def test_files_that_cannot_be_read(source):
-    for content, words in [(b"\n", "is empty"), (b"\xff\xfe\x00", "UTF-8")]:
-        source.write_bytes(content)
-        with pytest.raises(UserError, match=words):
-            command.read(source)
+@pytest.mark.parametrize(("content", "words"), [(b"\n", "is empty"), (b"\xff\xfe\x00", "UTF-8")])
+def test_a_file_without_lines_is_named(source, content, words):
+    source.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        command.read(source)
 
 
 @pytest.mark.parametrize(

@@ -121,20 +121,15 @@ def test_shared_slots_serve_all_guides():
         (dict(weights=[1.0, 2.0, 3.0]), "each of the 2 guides"),
         (dict(weights=[1.0, np.nan]), "finite"),
         (dict(weights=[[1.0, 1.0]] * 5), "each of the 6 rows"),
-        (dict(weights=[1.0, 0.0], mode="expectation", guides=("v", 0, "v", 0)), "they must be above 0"),
-        (dict(guides=("v", 0, "q", 0)), "must be V-types, or Q-types, all of them"),
+        (dict(weights=[1.0, 0.0], mode="expectation", guides=GUIDES["v"][:1] * 2), "they must be above 0"),
+        (dict(guides=(GUIDES["v"][0], GUIDES["q"][0])), "must be V-types, or Q-types, all of them"),
         (dict(guides=()), "at least one"),
+        (dict(guides=(GUIDES["v"][0], REF)), "must be V-types, or Q-types, all of them"),
+        (dict(guides=GUIDES["v"][0], weights=[1.0]), "weights are of several guides"),
     ],
 )
 def test_what_cannot_be_composed_is_refused(changes, words):
-    guides = changes.pop("guides", ("v", 0, "v", 1))
-    guides = tuple(GUIDES[type][place] for type, place in zip(guides[::2], guides[1::2]))
+    changes = dict(guides=GUIDES["v"], eta=0.3, weights=[0.5, 0.5]) | changes
+    guides = changes.pop("guides")
     with pytest.raises(UserError, match=words):
-        generate(REF, guides, PROMPTS, Sampling(**dict(COMMON, eta=0.3, weights=[0.5, 0.5]) | changes), rng=SEEDS)
-
-
-def test_weights_of_one_guide_or_a_policy_among_guides_are_refused():
-    with pytest.raises(UserError, match="must be V-types, or Q-types, all of them"):
-        generate(REF, (GUIDES["v"][0], REF), PROMPTS, Sampling(**COMMON, eta=0.3, weights=[1.0, 1.0]), rng=SEEDS)
-    with pytest.raises(UserError, match="weights are of several guides"):
-        generate(REF, GUIDES["v"][0], PROMPTS, Sampling(**COMMON, eta=0.3, weights=[1.0]), rng=SEEDS)
+        generate(REF, guides, PROMPTS, Sampling(**COMMON | changes), rng=SEEDS)

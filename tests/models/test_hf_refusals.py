@@ -1,6 +1,5 @@
 """Folders that are refused, each by one sentence that says why: configs, guides taken for references, weights."""
 
-import dataclasses
 import errno
 import json
 import re
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_trees_equal
-from hf_folders import LLAMA, load_refusal, ref, refusal
+from hf_folders import load_refusal, ref, refusal
 from safetensors.numpy import load_file, save_file
 
 from qsharp_jax.models import hf, memory
@@ -92,23 +91,22 @@ def test_a_config_that_is_not_computed_here(name, entries, message, copy):
     assert message in load_refusal(copy(name, **entries))
 
 
+WINDOW = dict(use_sliding_window=True, max_window_layers=1, sliding_window=8)
+
+
 @pytest.mark.parametrize(
-    "harmless", [dict(use_sliding_window=False), dict(max_window_layers=2), dict(sliding_window=32)]
+    ("name", "entries"),
+    [
+        ("qwen3", WINDOW | dict(use_sliding_window=False)),
+        ("qwen3", WINDOW | dict(max_window_layers=2)),
+        ("qwen3", WINDOW | dict(sliding_window=32)),
+        ("llama", dict(architectures=None)),
+        ("qwen2", dict(attention_bias=True)),
+    ],
 )
-def test_a_sliding_window_that_does_not_bite_is_read(harmless, copy):
-    hf.read_config(copy("qwen3", **dict(use_sliding_window=True, max_window_layers=1, sliding_window=8) | harmless), "float32")
-
-
-def test_biases_of_qwen_2_are_read_whatever_the_config_says(tmp_path):
-    shape = dataclasses.replace(LLAMA, qkv_bias=True)
-    hf.export_ref(ref(shape), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"attention_bias": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert hf.read_config(tmp_path, "float32") == shape
-
-
-def test_a_config_without_architectures_is_a_language_model(copy):
-    assert hf.read_config(copy(architectures=None), "float32") == LLAMA
+def test_a_config_that_changes_nothing_is_read(name, entries, copy, made):
+    """A window that does not bite; no architectures, which is a language model; biases that Qwen 2 has anyway."""
+    assert hf.read_config(copy(name, **entries), "float32") == hf.read_config(made / name, "float32")
 
 
 def test_an_adapter_is_refused_beside_weights_and_alone(copy):

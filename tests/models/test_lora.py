@@ -38,14 +38,10 @@ def with_lora(learned=True):
     return jax.tree.map_with_path(draw, params)
 
 
-def test_at_first_the_guide_is_the_one_below():
-    np.testing.assert_array_equal(
-        loss_and_gradient()(with_lora(learned=False))[0], loss_and_gradient()(GUIDE.params)[0]
-    )
-    helpers.assert_trees_equal(lora.merged(with_lora(learned=False)), GUIDE.params)
-
-
-def test_merged_it_is_the_same_guide():
+def test_at_first_the_guide_is_the_one_below_and_merged_it_is_the_same():
+    first = with_lora(learned=False)
+    np.testing.assert_array_equal(loss_and_gradient()(first)[0], loss_and_gradient()(GUIDE.params)[0])
+    helpers.assert_trees_equal(lora.merged(first), GUIDE.params)
     loss, _ = loss_and_gradient()(with_lora())
     merged = lora.merged(with_lora())
     assert jax.tree.structure(merged) == jax.tree.structure(GUIDE.params)

@@ -325,14 +325,10 @@ def test_shades_go_from_the_least_to_the_greatest():
     assert len(set(map(page._color, np.arange(21) / 20))) == 21
 
 
-def test_without_results_it_says_what_to_run(tmp_path):
+def test_results_that_are_missing_or_damaged_are_named_with_what_to_run(tmp_path):
     session = helpers.session(tmp_path)
     message = refusal(report.write, session.workdir)
     assert str(session.workdir.results) in message and f"qsharp evaluate --workdir {tmp_path}" in message
-
-
-def test_damaged_results_are_named(tmp_path):
-    session = helpers.session(tmp_path)
     session.workdir.results.write_text(json.dumps(ROWS)[:-20])
     with pytest.raises(UserError, match=f"{session.workdir.results} is damaged.*evaluate again"):
         report.write(session.workdir)

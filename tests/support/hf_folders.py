@@ -19,8 +19,9 @@ GPT2 = DecoderConfig(
     norm="layer", activation="gelu", bias=True, tied=True,
 )  # fmt: skip
 UNTIED_GPT2 = dataclasses.replace(GPT2, tied=False)
+QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
-CONFIGS = {"llama": LLAMA, "llama-tied": TIED, "gpt2": UNTIED_GPT2, "gpt2-tied": GPT2, "qwen3": QWEN3}
+CONFIGS = {"llama": LLAMA, "llama-tied": TIED, "gpt2": UNTIED_GPT2, "gpt2-tied": GPT2, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
 def ref(config=LLAMA):

@@ -42,13 +42,10 @@ def test_ten_steps_after_those_that_compile(tmp_path):
     assert not any("compile" in name.lower() for name in names)
 
 
-def test_a_training_that_ends_sooner_has_fewer_steps(tmp_path, capsys):
+def test_a_training_that_ends_sooner_has_fewer_steps_and_none_unless_asked_for(tmp_path, capsys):
     toy_fit(tmp_path / "run", [8] * 9, tmp_path / "profile")
     assert read(tmp_path / "profile")[0] == [6, 7, 8]
     toy_fit(tmp_path / "short", [8] * 4, tmp_path / "none")
     assert not (tmp_path / "none").exists() and "no trace in" in capsys.readouterr().err
-
-
-def test_no_trace_is_written_unless_asked_for(tmp_path):
-    toy_fit(tmp_path / "run", [8] * 30, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    toy_fit(tmp_path / "long", [8] * 30, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "profile", "short", "long"}

@@ -69,11 +69,8 @@ def test_a_hostile_answer_is_no_answer(quick, name):
     assert quick.same("3", HOSTILE[name]).result() is False
     assert time.monotonic() - began < 30
     assert quick.same("3", "3.0").result() is True
+    assert name != "a tower" or quick.same(HOSTILE[name], "3").result() is False
     assert not Path("/tmp/evil").exists()
-
-
-def test_a_hostile_gold_answer_too(quick):
-    assert quick.same("9^{9^{9^9}}", "3").result() is False
 
 
 def test_what_hangs_is_killed_and_replaced(quick):
