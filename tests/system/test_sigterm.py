@@ -29,22 +29,17 @@ def at_once():
     ready()
     ctypes.CDLL(None).usleep(30_000_000)
 
-def asked():
+def asked(seconds=0):
     with sigterm.deferred():
         ready()
         while not sigterm.requested():
             time.sleep(0.01)
+        time.sleep(seconds)
         print("saved")
         raise Stopped
 
 def slow():
-    with sigterm.deferred():
-        ready()
-        while not sigterm.requested():
-            time.sleep(0.01)
-        time.sleep(1)
-        print("saved")
-        raise Stopped
+    asked(1)
 
 def never_asked():
     with sigterm.deferred():
@@ -122,21 +117,18 @@ def told(case: str, *signals: signal.Signals, apart: float = 0.1, repeated: floa
     return process.returncode, output.splitlines(), errors
 
 
-def test_it_ends_at_once_with_code_0_whatever_the_main_thread_is_waiting_for():
-    assert told("at_once") == (0, [], "qsharp: told to end\n")
-
-
 @pytest.mark.parametrize(
     ("case", "output"),
     [
+        ("at_once", []),  # whatever the main thread is waiting for
         ("asked", ["saved", "stopped"]),
         ("never_asked", ["done", "stopped"]),
         ("in_an_evaluation", ["saved", "stopped"]),
         ("before_an_evaluation", ["stopped"]),
     ],
 )
-def test_where_it_is_deferred_whoever_saves_has_the_time_to(case, output):
-    assert told(case) == (0, output, "")
+def test_it_ends_at_once_and_where_it_is_deferred_whoever_saves_has_the_time_to(case, output):
+    assert told(case) == (0, output, "" if output else "qsharp: told to end\n")
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT

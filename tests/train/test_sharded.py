@@ -17,7 +17,7 @@ from processes import printed_on_fake_devices
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import make_batch
-from qsharp_jax.models import config, meshes, sharding
+from qsharp_jax.models import meshes, sharding
 from qsharp_jax.models.sharding import FIT
 from qsharp_jax.system.errors import UserError
 
@@ -41,14 +41,11 @@ B, T, D, V, MLP, LAYERS = 16, 24, 32, 96, 128, 2  # all different, so that a sha
 
 
 def model(of: str):
-    trunk = config.make(
-        "tiny", vocab_size=V, embed=D, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=MLP, max_positions=T
-    )
-    ref = helpers.random_model(V, **{f: getattr(trunk, f) for f in ("embed", "layers", "heads", "kv_heads", "head_dim")},
-                               mlp=MLP, max_positions=T)  # fmt: skip
+    shape = dict(embed=D, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=MLP, max_positions=T)
+    ref = helpers.random_model(V, **shape)
     if of == "language model":
         return ref, functools.partial(train.language_model_loss, config=ref.config)
-    guide = helpers.random_guide(trunk, type="q" if of == "q" else "v")
+    guide = helpers.random_guide(ref.config, type="q" if of == "q" else "v")
     return guide, functools.partial(train.value_loss, config=guide.config)
 
 
