@@ -248,7 +248,7 @@ def test_when_none_can_be_read_nothing_is_touched_and_the_newest_is_named(tmp_pa
     save(tmp_path, 5, 9)
     for step in ("5", "9"):
         shutil.rmtree(tmp_path / step / "params")
-    message = refusal(Checkpoints, tmp_path).restore(make_state(0))
+    message = refusal(Checkpoints(tmp_path).restore, make_state(0))
     assert message.startswith(f"the checkpoint {tmp_path / '9'} is damaged")
     assert message.endswith(f"and none of those before it can be read; delete {tmp_path} to train anew")
     assert {path.name for path in tmp_path.iterdir()} == {"5", "9"}
