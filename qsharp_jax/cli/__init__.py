@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.cli import commands
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.workdir import Workdir, check_is_workdir
+from qsharp_jax.run.workdir import Workdir, check_is_workdir, stored_config
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
@@ -156,6 +156,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
 
     if config is not None:
         checks.check_settings(config)
+        models.pin(config, stored_config(files.make_path(options.workdir)))
         _check_mesh(config, options.config)
         checks.check(config)
         models.make_absolute(config)

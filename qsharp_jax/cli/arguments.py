@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 CONFIG_HELP = """\
 Settings: any value of the config can be changed by --config.KEY=VALUE, for example --config.seed=1 or
---config.collect.samples=8. A workdir remembers its settings, so later commands need only --workdir. To use models in
-folders instead of pre-training: --config.ref=DIR, and --config.guide=DIR for what the guide starts from."""
+--config.collect.samples=8. A workdir remembers its settings, so later commands need only --workdir. To use a model
+instead of pre-training: --config.ref=MODEL, and --config.guide=MODEL for what the guide starts from. A MODEL is a
+folder as saved by `transformers`, a GGUF file, or an id on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION)."""
 
 MODELS_HELP = """\
-Models: those of a run, by --workdir, or those in folders with config.json, safetensors and tokenizer files, as
-written by `transformers` and `qsharp export`, by --ref and --guide. The guide's tokenizer must have the reference's
-entries, except for special tokens that neither model uses; the embeddings may be padded to different sizes."""
+Models: those of a run, by --workdir, or others, by --ref and --guide: a folder with config.json, safetensors and
+tokenizer files, as written by `transformers` and `qsharp export`; a GGUF file, or a folder with one; or an id on the
+Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, downloaded at first use. The guide's tokenizer must have the
+reference's entries, except for special tokens that neither model uses; the embeddings may be padded to different
+sizes."""
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +55,10 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Add models of a run or in folders; the command adds --guide itself, since some take several."""
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder: its reference and its last guide")
-    parser.add_argument("--ref", metavar="DIR", help="folder of the reference model")
+    parser.add_argument("--ref", metavar="MODEL", help="the reference: a folder, a GGUF file, or an id on the hub")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"),
-        help="dtype of weights and computation (default: bfloat16 if the folder's config.json says so, else float32)",
+        help="dtype of weights and computation (default: bfloat16 if the model is stored so, else float32)",
     )  # fmt: skip
     parser.add_argument(
         "--prompt-format", choices=("plain", "chat"),

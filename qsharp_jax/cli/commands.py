@@ -17,10 +17,10 @@ Guides a frozen language model by a learned distribution of the reward-to-go (Q#
 
 does everything: it pre-trains or loads the reference model, collects rollouts, fits the guide, evaluates, and writes a
 report. Repeated with the same workdir it resumes where it stopped. The other commands are its single steps. With
-models of your own, each in a folder with config.json, safetensors and tokenizer files:
+models of your own, each a folder of `transformers`, a GGUF file, or an id on the Hugging Face hub:
 
-  qsharp generate --ref DIR --guide DIR "a prompt"
-  qsharp score --ref DIR --guide DIR --input FILE --output FILE"""
+  qsharp generate --ref MODEL --guide MODEL "a prompt"
+  qsharp score --ref MODEL --guide MODEL --input FILE --output FILE"""
 
 _NAMES = "run", "compare", "collect", "fit", "generate", "score", "judge", "evaluate", "report", "plan", "export"
 COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}

@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or use --input")
     arguments.add_models(parser)
     parser.add_argument(
-        "--guide", metavar="DIR", action="append",
-        help="folder of the guide; may be given several times, with --weights: their tilts are then multiplied",
+        "--guide", metavar="MODEL", action="append",
+        help="the guide: a folder, or an id on the hub; may be given several times, with --weights: their tilts are"
+        " then multiplied",
     )  # fmt: skip
     parser.add_argument(
         "--weights", type=arguments.numbers, metavar="LIST",
@@ -265,7 +266,10 @@ def _described(
       names: the models that run.
     """
     if workdir is None:
-        source = {"ref": options.ref, "guide": options.guide, "prompt_format": options.prompt_format or "plain"}
+        from qsharp_jax.models.hf import hub
+
+        guides = options.guide and [hub.pin(guide) for guide in options.guide]
+        source = {"ref": hub.pin(options.ref), "guide": guides, "prompt_format": options.prompt_format or "plain"}
         if models.tokenizer.writes_date:
             source["date"] = models.tokenizer.date.isoformat()
     else:

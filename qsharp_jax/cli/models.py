@@ -1,7 +1,6 @@
 """The models that `generate` and `score` use: those of a run, or those in folders."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qsharp_jax.run.workdir import Workdir
@@ -27,12 +26,13 @@ def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
         from qsharp_jax.run.session import Session
 
         return RunModels(Session(workdir))
+    from qsharp_jax.models.hf import hub
     from qsharp_jax.run.folders import Folders
 
     guides = [options.guide] if isinstance(options.guide, str) else options.guide or []
     return Folders(
-        options.ref and Path(options.ref),
-        [Path(guide) for guide in guides],
+        options.ref and hub.find(options.ref),
+        [hub.find(guide) for guide in guides],
         dtype=options.dtype,
         prompt_format=options.prompt_format or "plain",
         stop_ids=getattr(options, "stop_ids", None),

@@ -50,7 +50,7 @@ Scorer = Callable[..., list[np.ndarray]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_models(parser)
-    parser.add_argument("--guide", metavar="DIR", help="folder of the guide")
+    parser.add_argument("--guide", metavar="MODEL", help="the guide: a folder, or an id on the hub")
     parser.add_argument("--input", metavar="FILE", required=True, help="JSON lines, as described below")
     parser.add_argument("--output", metavar="FILE", required=True, help="where the JSON lines go")
     parser.add_argument(

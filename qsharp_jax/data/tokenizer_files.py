@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import qsharp_jax.data.tokenizer_gguf as in_gguf
+from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError, warn
 
 if TYPE_CHECKING:
@@ -15,8 +17,12 @@ _FILES = (_OWN, "tokenizer.model", "vocab.json")  # a tokenizer's folder has at 
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Tell whether a folder holds a tokenizer's files."""
-    return any((Path(folder) / name).is_file() for name in _FILES)
+    """Tell whether a folder holds a tokenizer's files, or is or holds a GGUF file."""
+    return _has_files(Path(folder)) or gguf.find(folder) is not None
+
+
+def _has_files(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def read(folder: str | Path) -> "PreTrainedTokenizerBase":
@@ -25,6 +31,8 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
     `AutoTokenizer` goes by the model's type: it turns every tokenizer of a Qwen 2 folder into a byte-level one with
     Qwen's pattern, and takes only the vocabulary from the file.
 
+    A GGUF file's own tokenizer is read where no tokenizer's files lie in the folder.
+
     Raises:
       UserError: if the folder has no tokenizer, a damaged one, or files that contradict each other.
     """
@@ -32,6 +40,8 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(folder)
+    if not _has_files(folder) and (file := gguf.find(folder)) is not None:
+        return in_gguf.read(file)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder of a model and its tokenizer")
     if not has_tokenizer(folder):
@@ -112,7 +122,8 @@ def listed_stop_ids(folder: str | Path) -> list[int]:
             if not all(type(token) is int for token in listed):
                 raise UserError(f"{path} has the eos_token_id {listed}; it must be an integer or a list of integers")
             return listed
-    return []
+    file = gguf.find(folder)
+    return [] if file is None else in_gguf.stop_ids(file)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

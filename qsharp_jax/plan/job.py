@@ -88,13 +88,12 @@ def learned(job: Job, params: Params) -> tuple[Params, Params]:
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
-    in_folder = models.folder(config, "ref")
     dtype = config.dtype or DTYPE_OF_SIZE
     if ref_size:
         ref = _sized("--ref-size", ref_size, dtype)
     else:
         models.check_folders(config)
-        vocab_size = None if in_folder else models.make_tokenizer(config).vocab_size
+        vocab_size = None if models.folder(config, "ref") else models.make_tokenizer(config).vocab_size
         ref = models.ref_shape(config, vocab_size)
     section = config.value
     kind = dict(type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))

@@ -6,7 +6,6 @@ Everything that can be refused without the weights is refused before they are re
 import dataclasses
 import datetime
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from qsharp_jax.generate import Guide, guide_names
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.hf import hub
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
@@ -29,7 +29,7 @@ class Folders:
       UserError: for a folder without a model, or a guide with other tokens than the reference.
     """
 
-    ref: Path | None  # the reference's folder, or None
+    ref: Path | None  # the reference's folder or GGUF file, or None
     guides: Sequence[Path] = ()  # folders of guides; without a reference, of one
     dtype: str | None = None  # of weights and computation, "float32" or "bfloat16"; by default each folder's own
     prompt_format: str = "plain"  # "plain" or "chat", see `Tokenizer`
@@ -81,7 +81,7 @@ class Folders:
         return zip(guide_names(len(self.guides)), self.guides, strict=True)
 
     def _dtype(self, folder: Path) -> str:
-        return self.dtype or stored_dtype(folder)
+        return self.dtype or hf.stored_dtype(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,11 @@ def load(
     dtype: str | None = None,
     prompt_format: str = "plain",
 ) -> Loaded:
-    """Load a reference, and a guide or several, from folders of `transformers`.
+    """Load a reference, and a guide or several, by folder, by GGUF file, or by id on the Hugging Face hub.
 
     Args:
-      ref: folder of a language model.
-      guide: folder of a guide that goes with it, or folders of several.
+      ref: a language model's folder as `transformers` keeps it, GGUF file, or id "OWNER/NAME" or "OWNER/NAME@REVISION".
+      guide: folder or id of a guide that goes with it, or those of several.
       dtype: "float32" or "bfloat16", for weights and computation; by default each folder's own.
       prompt_format: "plain", or "chat" for prompts as one turn of the tokenizer's chat template.
 
@@ -120,7 +120,7 @@ def load(
       UserError: for a folder that does not hold such a model, or a guide with other tokens than the reference.
     """
     guides = [guide] if isinstance(guide, str | Path) else guide or []
-    folders = Folders(Path(ref), [Path(folder) for folder in guides], dtype=dtype, prompt_format=prompt_format)
+    folders = Folders(hub.find(ref), [hub.find(name) for name in guides], dtype=dtype, prompt_format=prompt_format)
     tokenizer = folders.tokenizer
     candidates = min(Sampling.top_k_candidates, tokenizer.vocab_size)
     sampling = Sampling(top_k_candidates=candidates, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
@@ -143,16 +143,3 @@ def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guid
             )
     for guide in filter(has_tokenizer, guides):
         check_same_tokens(text, Tokenizer.load(guide))
-
-
-def stored_dtype(folder: Path) -> str:
-    """bfloat16 if config.json says so, else float32, which holds every float16 exactly.
-
-    A missing or damaged config.json is reported by whoever reads the rest of it.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        stored = config.get("dtype", config.get("torch_dtype"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
-        return "float32"
-    return "bfloat16" if stored == "bfloat16" else "float32"

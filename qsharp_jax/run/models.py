@@ -1,8 +1,9 @@
 """The models of a run: tokenizer, shapes and weights, according to its config.
 
-    config.ref     "pretrain": pre-trained by the sections `model` and `pretrain`; or the folder of a language model
+    config.ref     "pretrain": pre-trained by the sections `model` and `pretrain`; or a language model: its folder, GGUF
+                   file, or id on the Hugging Face hub
     config.guide   how the first guide starts: "ref", from the reference's weights; "scratch", with the shape `model`;
-                   or a folder, of a language model (with a fresh head) or of an exported guide (with its own)
+                   or from a language model (with a fresh head) or an exported guide (with its own), given like `ref`
 
 Errors in a folder are reported without reading its weights.
 """
@@ -25,9 +26,10 @@ from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, hf, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run.config import trains_policy
-from qsharp_jax.run.folders import check_vocabulary, stored_dtype
+from qsharp_jax.run.folders import check_vocabulary
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
@@ -39,14 +41,28 @@ NOT_FOLDERS = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
 
 
 def folder(config: ConfigDict, name: str) -> Path | None:
-    """Return the folder of "ref" or "guide"; None if the config names no folder."""
-    return None if config[name] in NOT_FOLDERS[name] else Path(config[name]).expanduser()
+    """Return the folder, or GGUF file, of "ref" or "guide"; None if the config names no model."""
+    return None if config[name] in NOT_FOLDERS[name] else hub.find(config[name])
+
+
+def pin(config: ConfigDict, stored: ConfigDict | None) -> None:
+    """Append the commit to ids on the Hugging Face hub, in place, so that a repeated run has the same weights.
+
+    Args:
+      stored: the settings of the run so far, whose commits are kept.
+
+    Raises:
+      UserError: for a model that cannot be downloaded.
+    """
+    for name, words in NOT_FOLDERS.items():
+        if config[name] not in words:
+            config[name] = hub.pin(config[name], stored and stored[name])
 
 
 def make_absolute(config: ConfigDict) -> None:
     """Make the paths of folders absolute, in place, as workdirs store them."""
     for name, words in NOT_FOLDERS.items():
-        if config[name] not in words:
+        if config[name] not in words and not hub.is_id(config[name]):
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
     if config.task.get("data", "") not in ("", "hub"):
         config.task.data = os.path.abspath(os.path.expanduser(config.task.data))
@@ -158,7 +174,7 @@ def sampling(session: Session) -> Sampling:
 
 
 def _dtype(config: ConfigDict, model: Path) -> str:
-    return config.dtype or stored_dtype(model)
+    return config.dtype or hf.stored_dtype(model)
 
 
 def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
@@ -176,10 +192,10 @@ def check_folders(config: ConfigDict) -> None:
     """Check that the model folders exist and do not hold adapters; a UserError names the setting or the folder."""
     for name, words in NOT_FOLDERS.items():
         path = folder(config, name)
-        if path and not path.is_dir():
+        if path and not path.exists():
             raise UserError(
-                f"config.{name} is {config[name]!r}, which is not a folder; give {', '.join(words)}, or the folder of a"
-                " model"
+                f"config.{name} is {config[name]!r}, which is not a folder; give {', '.join(words)}, or a model's"
+                " folder, GGUF file, or id on the Hugging Face hub (OWNER/NAME)"
             )
         if path:
             hf.check_no_adapter(path)

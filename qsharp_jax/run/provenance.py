@@ -20,7 +20,7 @@ from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
 
 # Of a model's folder: weights, configs, tokenizer. Other files, such as a README, do not matter.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
+PATTERNS = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "merges.txt")
 SLOW = 2e9  # bytes; progress is shown above this
 
 Files = dict[str, dict]  # by name: sha256, and size in bytes and mtime_ns, which tell whether a file changed
@@ -80,7 +80,8 @@ def of_problems(problems: Sequence[Problem]) -> str:
 
 
 def _hash_files(folder: Path, stored: Files) -> Files:
-    paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    files = {path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    paths = [folder] if folder.is_file() else sorted(files)
     slow = sum(path.stat().st_size for path in paths) > SLOW
 
     def describe(path: Path) -> dict:

@@ -243,13 +243,14 @@ class Run:
     )  # fmt: skip
     rounds: int = setting(2, whole(1), "rounds of rollouts and training")
     ref: str = setting(
-        "pretrain", Rule(TEXT.passes, "pretrain, or the folder of a model"),
-        "the reference: pretrain trains it by the sections model and pretrain; or a folder as transformers saves it",
+        "pretrain", Rule(TEXT.passes, "pretrain, or a model"),
+        "the reference: pretrain trains it by the sections model and pretrain; or a folder as transformers saves it,"
+        " a GGUF file, or an id on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION)",
     )  # fmt: skip
     guide: str = setting(
-        "ref", Rule(TEXT.passes, "ref, scratch, or the folder of a model"),
+        "ref", Rule(TEXT.passes, "ref, scratch, or a model"),
         "how the first guide starts: ref: from the reference's weights; scratch: at random, by the section model; or a"
-        " folder of a model or guide",
+        " model or guide, given like ref",
     )  # fmt: skip
     dtype: str | None = setting(None, FLOATS, "dtype of models in folders")
     prompt_format: str = setting(

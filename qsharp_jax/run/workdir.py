@@ -194,6 +194,12 @@ def check_is_workdir(path: Path) -> None:
         raise UserError(f"{path} is not a workdir: it has no config.json; give a run's --workdir, or a --config")
 
 
+def stored_config(path: Path) -> ConfigDict | None:
+    """The settings of the run in a workdir, or None if there is none yet."""
+    stored = path / "config.json"
+    return _read_config(stored)[0] if files.is_file(stored) else None
+
+
 def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:
     """Return the settings, the name of the workdir with the reference, and the date of the prompts, if stored."""
     stored = _read_json(path)

@@ -191,12 +191,12 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(copy, monkeypatch):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({UP: None}, f"lacks the tensor {UP}, which its config.json requires"),
-        ({UP: None, "lm_head.weight": None}, "lacks the tensor lm_head.weight and 1 more, which its config.json requires"),
+        ({UP: None}, f"lacks the tensor {UP}, which its config requires"),
+        ({UP: None, "lm_head.weight": None}, "lacks the tensor lm_head.weight and 1 more, which its config requires"),
         ({"model.layers.2.mlp.up_proj.weight": np.zeros((20, 16))},
-         "has the tensor model.layers.2.mlp.up_proj.weight, which its config.json does not"),
+         "has the tensor model.layers.2.mlp.up_proj.weight, which its config does not"),
         ({UP: np.zeros((20, 15), np.float32)},
-         f"the tensor {UP} has the shape (20, 15), but its config.json requires (20, 16)"),
+         f"the tensor {UP} has the shape (20, 15), but its config requires (20, 16)"),
         ({UP: np.zeros((20, 16), np.int8)}, f"the tensor {UP} is stored as I8; supported are F32, BF16, F16"),
     ],
 )  # fmt: skip

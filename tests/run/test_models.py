@@ -190,8 +190,8 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     small = tmp_path / "small"
     hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
     for changes, words in [
-        (("ref=pretrian",), "config.ref is 'pretrian', which is not a folder; give pretrain, or the folder"),
-        ((ref, "guide=none"), "config.guide is 'none', which is not a folder; give ref, scratch, or the folder"),
+        (("ref=pretrian",), "config.ref is 'pretrian', which is not a folder; give pretrain, or a model's folder"),
+        ((ref, "guide=none"), "config.guide is 'none', which is not a folder; give ref, scratch, or a model's folder"),
         ((f"ref={tmp_path}",), "has no tokenizer"),
         ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
         ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),

@@ -1,9 +1,10 @@
 """Hugging Face folders in and out: `load_ref`, `load_guide`, `load_trunk`, `export_ref`, `export_guide`.
 
-Files: config.py (config.json), names.py (the tensor of each leaf), files.py (safetensors), load.py, export.py, card.py.
+Files: config.py (config.json), names.py (the tensor of each leaf), files.py (safetensors), gguf.py, hub.py, load.py,
+export.py, card.py.
 """
 
-from qsharp_jax.models.hf.config import check_no_adapter
+from qsharp_jax.models.hf.config import check_no_adapter, stored_dtype
 from qsharp_jax.models.hf.export import check_folder, export_guide, export_ref
 from qsharp_jax.models.hf.load import (
     check_weights,
@@ -27,4 +28,5 @@ __all__ = [
     "load_trunk",
     "read_config",
     "read_guide_config",
+    "stored_dtype",
 ]

@@ -11,8 +11,10 @@ from typing import Any
 from transformers import AutoConfig
 
 import qsharp_jax.models.hf.files as files
+import qsharp_jax.models.hf.gguf as hf_gguf
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError
 
 CONFIG = "config.json"
@@ -92,8 +94,7 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     Raises:
       UserError: if it is missing or damaged, or describes an unsupported model.
     """
-    path = Path(folder) / CONFIG
-    entries = _read_entries(path)
+    path, entries = _read_entries(Path(folder))
     ours, model_type = entries.get(KEY) or {}, entries.get("model_type")
     architecture = (entries.get("architectures") or [None])[0]
     if architecture is None:  # the config of a model that was never saved
@@ -122,8 +123,24 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     return FolderConfig(family, classifier, decoder, labels, ours)
 
 
-def _read_entries(path: Path) -> dict[str, Any]:
-    folder = path.parent
+def stored_dtype(folder: str | Path) -> str:
+    """The dtype of a folder's weights: bfloat16 where it says so, else float32, which holds every float16 exactly.
+
+    Raises:
+      UserError: if its config.json is missing or damaged.
+    """
+    _, entries = _read_entries(Path(folder))
+    return "bfloat16" if entries.get("dtype", entries.get("torch_dtype")) == "bfloat16" else "float32"
+
+
+def _read_entries(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that describes a model, and the entries of config.json that it has or amounts to."""
+    if (file := gguf.find(folder)) is not None:
+        try:
+            return file, hf_gguf.entries(file)
+        except (TypeError, ZeroDivisionError) as error:  # metadata of other types, and zeros
+            raise UserError(f"{file} is damaged ({error}); download it again") from None
+    path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a folder with a {CONFIG}")
     check_no_adapter(folder)
@@ -139,12 +156,12 @@ def _read_entries(path: Path) -> dict[str, Any]:
             raise ValueError('"architectures" is not a list')
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
-    return entries
+    return path, entries
 
 
 def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
     """The guide that a folder's config describes; raises a UserError if it describes none, or an incomplete one."""
-    path = Path(folder) / CONFIG
+    path = gguf.find(folder) or Path(folder) / CONFIG
     if "type" not in config.qsharp:
         what = "a token classifier of unknown meaning" if config.classifier else "a language model"
         example = f'"{KEY}": {{"type": "v", "distribution": "bernoulli"}}'

@@ -29,10 +29,13 @@ class Tensors(contextlib.AbstractContextManager):
     Attributes:
       shapes: shape of every tensor, by name.
       stored: dtype of every tensor as the format names it, such as "BF16".
+      readable: dtypes that can be read.
 
     Raises:
       UserError: for a missing, damaged or truncated file, and for weights that are not safetensors.
     """
+
+    readable = tuple(DTYPES)
 
     def __init__(self, folder: Path):
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -17,17 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.models.hf.config as configs
+import qsharp_jax.models.hf.gguf as hf_gguf
 import qsharp_jax.models.hf.names as names
 from qsharp_jax.models import cpu_form, decoder, memory, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.hf.files import DTYPES, Tensors
+from qsharp_jax.models.hf.files import Tensors
 from qsharp_jax.models.leaves import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError
 
 CHUNK = 4_000_000  # bytes read at once; small enough to be transposed within the processor's cache
 THREADS = 8
+
+AnyTensors = Tensors | hf_gguf.Tensors
 
 
 def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
@@ -53,7 +57,7 @@ def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, sharding
     """Load a causal language model.
 
     Args:
-      folder: with config.json and safetensors.
+      folder: with config.json and safetensors; or a GGUF file, or a folder with one.
       dtype: dtype of the loaded weights and of the computation, "float32" or "bfloat16".
       unstacked: layers as a list, for decoding; otherwise stacked, for training.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default everything is put
@@ -129,9 +133,10 @@ def _guide(folder: str | Path, dtype: str) -> _Source:
 
 
 @contextlib.contextmanager
-def _open(source: _Source) -> Iterator[tuple[Tensors, Mapping[str, Place]]]:
+def _open(source: _Source) -> Iterator[tuple[AnyTensors, Mapping[str, Place]]]:
     """Open the folder's tensors, compare all names and shapes, and yield the place of each leaf among them."""
-    with Tensors(source.folder) as tensors:
+    file = gguf.find(source.folder)
+    with Tensors(source.folder) if file is None else hf_gguf.Tensors(file) as tensors:
         # Checkpoints of the base model alone leave out its name.
         prefix = names.PREFIX[source.config.family]
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
@@ -177,24 +182,27 @@ def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int
     return expected
 
 
-def _check(source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None) -> None:
+def _check(
+    source: _Source, tensors: AnyTensors, expected: Mapping[str, tuple[int, ...]], embedding: Place | None
+) -> None:
     """Compare the tensors with those that the config implies, in name, shape and dtype; raises a UserError."""
     folder = source.folder
     missing = [name for name in expected if name not in tensors.shapes]
     if missing:
         raise UserError(
-            f"{folder} lacks the tensor {missing[0]}{_and_others(missing)}, which its config.json requires; download"
+            f"{folder} lacks the tensor {missing[0]}{_and_others(missing)}, which its config requires; download"
             " the weights and the config of the same model"
         )
     for name, shape in expected.items():
         if tensors.shapes[name] != shape:
             raise UserError(
-                f"{folder}: the tensor {name} has the shape {tensors.shapes[name]}, but its config.json requires"
+                f"{folder}: the tensor {name} has the shape {tensors.shapes[name]}, but its config requires"
                 f" {shape}; download the weights and the config of the same model"
             )
-        if tensors.stored[name] not in DTYPES:
+        if tensors.stored[name] not in tensors.readable:
             raise UserError(
-                f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; supported are {', '.join(DTYPES)}"
+                f"{folder}: the tensor {name} is stored as {tensors.stored[name]}; supported are"
+                f" {', '.join(tensors.readable)}"
             )
     extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
     if source.extra_heads:
@@ -208,7 +216,7 @@ def _check(source: _Source, tensors: Tensors, expected: Mapping[str, tuple[int, 
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
-            f"{folder} has the tensor {extra[0]}{_and_others(extra)}, which its config.json does not call for; download"
+            f"{folder} has the tensor {extra[0]}{_and_others(extra)}, which its config does not call for; download"
             " the weights and the config of the same model"
         )
 
@@ -217,7 +225,7 @@ def _and_others(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _same(tensors: Tensors, name: str, other: str) -> bool:
+def _same(tensors: AnyTensors, name: str, other: str) -> bool:
     """Return true if two tensors are bitwise equal."""
     shape = tensors.shapes[name]
     if (shape, tensors.stored[name]) != (tensors.shapes[other], tensors.stored[other]):
@@ -234,7 +242,7 @@ def _same(tensors: Tensors, name: str, other: str) -> bool:
 
 
 def _read_leaf(
-    tensors: Tensors, table: Mapping[str, Place], path: tuple, leaf: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+    tensors: AnyTensors, table: Mapping[str, Place], path: tuple, leaf: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
 ) -> jax.Array:
     key, layer = names.split_layer(path)
     place = table[key]
@@ -264,7 +272,7 @@ def _set_layer(sharding: jax.sharding.Sharding) -> Any:
 
 
 def _read_array(
-    tensors: Tensors,
+    tensors: AnyTensors,
     place: Place,
     layer: int | None,
     shape: tuple[int, ...],
@@ -285,7 +293,7 @@ def _read_array(
 
 
 def _read_slice(
-    tensors: Tensors,
+    tensors: AnyTensors,
     place: Place,
     name: str,
     shape: tuple[int, ...],

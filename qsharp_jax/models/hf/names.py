@@ -11,8 +11,8 @@ from qsharp_jax.models.leaves import Leaf, Place
 # The base model's name, a prefix that checkpoints of the base model alone lack.
 PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "qwen3": "model."}
 
-# Buffers that old versions of `transformers` saved with the weights; they are determined by the config.
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+# Buffers that old versions of `transformers`, and GGUF files, have with the weights; they are determined by the config.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|rope_freqs\.weight)$")
 
 
 def decoder_places(family: str) -> dict[str, Place]:

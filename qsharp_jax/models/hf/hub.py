@@ -1,0 +1,127 @@
+"""Models by their ids on the Hugging Face hub: the folder of one in the hub's cache on this machine.
+
+An id is OWNER/NAME, or OWNER/NAME@REVISION with a branch, a tag or a commit. The variables HF_HOME, HF_HUB_OFFLINE and
+HF_ENDPOINT mean what they mean to `huggingface_hub`.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qsharp_jax.system import gguf
+from qsharp_jax.system.errors import UserError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.*",
+)  # fmt: skip
+_NOT = ("*/*", "consolidated*")  # other forms of the same weights
+
+
+def find(model: str | Path) -> Path:
+    """The folder of a model, or its GGUF file: the path if there is something; an id's copy in the hub's cache.
+
+    What the cache lacks is downloaded: configs, tokenizer and safetensors, or the GGUF file where there are none.
+
+    Raises:
+      UserError: for an id of no model that can be had, and without network and copy.
+    """
+    return _snapshot(str(model)) if is_id(model) else Path(model).expanduser()
+
+
+def pin(model: str, earlier: str | None = None) -> str:
+    """An id with the commit that it stands for now; anything else as it is.
+
+    Args:
+      earlier: the model of an earlier run, whose commit is kept where it is the same id and no revision is given.
+
+    Raises:
+      UserError: as `find`.
+    """
+    if not is_id(model):
+        return model
+    name, _, revision = model.partition("@")
+    if not revision and earlier is not None and earlier.startswith(f"{name}@"):
+        return earlier
+    return f"{name}@{find(model).name}"
+
+
+def is_id(model: str | Path) -> bool:
+    """Tell whether a model is named by an id: no file or folder has this name, and it is not that of a GGUF file."""
+    words = str(model)
+    return bool(_ID.fullmatch(words)) and not words.endswith(gguf.SUFFIX) and not Path(words).exists()
+
+
+@functools.cache
+def _snapshot(model: str) -> Path:
+    name, _, revision = model.partition("@")
+    try:
+        folder = _download(name, revision or None, _FILES)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob(f"*{gguf.SUFFIX}")):
+            if file := _gguf_file(name, folder.name):
+                _download(name, folder.name, [file])
+    except GatedRepoError:
+        raise UserError(
+            f"the model {name} is gated; accept its terms on https://huggingface.co/{name}, and log in by"
+            " `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {name}, and no public model of this name on the Hugging Face hub; check the name, or"
+            " log in by `hf auth login` if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"the model {name} on the Hugging Face hub has no revision {revision!r}") from None
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); try again later"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        raise UserError(
+            f"there is no folder {model}, and the model of this name could not be fetched from the Hugging Face hub"
+            f" ({_reason(error)}) and is not, or not completely, in its cache; give a folder, or download it where"
+            " there is a network"
+        ) from None
+    if not folder.is_dir():
+        raise UserError(f"the model {name} on the Hugging Face hub has neither safetensors nor a GGUF file")
+    return folder
+
+
+def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(_NOT)))
+
+
+def _gguf_file(name: str, commit: str) -> str | None:
+    """The only GGUF file of a model on the hub; None if there is none, or the hub cannot be reached."""
+    try:
+        listed = HfApi().list_repo_files(name, revision=commit)
+    except (OfflineModeIsEnabled, HTTPError):  # the cache is all there is, as it is to `snapshot_download`
+        return None
+    files = [file for file in listed if file.endswith(gguf.SUFFIX) and "/" not in file]
+    if len(files) > 1:
+        raise UserError(
+            f"the model {name} has {len(files)} GGUF files ({', '.join(files[:3])}, ...); download one by `hf download"
+            f" {name} FILE`, and give its path"
+        )
+    return files[0] if files else None
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return " ".join(str(cause).split())[:100]
