@@ -90,7 +90,7 @@ def test_the_gguf_file_of_a_model_without_safetensors(online, offline, tmp_path,
     "answer, message",
     [
         ((404, "RepoNotFound"), f"there is no folder {NAME}, and no public model of this name on the Hugging Face hub; check"),
-        ((401, ""), f"there is no folder {NAME}, and no public model of this name on the Hugging Face hub; check the name"),
+        ((401, ""), f"the Hugging Face hub refused the model {NAME} (HTTP 401); log in by `hf auth login`, or try again"),
         ((403, "GatedRepo"), f"the model {NAME} is gated; accept its terms on https://huggingface.co/{NAME}, and log in"),
         ((404, "RevisionNotFound"), f"the model {NAME} on the Hugging Face hub has no revision 'v2'"),
         ((503, ""), f"there is no folder {NAME}@v2, and the model of this name could not be fetched"),

@@ -88,7 +88,8 @@ def _snapshot(model: str) -> Path:
         raise UserError(f"the model {name} on the Hugging Face hub has no revision {revision!r}") from None
     except HfHubHTTPError as error:
         raise UserError(
-            f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); try again later"
+            f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); log in by"
+            " `hf auth login`, or try again later"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
         raise UserError(
