@@ -18,7 +18,7 @@ _LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
 
 
 class _Rules(NamedTuple):
-    """What a file does not say about its tokenizer, but its `tokenizer.ggml.pre` stands for.
+    """The rules of a tokenizer that a file only names, by its `tokenizer.ggml.pre`.
 
     Attributes:
       split: the pattern of the pieces that merges stay within; None: GPT-2's.

@@ -24,19 +24,14 @@ def offline(tmp_path, monkeypatch):
     """The cache's folder, with the hub out of reach."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub._snapshot.cache_clear()
+    fake_hub.forget()
     yield tmp_path / "cache"
-    hub._snapshot.cache_clear()
+    fake_hub.forget()
 
 
 @pytest.fixture
 def files(made):
     return {path.name: path.read_bytes() for path in (made / "llama").iterdir()}
-
-
-def new_process():
-    """What is known of the hub within a process is forgotten."""
-    hub._snapshot.cache_clear()
 
 
 def test_ids_and_paths(tmp_path, monkeypatch):
@@ -65,7 +60,7 @@ def test_a_commit_stays_when_the_branch_moves_on(online, files):
     first = online.push(NAME, files)
     pinned = hub.pin(NAME)
     second = online.push(NAME, files | {"generation_config.json": b'{"eos_token_id": 7}'})
-    new_process()
+    fake_hub.forget()
     assert hub.pin(NAME, earlier=pinned) == hub.pin(pinned) == f"{NAME}@{first}"
     assert hub.pin(NAME) == hub.pin(f"{NAME}@main", earlier=pinned) == f"{NAME}@{second}"
     assert hub.pin(NAME, earlier=f"owner/model@{first}") == f"{NAME}@{second}", "of another model"
@@ -81,7 +76,7 @@ def test_the_gguf_file_of_a_model_without_safetensors(online, offline, tmp_path,
     assert not any("two/resolve" in path for path in online.requested)
     online.push("o/none", {"README.md": b""})
     assert "has neither safetensors nor a GGUF file" in refusal(hub.find, "o/none")
-    new_process()
+    fake_hub.forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (hub.find("o/one") / "model-Q8_0.gguf").exists()
 
@@ -106,7 +101,7 @@ def test_without_a_network_the_cache_is_enough(online, files):
     online.push(NAME, files)
     folder = hub.find(NAME)
     online.stop()
-    new_process()
+    fake_hub.forget()
     assert hub.find(NAME) == folder and hub.find(f"{NAME}@{folder.name}") == folder
     start = time.perf_counter()
     assert "could not be fetched from the Hugging Face hub ([Errno" in refusal(hub.find, "owner/other")

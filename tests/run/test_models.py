@@ -204,7 +204,7 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
         ((ref, guide, "value.distribution=scalar"), "config.value.distribution is 'scalar', but the guide in"),
         (
             (ref, f"guide={folders / 'categorical'}", "value.distribution=categorical", "value.atoms=0,1"),
-            "config.value.atoms is (0.0, 1.0), and the guide in",
+            "config.value.atoms is (0.0, 1.0), but the guide in",
         ),
         ((ref, guide, "prompt_format=chat"), "has no chat template"),
         (("prompt_format=chat",), "has no chat template"),

@@ -58,6 +58,11 @@ class FakeHub:
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body
 
 
+def forget():
+    """Forget what this process knows of the hub, as a new process does."""
+    hub._snapshot.cache_clear()
+
+
 @contextlib.contextmanager
 def running(cache, monkeypatch):
     """A hub that `huggingface_hub` of this process talks to, with an empty cache."""
@@ -87,13 +92,13 @@ def running(cache, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub._snapshot.cache_clear()
+    forget()
     fake.stop = lambda: (server.shutdown(), server.server_close())
     try:
         yield fake
     finally:
         fake.stop()
-        hub._snapshot.cache_clear()
+        forget()
 
 
 def put_into_cache(cache, name, files, commit="a" * 40):

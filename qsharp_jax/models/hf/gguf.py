@@ -68,7 +68,7 @@ _LLAMA3_POSITIONS = 8192
 
 
 def entries(path: Path) -> dict[str, Any]:
-    """What the config.json of a GGUF file's model would be.
+    """Return the entries that the config.json of a GGUF file's model would have.
 
     Raises:
       UserError: for an architecture that is not computed here, metadata that are missing, and a file that is damaged.
