@@ -80,9 +80,10 @@ def _read(path: Path, size: int, mtime_ns: int) -> Header:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             header = _Cursor(content).header()
-    except (ValueError, struct.error, MemoryError) as error:
+        parts = int(header.metadata.get("split.count", 1))
+    except (ValueError, TypeError, ArithmeticError, MemoryError, struct.error) as error:
         raise UserError(f"{path} is damaged or truncated ({error}); download it again") from None
-    if (parts := header.metadata.get("split.count", 1)) > 1:
+    if parts > 1:
         raise UserError(
             f"{path} is one of {parts} parts of a model; join them with llama.cpp's `llama-gguf-split --merge` first"
         )
@@ -110,6 +111,8 @@ class _Cursor:
 
     def _place(self) -> Entry:
         (axes,) = self._numbers("I")
+        if not 1 <= axes <= 4:
+            raise ValueError(f"a tensor has {axes} axes")
         shape = self._numbers(f"{axes}Q")[::-1]  # stored with the axis that changes fastest first
         kind, start = self._numbers("IQ")
         return Entry(shape, kind, start)
@@ -119,9 +122,11 @@ class _Cursor:
             return self._string()
         if kind == _ARRAY:
             of, length = self._numbers("IQ")
+            if of == _STRING:
+                return [self._string() for _ in range(length)]
             if of in _NUMBERS:
                 return self._numbers(f"{length}{_NUMBERS[of]}")
-            return [self._value(of) for _ in range(length)]
+            raise ValueError(f"an array has elements of the type {of}")
         if kind not in _NUMBERS:
             raise ValueError(f"a value has the unknown type {kind}")
         return self._numbers(_NUMBERS[kind])[0]

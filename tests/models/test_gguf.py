@@ -189,6 +189,8 @@ def test_a_file_cut_anywhere_or_with_damaged_bytes(file):
         (dict(llama__attention__head_count="four"), "is damaged"),
         (dict(llama__rope__scaling__type="yarn"), "the rotary positions are scaled by 'yarn', which is not supported"),
         (dict(llama__rope__dimension_count=8), "8 of the 16 dimensions of a head are rotated, which is not supported"),
+        (dict(llama__attention__sliding_window=64), "sliding_window is 64, which is not supported"),
+        (dict(general__alignment=0), "is damaged or truncated"),
         (dict(llama__block_count=3), "lacks the tensor model.layers.2."),
         (dict(llama__block_count=1), "has the tensor model.layers.1."),
         (dict(llama__feed_forward_length=64), "has the shape (64, 96), but its config requires (64, 64)"),

@@ -24,7 +24,7 @@ _LLAMA_FIELDS = {
     "embedding_length": "hidden_size", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim", "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.sliding_window": "sliding_window",
 }  # fmt: skip
 _GPT2_FIELDS = {
     "embedding_length": "n_embd", "block_count": "n_layer", "attention.head_count": "n_head",
@@ -32,7 +32,7 @@ _GPT2_FIELDS = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }  # fmt: skip
 _FIELDS = {"gpt2": _GPT2_FIELDS} | dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA_FIELDS)
-_OPTIONAL = ("attention.head_count_kv", "attention.key_length")
+_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.sliding_window")
 # The modules' names in a checkpoint of `transformers`, by their names here; {} is the layer.
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
