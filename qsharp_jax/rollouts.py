@@ -5,6 +5,7 @@ arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens.
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.data.records import Rollout, shard_path, with_variation, write_shard
+from qsharp_jax.data.records import Rollout, shard_path, with_reward, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.generate import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.models import sharding
@@ -21,10 +22,10 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost, sigterm
-from qsharp_jax.system.errors import Stopped
+from qsharp_jax.system.errors import Stopped, UserError
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.judging import Judge
+from qsharp_jax.tasks.rewards import AnyJudge
 
 
 def sample(
@@ -70,11 +71,14 @@ def sample(
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
 
 
-def rewards(judge: Judge, text: Tokenizer, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
+def rewards(judge: AnyJudge, text: Tokenizer, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
     """Judge responses to the problems beside them: [rows].
+
+    A response without a reward gets the mean of the others, so that it is neither better nor worse than they.
 
     Raises:
       Stopped: if this process was told to stop meanwhile.
+      UserError: if no response has a reward.
     """
 
     def until_told(items: Iterable[Any]) -> Iterator[Any]:
@@ -84,16 +88,19 @@ def rewards(judge: Judge, text: Tokenizer, problems: Sequence[Problem], generati
             yield item
 
     pending = [
-        judge.submit(problem, text.decode(generation.response(row)))
+        judge.submit(problem, text.decode(generation.response(row)), finished=bool(generation.finished[row]))
         for row, problem in enumerate(until_told(problems))
     ]  # fmt: skip
-    return np.asarray([judgement().reward for judgement in until_told(pending)])
+    judged = np.asarray([judgement().reward for judgement in until_told(pending)], float)  # None becomes nan
+    if np.isnan(judged).all():
+        raise UserError("no response of a batch has a reward; fix the reward function and run the same command again")
+    return np.where(np.isnan(judged), np.nanmean(judged), judged)
 
 
 def collect(
     ref: LanguageModel,
     guide: ValueModel | None,
-    judge: Judge,
+    judge: AnyJudge,
     text: Tokenizer,
     problems: Sequence[Problem],
     folder: Path,
@@ -144,7 +151,8 @@ def collect(
     ) -> Callable[[], Rollout]:
         """Start judging; calling the result waits for the judgement."""
         problem, written = problems[place // samples], text.decode(response)
-        judgement = judge.submit(problem, written)
+        finished = response[-1] in sampling.stop_ids
+        judgement = judge.submit(problem, written, finished=finished)
         return lambda: Rollout(
             prompt_id=problem.problem_id,
             round=number,
@@ -152,7 +160,7 @@ def collect(
             response_tokens=response,
             switch=switch,
             reward=judgement().reward,
-            finished=response[-1] in sampling.stop_ids,
+            finished=finished,
             eta=float("inf") if guide is None else sampling.eta,
             seed=int(draw[1]),
             text=written,
@@ -263,14 +271,17 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
     Returns:
       the number of rollouts, mean reward, mean response tokens, share of finished responses, labeled share of response
-      tokens, and share of the problems whose rollouts do not all have the same reward.
+      tokens, and share of the problems whose rollouts do not all have the same reward; "no_reward", the share of
+      rollouts without one, if there are any. The mean reward is over the others.
     """
-    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(rollouts)))
+    judged = with_reward(rollouts)
+    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(judged)))
     lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
     labeled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
-    return {
+    failed = {"no_reward": 1 - len(judged) / len(rollouts)} if len(judged) < len(rollouts) else {}
+    return failed | {
         "rollouts": len(rollouts),
-        "reward": float(np.mean([rollout.reward for rollout in rollouts])),
+        "reward": float(np.mean([rollout.reward for rollout in judged])) if judged else math.nan,
         "response_tokens": float(lengths.mean()),
         "finished": float(np.mean([rollout.finished for rollout in rollouts])),
         "labelled": float(labeled.sum() / lengths.sum()),

@@ -6,14 +6,13 @@ An algorithm chooses the fit's targets and loss. All results are in the workdir,
 import dataclasses
 import functools
 import time
-import zlib
 from collections.abc import Iterable
 
 import numpy as np
 
 from qsharp_jax import rollouts, train
 from qsharp_jax.data.batches import Batches, from_rollout
-from qsharp_jax.data.records import Rollout, read_rounds, with_variation
+from qsharp_jax.data.records import Rollout, is_held_out, read_rounds, with_reward, with_variation
 from qsharp_jax.evaluation import score
 from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -21,8 +20,12 @@ from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge, task, train_problems
 from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train.checkpoint import Checkpoints
+
+ATOMS = 21  # of a categorical distribution that is chosen by the rewards
 
 
 def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel | None) -> dict[str, float]:
@@ -45,8 +48,10 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             together=session.hosts_per_group,
         )
     rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
-    answered = np.mean([task(session).parse(rollout.text) is not None for rollout in rollouts_])
-    statistics = rollouts.statistics(rollouts_) | {"answered": float(answered)}
+    statistics = rollouts.statistics(rollouts_)
+    if judge(session).has_answers:
+        answered = np.mean([task(session).parse(rollout.text) is not None for rollout in rollouts_])
+        statistics["answered"] = float(answered)
     session.workdir.append_metrics(
         {"phase": f"round {number}: collect", **statistics, **decoded, "seconds": time.monotonic() - began}
     )
@@ -56,7 +61,11 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
 def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
     """Return the rollouts to learn from, of this round and all before it; a UserError if there are none."""
     folder = session.workdir.path / "rollouts"
-    data = read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged)
+    data = with_reward(read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged))
+    if not data:
+        raise UserError(f"none of the rollouts in {folder} has a reward; fix the reward function and begin a new run")
+    if session.config.value.distribution == "auto" and session.workdir.read_distribution() is None:
+        choose_distribution(session.workdir, np.asarray([rollout.reward for rollout in data]))
     if not session.config.collect.drop_no_variation:
         return data
     if varied := with_variation(data):
@@ -66,6 +75,34 @@ def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> l
         f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
         " collect.samples, with other problems, or without it"
     )
+
+
+def choose_distribution(workdir: Workdir, rewards: np.ndarray) -> None:
+    """Choose the guide's distribution by the rewards of the first round, store it in the workdir, and print it.
+
+    Bernoulli if all rewards are 0 or 1. Else categorical, with an atom per reward if there are few different ones, and
+    otherwise `ATOMS` from the smallest to the largest.
+
+    Raises:
+      UserError: if all rewards are the same.
+    """
+    different = np.unique(rewards)
+    if len(different) == 1:
+        raise UserError(
+            f"all {len(rewards)} rewards are {different[0]:g}, so there is nothing to learn; give other prompts, more"
+            " collect.samples, or another reward"
+        )
+    if set(different.tolist()) <= {0.0, 1.0}:
+        distribution, atoms = "bernoulli", ()
+    elif len(different) <= ATOMS:
+        distribution, atoms = "categorical", tuple(different.tolist())
+    else:
+        distribution, atoms = "categorical", tuple(np.linspace(different[0], different[-1], ATOMS).tolist())
+    words = f", {len(atoms)} atoms from {atoms[0]:g} to {atoms[-1]:g}" if atoms else ""
+    print(f"value.distribution: {distribution}{words}, chosen by the {len(rewards)} rewards of round 1")
+    if workdir.writes:
+        workdir.write_distribution(distribution, atoms)
+    multihost.wait_for_all("the distribution of rewards is chosen")
 
 
 def fit(
@@ -108,8 +145,8 @@ def fit(
     beside = beside or {}
 
     train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
-    learned = [r for r in data if not _is_held_out(r, config.holdout)]
-    held_out = [r for r in data if _is_held_out(r, config.holdout)]
+    learned = [r for r in data if not is_held_out(r.prompt_id, config.holdout)]
+    held_out = [r for r in data if is_held_out(r.prompt_id, config.holdout)]
     if not learned:
         raise UserError(f"all {len(data)} rollouts have prompts that fit.holdout holds out; lower it")
     if config.evaluate_every and not held_out:
@@ -180,7 +217,3 @@ def fit(
 def _without(params: Params, names: Iterable[str]) -> Params:
     return {name: leaf for name, leaf in params.items() if name not in names}
 
-
-def _is_held_out(rollout: Rollout, share: float) -> bool:
-    """Return true if the rollout's prompt is held out, in every round."""
-    return zlib.crc32(rollout.prompt_id.encode()) < share * 2**32

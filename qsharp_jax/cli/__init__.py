@@ -10,10 +10,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from qsharp_jax.cli import commands
+from qsharp_jax.cli import commands, run
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir, check_is_workdir, stored_config
 from qsharp_jax.system import files, sigterm
@@ -145,19 +146,24 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         options.command.check_arguments(options)
     if options.workdir is None:
         return contextlib.nullcontext()
-    if options.config is None and (others := [word for word in rest if not word.startswith("--config.mesh")]):
-        raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
+    if (own := _own_run(options)) is not None:
+        from qsharp_jax.run import own as own_runs
 
-    config = None if options.config is None else configs.load(options.config, rest)
-    if config is None:  # before JAX is imported
-        check_is_workdir(files.make_path(options.workdir))
+        config = own_runs.load(own_runs.OwnRun(**own), options.workdir, rest)
+    elif options.config is not None:
+        config = configs.load(options.config, rest)
+    else:
+        if others := [word for word in rest if not word.startswith("--config.mesh")]:
+            raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
+        config = None
+        check_is_workdir(files.make_path(options.workdir))  # before JAX is imported
 
     from qsharp_jax.run import checks, models, provenance
 
     if config is not None:
         checks.check_settings(config)
         models.pin(config, stored_config(files.make_path(options.workdir)))
-        _check_mesh(config, options.config)
+        _check_mesh(config, options.config or "own")
         checks.check(config)
         models.make_absolute(config)
         if not files.is_file(files.make_path(options.workdir) / "config.json"):
@@ -167,7 +173,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir = _opened(options.workdir)
     rejudges = getattr(options, "rejudge", False)
     try:
-        if options.config is None:
+        if config is None:
             configs.override_mesh(workdir.config, rest)
             _check_stored(workdir, checks.check_settings if rejudges else checks.check)
         if not rejudges:  # which reads no model, and the folders may be on another machine
@@ -176,6 +182,18 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir.close()
         raise
     return workdir
+
+
+def _own_run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `qsharp run` that name a model, prompts and a reward; None if there are none of them."""
+    if options.name != "run":
+        return None
+    given = {name: getattr(options, name) for name in run.OWN if getattr(options, name) is not None}
+    if given and options.config is not None:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is given in place of --config; leave one of them out")
+    if not given and options.config is None:
+        raise UserError("give --config RECIPE, or --ref, --prompts and --reward; see qsharp run --help")
+    return {"rewards" if name == "reward" else name: value for name, value in given.items()} or None
 
 
 def _check_mesh(config: ConfigDict, path: str) -> None:

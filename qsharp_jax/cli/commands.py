@@ -25,7 +25,8 @@ models of your own, each a folder of `transformers`, a GGUF file, or an id on th
 _NAMES = "run", "compare", "collect", "fit", "generate", "score", "judge", "evaluate", "report", "plan", "export"
 COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}
 
-_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")  # options with a path; --guide may be a list
+# Options with a path; --guide may be a list.
+_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")
 _PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
 
 
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
 def paths(options: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
     """List the files and folders that the user named, in options or config changes (`rest`), as (option, path)."""
     named = [(f"--{name}", getattr(options, name, None)) for name in _PATHS]
+    if options.name == "run":  # prompts of `generate` are texts
+        named += [("--prompts", options.prompts), ("--task", options.task)]
     guides = getattr(options, "guide", None)
     named += [("--guide", guide) for guide in ([guides] if isinstance(guides, str) else guides or [])]
     changes = [word.split("=", 1) for word in rest if "=" in word]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ class Rollout:
     prompt_tokens: list[int]
     response_tokens: list[int]
     switch: int  # number of response tokens that the guided policy chose before `pi_ref` took over; 0 in round 1
-    reward: float  # of the whole response
+    reward: float | None  # of the whole response; None where the reward function failed
     finished: bool  # whether the response ended with a stop token
     eta: float  # eta of the roll-in; inf where `pi_ref` chose everything
     seed: int  # seed of the roll-out
@@ -119,6 +120,16 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
         if len(rollouts) == before:
             raise UserError(f"there are no rollouts of round {number} in {folder}; run `qsharp collect` first")
     return rollouts
+
+
+def with_reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Drop the rollouts that have no reward."""
+    return [rollout for rollout in rollouts if rollout.reward is not None]
+
+
+def is_held_out(prompt_id: str, share: float) -> bool:
+    """Return true if a prompt is among the `share` that the guide is measured on and not fitted to, in every round."""
+    return zlib.crc32(prompt_id.encode()) < share * 2**32
 
 
 def with_variation(rollouts: Sequence[Rollout]) -> list[Rollout]:

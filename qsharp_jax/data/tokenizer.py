@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 import qsharp_jax.data.tokenizer_files as files
+from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError, warn
 
 if TYPE_CHECKING:
@@ -121,8 +122,12 @@ class Tokenizer:
         other = dataclasses.replace(self, date=datetime.date(2000, 1, 2))
         return self.prompt_format == "chat" and self._sample_chat(False) != other._sample_chat(False)
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Encode a prompt in the prompt format; raises a UserError for unknown words and template errors."""
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Encode a text, or a chat's messages, in the prompt format.
+
+        Raises:
+          UserError: for unknown words, errors of the template, and messages in the plain format.
+        """
         if self.prompt_format == "chat":
             try:
                 text = self._render(prompt)
@@ -133,6 +138,10 @@ class Tokenizer:
                     " prompt format plain"
                 ) from error
             return self._encode(text, "prompt")  # the template writes the bos token itself
+        if not isinstance(prompt, str):
+            raise UserError(
+                "a prompt is a list of messages, but the prompt format is plain; use the prompt format chat"
+            )
         tokens = self._encode(prompt, "prompt")
         if self.prefix_ids and tuple(tokens[: len(self.prefix_ids)]) == self.prefix_ids:
             _ = self._warn_of_prefix
@@ -177,15 +186,15 @@ class Tokenizer:
             )
         return tokenizer
 
-    def _render(self, prompt: str, answer: str | None = None) -> str:
-        """Render the chat template on this tokenizer's date: a question up to its answer, or with an answer.
+    def _render(self, prompt: Prompt, answer: str | None = None) -> str:
+        """Render the chat template on this tokenizer's date: messages up to the answer, or with an answer.
 
         `apply_chat_template` cannot be used: it replaces a function among its arguments by a string, so templates would
         read the clock. A template that prints the time prints midnight.
         """
         from transformers.utils import chat_template_utils
 
-        turns = [{"role": "user", "content": prompt}]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         template = chat_template_utils._compile_jinja_template(self.hf_tokenizer.get_chat_template())

@@ -34,7 +34,7 @@ from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import write_atomic
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.judging import Judge
+from qsharp_jax.tasks.rewards import AnyJudge
 
 # --- The evaluation of a run ----------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
     return _write_results(session.workdir, judge(session), samples, latest, scored)
 
 
-def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
+def rejudge(workdir: Workdir, judge: AnyJudge) -> tuple[list[dict], dict[str, tuple[int, int, int]]]:
     """Judge the stored samples again, and rewrite their files and `results.json`.
 
     This needs no model, data set or device.
@@ -117,8 +117,8 @@ def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple
         )
     changed = {}
     for place, rows in samples.items():
-        problems = [Problem(row["problem_id"], row["prompt"], row["answer"]) for row in rows]
-        judgements = judge(problems, [row["response"] for row in rows])
+        pending = [judge.submit(_problem(row), row["response"], finished=row["finished"]) for row in rows]
+        judgements = [judgement() for judgement in pending]
         verdicts = sum(row["reward"] != j.reward for row, j in zip(rows, judgements, strict=True))
         parsed = sum(row["parsed"] != j.parsed for row, j in zip(rows, judgements, strict=True))
         changed[paths[place].name] = len(rows), verdicts, parsed
@@ -131,6 +131,10 @@ def rejudge(workdir: Workdir, judge: Judge) -> tuple[list[dict], dict[str, tuple
             row |= {key: sample[key] for key in ("parsed", "reward")}
         write_samples(scored_path, scored)
     return _write_results(workdir, judge, samples, latest, scored), changed
+
+
+def _problem(row: dict) -> Problem:
+    return Problem(row["problem_id"], row["prompt"], row["answer"], row.get("columns", {}))
 
 
 def _read_judged(path: Path) -> list[dict]:
@@ -148,13 +152,14 @@ Statistics = dict[str, dict[str, float]]  # by name and problem
 
 
 def _write_results(
-    workdir: Workdir, judge: Judge, samples: Samples, latest: int, scored: list[dict] | None
+    workdir: Workdir, judge: AnyJudge, samples: Samples, latest: int, scored: list[dict] | None
 ) -> list[dict]:
     """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `latest`."""
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for (method, number), rows in samples.items():
         for row in rows:
-            parts[method, number, row["eta"]].append(row)
+            if row["reward"] is not None:  # the reward function failed
+                parts[method, number, row["eta"]].append(row)
     config = workdir.config.evaluate
     sizes = {config.samples, config.guided_samples}
     statistics = {place: measure(part, _classes(judge, part), config.pass_at, sizes) for place, part in parts.items()}
@@ -165,7 +170,8 @@ def _write_results(
         for (method, number, eta), part in parts.items()
     ]
     if scored is not None:
-        unguided = samples["pi_ref", 0]
+        pairs = [pair for pair in zip(samples["pi_ref", 0], scored, strict=True) if pair[0]["reward"] is not None]
+        unguided, scored = map(list, zip(*pairs, strict=True))
         rows += rerank_rows(latest, unguided, _classes(judge, unguided), scored)
     if workdir.writes:
         write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
@@ -180,10 +186,12 @@ def _groups(samples: Sequence[dict], items: Sequence[Any]) -> dict[str, list]:
     return groups
 
 
-def _classes(judge: Judge, samples: Sequence[dict]) -> dict[str, list[str | None]]:
-    """Return the answers to each problem, equivalent ones spelled alike; see `Judge.classes`."""
+def _classes(judge: AnyJudge, samples: Sequence[dict]) -> dict[str, list[str | None]] | None:
+    """Return the answers to each problem, equivalent ones spelled alike; see `Judge.classes`. None without answers."""
+    if not judge.has_answers:
+        return None
     groups = _groups(samples, samples)
-    problems = [Problem(name, group[0]["prompt"], group[0]["answer"]) for name, group in groups.items()]
+    problems = [_problem(group[0]) for group in groups.values()]
     answers = [[sample["parsed"] for sample in group] for group in groups.values()]
     return dict(zip(groups, judge.classes(problems, answers), strict=True))
 
@@ -195,14 +203,14 @@ def _fewest(samples: Sequence[dict]) -> int:
 
 def measure(
     samples: Sequence[dict],
-    answers: Mapping[str, Sequence[str | None]],
+    answers: Mapping[str, Sequence[str | None]] | None,
     passes: Sequence[float],
     majorities: Collection[int],
 ) -> Statistics:
     """Compute the statistics of one method's samples, problem by problem.
 
     Args:
-      answers: the parsed answers of each problem's samples, equivalent ones spelled alike.
+      answers: the parsed answers of each problem's samples, equivalent ones spelled alike; None in a task without.
       passes: the k of pass@k; those above the number of samples are skipped. Empty: 1, 2, 4, ... and all.
       majorities: the k of maj1@k: the numbers of samples of the methods to compare.
 
@@ -219,15 +227,16 @@ def measure(
         "kl_truncated": [sample["kl_truncated"] for sample in samples],
         "response_tokens": [len(sample["tokens"]) for sample in samples],
         "finished": [sample["finished"] for sample in samples],
-        "no_answer": [sample["parsed"] is None for sample in samples],
     }
+    if answers is not None:
+        means["no_answer"] = [sample["parsed"] is None for sample in samples]
     statistics: Statistics = {
         name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
         for name, items in means.items()
     }
     for k in sorted({int(k) for k in passes if k <= most} or {most, *(2**i for i in range(most.bit_length()))}):
         statistics[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
-    for k in sorted(k for k in majorities if 1 < k <= most):
+    for k in sorted(k for k in majorities if 1 < k <= most) if answers is not None else ():
         statistics[f"majority_{k}"] = {
             name: majority(answers[name][:k], group[:k], np.ones(k)) for name, group in rewards.items()
         }
@@ -235,12 +244,12 @@ def measure(
 
 
 def rerank_rows(
-    number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]], scored: list[dict]
+    number: int, samples: list[dict], answers: Mapping[str, Sequence[str | None]] | None, scored: list[dict]
 ) -> list[dict]:
     """Return rows for pass@k, majority, best of k and weighted majority, where k is the samples per problem.
 
     Args:
-      answers: as in `measure`.
+      answers: as in `measure`; without, there are no majorities.
       scored: for each sample the guide's "values", the last of which ranks it, and the "seconds" of both.
     """
     rewards = _groups(samples, [sample["reward"] for sample in samples])
@@ -252,6 +261,8 @@ def rerank_rows(
         f"best_of_{k}": lambda name: float(rewards[name][np.argmax(values[name])]),
         f"weighted_majority_{k}": lambda name: majority(answers[name], rewards[name], values[name]),
     }
+    if answers is None:
+        rerankers = {name: rerank for name, rerank in rerankers.items() if "majority" not in name}
     tokens = float(np.mean([len(sample["tokens"]) for sample in samples])) * k
     seconds = sum(row["seconds"] for row in scored)
     return [
@@ -280,6 +291,7 @@ def _compared(statistics: Mapping[tuple, Statistics], method: str, number: int, 
         theirs = statistics.get(place, {})
         for name in mine:
             if name in theirs and (name in ("reward", "kl") or name.startswith(("pass_", "majority_"))):
-                differences = [mine[name][problem] - theirs[name][problem] for problem in mine[name]]
+                both = [problem for problem in mine[name] if problem in theirs[name]]
+                differences = [mine[name][problem] - theirs[name][problem] for problem in both]
                 compared |= with_interval(f"{name}_minus_{other}", differences)
     return compared

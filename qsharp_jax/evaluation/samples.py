@@ -34,7 +34,7 @@ from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.judging import Judge
+from qsharp_jax.tasks.rewards import AnyJudge
 
 SAMPLE = (  # keys of a sample; a guide's samples also have "values", one per token, None for a token it did not score
     "problem_id", "prompt", "answer", "response", "parsed", "reward", "finished", "eta", "tokens", "kl", "kl_truncated",
@@ -107,11 +107,11 @@ def sample_method(
 
 
 def _judged(
-    tokenizer: Tokenizer, judge: Judge, problem: Problem, eta: float, part: Generation, row: int, now: float
+    tokenizer: Tokenizer, judge: AnyJudge, problem: Problem, eta: float, part: Generation, row: int, now: float
 ) -> PendingRow:
     """Start to judge the response in a row of `part`."""
     response = tokenizer.decode(part.response(row))
-    judgement = judge.submit(problem, response)
+    judgement = judge.submit(problem, response, finished=bool(part.finished[row]))
     numbers = {
         "finished": bool(part.finished[row]),
         "eta": _finite(eta),
@@ -126,6 +126,7 @@ def _judged(
     def result() -> tuple[dict, float]:
         verdict = judgement()
         texts = {"prompt": problem.prompt, "answer": problem.answer, "response": response}
+        texts |= {"columns": dict(problem.columns)} if problem.columns else {}
         judged = {"parsed": verdict.parsed, "reward": verdict.reward}
         return {"problem_id": problem.problem_id} | texts | judged | numbers, now
 

@@ -193,7 +193,8 @@ def _row(session: Session, folder: Path, seed: int, flops: float) -> dict:
 
 def _rewards(workdir: Workdir, method: str, number: int) -> list[float]:
     """Return the mean reward over each problem's samples."""
-    return statistics.by_problem(measure.read_samples(measure.samples_path(workdir, method, number)), "reward")
+    samples = measure.read_samples(measure.samples_path(workdir, method, number))
+    return statistics.by_problem([sample for sample in samples if sample["reward"] is not None], "reward")
 
 
 def costs(metrics: Sequence[dict], phases: Sequence[str] = ()) -> dict[str, float]:

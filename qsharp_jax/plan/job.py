@@ -96,7 +96,8 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         vocab_size = None if models.folder(config, "ref") else models.make_tokenizer(config).vocab_size
         ref = models.ref_shape(config, vocab_size)
     section = config.value
-    kind = dict(type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
+    distribution = "bernoulli" if section.distribution == "auto" else section.distribution  # a head is small
+    kind = dict(type=section.type, distribution=distribution, atoms=tuple(section.atoms))
     if guide_size:
         return ref, ValueConfig(_sized("--guide-size", guide_size, dtype), **kind)
     if ref_size and config.guide == "ref":

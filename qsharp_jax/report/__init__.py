@@ -50,7 +50,7 @@ def write(workdir: Workdir) -> str:
     scored_path = measure.samples_path(workdir, "pi_ref_values", number)
     scored = measure.read_samples(scored_path) if scored_path.exists() else None
     if scored:
-        draw["calibration.png"] = lambda axes: plots.calibration(axes, scored)
+        draw["calibration.png"] = lambda axes: plots.calibration(axes, examples.with_reward(scored))
     chosen = examples.find(workdir, number)
     if chosen:
         draw["lengths.png"] = lambda axes: plots.lengths(axes, chosen.samples)

@@ -7,6 +7,7 @@ from qsharp_jax.evaluation import measure
 from qsharp_jax.report.names import NAMES, eta_of
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.chat import as_text
 
 IN_TEXT = 3  # examples in report.md and on the terminal
 
@@ -86,11 +87,21 @@ def find(workdir: Workdir, number: int) -> Examples | None:
     guided = [sample for sample in guided if eta_of(sample) == eta]
     places, first = {}, {}
     for place, sample in enumerate(unguided):
-        places.setdefault(sample["problem_id"], place)
-    for sample in guided:
+        if sample["reward"] is not None:
+            places.setdefault(sample["problem_id"], place)
+    for sample in with_reward(guided):
         first.setdefault(sample["problem_id"], sample)
     pairs = [Pair(unguided[places[name]], after, places[name]) for name, after in first.items() if name in places]
-    return Examples(method, eta, pairs, {"pi_ref": unguided, method: guided})
+    return Examples(method, eta, pairs, {"pi_ref": with_reward(unguided), method: with_reward(guided)})
+
+
+def with_reward(samples: list[dict]) -> list[dict]:
+    """Drop the samples for which the reward function failed."""
+    return [sample for sample in samples if sample["reward"] is not None]
+
+
+def _answer(sample: dict) -> str:
+    return f"; answer {sample['answer']}" if sample["answer"] else ""
 
 
 def text(method: str, chosen: Examples | None) -> str:
@@ -101,8 +112,8 @@ def text(method: str, chosen: Examples | None) -> str:
     pairs = sorted(chosen.pairs, key=lambda pair: -pair.gain)
     # One is from the middle, so that the text does not only flatter.
     return "\n\n".join(
-        f"{pair.before['prompt']}\n"
+        f"{as_text(pair.before['prompt'])}\n"
         f"  {'pi_ref':<{len(name)}} {pair.before['response']}   ({chosen.verdict(pair.before)})\n"
-        f"  {name} {pair.after['response']}   ({chosen.verdict(pair.after)}; answer {pair.after['answer']})"
+        f"  {name} {pair.after['response']}   ({chosen.verdict(pair.after)}{_answer(pair.after)})"
         for pair in pairs[: IN_TEXT - 1] + pairs[len(pairs) // 2 :][:1]
     )

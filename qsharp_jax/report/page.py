@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.report.examples import Examples, Kind, Pair
 from qsharp_jax.report.names import NAMES
+from qsharp_jax.system.chat import as_text
 
 SHADES = 21  # from the smallest value to the largest
 _ENDS = ((244, 165, 110), (247, 247, 242), (125, 190, 225))  # orange, nearly white, blue: color-blind safe
@@ -63,9 +64,10 @@ def make(task: str, examples: Examples, scored: Sequence[dict] | None, tokenizer
     ]
     for number, ((kind, pair), before, after) in enumerate(zip(chosen, unguided, guided, strict=True), start=1):
         words, answer = _words(kind, name), html.escape(pair.before["answer"])
+        answer = f"; the answer is {answer}" if answer else ""
         parts.append(
-            f"<h2>{number}. {words[0].upper()}{words[1:]}; the answer is {answer}</h2>\n"
-            f'{_problem(pair.before["prompt"])}\n<div class="pair">\n'
+            f"<h2>{number}. {words[0].upper()}{words[1:]}{answer}</h2>\n"
+            f'{_problem(as_text(pair.before["prompt"]))}\n<div class="pair">\n'
             f"{_side('pi_ref', pair.before, examples, before, scale, tokenizer)}\n"
             f"{_side(name, pair.after, examples, after, scale, tokenizer)}\n</div>"
         )
@@ -123,7 +125,7 @@ def _side(
     answer = "no answer" if sample["parsed"] is None else f"answer {sample['parsed']}"
     facts = [
         f"reward {sample['reward']:g}",
-        answer,
+        *([answer] if sample["answer"] else []),  # of a task with answers
         f"{len(sample['tokens'])} tokens" + ("" if sample["finished"] else ", cut off"),
         f"KL {sample['kl']:.2f}",
     ]

@@ -29,8 +29,9 @@ HOW = (
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Make a table of all rows; only the reward has its interval."""
-    lines = [list(COLUMNS)]
+    """Make a table of all rows; only the reward has its interval. A task without answers has no column for them."""
+    ends = ["finished", *(["no_answer"] if any("no_answer" in row for row in rows) else [])]
+    lines = [[name for name in COLUMNS if name != "no answer" or "no_answer" in ends]]
     for row in rows:
         answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
         lines.append(
@@ -42,7 +43,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['reward_low']:.3f} .. {row['reward_high']:.3f}",
                 *(_number(row, name) for name in ("kl", "kl_truncated")),
                 f"{row['response_tokens']:.1f}",
-                *(_number(row, name) for name in ("finished", "no_answer")),
+                *(_number(row, name) for name in ends),
                 f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
             ]
         )
@@ -123,6 +124,7 @@ def intervals_table(rows: Sequence[dict]) -> str:
         "kl": "KL", "kl_truncated": "KL truncated", "response_tokens": "tokens", "finished": "finished",
         "no_answer": "no answer",
     }  # fmt: skip
+    columns = {name: words for name, words in columns.items() if any(name in row for row in rows)}
     measured = [row for row in rows if "kl_low" in row]
     lines = [[*_who(row), *(_interval(row, name) for name in columns)] for row in measured]
     return markdown([["method", "eta", "round", *columns.values()], *lines]) if measured else ""

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
+from qsharp_jax.data.records import is_held_out
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models, problems, schema
 from qsharp_jax.run.session import Session
@@ -133,15 +134,22 @@ def _check_rows(config: ConfigDict) -> None:
 def check_problems(config: ConfigDict) -> None:
     """Check that the task has enough problems, and that prompts with responses fit into the models and packed rows.
 
+    A reward function must load, too.
+
     This takes seconds, so it is only done for new runs: a workdir keeps its settings, and a mistake found after the
     pre-training would cost a new one. A UserError gives the numbers.
     """
     session = Session(Workdir(Path(), config))
     tokenizer = models.tokenizer(session)
-    lengths = {
-        problem.problem_id: len(tokenizer.encode_prompt(problem.prompt))
-        for problem in problems.all_train_problems(session) + problems.test_problems(session)
-    }
+    _ = problems.judge(session)
+    train, test = problems.all_train_problems(session), problems.test_problems(session)
+    if config.fit.evaluate_every and not any(is_held_out(p.problem_id, config.fit.holdout) for p in train):
+        raise UserError(
+            f"config.fit.holdout is {config.fit.holdout:g}, which holds out none of the {len(train)} training prompts,"
+            f" and config.fit.evaluate_every is {config.fit.evaluate_every}; give more prompts, a larger holdout, or"
+            " --config.fit.evaluate_every=0 --config.fit.patience=0"
+        )
+    lengths = {problem.problem_id: len(tokenizer.encode_prompt(problem.prompt)) for problem in train + test}
     longest, new = max(lengths, key=lengths.get), config.generate.max_new_tokens
     total = lengths[longest] + new
     for name, shape in models.trunk_configs(session).items():

@@ -119,13 +119,19 @@ def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
 
 def guide_config(session: Session) -> ValueConfig:
     """Return the guide's shape; see `guide_shape`."""
-    return guide_shape(session.config, tokenizer(session).vocab_size)
+    return guide_shape(session.config, tokenizer(session).vocab_size, session.workdir.read_distribution())
 
 
-def guide_shape(config: ConfigDict, vocab_size: int | None) -> ValueConfig:
+def guide_shape(
+    config: ConfigDict, vocab_size: int | None, chosen: tuple[str, tuple[float, ...]] | None = None
+) -> ValueConfig:
     """Return the guide's shape, with arguments and a dtype as in `ref_shape`.
 
     A UserError is also raised for a guide's folder that contradicts the section `value`.
+
+    Args:
+      chosen: distribution and atoms, where the config says "auto". Until they are chosen, "auto" is Bernoulli, or as
+        the guide in the folder.
     """
     start = folder(config, "guide")
     if start:
@@ -135,9 +141,14 @@ def guide_shape(config: ConfigDict, vocab_size: int | None) -> ValueConfig:
     else:
         trunk = _model_section(config, vocab_size)
     section = config.value
-    shape = ValueConfig(trunk, type=section.type, distribution=section.distribution, atoms=tuple(section.atoms))
-    if start and hf.is_guide(start):
-        stored = hf.read_guide_config(start, trunk.dtype)
+    stored = hf.read_guide_config(start, trunk.dtype) if start and hf.is_guide(start) else None
+    if section.distribution != "auto":
+        chosen = section.distribution, tuple(section.atoms)
+    elif stored is not None:
+        chosen = stored.distribution, stored.atoms
+    distribution, atoms = chosen or ("bernoulli", ())
+    shape = ValueConfig(trunk, type=section.type, distribution=distribution, atoms=atoms)
+    if stored is not None:
         for name in ("type", "distribution", "atoms"):
             if (setting := getattr(shape, name)) != (present := getattr(stored, name)):
                 raise UserError(

@@ -1,27 +1,33 @@
 """The problems of a run and the judge of the responses to them."""
 
 import functools
+import json
 from types import ModuleType
+
+from ml_collections import ConfigDict
 
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judge
+from qsharp_jax.tasks.rewards import AnyJudge
 
 
 def task(session: Session) -> ModuleType:
     return registry.get(session.config.task.name)
 
 
-def judge(session: Session) -> Judge:
+def judge(session: Session) -> AnyJudge:
     """Return the judge of the run's task; runs of one process with the same task share it and its workers."""
-    return _judge(session.config.task.name)
+    return _judge(json.dumps(session.config.task.to_dict(), sort_keys=True))
 
 
 @functools.cache
-def _judge(name: str) -> Judge:
-    return Judge(registry.get(name))
+def _judge(section: str) -> AnyJudge:
+    config = ConfigDict(json.loads(section))
+    task = registry.get(config.name)
+    return task.judge(config) if hasattr(task, "judge") else Judge(task)
 
 
 def train_problems(session: Session, number: int) -> list[Problem]:

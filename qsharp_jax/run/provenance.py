@@ -17,6 +17,7 @@ from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.progress import Bar
+from qsharp_jax.tasks import registry
 from qsharp_jax.tasks.base import Problem
 
 # Of a model's folder: weights, configs, tokenizer. Other files, such as a README, do not matter.
@@ -61,8 +62,15 @@ def check_problems(session: Session) -> None:
         "train problems": of_problems(all_train_problems(session)),
         "test problems": of_problems(test_problems(session)),
     }
-    for name in hashes.keys() & stored.keys():
-        if hashes[name] != stored[name]:
+    task = registry.get(session.config.task.name)
+    if hasattr(task, "files"):
+        hashes["task"] = {str(path): _describe(path, {}) for path in task.files(session.config.task)}
+        if "task" in stored and (changed := _changed(stored["task"], hashes["task"])):
+            raise UserError(
+                f"{', '.join(changed)} changed since this run began; restore what it was, or give another --workdir"
+            )
+    for name in ("train problems", "test problems"):
+        if name in stored and hashes[name] != stored[name]:
             raise UserError(
                 f"the {name} of the task {session.config.task.name} changed since this run began; restore the data, or"
                 " the program, that it began with, or give another --workdir"
@@ -75,7 +83,8 @@ def of_problems(problems: Sequence[Problem]) -> str:
     """Return the SHA-256 of the problems as JSON lines, in their order."""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps(vars(problem), sort_keys=True).encode() + b"\n")
+        record = {name: value for name, value in vars(problem).items() if name != "columns" or value}
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -84,17 +93,20 @@ def _hash_files(folder: Path, stored: Files) -> Files:
     paths = [folder] if folder.is_file() else sorted(files)
     slow = sum(path.stat().st_size for path in paths) > SLOW
 
-    def describe(path: Path) -> dict:
-        stat = path.stat()
-        noted, stamp = stored.get(path.name, {}), {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if stamp.items() <= noted.items():
-            return noted
-        with open(path, "rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()} | stamp
-
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = Bar(pool.map(describe, paths), f"hash {folder.name}", total=len(paths), disable=not slow)
+        descriptions = pool.map(lambda path: _describe(path, stored.get(path.name, {})), paths)
+        bar = Bar(descriptions, f"hash {folder.name}", total=len(paths), disable=not slow)
         return {path.name: description for path, description in zip(paths, bar, strict=True)}
+
+
+def _describe(path: Path, noted: dict) -> dict:
+    """Return a file's entry, which is `noted` if its size and mtime are unchanged."""
+    stat = path.stat()
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if stamp.items() <= noted.items():
+        return noted
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()} | stamp
 
 
 def _changed(stored: Files, current: Files) -> list[str]:

@@ -102,8 +102,9 @@ class Value:
 
     type: str = setting("v", one_of("v", "q"), "v: read at the appended token; q: a head over the vocabulary")
     distribution: str = setting(
-        "bernoulli", one_of("bernoulli", "categorical", "scalar"), "distribution of the reward-to-go"
-    )
+        "bernoulli", one_of("auto", "bernoulli", "categorical", "scalar"),
+        "distribution of the reward-to-go; auto: bernoulli if all rewards of round 1 are 0 or 1, else categorical",
+    )  # fmt: skip
     atoms: tuple[float, ...] = setting((), ASCENDING, "rewards of the categorical's atoms")
 
 

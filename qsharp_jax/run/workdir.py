@@ -102,6 +102,18 @@ class Workdir:
         stored = self.path / "config.json"
         files.write_atomic(stored, json.dumps(_read_json(stored) | {"hashes": hashes}, indent=2) + "\n")
 
+    def read_distribution(self) -> tuple[str, tuple[float, ...]] | None:
+        """Return the distribution and atoms that were chosen by the rewards of round 1; None if none were."""
+        path = self.path / "value.json"
+        if not files.is_file(path):
+            return None
+        stored = _read_json(path)
+        return stored["distribution"], tuple(stored["atoms"])
+
+    def write_distribution(self, distribution: str, atoms: tuple[float, ...]) -> None:
+        stored = {"distribution": distribution, "atoms": atoms}
+        files.write_atomic(self.path / "value.json", json.dumps(stored, indent=2) + "\n")
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
@@ -188,16 +200,16 @@ class Workdir:
         return rows
 
 
+def stored_config(path: Path) -> ConfigDict | None:
+    """Return the settings of the run in a folder; None if it holds no run."""
+    stored = path / "config.json"
+    return _read_config(stored)[0] if files.is_file(stored) else None
+
+
 def check_is_workdir(path: Path) -> None:
     """Raise a UserError if a folder holds no run."""
     if not files.is_file(path / "config.json"):
         raise UserError(f"{path} is not a workdir: it has no config.json; give a run's --workdir, or a --config")
-
-
-def stored_config(path: Path) -> ConfigDict | None:
-    """The settings of the run in a workdir, or None if there is none yet."""
-    stored = path / "config.json"
-    return _read_config(stored)[0] if files.is_file(stored) else None
 
 
 def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:

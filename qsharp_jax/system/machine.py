@@ -23,6 +23,11 @@ def free_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def total_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return psutil.virtual_memory().total
+
+
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes."""
     if resource is None:

@@ -22,5 +22,10 @@ A finite task has
   every_problem(data) -> list[Problem]     of all files; `data` is as in the config
   gold(answer) -> str                      a data set's answer in the form of `Problem.answer`; else a ValueError
 
+The user's own task (own.py) is finite and has no answers. In place of `parse` and `reward` it has
+
+  judge(config) -> RewardJudge             calls the user's reward functions
+  files(config) -> list[Path]              the files that it is made of, which must not change during a run
+
 `config` is any object with the attributes listed at the top of the task's file.
 """

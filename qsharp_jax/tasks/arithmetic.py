@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from qsharp_jax.system.chat import as_text
 from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
 
@@ -127,7 +128,7 @@ def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str
     bare = round(count * config.equation_fraction)
     texts = [("", _bare_equations(rng)) for _ in range(bare)]
     for problem, (opening, events) in base.take(_stories(config, rng), "train", count - bare, distinct=False):
-        texts.append((problem.prompt, _response(rng, opening, events, config.error_scale)))
+        texts.append((as_text(problem.prompt), _response(rng, opening, events, config.error_scale)))
     rng.shuffle(texts)
     return texts
 

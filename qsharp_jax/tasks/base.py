@@ -6,8 +6,10 @@ A problem's identity and split come from a hash of its content, so train and tes
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from qsharp_jax.system.chat import Prompt
 
 if TYPE_CHECKING:
     import tokenizers
@@ -25,8 +27,9 @@ class Problem:
     """One problem of a task."""
 
     problem_id: str  # the same for the same content, in every call and process
-    prompt: str  # the text that the model sees
-    answer: str  # the correct final answer, in the form that the task's `parse` returns
+    prompt: Prompt  # the text that the model sees, or the messages of a chat
+    answer: str  # the correct final answer, in the form that the task's `parse` returns; empty where there are none
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # what else a reward is given
 
 
 def content_id(content: str) -> str:

@@ -130,12 +130,18 @@ def read(source: Source, data: str) -> list[Problem]:
 
 def _local_rows(source: Source, path: Path) -> list[Row]:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON strings have some
+        return json_rows(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"there is no file {path}; put the JSON lines of {source.hub} (split {source.split}) there, or give"
             " --config.task.data=hub to load them from the hub"
         ) from None
+
+
+def json_rows(path: Path) -> list[Row]:
+    """Read a file of JSON lines; raises a UserError for one that is damaged."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON strings have some
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; download the data set's JSON lines again") from None
     rows = []

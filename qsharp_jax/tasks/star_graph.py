@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from qsharp_jax.system.chat import as_text
 from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
 
@@ -67,8 +68,8 @@ def pretraining_texts(config: Any, count: int, seed: int) -> list[tuple[str, str
     rng = base.generator("star_graph", "pretraining", seed)
     graphs = base.take(_graphs(config, rng), "train", count, distinct=False)
     if config.pretrain_on == "paths":
-        return [(problem.prompt, problem.answer) for problem, _ in graphs]
-    return [(problem.prompt, rng.choice(paths)) for problem, paths in graphs]
+        return [(as_text(problem.prompt), problem.answer) for problem, _ in graphs]
+    return [(as_text(problem.prompt), rng.choice(paths)) for problem, paths in graphs]
 
 
 def parse(response: str) -> str | None:

@@ -29,14 +29,19 @@ _BLANKS = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """The reward of a response, 1.0 for a correct mathematical answer, and its answer; None if there is none."""
+    """The reward of a response, 1.0 for a correct mathematical answer, and its answer; None if there is none.
 
-    reward: float
+    A response for which a reward function failed has no reward, None.
+    """
+
+    reward: float | None
     parsed: str | None
 
 
 class Judge:
     """Judge of the responses to one task's problems."""
+
+    has_answers = True
 
     def __init__(self, task: ModuleType, workers: int | None = None):
         """Create a judge; its `workers`, by default one per core up to 16, start when algebra is needed."""
@@ -49,8 +54,11 @@ class Judge:
         pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [judgement() for judgement in pending]
 
-    def submit(self, problem: Problem, response: str) -> Callable[[], Judgement]:
-        """Start to judge a response; calling the result waits for the judgment."""
+    def submit(self, problem: Problem, response: str, *, finished: bool = True) -> Callable[[], Judgement]:
+        """Start to judge a response; calling the result waits for the judgment.
+
+        Whether it `finished` does not matter: an answer counts wherever it is.
+        """
         parsed = self._task.parse(response)
         if not self._task.SYMBOLIC:
             return functools.partial(Judgement, self._task.reward(problem, response), parsed)

@@ -37,7 +37,7 @@ def without_workers(monkeypatch) -> Judge:
     def start(*arguments):
         raise AssertionError("asks a worker")
 
-    monkeypatch.setattr("qsharp_jax.tasks.judging.pool._Worker.__init__", start)
+    monkeypatch.setattr("qsharp_jax.tasks.workers._Worker.__init__", start)
     return Judge(registry.get("gsm8k"))
 
 

@@ -1,0 +1,167 @@
+"""Your own task: prompts from a file or a data set, and rewards by Python functions (see `rewards.py`).
+
+A row of the prompts is a JSON object with a `prompt`, a text or a list of messages with `role` and `content`; its other
+columns are given to the reward functions. One prompt in five, chosen by a hash of it, is held out for the evaluation.
+A Python file may be both: it defines `problems(split)`, an iterable of such rows for "train" and for "test", and
+`reward`.
+
+config: file           Python file or module with problems(split) and reward, or empty
+        prompts        JSON lines, a Parquet file, or the name of a data set on the hub (its split "train"), or empty
+        rewards        FILE.py:NAME or MODULE:NAME of the reward functions; empty: `reward` of `file`
+        weights        of the rewards in their sum; empty: 1 each
+        reward_workers processes that call them; 0: this process calls them; -1: one per core, up to 16
+        reward_seconds wall time of a response's rewards in a worker
+        most_failures  share of responses without a reward, above which a run stops
+"""
+
+import collections
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.system import settings
+from qsharp_jax.system.chat import Prompt
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import base, finite, reward_worker
+from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.rewards import Function, RewardJudge, parse_function
+
+FINITE, SYMBOLIC = True, False
+
+_NUMBERS = {
+    "reward_workers": settings.whole(-1),
+    "reward_seconds": settings.POSITIVE_FINITE,
+    "most_failures": settings.UNIT,
+}
+
+
+def check(config: Any) -> None:
+    for name, rule in _NUMBERS.items():
+        settings.check(f"config.task.{name}", config[name], rule)
+    if bool(config.file) == bool(config.prompts):
+        raise ValueError("give the prompts, by --prompts FILE, or a Python file with problems and reward, by --task")
+    functions = _functions(config)
+    weights = list(config.weights)
+    if weights and (len(weights) != len(functions) or not all(map(math.isfinite, weights))):
+        raise ValueError(f"task.weights is {weights}; give one finite number for each of {len(functions)} rewards")
+
+
+def _functions(config: Any) -> list[Function]:
+    if config.rewards:
+        return [parse_function(words) for words in config.rewards]
+    if not config.file:
+        raise ValueError("there is no reward; give one by --reward FILE.py:NAME")
+    return [parse_function(f"{config.file}:reward")]
+
+
+def judge(config: Any) -> RewardJudge:
+    """Return the judge that calls the reward functions; raises a UserError if they cannot be loaded."""
+    functions = _functions(config)
+    workers = config.reward_workers
+    own = RewardJudge(
+        functions, list(config.weights) or [1.0] * len(functions), workers=None if workers < 0 else workers,
+        seconds=config.reward_seconds, most_failures=config.most_failures,
+    )  # fmt: skip
+    own.check()
+    return own
+
+
+def files(config: Any) -> list[Path]:
+    """Return the files that the task is made of."""
+    named = [config.file, config.prompts, *(source for source, _ in _functions(config))]
+    return sorted({Path(name) for name in named if name and Path(name).is_file()})
+
+
+def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
+    """Draw at most `count` problems of a split without replacement.
+
+    Raises:
+      UserError: for a file that cannot be read, or a row without a prompt; ValueError: if the split has no problems.
+    """
+    base.check_split(split)
+    if config.file:
+        chosen = _to_problems(_rows_of_program(config.file, split))
+    else:
+        chosen = [p for p in _to_problems(_rows(config.prompts)) if base.split_of(p.problem_id[:16]) == split]
+    if not chosen:
+        raise ValueError(f"there are no {split} prompts; give more prompts")
+    base.generator("own", seed).shuffle(chosen)
+    return chosen[:count]
+
+
+def _to_problems(rows: Iterable[finite.Row]) -> list[Problem]:
+    """Return the rows as problems; the id of a repeated prompt ends in -2, -3, ..."""
+    chosen, times = [], collections.Counter[str]()
+    for row in rows:
+        prompt = _prompt(row)
+        problem_id = base.content_id(json.dumps(prompt))
+        times[problem_id] += 1
+        if times[problem_id] > 1:
+            problem_id = f"{problem_id}-{times[problem_id]}"
+        columns = {name: value for name, value in row.fields.items() if name != "prompt"}
+        chosen.append(Problem(problem_id, prompt, "", columns))
+    return chosen
+
+
+def _prompt(row: finite.Row) -> Prompt:
+    prompt = row.fields.get("prompt")
+    if not isinstance(prompt, list):
+        return row.text("prompt")
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(f"{row.place}: the prompt has a message {message!r}; it must have a role and a content")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise UserError(f"{row.place}: the prompt's last message must be the user's, for the model to answer")
+    return [dict(message) for message in prompt]
+
+
+# --- Rows -----------------------------------------------------------------------------------------------------------
+
+
+def _rows(prompts: str) -> list[finite.Row]:
+    path = Path(prompts)
+    if path.suffix == ".parquet" and path.is_file():
+        return _parquet_rows(path)
+    if path.is_file():
+        return finite.json_rows(path)
+    if path.suffix in (".jsonl", ".json", ".parquet") or prompts.count("/") > 1:
+        raise UserError(f"there is no file {path}; give JSON lines, a Parquet file, or a data set's name on the hub")
+    return _hub_rows(prompts)
+
+
+def _parquet_rows(path: Path) -> list[finite.Row]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
+    return [finite.Row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _hub_rows(name: str) -> list[finite.Row]:
+    import datasets  # takes seconds
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # from the hub's client, the network, or `datasets`
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"cannot load the data set {name} from the hub ({words}); give a file of JSON lines or Parquet instead"
+        ) from error
+    return [finite.Row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _rows_of_program(source: str, split: str) -> list[finite.Row]:
+    """Return the rows that `problems(split)` of a Python file gives; they must be what JSON can hold."""
+    try:
+        rows = list(reward_worker.load(source, "problems")(split))
+        for row in rows:
+            if not isinstance(row, dict):
+                raise TypeError(f"problems({split!r}) gave a {type(row).__name__}, not a dict")
+        rows = [json.loads(json.dumps(row)) for row in rows]
+    except Exception as error:
+        raise UserError(f"cannot read the problems of {source} ({reward_worker.explain(error)}); fix it") from error
+    return [finite.Row(f"{source}, {split} problem {number}", row) for number, row in enumerate(rows, start=1)]

@@ -1,0 +1,157 @@
+"""Rewards by Python functions of TRL's signature: `reward(prompts, completions, **columns) -> list[float]`.
+
+A function is called for one response at a time, so each list has one entry. `prompts` are texts, or lists of messages;
+`completions` are texts, or lists of one message of the assistant where prompts are messages. Further columns of the
+prompts come by name, and `finished` says whether the response ended by itself. A function may return None for a
+response that it does not apply to. https://huggingface.co/docs/trl, "Using a custom reward function".
+
+Functions run in worker processes with a time limit, or in this process. A response whose function raises, takes too
+long, or returns anything but one finite number has no reward: None.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qsharp_jax.system.chat import as_text
+from qsharp_jax.system.errors import UserError, warn
+from qsharp_jax.tasks import reward_worker
+from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.judging import Judge, Judgement
+from qsharp_jax.tasks.workers import Workers
+
+FEWEST = 20  # responses before the share of those without a reward can stop a run
+WARNINGS = 3  # that are printed
+
+Function = tuple[str, str]  # a file or a module, and a name in it
+
+
+def parse_function(words: str) -> Function:
+    """Split FILE:NAME, or MODULE:NAME; raises a UserError for another form."""
+    source, colon, name = words.rpartition(":")
+    if not colon or not name.isidentifier() or not source:
+        raise UserError(f"the reward is {words!r}; write it as FILE.py:NAME, such as rewards.py:short")
+    return source, name
+
+
+class RewardJudge:
+    """Judge of responses by the weighted sum of reward functions; the members are those of `judging.Judge`."""
+
+    has_answers = False
+
+    def __init__(
+        self,
+        functions: Sequence[Function],
+        weights: Sequence[float],
+        *,
+        workers: int | None = None,
+        seconds: float,
+        most_failures: float,
+    ):
+        """Args:
+        workers: processes, by default one per core up to 16; 0: call the functions in this process.
+        seconds: wall time of one response in a worker.
+        most_failures: share of responses without a reward above which `UserError` is raised.
+        """
+        self._weights, self._seconds, self._most_failures = weights, seconds, most_failures
+        self._names = ", ".join(name for _, name in functions)
+        for source, _ in functions:
+            if source.endswith(".py") and not Path(source).is_file():
+                raise UserError(f"there is no file {source}; give the reward function's Python file, as FILE.py:NAME")
+        self._functions: list[Callable[..., Any]] = []
+        self._workers: Workers | None = None
+        if workers == 0:
+            try:
+                self._functions = [reward_worker.load(*function) for function in functions]
+            except Exception as error:
+                raise UserError(_refusal(self._names, reward_worker.explain(error))) from error
+        else:
+            script = Path(reward_worker.__file__)
+            self._workers = Workers(
+                script, [json.dumps(functions)], seconds=seconds, count=workers,
+                refusal=_refusal(self._names, "{reason}"),
+            )  # fmt: skip
+        self._lock = threading.Lock()
+        self._judged = self._failed = 0
+
+    def check(self) -> None:
+        """Load the functions in one worker; raises a UserError if they cannot be loaded."""
+        if self._workers:
+            self._workers.start()
+
+    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
+        """Judge each response to the problem at the same position."""
+        pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
+        return [judgement() for judgement in pending]
+
+    def submit(self, problem: Problem, response: str, *, finished: bool = True) -> Callable[[], Judgement]:
+        """Start to judge a response; calling the result waits for the judgement.
+
+        The result raises a UserError once too many responses have no reward.
+        """
+        chat = not isinstance(problem.prompt, str)
+        completion = [{"role": "assistant", "content": response}] if chat else response
+        columns = {name: [entry] for name, entry in problem.columns.items()}
+        columns |= {"prompts": [problem.prompt], "completions": [completion], "finished": [finished]}
+        if self._workers is None:
+            reward = self._here(columns)
+            return lambda: self._judgement(problem, reward)
+        future = self._workers.ask(columns, self._read)
+        return lambda: self._judgement(problem, future.result())
+
+    def classes(self, problems: Sequence[Problem], answers: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
+        return [list(group) for group in answers]
+
+    def close(self) -> None:
+        """End the workers; they also end with this process."""
+        if self._workers:
+            self._workers.close()
+
+    def _here(self, columns: dict[str, list]) -> float | str:
+        try:
+            return self._total([reward_worker.call(function, columns) for function in self._functions])
+        except Exception as error:
+            return reward_worker.explain(error)
+
+    def _read(self, reply: str) -> float | str:
+        if not reply:
+            return f"it took more than {self._seconds:g} s, or ended its process"
+        record = json.loads(reply)
+        return record["error"] if "error" in record else self._total(record["rewards"])
+
+    def _total(self, rewards: Sequence[float | None]) -> float | str:
+        """Return the weighted sum of the rewards that are not None; or why there is none."""
+        pairs = [(weight, x) for weight, x in zip(self._weights, rewards, strict=True) if x is not None]
+        if not pairs:
+            return "it returned None"
+        if not all(math.isfinite(x) for _, x in pairs):
+            return f"it returned {', '.join(f'{x:g}' for _, x in pairs)}"
+        return sum(weight * x for weight, x in pairs)
+
+    def _judgement(self, problem: Problem, reward: float | str) -> Judgement:
+        if not isinstance(reward, str):
+            with self._lock:
+                self._judged += 1
+            return Judgement(reward, None)
+        with self._lock:
+            self._judged, self._failed = self._judged + 1, self._failed + 1
+            judged, failed = self._judged, self._failed
+        where = f"the prompt {as_text(problem.prompt)[:60]!r} ({self._names}: {reward})"
+        if judged >= FEWEST and failed > self._most_failures * judged:
+            raise UserError(
+                f"{failed} of {judged} responses have no reward, which is more than task.most_failures ="
+                f" {self._most_failures:g}; the last one is to {where}; fix the function and run the command again"
+            )
+        if failed <= WARNINGS:
+            warn(f"no reward for a response to {where}")
+        return Judgement(None, None)
+
+
+AnyJudge = Judge | RewardJudge
+
+
+def _refusal(names: str, reason: str) -> str:
+    return f"cannot load the reward function {names} ({reason}); fix its file"

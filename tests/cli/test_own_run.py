@@ -1,0 +1,150 @@
+"""`qsharp run` with a model, prompts and a reward of the user's own: what it takes, prints, keeps and refuses."""
+
+import dataclasses
+import json
+import re
+
+import bpe
+import hf_folders
+import pytest
+from commands import refused, results, stdout_lines
+from helpers import quick_compilation  # noqa: F401
+
+from qsharp_jax import cli
+from qsharp_jax.models import hf
+
+PROGRAM = """
+def short(prompts, completions, topic, **kwargs):
+    if "x7" in topic:
+        raise ValueError("not this one")
+    return [-len(completion) / 10 for completion in completions]
+
+def failing(prompts, completions, **kwargs):
+    raise RuntimeError("no model")
+"""
+SMALL = [
+    f"--config.{change}"
+    for change in (
+        "rounds=1", "collect.prompts=60", "collect.samples=2", "collect.batch_size=16", "collect.shard_rows=60",
+        "evaluate.batch_size=16", "evaluate.problems=6", "evaluate.samples=2", "evaluate.etas=0.1,",
+        "generate.max_new_tokens=6", "generate.prompt_bucket=16", "fit.epochs=1", "fit.batch_size=16", "fit.accumulate=1",
+        "fit.evaluate_every=4",
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds a reference with a chat template, prompts and rewards."""
+    root = tmp_path_factory.mktemp("own")
+    shape = dataclasses.replace(hf_folders.LLAMA, vocab_size=300, max_positions=128)
+    hf.export_ref(hf_folders.ref(shape), root / "ref", tokenizer=bpe.make())
+    rows = [{"prompt": f"How many eggs has Sam {i}?", "topic": f"x{i}"} for i in range(70)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rewards.py").write_text(PROGRAM)
+    return root
+
+
+def command(folder, workdir, *changes, reward="short"):
+    named = {
+        "--ref": folder / "ref",
+        "--prompts": folder / "prompts.jsonl",
+        "--reward": f"{folder / 'rewards.py'}:{reward}",
+    }
+    arguments = [str(word) for pair in named.items() for word in pair]
+    return ["run", *arguments, "--workdir", str(workdir), *SMALL, *changes]
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    workdir = folder / "workdir"
+    assert cli.main(command(folder, workdir)) == 0
+    return workdir
+
+
+def test_a_run_learns_from_the_reward_and_reports_no_answers(finished):
+    assert {("pi_ref", 0), ("qsharp", 1), ("cd", 1)} <= {(row["method"], row["round"]) for row in results(finished)}
+    report = (finished / "report.md").read_text()
+    heads = [line for line in report.splitlines() if line.startswith("| method")]
+    assert heads and not any("answer" in head or "maj1@" in head for head in heads) and "| majority" not in report
+    page = (finished / "examples.html").read_text()
+    assert "the answer is" not in page and "no answer" not in page
+    stored = json.loads((finished / "value.json").read_text())
+    assert stored["distribution"] == "categorical" and 2 <= len(stored["atoms"]) <= 21
+    config = json.loads((finished / "config.json").read_text())
+    assert config["prompt_format"] == "chat" and config["task"]["name"] == "own"
+    assert all(len(entry["sha256"]) == 64 for entry in config["hashes"]["task"].values())
+
+
+def test_a_reward_that_fails_is_kept_as_none(finished):
+    rows = [json.loads(line) for path in (finished / "samples").glob("*.jsonl") for line in path.open()]
+    judged = [row for row in rows if "columns" in row]
+    assert judged and all((row["reward"] is None) == (row["columns"]["topic"] == "x7") for row in judged)
+    collected = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    shares = [row["no_reward"] for row in collected if "no_reward" in row]
+    assert all(0 < share < 0.1 for share in shares)
+
+
+def test_the_same_command_resumes_and_others_find_the_task_again(folder, finished, capsys):
+    before = (finished / "results.json").read_bytes()
+    assert cli.main(command(folder, finished)) == 0
+    assert "Settings for this model" not in capsys.readouterr().out, "the workdir keeps what was chosen"
+    (finished / "results.json").unlink()
+    assert cli.main(["evaluate", "--workdir", str(finished)]) == 0
+    assert cli.main(["evaluate", "--workdir", str(finished), "--rejudge"]) == 0
+    assert [row["reward"] for row in results(finished)] == [row["reward"] for row in json.loads(before)]
+
+
+def test_generate_needs_no_reward(folder, finished, tmp_path, capfd):
+    away = (folder / "rewards.py").rename(tmp_path / "rewards.py")
+    try:
+        (line,) = stdout_lines(capfd, "generate", "--workdir", finished, "How many eggs?", "--eta", "0.1")
+        assert line["values"]
+    finally:
+        away.rename(folder / "rewards.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "arithmetic", "--ref", "x"], "--ref is given in place of --config"),
+        ([], "give --config RECIPE, or --ref, --prompts and --reward"),
+        (["--ref", "x"], "give the prompts, by --prompts FILE"),
+        (["--prompts", "x", "--reward", "x.py:f"], "give the reference model, by --ref"),
+        (["--ref", "x", "--prompts", "x"], "give the reward, by --reward FILE.py:NAME"),
+        (["--ref", "no_folder", "--prompts", "x", "--reward", "x.py:f"], "no_folder"),
+    ],
+)
+def test_missing_arguments_are_refused(arguments, words, tmp_path, capsys):
+    assert words in refused(capsys, "run", *arguments, "--workdir", tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "changes", "words"),
+    [
+        ("shrot", [], "has no function 'shrot'; it has short, failing"),
+        ("short", ["--config.fit.holdout=0"], "config.fit.evaluate_every is 4 and config.fit.holdout 0"),
+        ("short", ["--config.generate.max_new_tokens=200"], "max_new_tokens is 200; it must be below"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_workdir_is_made(folder, tmp_path, capsys, reward, changes, words):
+    assert words in refused(capsys, *command(folder, tmp_path / "w", *changes, reward=reward))
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_reward_that_always_fails_stops_the_run_and_names_a_prompt(folder, tmp_path, capsys):
+    assert cli.main(command(folder, tmp_path / "w", reward="failing")) == 2
+    *_, sentence = capsys.readouterr().err.strip().splitlines()
+    assert re.search(
+        r"20 of 20 responses have no reward.*'How many eggs.*RuntimeError: no model, .*rewards.py, line 8", sentence
+    )
+
+
+def test_a_run_does_not_go_on_with_another_reward(folder, finished, capsys):
+    (folder / "rewards.py").write_text(PROGRAM + "\n")
+    try:
+        sentence = refused(capsys, *command(folder, finished))
+        assert f"{folder / 'rewards.py'} changed since this run began" in sentence
+    finally:
+        (folder / "rewards.py").write_text(PROGRAM)
