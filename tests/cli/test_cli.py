@@ -242,7 +242,7 @@ def test_a_workdir_of_another_config_is_left_alone(copied, capsys):
 @pytest.mark.parametrize("command", ["run", "fit"])
 def test_attention_of_other_devices_is_refused_before_anything_is_computed(command, tmp_path, capsys):
     given = [command, "--config", CONFIG, "--workdir", tmp_path / "run", *SMALL]
-    assert "config.fit.attention is cudnn, which runs on a gpu, and JAX has a cpu here; give xla" in refused(
+    assert "config.fit.attention is cudnn, which runs on a gpu, but JAX has a cpu here; give xla" in refused(
         capsys, *given, "--config.fit.attention=cudnn"
     )
     assert "config.fit.length_bucket is 8, but config.fit.attention splash needs a multiple of 128" in refused(

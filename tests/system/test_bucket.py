@@ -256,7 +256,7 @@ def test_a_holder_that_was_taken_for_dead_stops_writing(bucket, quick_locks, mon
     first = opened()
     pipe_file = first._lock._store.pipe_file
     monkeypatch.setattr(first._lock._store, "pipe_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    monkeypatch.setattr(first._lock, "_last", lambda: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(first._lock, "_newest", lambda: (_ for _ in ()).throw(OSError("no network")))
     time.sleep(0.2)
     held = json.loads(bucket.objects["runs/one/lock/000001"])
     monkeypatch.setattr(first._lock._store, "pipe_file", pipe_file)
