@@ -1,5 +1,6 @@
 """Models by their ids: what is downloaded, when the cache is enough, and each refusal in one sentence."""
 
+import socket
 import time
 
 import fake_hub
@@ -119,3 +120,13 @@ def test_offline_by_choice(offline, files):
             in (words := refusal(hub.find, name))
         )
         assert "(HF_HUB_OFFLINE is set) and is not, or not completely, in its cache; give a folder" in words
+
+
+def test_a_hub_that_does_not_answer_is_given_up(offline, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "TIMEOUT", 0.5)
+        start = time.perf_counter()
+        assert "could not be fetched from the Hugging Face hub (" in refusal(hub.find, NAME)
+        assert time.perf_counter() - start < 5

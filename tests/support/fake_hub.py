@@ -35,6 +35,8 @@ class FakeHub:
         """Status, headers and body of a GET."""
         words = path.partition("?")[0].strip("/").split("/")
         is_api = words[:2] == ["api", "models"]
+        if is_api and len(words) == 4:
+            words += ["revision", "main"]
         if len(words) < 5:  # what else `huggingface_hub` asks of a hub
             return 404, {}, b"{}"
         owner, model, kind, revision, *file = words[2:] if is_api else words

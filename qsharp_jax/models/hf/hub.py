@@ -4,6 +4,7 @@ An id is OWNER/NAME, or OWNER/NAME@REVISION with a branch, a tag or a commit. Th
 HF_ENDPOINT mean what they mean to `huggingface_hub`.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -25,10 +26,11 @@ from qsharp_jax.system.errors import UserError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.*",
 )  # fmt: skip
+TIMEOUT = 10  # seconds
 _NOT = ("*/*", "consolidated*")  # other forms of the same weights
 
 
@@ -70,10 +72,10 @@ def is_id(model: str | Path) -> bool:
 def _snapshot(model: str) -> Path:
     name, _, revision = model.partition("@")
     try:
-        folder = _download(name, revision or None, _FILES)
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob(f"*{gguf.SUFFIX}")):
-            if file := _gguf_file(name, folder.name):
-                _download(name, folder.name, [file])
+        # `snapshot_download` alone would wait forever for a hub that does not answer.
+        listed = HfApi().model_info(name, revision=revision or None, timeout=TIMEOUT).siblings or []
+        weights = _weights(name, [entry.rfilename for entry in listed])
+        return _copy(name, revision, [*_FILES, *weights])
     except GatedRepoError:
         raise UserError(
             f"the model {name} is gated; accept its terms on https://huggingface.co/{name}, and log in by"
@@ -86,43 +88,52 @@ def _snapshot(model: str) -> Path:
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"the model {name} on the Hugging Face hub has no revision {revision!r}") from None
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); log in by"
-            " `hf auth login`, or try again later"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
-        raise UserError(
-            f"there is no folder {model}, and the model of this name could not be fetched from the Hugging Face hub"
-            f" ({_reason(error)}) and is not, or not completely, in its cache; give a folder, or download it where"
-            " there is a network"
-        ) from None
-    if not folder.is_dir():
-        raise UserError(f"the model {name} on the Hugging Face hub has neither safetensors nor a GGUF file")
-    return folder
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise UserError(
+                f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); log in by"
+                " `hf auth login`, or try again later"
+            ) from None
+        return _cached(model, error)
 
 
-def _download(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(_NOT)))
-
-
-def _gguf_file(name: str, commit: str) -> str | None:
-    """The only GGUF file of a model on the hub; None if there is none, or the hub cannot be reached."""
-    try:
-        listed = HfApi().list_repo_files(name, revision=commit)
-    except (OfflineModeIsEnabled, HTTPError):  # the cache is all there is, as it is to `snapshot_download`
-        return None
-    files = [file for file in listed if file.endswith(gguf.SUFFIX) and "/" not in file]
+def _weights(name: str, files: Sequence[str]) -> list[str]:
+    """The files of weights, of those of a model on the hub: all safetensors, or else the only GGUF file."""
+    files = [file for file in files if "/" not in file]
+    if any(file.endswith(".safetensors") for file in files):
+        return ["*.safetensors"]
+    files = [file for file in files if file.endswith(gguf.SUFFIX)]
     if len(files) > 1:
         raise UserError(
             f"the model {name} has {len(files)} GGUF files ({', '.join(files[:3])}, ...); download one by `hf download"
             f" {name} FILE`, and give its path"
         )
-    return files[0] if files else None
+    if not files:
+        raise UserError(f"the model {name} on the Hugging Face hub has neither safetensors nor a GGUF file")
+    return files
 
 
-def _reason(error: Exception) -> str:
+def _cached(model: str, error: Exception) -> Path:
+    """The copy in the cache of a model that an error keeps from being downloaded."""
+    name, _, revision = model.partition("@")
+    with contextlib.suppress(LocalEntryNotFoundError):
+        folder = _copy(name, revision, [*_FILES, "*.safetensors"], local_files_only=True)
+        if any(path.suffix in (".safetensors", gguf.SUFFIX) for path in folder.glob("*")):
+            return folder
     cause = error.__cause__ or error
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    return " ".join(str(cause).split())[:100]
+    offline = isinstance(cause, OfflineModeIsEnabled)
+    reason = "HF_HUB_OFFLINE is set" if offline else " ".join(str(cause).split())[:100] or type(cause).__name__
+    raise UserError(
+        f"there is no folder {model}, and the model of this name could not be fetched from the Hugging Face hub"
+        f" ({reason}) and is not, or not completely, in its cache; give a folder, or download it where there is a"
+        " network"
+    )
+
+
+def _copy(name: str, revision: str, files: Sequence[str], *, local_files_only: bool = False) -> Path:
+    return Path(
+        snapshot_download(
+            name, revision=revision or None, allow_patterns=list(files), ignore_patterns=list(_NOT),
+            local_files_only=local_files_only,
+        )
+    )  # fmt: skip
