@@ -27,7 +27,7 @@ def score(guide: ValueModel, examples: Sequence[Example], *, rows: int, bucket: 
       rows: sequences in a batch.
       bucket: widths are multiples of it, in tokens.
     """
-    numbers = _sequences(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
+    numbers = sequences(functools.partial(_means, guide), examples, rows=rows, bucket=bucket)
     return [means[len(example.prompt) :] for means, example in zip(numbers, examples, strict=True)]
 
 
@@ -41,11 +41,11 @@ def log_probs(
       vocab_size: ids from here on pad the embedding; they have probability 0.
     """
     of_batch = functools.partial(_log_probs, ref, vocab_size=vocab_size)
-    numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
+    numbers = sequences(of_batch, examples, rows=rows, bucket=bucket)
     return [log_probs[len(example.prompt) :] for log_probs, example in zip(numbers, examples, strict=True)]
 
 
-def _sequences(
+def sequences(
     of_batch: Callable[[Batch], jax.Array], examples: Sequence[Example], *, rows: int, bucket: int
 ) -> list[np.ndarray]:
     """Apply `of_batch`, with results [B, T] or [B, T, ...], and return one array per example, prompt included."""
@@ -154,7 +154,7 @@ def quality(
       ranking: within prompts.
     """
     of_batch = functools.partial(_means_and_nll, guide, projection=projection, clip=clip)
-    numbers = _sequences(of_batch, examples, rows=rows, bucket=bucket)
+    numbers = sequences(of_batch, examples, rows=rows, bucket=bucket)
     both = np.concatenate([n[len(e.prompt) + e.first_label :] for n, e in zip(numbers, examples, strict=True)])
     labeled, nll = both[:, 0], both[:, 1]
     rewards = np.concatenate([np.full(len(e.response) - e.first_label, e.reward, np.float32) for e in examples])

@@ -1,8 +1,9 @@
 """A whole run: pi_ref, the config's algorithm, and an evaluation after each of its rounds."""
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
-from qsharp_jax.evaluation import measure
+from qsharp_jax.evaluation import forecast, measure
 from qsharp_jax.generate import Guide
+from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import checks, pretrain, provenance
 from qsharp_jax.run.session import Session
 
@@ -21,6 +22,9 @@ def run(session: Session) -> None:
 
     def after_round(number: int, guide: Guide) -> None:
         guides[number] = guide
+        if isinstance(guide, ValueModel):
+            with session.decoding():
+                forecast.run(session, number, guide)
         measure.evaluate(session, ref, guides, full=number == session.config.rounds)
 
     ALGORITHMS[session.config.algorithm].run(session, ref, after_round)

@@ -88,6 +88,11 @@ def abstract(config: DecoderConfig, dtype: str = "float32") -> Params:
     return shapes(leaves.OUTER) | {"layers": shapes(leaves.BLOCK, config.layers)}
 
 
+def first_layers(params: Params, count: int) -> Params:
+    """Return the parameters, layers stacked, of the decoder that ends after its first `count` layers."""
+    return params | {"layers": jax.tree.map(lambda leaf: leaf[:count], params["layers"])}
+
+
 def unstack(params: Params, *, transposed: bool = False) -> Params:
     """The decoding form: "layers" becomes a list with one tree per layer, so that no step slices a weight.
 

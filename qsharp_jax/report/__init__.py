@@ -2,6 +2,7 @@
 
 import json
 
+from qsharp_jax.evaluation import forecast as forecasts
 from qsharp_jax.evaluation import measure
 from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.report.names import COLORS, NAMES
@@ -61,6 +62,7 @@ def write(workdir: Workdir) -> str:
     collected, shown = rollouts_table(metrics), table(rows)
     paper = tables.paper_table(rows, configs.kl_weight(workdir.config))
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
+    forecast = tables.forecast_table(forecasts.read(workdir, number), rows)
     differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, chosen)
     parts = [
         f"# {workdir.config.task.name}: {folder.name}",
@@ -70,6 +72,7 @@ def write(workdir: Workdir) -> str:
         *(("## Paired differences", differences, tables.HOW_DIFFERENCES) if differences else ()),
         *(("## pass@k and maj1@k, with 95% intervals", passes) if passes else ()),
         *(("## KL, length and ends, with 95% intervals", intervals) if intervals else ()),
+        *(("## Forecast and decoding", forecast, tables.HOW_FORECAST) if forecast else ()),
         *(("## Rollouts", collected, tables.HOW_ROLLOUTS) if collected else ()),
         *(f"![{name}]({name})" for name in draw),
         "## Examples, unguided and guided",

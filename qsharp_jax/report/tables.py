@@ -130,6 +130,29 @@ def intervals_table(rows: Sequence[dict]) -> str:
     return markdown([["method", "eta", "round", *columns.values()], *lines]) if measured else ""
 
 
+HOW_FORECAST = (
+    "The forecast is computed before any decoding, from the guide's values of held-out rollouts of pi_ref: their mean"
+    " reward and KL (nats), each rollout weighted by w(its end) / w(its prompt). The guided policy's tilts telescope to"
+    " this weight where the guide's values are consistent from token to token. For best_of_k the KL is its bound,"
+    " log k - (k - 1) / k. Decoded is what guided decoding of the test prompts gave. A small gain in the forecast"
+    " says that the guide does not tell responses apart; much less reward decoded than forecast, that its values come"
+    " late or contradict each other."
+)
+
+
+def forecast_table(forecast: Sequence[dict], rows: Sequence[dict]) -> str:
+    """Make a table of the forecast rows beside the results of decoding; empty without a forecast."""
+    lines = [["method", "eta", "forecast reward", "forecast KL", "decoded reward", "decoded KL"]]
+    latest = max(row["round"] for row in rows)
+    decoded = {(row["method"], row["eta"]): row for row in rows if row["round"] == latest}
+    for row in forecast:
+        result = decoded.get((row["method"], row["eta"]), {})
+        eta = "" if row["eta"] is None else f"{row['eta']:g}"
+        name = NAMES.get(row["method"], row["method"])
+        lines.append([name, eta, *(_number(part, key) for part in (row, result) for key in ("reward", "kl"))])
+    return markdown(lines) if forecast else ""
+
+
 HOW_DIFFERENCES = (
     "The mean over problems of the difference between two methods on the same problem; in parentheses its 95% interval"
     " by bootstrap over these differences."

@@ -141,6 +141,11 @@ def guide_shape(
     else:
         trunk = _model_section(config, vocab_size)
     section = config.value
+    if section.layers:
+        if section.layers > trunk.layers or (start and hf.is_guide(start)):
+            what = "a guide, which keeps its own" if start and hf.is_guide(start) else f"one of {trunk.layers} layers"
+            raise UserError(f"config.value.layers is {section.layers}, but the guide starts from {what}; give 0")
+        trunk = dataclasses.replace(trunk, layers=section.layers)
     stored = hf.read_guide_config(start, trunk.dtype) if start and hf.is_guide(start) else None
     if section.distribution != "auto":
         chosen = section.distribution, tuple(section.atoms)
@@ -312,6 +317,8 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
     else:
         trunk = ref.params if config.guide == "ref" else None
+    if trunk is not None:
+        trunk = decoder.first_layers(trunk, shape.trunk.layers)
     return value.init(session.key("guide"), shape, trunk)
 
 

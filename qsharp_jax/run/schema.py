@@ -98,8 +98,9 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """The guide's head."""
+    """The guide's trunk and head."""
 
+    layers: int = setting(0, whole(0), "the first layers of the model that the guide starts from; 0: all of them")
     type: str = setting("v", one_of("v", "q"), "v: read at the appended token; q: a head over the vocabulary")
     distribution: str = setting(
         "bernoulli", one_of("auto", "bernoulli", "categorical", "scalar"),

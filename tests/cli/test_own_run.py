@@ -67,6 +67,9 @@ def test_a_run_learns_from_the_reward_and_reports_no_answers(finished):
     report = (finished / "report.md").read_text()
     heads = [line for line in report.splitlines() if line.startswith("| method")]
     assert heads and not any("answer" in head or "maj1@" in head for head in heads) and "| majority" not in report
+    assert "## Forecast and decoding" in report and "| best_of_4 " not in report, "two samples per prompt"
+    forecast = json.loads((finished / "samples" / "forecast_round_1.json").read_text())
+    assert [(row["method"], row["eta"]) for row in forecast] == [("qsharp", 0.1), ("cd", 0.1)]
     page = (finished / "examples.html").read_text()
     assert "the answer is" not in page and "no answer" not in page
     stored = json.loads((finished / "value.json").read_text())

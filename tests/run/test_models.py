@@ -1,5 +1,6 @@
 """Runs whose reference and guide come out of folders: what they start from, what they leave alone, what is refused."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import bpe
 import helpers
+import hf_folders
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from commands import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
 from helpers import quick_compilation  # noqa: F401
 
@@ -131,6 +134,32 @@ def test_a_guide_from_scratch_has_the_shape_of_the_model_section(folders):
     made = session(f"ref={folders / 'ref'}", "guide=scratch", "model.layers=2", "model.token_shift=false")
     assert (models.ref_config(made).layers, models.guide_config(made).trunk.layers) == (1, 2)
     assert jax.tree.leaves(models.first_guide(made, None)["trunk"]["layers"])[0].shape[0] == 2
+
+
+def test_a_guide_of_the_first_layers_is_that_of_a_folder_cut_by_hand(folders, tmp_path):
+    shape = dataclasses.replace(hf_folders.LLAMA, vocab_size=300, layers=3)
+    hf.export_ref(hf_folders.ref(shape), tmp_path / "whole", tokenizer=bpe.make())
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    tensors = safetensors.numpy.load_file(cut / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.2.")}
+    assert len(kept) < len(tensors)
+    safetensors.numpy.save_file(kept, cut / "model.safetensors")
+    made = session(f"ref={tmp_path / 'whole'}", "value.layers=2")
+    assert (models.ref_config(made).layers, models.guide_config(made).trunk.layers) == (3, 2)
+    of_folder = session(f"ref={tmp_path / 'whole'}", f"guide={cut}")
+    assert models.guide_config(made) == models.guide_config(of_folder)
+    helpers.assert_trees_equal(models.first_guide(made, None), models.first_guide(of_folder, None))
+    for changes, words in (
+        (["value.layers=4"], "config.value.layers is 4, but the guide starts from one of 3 layers; give 0"),
+        (
+            [f"guide={folders / 'guide'}", "value.layers=1"],
+            "config.value.layers is 1, but the guide starts from a guide",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            models.guide_config(session(f"ref={tmp_path / 'whole'}", *changes))
 
 
 def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tmp_path):

@@ -1,0 +1,59 @@
+"""The forecast of a guide, against exact tilts of finite laws, and against all choices of k responses."""
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import quick_compilation  # noqa: F401
+
+from qsharp_jax.evaluation import forecast
+
+
+def test_a_guide_that_knows_the_reward_gives_the_optimal_policy():
+    """u = exp(r / eta) / E exp(r / eta): reward and KL of the tilted Bernoulli law, in closed form."""
+    rewards = np.asarray([1.0] * 30 + [0.0] * 70)
+    for eta in (2.0, 0.5, 0.1):
+        log_u = rewards / eta - np.log(0.3 * np.exp(1 / eta) + 0.7)
+        p = 0.3 * np.exp(1 / eta) / (0.3 * np.exp(1 / eta) + 0.7)
+        row = forecast.tilted(log_u, rewards)
+        assert row["reward"] == pytest.approx(p, rel=1e-12)
+        assert row["kl"] == pytest.approx(p * np.log(p / 0.3) + (1 - p) * np.log((1 - p) / 0.7), abs=1e-9)
+
+
+def test_a_constant_guide_gives_pi_ref():
+    row = forecast.tilted(np.full(5, 3.0), np.asarray([1.0, 0.0, 0.0, 2.0, -1.0]))
+    assert row["reward"] == pytest.approx(0.4) and row["kl"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_calibrated_guide_s_reward_is_bounded_by_its_resolution():
+    """As eta falls, exp(z / eta) grows as p, and the reward tends to m + Var(p) / m."""
+    p = np.repeat([0.1, 0.4, 0.9], 1000)
+    rewards = np.concatenate([np.arange(1000) < 1000 * q for q in (0.1, 0.4, 0.9)]).astype(float)
+    eta = 0.02
+    row = forecast.tilted(np.log(1 - p + p * np.exp(1 / eta)), rewards)
+    assert row["reward"] == pytest.approx(p.mean() + p.var() / p.mean(), rel=1e-6)
+
+
+def test_weights_of_any_size_do_not_overflow():
+    row = forecast.tilted(np.asarray([2000.0, 0.0, -2000.0]), np.asarray([1.0, 0.0, 0.0]))
+    assert row["reward"] == 1.0 and row["kl"] == pytest.approx(np.log(3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_of_k_is_the_mean_over_all_choices(seed):
+    rng = np.random.default_rng(seed)
+    ids = ["a"] * 6 + ["b"] * 4 + ["c"] * 2
+    final, rewards = rng.integers(0, 3, 12) / 3, rng.normal(size=12)  # with ties
+    means = []
+    for begin, end in ((0, 6), (6, 10)):
+        best = []
+        for chosen in itertools.combinations(range(begin, end), 4):
+            top = max(final[i] for i in chosen)
+            tied = [i for i in range(begin, end) if final[i] == top]  # which of the tied is chosen is random
+            best.append(np.mean([rewards[i] for i in tied]))
+        means.append(np.mean(best))
+    assert forecast.best_of(4, final, rewards, ids) == pytest.approx(np.mean(means), rel=1e-12)
+
+
+def test_too_few_responses_have_no_best():
+    assert np.isnan(forecast.best_of(4, np.zeros(3), np.zeros(3), ["a"] * 3))
