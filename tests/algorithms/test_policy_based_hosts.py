@@ -86,9 +86,9 @@ def train(session: Session, file: Path) -> None:
         here["sampled"] += len(prompts)
         return sample(ref, guide, prompts, sampling, **settings)
 
-    def counting_submit(*arguments):
+    def counting_submit(*arguments, **options):
         here["judged"] += 1
-        return submit(*arguments)
+        return submit(*arguments, **options)
 
     rollouts.sample, judging.Judge.submit = counting_sample, counting_submit
     ref = session.for_decoding(bandit.reference(session))

@@ -228,7 +228,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_made(change, wor
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["fly"], "fly"), (["generate", "--workdir", "x", "--eta", "0"], "eta"), (["run"], "--config"), ([], "COMMAND")],
+    [(["fly"], "fly"), (["generate", "--workdir", "x", "--eta", "0"], "eta"), (["run"], "--workdir"), ([], "COMMAND")],
 )
 def test_arguments_that_cannot_be_are_refused(arguments, words, capsys):
     assert words in refused(capsys, *arguments)

@@ -44,11 +44,11 @@ def stop_judging(patch, session, after: int, error: BaseException):
     """The judge raises when it has judged so many responses."""
     submit, calls = judge(session).submit, []
 
-    def stopping(problem, response):
+    def stopping(problem, response, finished):
         calls.append(response)
         if len(calls) > after:
             raise error
-        return submit(problem, response)
+        return submit(problem, response, finished=finished)
 
     patch.setattr(judge(session), "submit", stopping)
 
@@ -186,7 +186,7 @@ def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypat
 
 def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
     session, ref, guide = stoppable
-    monkeypatch.setattr(judge(session), "submit", lambda *_: lambda: Judgement(math.nan, "1"))
+    monkeypatch.setattr(judge(session), "submit", lambda *_, **__: lambda: Judgement(math.nan, "1"))
     with pytest.raises(UserError, match="was not written: a sample's reward or KL is not a finite number"):
         sample(session, ref, guide)
     assert not shards_of(session, "qsharp_round_1")

@@ -171,7 +171,7 @@ def test_places():
     for count, index in ((None, 0), (2, None), (2, 2)):
         with pytest.raises(UserError, match="needs --processes N, and --process I from 0 to N - 1"):
             find_place("gpu1:80", count, index)
-    with pytest.raises(UserError, match="slurm knows them"):
+    with pytest.raises(UserError, match="not for slurm"):
         find_place("slurm", 2, 0)
 
 

@@ -165,5 +165,5 @@ def test_the_language_model_on_a_mesh():
 
 def test_a_mesh_that_does_not_divide_the_rows_is_refused():
     mesh = jax.sharding.AbstractMesh((3,), ("fsdp",))
-    with pytest.raises(UserError, match="16 rows of the batch cannot be divided by the mesh's fsdp 3; .* are 1, 2"):
+    with pytest.raises(UserError, match="16 rows of the batch cannot be divided by the mesh's fsdp 3; use a size that divides them: 1, 2"):
         sharding.of_rows(make_batch([], rows=16, width=8), mesh, FIT)
