@@ -25,7 +25,8 @@ ALLOWED = {
     "algorithms.registry": {"algorithms.base"},
     "run": {"system", "values", "sampling", "models", "tasks", "data", "generate", "train", "algorithms.registry"},
     "evaluation": {
-        "system", "values", "sampling", "models", "tasks", "data", "generate", "rollouts", "run", "algorithms.registry",
+        "system", "values", "guidance", "sampling", "models", "tasks", "data", "generate", "rollouts", "run",
+        "algorithms.registry",
     },
     "algorithms": {
         "algorithms.base", "system", "values", "guidance", "sampling", "models", "tasks", "data", "generate", "rollouts", "train", "run",

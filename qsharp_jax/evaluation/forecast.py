@@ -1,4 +1,4 @@
-"""What a guide will give in reward and KL, forecast from its values of pi_ref's own rollouts, before any decoding.
+"""Forecast of a guide's reward and KL from its values of pi_ref's own rollouts, before any decoding.
 
 The guided policy multiplies pi_ref by w(x, y) = E_{z~Z(x,y)}[exp(z/eta)] at every token, and normalizes. If the guide
 is consistent, w(x) = E_{y~pi_ref} w(x, y), each token's normalizer cancels the weight before it, and the product over a

@@ -151,7 +151,7 @@ def test_quality_by_hand(monkeypatch):
     def sequences(of_batch, examples, **_):
         return [np.stack([np.float32(values[e.response]), np.float32(nlls[e.response])], axis=-1) for e in examples]
 
-    monkeypatch.setattr(score, "_sequences", sequences)
+    monkeypatch.setattr(score, "sequences", sequences)
     made = [
         Example([1], (5, 6, 2), reward=1.0, first_label=1),
         Example([1], (7, 2), reward=0.0, first_label=-1),
