@@ -46,6 +46,8 @@ def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
     if stored := read(session.workdir, number):
         return stored
     config, algorithm = session.config, ALGORITHMS[session.config.algorithm]
+    if not config.fit.holdout:
+        return []
     rollouts = with_reward(read_rounds(session.workdir.path / "rollouts", [1]))  # of pi_ref alone
     held_out = [rollout for rollout in rollouts if is_held_out(rollout.prompt_id, config.fit.holdout)]
     if not held_out:

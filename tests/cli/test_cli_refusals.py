@@ -1,4 +1,4 @@
-"""What `qsharp generate` and `score` say of models, settings and files that cannot be, before weights are read."""
+"""Refusals of `qsharp generate` and `score` for models, settings and files, before weights are read."""
 
 import bpe
 import jax

@@ -26,7 +26,7 @@ def test_a_constant_guide_gives_pi_ref():
 
 
 def test_a_calibrated_guide_s_reward_is_bounded_by_its_resolution():
-    """As eta falls, exp(z / eta) grows as p, and the reward tends to m + Var(p) / m."""
+    """The reward tends to m + Var(p) / m as eta falls, since E exp(z / eta) grows in proportion to p."""
     p = np.repeat([0.1, 0.4, 0.9], 1000)
     rewards = np.concatenate([np.arange(1000) < 1000 * q for q in (0.1, 0.4, 0.9)]).astype(float)
     eta = 0.02

@@ -15,7 +15,7 @@ from qsharp_jax.evaluation import statistics
 
 @given(st.sampled_from([(0.0, 1.0), (-1.0, 0.0, 0.25, 0.7, 2.0)]), st.data())
 def test_pass_at_k_is_the_mean_of_the_best_over_all_subsets(kinds, data):
-    """Of rewards 0 and 1 the indicator that one of k samples is right, which is also Chen's formula."""
+    """The indicator that one of k samples is right, for rewards 0 and 1, which is also Chen's formula."""
     rewards = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=8))
     k, n, right = data.draw(st.integers(1, len(rewards))), len(rewards), int(sum(rewards))
     subsets = [max(subset) for subset in itertools.combinations(rewards, k)]

@@ -125,7 +125,7 @@ def test_a_folder_with_one_file_is_that_file(file, tmp_path):
 
 
 def test_any_slice_is_that_of_the_whole_tensor(tmp_path):
-    """As devices read them: of permuted rows, of transposed matrices, and across the blocks of a type."""
+    """Slices as devices read them: permuted rows, transposed matrices, and across the blocks of a type."""
     rng = np.random.default_rng(0)
     for name, kind in (("llama", "Q4_0"), ("gpt2", "Q8_0")):
         model = write(tmp_path / f"{name}.gguf", name, kind)

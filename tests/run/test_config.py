@@ -295,7 +295,7 @@ V5P = {"name": "v5p_8", "fit": {"fsdp": 4}}
     ],
 )
 def test_a_mesh_s_name_becomes_its_section_before_its_sizes_are_changed(with_mesh, arguments, mesh):
-    """Of the presets beside the config file; the last override of a key wins."""
+    """The presets beside the config file are used; the last override of a key wins."""
     config = configs.load(with_mesh, arguments)
     assert config.mesh.to_dict() == mesh and config.is_locked
     assert config.seed == 3 * ("--config.seed=3" in arguments)

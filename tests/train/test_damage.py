@@ -187,7 +187,7 @@ def healthy(tmp_path_factory):
 
 @pytest.mark.parametrize("what", PASSING)
 def test_an_error_that_passes_condemns_nothing_and_one_that_stays_is_raised(healthy, monkeypatch, capfd, what):
-    """As it is, by all that read and after every pause; no other step is used in its place, nothing is renamed."""
+    """It is raised unchanged by every reader, after every pause; no other step is used and nothing is renamed."""
     with monkeypatch.context() as patch:
         checkpoints, failed = Checkpoints(healthy), fail_reads(patch, PASSING[what], times=1)
         assert_trees_equal(checkpoints.restore(make_state(0)), make_state(9))

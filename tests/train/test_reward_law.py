@@ -1,4 +1,4 @@
-"""What a guide learns: the law of the reward under pi_ref, exactly known on a token tree."""
+"""The law that a guide learns: that of the reward under pi_ref, exactly known on a token tree."""
 
 import functools
 import itertools
