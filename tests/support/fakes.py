@@ -193,7 +193,10 @@ def gcloud(fake: Path, words: list[str]):
         running = [on_host(fake, str(host), programs[host], options["--command"]) for host in hosts]
         if code := max(process.wait() for process in running):
             sys.exit(code)
-    (fake / "world.json").write_text(json.dumps(world))
+        return  # what happens on the hosts is no change of the world
+    change = fake / f"world.json.{os.getpid()}"  # other calls read the old world or the new one, and never a part
+    change.write_text(json.dumps(world))
+    change.replace(fake / "world.json")
 
 
 def lose(fake: Path):
