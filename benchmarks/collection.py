@@ -7,7 +7,7 @@ task's lengths), and a guide of its shape with a fresh head, which costs as much
 a first round's rollouts (pi_ref alone) and a second's (guided roll-in, pi_ref finishes), each by
 
 - static: batches of one shape, the prompts of a shard sorted by length, each waiting for its longest response;
-- refilled: `generate.ContinuousBatch`, as `rollouts.collect` uses it.
+- refilled: `decoding.ContinuousBatch`, as `rollouts.collect` uses it.
 
 Both give the same tokens, which is checked. Useful are the row-steps that went into a response, of all that were
 computed. Every way is run in turn in each round, after one that compiles; seconds are the median over rounds, judging
@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from qsharp_jax import generate, rollouts
+from qsharp_jax import decoding, rollouts
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models, pretrain
@@ -41,8 +41,8 @@ def main() -> None:
     config = configs.load("configs/arithmetic.py", [f"--config.pretrain.steps={options.steps}"])
     with Workdir.open(options.workdir, config) as workdir:
         session = Session(workdir)
-        ref = generate.for_decoding(pretrain.run(session))
-        guide = generate.for_decoding(
+        ref = decoding.for_decoding(pretrain.run(session))
+        guide = decoding.for_decoding(
             ValueModel(models.first_guide(session, models.load_ref(session)), models.guide_config(session))
         )
         prompts = [
@@ -92,11 +92,11 @@ def static(ref, guide, prompts, draws, rows, config, sampling):
             places = (filled[:, None] * samples + np.arange(samples)).reshape(-1)
             kept = len(batch) * samples
             budgets = np.where(np.arange(len(places)) < kept, budget[places], 0)
-            run = generate.Run(
+            run = decoding.Run(
                 ref, guide, [prompts[prompt] for prompt in filled], dataclasses.replace(sampling, budget=budgets),
                 samples=samples, rng=seeds[places], record=(),
             )  # fmt: skip
-            state = generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
+            state = decoding.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
             counts[1] += int(state.step) * len(places)
             generation = run.generation(state)
             made |= {place: generation.response(row) for row, place in enumerate(places[:kept].tolist())}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax import generate
+from qsharp_jax import decoding
 from qsharp_jax.models import config, decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
@@ -62,7 +62,7 @@ def models(name: str) -> tuple[LanguageModel, ValueModel]:
     guide_config = ValueConfig(trunk)
     ref = jax.jit(lambda key: in_dtype(decoder.init(key, ref_config), ref_config))(jax.random.key(0))
     guide = jax.jit(lambda key: make_guide(key, guide_config))(jax.random.key(1))
-    return generate.for_decoding(LanguageModel(ref, ref_config)), generate.for_decoding(ValueModel(guide, guide_config))
+    return decoding.for_decoding(LanguageModel(ref, ref_config)), decoding.for_decoding(ValueModel(guide, guide_config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def ours(
 ) -> tuple[float, float]:
     """Milliseconds of the prefill, and of one decode step, the mean of the first `steps` of the work."""
     began = time.perf_counter()
-    run = generate.Run(
+    run = decoding.Run(
         ref, guide, work.prompts().tolist(),
         Sampling(eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots, max_new_tokens=work.steps),
         rng=0, record=(),
@@ -91,7 +91,7 @@ def ours(
     jax.block_until_ready(run.state)
     filled = time.perf_counter()
     jax.block_until_ready(
-        generate.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings, steps=jnp.int32(steps))
+        decoding.decode(run.ref, run.guide, run.state, run.controls, settings=run.settings, steps=jnp.int32(steps))
     )
     return (filled - began) * 1e3, (time.perf_counter() - filled) / steps * 1e3
 
@@ -198,7 +198,7 @@ def main() -> None:
     machine = []
     for round_ in range(options.rounds + 1):
         for batch, name in times:
-            steps = works[batch].steps if round_ else generate.BLOCK  # the first round compiles
+            steps = works[batch].steps if round_ else decoding.BLOCK  # the first round compiles
             times[batch, name].append(variants[name](works[batch], steps))
         machine.append((read_bandwidth(), matmul_speed(ref.config.compute_dtype)))
     machine = np.max(machine, axis=0)
@@ -212,7 +212,7 @@ def main() -> None:
         least = bound(ref, guide if guided else None, works[batch], SLOTS if "packed" in name else None, machine)
         mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[1:, 1]
         ratio = np.median(np.asarray(measured)[:, 1] / mine)
-        compiling = first[0] - prefill + generate.BLOCK * (first[1] - step)
+        compiling = first[0] - prefill + decoding.BLOCK * (first[1] - step)
         compiled = f"{compiling / 1e3:.1f}" if name.startswith("ours") else ""
         print(
             f"| {batch:5d} | {name:22s} | {prefill:10.1f} | {step:9.2f} | {least:8.2f} | {least / step:16.2f} |"

@@ -3,7 +3,7 @@
     pip install ".[tpu]"
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
 
-Compiles `generate.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
+Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
 a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16, 2,048 positions, 20 candidates a
 row, a Bernoulli V-type guide, top-p and all records on, bfloat16. `--layers N` keeps so many layers of each model.
 """
@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from decode_program import REDUCTIONS, DecodeProgram, count, is_write_back  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from qsharp_jax import generate  # noqa: E402
+from qsharp_jax import decoding  # noqa: E402
 from qsharp_jax.models import (  # noqa: E402
     config,
     decoder,
@@ -75,7 +75,7 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
     ref_config, guide_config = config.make(case.ref, **changes), ValueConfig(config.make(case.guide, **changes))
     ref = LanguageModel(_abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
     guide = ValueModel(_abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
-    settings = generate.Settings(
+    settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=case.slots * ROWS,
         truncate=True,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
     rows = (_state(ref, guide, settings), _controls())
     state, controls = _placed(rows, sharding.of_rows(rows, mesh, sharding.DECODE))
     with jax.set_mesh(mesh):
-        lowered = generate.decode.lower(ref, guide, state, controls, settings=settings)
+        lowered = decoding.decode.lower(ref, guide, state, controls, settings=settings)
         lowering = time.monotonic()
         compiled = lowered.compile()
     done = time.monotonic()
@@ -126,20 +126,20 @@ def _abstract(init: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
 
 
-def _state(ref: LanguageModel, guide: ValueModel, settings: generate.Settings) -> generate.State:
+def _state(ref: LanguageModel, guide: ValueModel, settings: decoding.Settings) -> decoding.State:
     tokens, start = np.zeros((ROWS, POSITIONS - NEW), np.int32), np.zeros(ROWS, np.int32)
-    fill = functools.partial(generate.prefill, tokens=tokens[:, :-1], start=start, size=POSITIONS)
+    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=POSITIONS)
 
-    def first(ref_params: Any, trunk: Any) -> generate.State:
+    def first(ref_params: Any, trunk: Any) -> decoding.State:
         caches = fill(ref_params, ref.config), fill(trunk, guide.config.trunk)
-        return generate.first_state(*caches, tokens, start, NEW, settings)
+        return decoding.first_state(*caches, tokens, start, NEW, settings)
 
     return jax.eval_shape(first, *jax.tree.map(_bare, (ref.params, guide.params["trunk"])))
 
 
-def _controls() -> generate.Controls:
+def _controls() -> decoding.Controls:
     number, whole, seed = (jax.ShapeDtypeStruct((ROWS,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
-    return generate.Controls(
+    return decoding.Controls(
         eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
     )
 

@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 _MODULES = {  # where each public name is defined; None: a module of its own
     "values": None,
     "guidance": None,
-    "generate": None,
     "Sampling": "sampling",
-    "stream": "generate",
-    "ContinuousBatch": "generate",
+    "generate": "decoding",
+    "stream": "decoding",
+    "ContinuousBatch": "decoding",
     "load": "run.folders",
 }
 

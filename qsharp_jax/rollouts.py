@@ -16,7 +16,7 @@ import numpy as np
 
 from qsharp_jax.data.records import Rollout, shard_path, with_reward, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.generate import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
+from qsharp_jax.decoding import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from qsharp_jax import Sampling
-from qsharp_jax.generate import generate
+from qsharp_jax.decoding import generate
 from qsharp_jax.models import config, decoder, value
 
 

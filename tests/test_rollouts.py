@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qsharp_jax import rollouts
 from qsharp_jax.data.records import Rollout, read_rounds
-from qsharp_jax.generate import generate
+from qsharp_jax.decoding import generate
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge, train_problems
 from qsharp_jax.system import files

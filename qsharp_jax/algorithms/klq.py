@@ -53,7 +53,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
     """Train the policy; `after_round` is called with each round's number and policy."""
     from qsharp_jax.algorithms import policy_based
     from qsharp_jax.algorithms.policy_based import OnPolicyTraining
-    from qsharp_jax.generate import for_decoding
+    from qsharp_jax.decoding import for_decoding
     from qsharp_jax.run.config import kl_weight
 
     config, settings, tau = session.config, session.config.klq, kl_weight(session.config)

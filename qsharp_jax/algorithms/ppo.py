@@ -49,7 +49,7 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
     """Train the policy; `after_round` is called with each round's number and policy."""
     from qsharp_jax.algorithms import policy_based
     from qsharp_jax.algorithms.policy_based import OnPolicyTraining
-    from qsharp_jax.generate import for_decoding
+    from qsharp_jax.decoding import for_decoding
 
     config, settings, eta = session.config, session.config.ppo, session.config.collect.eta
     clipped = functools.partial(loss, clip=settings.clip, value_weight=settings.value_weight)

@@ -135,7 +135,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
     def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield the lines of some responses as they end, each with its place."""
-        from qsharp_jax.generate import ContinuousBatch
+        from qsharp_jax.decoding import ContinuousBatch
         from qsharp_jax.system.progress import Bar
 
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the compiled programs are the same
@@ -284,7 +284,7 @@ def _described(
 
 def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
     """Check that the weights and caches of the models `names` fit, for `rows` prompts of up to `longest` tokens."""
-    from qsharp_jax.generate import cache_size, caches
+    from qsharp_jax.decoding import cache_size, caches
     from qsharp_jax.models import memory
 
     size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
@@ -293,7 +293,7 @@ def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sa
 
 
 def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
-    from qsharp_jax.generate import stream
+    from qsharp_jax.decoding import stream
 
     blocks = stream(ref, guide, encoded, sampling, rng=seeds, record=())
     with _standard_output() as file:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qsharp_jax.generate import Generation
+from qsharp_jax.decoding import Generation
 from qsharp_jax.system import files, lock
 from qsharp_jax.system.errors import UserError
 

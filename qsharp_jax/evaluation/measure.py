@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
+from qsharp_jax.decoding import Guide
 from qsharp_jax.evaluation.samples import (
     SAMPLE,
     read_samples,
@@ -24,7 +25,6 @@ from qsharp_jax.evaluation.samples import (
     write_samples,
 )
 from qsharp_jax.evaluation.statistics import majority, pass_at, with_interval
-from qsharp_jax.generate import Guide
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models

@@ -20,8 +20,8 @@ import numpy as np
 from qsharp_jax import rollouts
 from qsharp_jax.data.batches import Example, length_batches
 from qsharp_jax.data.tokenizer import Tokenizer
+from qsharp_jax.decoding import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.evaluation import score
-from qsharp_jax.generate import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import models

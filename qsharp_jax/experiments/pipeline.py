@@ -1,8 +1,8 @@
 """A whole run: pi_ref, the config's algorithm, and an evaluation after each of its rounds."""
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
+from qsharp_jax.decoding import Guide
 from qsharp_jax.evaluation import forecast, measure
-from qsharp_jax.generate import Guide
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import checks, pretrain, provenance
 from qsharp_jax.run.session import Session

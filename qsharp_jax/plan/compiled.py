@@ -1,6 +1,6 @@
 """A step of the fit and guided decoding, compiled by the TPU compiler for a slice that need not exist here.
 
-libtpu compiles `train.train_step` and `generate.decode` for a named topology, on abstract arrays with shardings.
+libtpu compiles `train.train_step` and `decoding.decode` for a named topology, on abstract arrays with shardings.
 Nothing is allocated and nothing runs.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.plan.program as program
-from qsharp_jax import generate, train
+from qsharp_jax import decoding, train
 from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel
@@ -89,12 +89,12 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     """Compile the decode loop with its caches for `rows` rows; flops and collectives are per step."""
     config = job.config
     mesh = meshes.preset_mesh(section, "decode", devices(section))
-    # Not `generate.for_decoding`, which prepares models for the devices of this machine.
+    # Not `decoding.for_decoding`, which prepares models for the devices of this machine.
     ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
     guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))
     ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
     vocabulary = job.ref.config.vocab_size
-    settings = generate.Settings(
+    settings = decoding.Settings(
         stop_ids=(0,),
         vocab_size=vocabulary,
         candidates=min(config.generate.top_k_candidates, vocabulary),
@@ -102,20 +102,20 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     )
     width = job.cache_size - config.generate.max_new_tokens
     tokens, start = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    fill = functools.partial(generate.prefill, tokens=tokens[:, :-1], start=start, size=job.cache_size)
+    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=job.cache_size)
 
-    def first(ref_params: Any, trunk: Any) -> generate.State:
+    def first(ref_params: Any, trunk: Any) -> decoding.State:
         caches = fill(ref_params, job.ref.config), fill(trunk, job.guide.config.trunk)
-        return generate.first_state(*caches, tokens, start, config.generate.max_new_tokens, settings)
+        return decoding.first_state(*caches, tokens, start, config.generate.max_new_tokens, settings)
 
     state = jax.eval_shape(first, job.ref.params, job.guide.params["trunk"])
     number, whole, seed = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
-    controls = generate.Controls(
+    controls = decoding.Controls(
         eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
     )
     state, controls = placed((state, controls), sharding.of_rows((state, controls), mesh, sharding.DECODE))
     with jax.set_mesh(mesh):
-        compiled = _compile(generate.decode.lower(ref, guide, state, controls, settings=settings))
+        compiled = _compile(decoding.decode.lower(ref, guide, state, controls, settings=settings))
     loop = program.Program(compiled.as_text())
     return _facts(compiled, loop.traffic(loop.step), 1)
 

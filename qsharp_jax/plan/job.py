@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from qsharp_jax import generate, train
+from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, lora, meshes, value
@@ -71,7 +71,7 @@ def make(
         guide=ValueModel(fitted, guide),
         fitted=fitted,
         fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
-        cache_size=generate.cache_size(prompt, new, config.generate.prompt_bucket),
+        cache_size=decoding.cache_size(prompt, new, config.generate.prompt_bucket),
     )
     if offsets := config.fit.future_offsets:
         heads = jax.eval_shape(lambda key: train.init_future(key, offsets, guide.trunk), jax.random.key(0))

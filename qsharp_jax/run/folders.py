@@ -12,7 +12,7 @@ from typing import Any
 
 from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.data.tokenizer_files import has_tokenizer
-from qsharp_jax.generate import Guide, guide_names
+from qsharp_jax.decoding import Guide, guide_names
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
@@ -47,7 +47,7 @@ class Folders:
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
-        """The shapes of the "reference" and of the guides' trunks, named by `generate.guide_names`."""
+        """The shapes of the "reference" and of the guides' trunks, named by `decoding.guide_names`."""
         configs = {"reference": hf.read_config(self.ref, self._dtype(self.ref))} if self.ref else {}
         return configs | {
             name: hf.read_guide_config(guide, self._dtype(guide)).trunk for name, guide in self._named_guides()

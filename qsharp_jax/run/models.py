@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.generate import for_decoding
+from qsharp_jax.decoding import for_decoding
 from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, hf, sharding, value
 from qsharp_jax.models.config import DecoderConfig

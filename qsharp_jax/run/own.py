@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.generate import cache_size
+from qsharp_jax.decoding import cache_size
 from qsharp_jax.models import decoder, hf, kv_cache, memory
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config as configs

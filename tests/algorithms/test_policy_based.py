@@ -14,7 +14,7 @@ import numpy_decoder
 import pytest
 from helpers import quick_compilation  # noqa: F401
 
-from qsharp_jax import generate, report, train
+from qsharp_jax import decoding, report, train
 from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, reinforce
 from qsharp_jax.algorithms.policy_based import OnPolicyTraining
 from qsharp_jax.algorithms.registry import ALGORITHMS
@@ -126,7 +126,7 @@ def trained(name):
 
     def counting(training, index):
         rollout_batch = sample(training, index)
-        functions = (generate.decode, generate.prefill, policy_scores._score)
+        functions = (decoding.decode, decoding.prefill, policy_scores._score)
         programs.append(sum(function._cache_size() for function in functions))
         return rollout_batch
 

@@ -9,7 +9,7 @@ import pytest
 
 from qsharp_jax.cli import generated as output_file
 from qsharp_jax.cli.generated import Request
-from qsharp_jax.generate import Generation
+from qsharp_jax.decoding import Generation
 from qsharp_jax.system.errors import UserError
 
 SETTINGS = {"ref": "a", "guide": ["b"], "temperature": 1.0, "stop_ids": [1, 2], "weights": None}

@@ -11,8 +11,8 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax.data.batches import Example
+from qsharp_jax.decoding import ContinuousBatch
 from qsharp_jax.evaluation import measure, score, statistics
-from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run import models, problems
 from qsharp_jax.run.problems import judge
 from qsharp_jax.system.errors import UserError

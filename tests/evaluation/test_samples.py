@@ -10,8 +10,8 @@ import pytest
 from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
+from qsharp_jax.decoding import ContinuousBatch
 from qsharp_jax.evaluation import samples, score
-from qsharp_jax.generate import ContinuousBatch
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge

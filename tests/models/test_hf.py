@@ -16,7 +16,7 @@ import transformers
 from helpers import assert_trees_equal
 from numpy_decoder import random_params
 
-from qsharp_jax.generate import generate
+from qsharp_jax.decoding import generate
 from qsharp_jax.models import cpu_form, decoder, hf, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from processes import printed_on_fake_devices
 
-from qsharp_jax import generate
+from qsharp_jax import decoding
 from qsharp_jax.models import config, cpu_form, decoder, memory, meshes, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -54,7 +54,7 @@ def models():
 
 
 def decoded(ref, guide, **changes):
-    made = generate.generate(ref, guide, PROMPTS, Sampling(**SETTINGS | changes), rng=3)
+    made = decoding.generate(ref, guide, PROMPTS, Sampling(**SETTINGS | changes), rng=3)
     names = ("tokens", "lengths", "dropped", "log_probs", "ref_log_probs", "kl", "kl_truncated", "values")
     return {name: np.nan_to_num(getattr(made, name), nan=-9).tolist() for name in names}
 

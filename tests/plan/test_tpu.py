@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from repository import ROOT
 from tpu_compiler import printed_by
 
-from qsharp_jax import generate, train
+from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
@@ -76,7 +76,7 @@ def compile_decode(mesh):
         """The arguments that `decode` was called with."""
 
     def prefill(params, config, tokens, start, **sizes):
-        real = functools.partial(generate.prefill, config=config, **sizes)
+        real = functools.partial(decoding.prefill, config=config, **sizes)
         return jax.eval_shape(real, params, tokens=tokens, start=start)
 
     def decode(*arguments, settings):
@@ -85,13 +85,13 @@ def compile_decode(mesh):
     ref = LanguageModel(jax.eval_shape(decoder.unstack, abstract(decoder.init, REF, jnp.bfloat16)), REF)
     guide = ValueModel(jax.eval_shape(value.unstack, abstract(value.init, GUIDE, jnp.bfloat16)), GUIDE)
     sampling = Sampling(eta=0.1, top_p=0.9, max_new_tokens=NEW, stop_ids=[2])
-    with mock.patch.multiple(generate.api, prefill=prefill, decode=decode), pytest.raises(Called) as called:
-        generate.generate(ref, guide, [[1] * PROMPT] * ROWS, sampling, rng=0)
+    with mock.patch.multiple(decoding.api, prefill=prefill, decode=decode), pytest.raises(Called) as called:
+        decoding.generate(ref, guide, [[1] * PROMPT] * ROWS, sampling, rng=0)
     arguments, settings = called.value.args
     arguments = sharded(mesh, arguments, ROWS)
     state = arguments[2]
     caches = [cache.keys + cache.values for cache in (state.ref_cache, state.guide_cache)]
-    return generate.decode.lower(*arguments, settings=settings).compile(), caches
+    return decoding.decode.lower(*arguments, settings=settings).compile(), caches
 
 
 def compile_fit(mesh):

@@ -1,6 +1,6 @@
 """Guided decoding by brute force, in float64 numpy: every candidate scored by a whole pass over its row, no cache.
 
-With the small models, prompts and settings that the tests of `generate/` have in common.
+With the small models, prompts and settings that the tests of `decoding/` have in common.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import numpy as np
 import numpy_decoder
 import scipy.special
 
-from qsharp_jax import generate as module
+from qsharp_jax import decoding as module
 from qsharp_jax import guidance
-from qsharp_jax.generate import RECORDED, api, generate
+from qsharp_jax.decoding import RECORDED, api, generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel

@@ -1,4 +1,4 @@
-"""The decoder and the value model once more, in float64 numpy: the oracle of `models/` and of `generate/`.
+"""The decoder and the value model once more, in float64 numpy: the oracle of `models/` and of `decoding/`.
 
 One unpadded sequence at a time, from its first token, without batch, mask, segments or cache. It takes the package's
 parameters (stacked) and reads its configs, and calls none of its code. Shapes: T tokens, D embed, E head_dim, V

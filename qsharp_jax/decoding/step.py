@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qsharp_jax import guidance, values
-from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State, gives_values
+from qsharp_jax.decoding.state import Controls, Guide, Record, Settings, State, gives_values
 from qsharp_jax.guidance import Packing
 from qsharp_jax.models import decoder, kv_cache, sharding, value
 from qsharp_jax.models.decoder import LanguageModel

@@ -22,8 +22,8 @@ from brute_force import (
     log_weights,
 )
 
-from qsharp_jax import generate as module
-from qsharp_jax.generate import ContinuousBatch, generate
+from qsharp_jax import decoding as module
+from qsharp_jax.decoding import ContinuousBatch, generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel

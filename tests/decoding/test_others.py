@@ -9,7 +9,7 @@ import pytest
 from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, K, V, assert_is_brute_force, decoding_models, run
 
 from qsharp_jax import guidance
-from qsharp_jax.generate import ContinuousBatch, generate
+from qsharp_jax.decoding import ContinuousBatch, generate
 from qsharp_jax.sampling import Sampling
 
 ETA = [0.2, 0.05, 1e-6, 0.5, 1.0, np.inf]

@@ -5,7 +5,7 @@ import pytest
 import transformers
 from numpy_decoder import random_params
 
-from qsharp_jax.generate import generate
+from qsharp_jax.decoding import generate
 from qsharp_jax.models import decoder, hf, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel

@@ -25,8 +25,8 @@ from brute_force import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsharp_jax import generate as module
-from qsharp_jax.generate import api, generate
+from qsharp_jax import decoding as module
+from qsharp_jax.decoding import api, generate
 from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import qsharp_jax.generate.api as api
-from qsharp_jax.generate.checks import check_memory, checked
-from qsharp_jax.generate.loop import decode, prefill
-from qsharp_jax.generate.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
+import qsharp_jax.decoding.api as api
+from qsharp_jax.decoding.checks import check_memory, checked
+from qsharp_jax.decoding.loop import decode, prefill
+from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
 from qsharp_jax.models import cpu_form, kv_cache, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel

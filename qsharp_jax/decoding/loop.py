@@ -11,8 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.generate.state import Controls, Guide, Record, Settings, State
-from qsharp_jax.generate.step import decode_one_token
+from qsharp_jax.decoding.state import Controls, Guide, Record, Settings, State
+from qsharp_jax.decoding.step import decode_one_token
 from qsharp_jax.models import cpu_form, decoder, kv_cache, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache

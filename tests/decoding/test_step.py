@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qsharp_jax.generate import Run, decode, generate
+from qsharp_jax.decoding import Run, decode, generate
 from qsharp_jax.models import value
 from qsharp_jax.sampling import Sampling
 

@@ -1,6 +1,6 @@
 """Decoding with a cache against teacher forcing: whole passes over every prefix with every candidate, in one dtype.
 
-The figures of benchmarks/RESULTS.md: `python -m pytest -rP tests/generate/test_precision.py`.
+The figures of benchmarks/RESULTS.md: `python -m pytest -rP tests/decoding/test_precision.py`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 from numpy_decoder import random_params
 
-from qsharp_jax.generate import generate
+from qsharp_jax.decoding import generate
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel

@@ -4,11 +4,11 @@ they consist of.
 Prompts and responses are token ids.
 """
 
-from qsharp_jax.generate.api import Run, cache_size, for_decoding, generate, stream
-from qsharp_jax.generate.checks import caches, guide_names, row_seeds
-from qsharp_jax.generate.engine import ContinuousBatch
-from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import (
+from qsharp_jax.decoding.api import Run, cache_size, for_decoding, generate, stream
+from qsharp_jax.decoding.checks import caches, guide_names, row_seeds
+from qsharp_jax.decoding.engine import ContinuousBatch
+from qsharp_jax.decoding.loop import BLOCK, decode, prefill
+from qsharp_jax.decoding.state import (
     RECORDED,
     Controls,
     Generation,
@@ -19,7 +19,7 @@ from qsharp_jax.generate.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.generate.step import decode_one_token
+from qsharp_jax.decoding.step import decode_one_token
 
 __all__ = [
     "BLOCK",

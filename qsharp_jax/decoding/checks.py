@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.generate.state import RECORDED, Controls, Guide, Settings
+from qsharp_jax.decoding.state import RECORDED, Controls, Guide, Settings
 from qsharp_jax.models import kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel

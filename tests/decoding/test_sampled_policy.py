@@ -24,8 +24,8 @@ from brute_force import (
     truncate,
 )
 
-from qsharp_jax import generate as module
-from qsharp_jax.generate import ContinuousBatch, generate
+from qsharp_jax import decoding as module
+from qsharp_jax.decoding import ContinuousBatch, generate
 from qsharp_jax.models import decoder
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.sampling import Sampling

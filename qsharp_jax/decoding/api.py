@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax.generate.checks import check_memory, checked
-from qsharp_jax.generate.loop import BLOCK, decode, prefill
-from qsharp_jax.generate.state import (
+from qsharp_jax.decoding.checks import check_memory, checked
+from qsharp_jax.decoding.loop import BLOCK, decode, prefill
+from qsharp_jax.decoding.state import (
     RECORDED,
     Generation,
     Guide,

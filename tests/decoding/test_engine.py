@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, STOPS, K, N, brute_force, decoding_models
 
-from qsharp_jax.generate import RECORDED, ContinuousBatch, engine, generate
+from qsharp_jax.decoding import RECORDED, ContinuousBatch, engine, generate
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
