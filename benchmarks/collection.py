@@ -72,7 +72,7 @@ def refilled(ref, guide, prompts, draws, rows, config, sampling):
     """All responses, the tokens that were decoded, and the row-steps that were computed."""
     batches, samples = [], len(draws) // len(prompts)
     made = rollouts.responses(ref, guide, prompts, sampling, draws, batches, samples=samples, rows=rows)
-    responses = {index: response for index, _, response in made}
+    responses = {index: response for index, _, response, _ in made}
     return responses, sum(batch.tokens for batch in batches), sum(batch.row_steps for batch in batches)
 
 

@@ -21,7 +21,7 @@ from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
-from qsharp_jax.system import multihost, sigterm
+from qsharp_jax.system import multihost, sigterm, stop_strings
 from qsharp_jax.system.errors import Stopped, UserError
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
@@ -39,6 +39,7 @@ def sample(
     samples: int = 1,
     name: str | None = None,
     record: Collection[str] = RECORDED,
+    tokenizer: Tokenizer | None = None,
 ) -> Generation:
     """Sample responses to any number of prompts, in a loop of fixed rows (`ContinuousBatch`), in the prompts' order.
 
@@ -48,7 +49,7 @@ def sample(
       batch_size: rows of the loop, rounded to what a mesh divides.
       samples: responses to each prompt.
       name: of the progress bar; none is shown without it.
-      record: as in `generate`.
+      record, tokenizer: as in `generate`.
 
     Raises:
       Stopped: if a process with devices in the mesh that is set was told to stop meanwhile.
@@ -56,7 +57,7 @@ def sample(
     count = len(prompts) * samples
     order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
     batch = ContinuousBatch(
-        ref, guide, prompts, sampling, samples=samples, rows=batch_size, rng=seeds, record=record,
+        ref, guide, prompts, sampling, samples=samples, rows=batch_size, rng=seeds, record=record, tokenizer=tokenizer,
         starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)),
     )  # fmt: skip
     rows: dict[str, np.ndarray] = {}
@@ -71,10 +72,15 @@ def sample(
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
 
 
-def rewards(judge: AnyJudge, text: Tokenizer, problems: Sequence[Problem], generation: Generation) -> np.ndarray:
+def rewards(
+    judge: AnyJudge, text: Tokenizer, problems: Sequence[Problem], generation: Generation, *, stop: Sequence[str] = ()
+) -> np.ndarray:
     """Judge responses to the problems beside them: [rows].
 
     A response without a reward gets the mean of the others, so that it is neither better nor worse than they.
+
+    Args:
+      stop: stop strings, before which the text that is judged ends.
 
     Raises:
       Stopped: if this process was told to stop meanwhile.
@@ -87,10 +93,11 @@ def rewards(judge: AnyJudge, text: Tokenizer, problems: Sequence[Problem], gener
                 raise Stopped
             yield item
 
+    texts = [stop_strings.cut(text.decode(generation.response(row)), stop) for row in range(len(problems))]
     pending = [
-        judge.submit(problem, text.decode(generation.response(row)), finished=bool(generation.finished[row]))
+        judge.submit(problem, texts[row], finished=bool(generation.finished[row]))
         for row, problem in enumerate(until_told(problems))
-    ]  # fmt: skip
+    ]
     judged = np.asarray([judgement().reward for judgement in until_told(pending)], float)  # None becomes nan
     if np.isnan(judged).all():
         raise UserError("no response of a batch has a reward; fix the reward function and run the same command again")
@@ -147,11 +154,10 @@ def collect(
     draws = [np.random.SeedSequence((seed, number, place)).generate_state(3) for place in places]
 
     def rollout(
-        place: int, prompt: list[int], switch: int, response: list[int], draw: np.ndarray
+        place: int, prompt: list[int], switch: int, response: list[int], finished: bool, draw: np.ndarray
     ) -> Callable[[], Rollout]:
         """Start judging; calling the result waits for the judgement."""
-        problem, written = problems[place // samples], text.decode(response)
-        finished = response[-1] in sampling.stop_ids
+        problem, written = problems[place // samples], stop_strings.cut(text.decode(response), sampling.stop)
         judgement = judge.submit(problem, written, finished=finished)
         return lambda: Rollout(
             prompt_id=problem.problem_id,
@@ -167,13 +173,15 @@ def collect(
         )
 
     batches: list[ContinuousBatch] = []
-    made = responses(ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size)
+    made = responses(
+        ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size, tokenizer=text
+    )
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
-        for index, switch, response in Bar(made, f"round {number}: collect", total=len(places)):
+        for index, switch, response, finished in Bar(made, f"round {number}: collect", total=len(places)):
             if multihost.leads(together):
                 place, prompt = places[index], prompts[index // samples]
-                yield place, rollout(place, prompt, switch, response, draws[index])
+                yield place, rollout(place, prompt, switch, response, finished, draws[index])
 
     in_shards = {shard: range(some.start * samples, some.stop * samples) for shard, some in shards.items()}
     write_shards(ended(), in_shards, functools.partial(write_shard, folder))
@@ -223,8 +231,9 @@ def responses(
     *,
     samples: int,
     rows: int,
-) -> Iterator[tuple[int, int, list[int]]]:
-    """Every response, as it ends: its index, its switch, and its tokens.
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[tuple[int, int, list[int], bool]]:
+    """Every response, as it ends: its index, its switch, its tokens, and whether it finished within its budget.
 
     Args:
       draws: [responses, 3] of 32 random bits: seeds of roll-in and roll-out, and the place of the switch.
@@ -245,17 +254,36 @@ def responses(
     if guide is not None:
         rows, starts = max(rows // 2, 1), roll_in()
         batches.append(
-            ContinuousBatch(ref, guide, prompts, sampling, rng=draws[:, 0], rows=rows, samples=samples, record=())
+            ContinuousBatch(
+                ref,
+                guide,
+                prompts,
+                sampling,
+                rng=draws[:, 0],
+                rows=rows,
+                samples=samples,
+                record=(),
+                tokenizer=tokenizer,
+            )
         )
     batches.append(
         ContinuousBatch(
-            ref, None, prompts, sampling, rng=draws[:, 1], rows=rows, samples=samples, starts=starts, record=()
+            ref,
+            None,
+            prompts,
+            sampling,
+            rng=draws[:, 1],
+            rows=rows,
+            samples=samples,
+            starts=starts,
+            record=(),
+            tokenizer=tokenizer,
         )
     )
     for indices, part in batches[-1]:
         for row, index in enumerate(indices.tolist()):
             prefix = begun.pop(index, [])
-            yield index, len(prefix), [*prefix, *part.response(row)]
+            yield index, len(prefix), [*prefix, *part.response(row)], bool(part.finished[row])
 
 
 def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:

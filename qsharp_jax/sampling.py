@@ -38,6 +38,10 @@ TEMPERATURE = Rule(
 )
 OWN_ETA = Rule(lambda v: v is None or ETA.passes(v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
 FINITE = Rule(lambda v: is_number(v) and math.isfinite(v), "a finite number")
+TEXTS = Rule(
+    lambda v: isinstance(v, list | tuple) and all(isinstance(x, str) and x for x in v),
+    "a list of texts that are not empty",
+)
 IDS = Rule(lambda v: all(is_whole(token) and token >= 0 for token in v), "token ids")
 
 PER_ROW = ("eta", "temperature", "top_p", "top_k", "weights", "budget", "candidate_threshold")
@@ -81,6 +85,9 @@ class Sampling:
         None, optional(whole(0)), "longest response of each row, at most max_new_tokens, the default", unit="tokens"
     )
     stop_ids: Sequence[int] = setting((), IDS, "a response ends at the first of these token ids")
+    stop: Sequence[str] = setting(
+        (), TEXTS, "a response ends where its text has the first of these, which is cut off with what follows it"
+    )
     vocab_size: int | None = setting(
         None, optional(whole(1)), "ids from here on pad the reference's embedding and are never drawn; default: none"
     )
@@ -102,6 +109,7 @@ class Sampling:
                 array = np.asarray(getattr(self, name))
                 object.__setattr__(self, name, array if array.ndim else array.item())
         object.__setattr__(self, "stop_ids", tuple(map(int, self.stop_ids)))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.metadata["rule"])
         if self.budget is not None and np.max(self.budget, initial=0) > self.max_new_tokens:

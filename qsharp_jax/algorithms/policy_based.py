@@ -28,7 +28,7 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge, train_problems
 from qsharp_jax.run.session import Session
-from qsharp_jax.system import multihost
+from qsharp_jax.system import multihost, stop_strings
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks.base import Problem
 from qsharp_jax.train import Trainer
@@ -282,11 +282,14 @@ class OnPolicyTraining:
                         seeds=seeds[rows],
                         batch_size=self._decode_rows,  # padded, so that batches of similar size share a program
                         record=("log_probs", "kl"),
+                        tokenizer=models.tokenizer(session),
                     )
                 part = {name: getattr(drawn, name) for name in DRAWN}
                 if multihost.leads(session.hosts_per_group):  # the rewards of the other processes are not gathered
                     answered = [problems[place] for place in mine for _ in range(self.samples)]
-                    part["rewards"] = rollouts.rewards(judge(session), models.tokenizer(session), answered, drawn)
+                    part["rewards"] = rollouts.rewards(
+                        judge(session), models.tokenizer(session), answered, drawn, stop=session.config.generate.stop
+                    )
         return multihost.gather_rows(part, session.hosts_per_group)
 
     def _records(
@@ -296,7 +299,7 @@ class OnPolicyTraining:
         seeds: np.ndarray,
         drawn: dict[str, np.ndarray],
     ) -> list[Rollout]:
-        records = []
+        records, tokenizer, stop = [], models.tokenizer(self.session), self.session.config.generate.stop
         for row, seed in enumerate(seeds.tolist()):
             response = drawn["tokens"][row, : drawn["lengths"][row]].tolist()
             records.append(
@@ -310,7 +313,7 @@ class OnPolicyTraining:
                     finished=bool(drawn["finished"][row]),
                     eta=configs.kl_weight(self.session.config),
                     seed=seed,
-                    text=models.tokenizer(self.session).decode(response),
+                    text=stop_strings.cut(tokenizer.decode(response), stop),
                 )
             )
         return records

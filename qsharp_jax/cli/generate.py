@@ -15,16 +15,20 @@ from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, open_models
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
-from qsharp_jax.system import files, settings
+from qsharp_jax.system import files, settings, stop_strings
 from qsharp_jax.system.errors import UserError
 
 SUMMARY = "answer prompts with the guided model; JSON lines to standard output, or to a file; resumes"
 EPILOG = f"""\
 A line of the output is a JSON object with the "prompt", the "response" and its "tokens", whether it "finished" (by a
-stop token), its "eta" and "seed", per token "log_probs", "ref_log_probs", "kl" and "values" (null where there is none),
-and the "settings" that all lines share. Standard output has them in the order of the prompts. --output gets each line
-as its response ends, and is sorted by prompt at the end. The same command, repeated after it stopped, appends what is
-missing; prompts may be added at the end of the input. A file made with other models or settings is refused.
+stop token or a stop string), its "eta" and "seed", per token "log_probs", "ref_log_probs", "kl" and "values" (null
+where there is none), and the "settings" that all lines share. Standard output has them in the order of the prompts.
+--output gets each line as its response ends, and is sorted by prompt at the end. The same command, repeated after it
+stopped, appends what is missing; prompts may be added at the end of the input. A file made with other models or
+settings is refused.
+
+With --stop a response ends at the first token with which its text contains a stop string. The "response" is the text
+before the stop string; "tokens" and the numbers per token go up to that token, whose text may reach beyond it.
 
 {arguments.MODELS_HELP}
 
@@ -81,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-ids", type=arguments.ids, metavar="LIST",
         help="a response ends at the first of these token ids, such as 2,107 (default: those of"
         " generation_config.json, the tokenizer's eos and the end of a turn in its chat template)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT",
+        help="a response ends where its text has this, which is cut off with what follows it; may be given several"
+        " times; for a line end write $'\\n' in bash (default: the run's; for folders none)",
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=MODES,
@@ -141,12 +150,13 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the compiled programs are the same
             *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
             samples=per_prompt, rows=rows, rng=seeds, starts=((place, ()) for place in places),
+            tokenizer=models.tokenizer,
         )  # fmt: skip
         hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
         with Bar(None, "generate", total=len(plan), initial=len(plan) - len(places), disable=hidden) as bar:
             for ended, part in batch:
                 for row, place in enumerate(ended.tolist()):
-                    text = models.tokenizer.decode(part.response(row))
+                    text = stop_strings.cut(models.tokenizer.decode(part.response(row)), sampling.stop)
                     yield place, generated.encode(requests[place], text, part, row, described)
                 bar.update(len(ended))
 
@@ -182,7 +192,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of `Sampling` that the arguments set."""
-    changes = {name: value for name in TYPES if (value := getattr(options, name)) is not None}
+    changes = {name: value for name in (*TYPES, "stop") if (value := getattr(options, name)) is not None}
     for name, value in changes.items():
         settings.check(option(name), value, FIELDS[name].metadata["rule"])
     return changes
@@ -278,6 +288,7 @@ def _described(
         source = {"workdir": str(workdir.path), "round": fitted_rounds(workdir) if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
     described = {name: getattr(sampling, name) for name in (*TYPES, "stop_ids", "mode")}
+    described["stop"] = sampling.stop or None
     described["weights"] = None if sampling.weights is None else sampling.weights.tolist()
     return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | described))
 
@@ -295,9 +306,9 @@ def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sa
 def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
     from qsharp_jax.decoding import stream
 
-    blocks = stream(ref, guide, encoded, sampling, rng=seeds, record=())
+    blocks = stream(ref, guide, encoded, sampling, rng=seeds, record=(), tokenizer=text)
     with _standard_output() as file:
-        for piece in text.decode_stream(rows[0] for rows in blocks):
+        for piece in text.decode_stream((rows[0] for rows in blocks), sampling.stop):
             file.write(piece)
             file.flush()
         file.write("\n")

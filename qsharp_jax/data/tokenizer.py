@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 import qsharp_jax.data.tokenizer_files as files
+from qsharp_jax.system import stop_strings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError, warn
 
@@ -158,18 +159,19 @@ class Tokenizer:
         """Decode ids to text, without special tokens."""
         return self.hf_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def decode_stream(self, blocks: Iterable[Sequence[int]]) -> Iterator[str]:
+    def decode_stream(self, blocks: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> Iterator[str]:
         """Decode ids that come in blocks; yields the new text after each block, and the rest at the end.
 
-        An incomplete character is held back until its last byte has arrived.
+        An incomplete character is held back until its last byte has arrived, and what may be the beginning of a stop
+        string until that is known. The text ends before the first stop string.
         """
         tokens, shown, whole = [], 0, ""
         for block in blocks:
             tokens += block
-            whole = self.decode(tokens)
-            complete = len(whole.rstrip("\ufffd"))
-            yield whole[shown:complete]
-            shown = max(shown, complete)
+            whole = stop_strings.cut(self.decode(tokens), stop)
+            certain = len(stop_strings.certain(whole.rstrip("\ufffd"), stop))
+            yield whole[shown:certain]
+            shown = max(shown, certain)
         yield whole[shown:]
 
     def for_export(self) -> "PreTrainedTokenizerBase":

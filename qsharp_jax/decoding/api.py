@@ -4,12 +4,13 @@ Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K 
 """
 
 import functools
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+import qsharp_jax.decoding.stops as stops
 from qsharp_jax.decoding.checks import check_memory, checked
 from qsharp_jax.decoding.loop import BLOCK, decode, prefill
 from qsharp_jax.decoding.state import (
@@ -49,6 +50,7 @@ def generate(
     rng: Any,
     samples: int = 1,
     record: Collection[str] = RECORDED,
+    tokenizer: stops.Decodes | None = None,
 ) -> Generation:
     """Sample responses to prompts from the guided policy.
 
@@ -68,12 +70,17 @@ def generate(
       rng: one seed per row, or an integer from which they are drawn.
       samples: responses to each prompt; they share one prefill.
       record: which of log-probabilities, KL and values to keep; what is not kept costs nothing.
+      tokenizer: needed for `sampling.stop`, which is looked for in the text that it decodes, once per `BLOCK` steps. A
+        response's tokens end with the one that completes a stop string; its text is `stop_strings.cut` of theirs.
 
     Raises:
       UserError: for arrays of the wrong length, ids outside the vocabulary, prompts that do not fit the model's
         context, or caches that do not fit into memory.
     """
-    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record)
+    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record, tokenizer=tokenizer)
+    if run.stops is not None:
+        *_, state = run.blocks()
+        return run.generation(state)
     state = decode(run.ref, run.guide, run.state, run.controls, settings=run.settings)
     return run.generation(state)
 
@@ -87,15 +94,15 @@ def stream(
     rng: Any,
     samples: int = 1,
     record: Collection[str] = RECORDED,
+    tokenizer: stops.Decodes | None = None,
 ) -> Generator[list[list[int]], None, Generation]:
     """`generate` that yields every row's new tokens after each block of steps, and returns the whole at the end."""
-    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record)
-    state, shown, active = run.state, np.zeros(len(run.controls.seed), int), True
-    while active:
-        state = decode(run.ref, run.guide, state, run.controls, settings=run.settings, steps=np.int32(BLOCK))
+    run = Run(ref, guide, prompts, sampling, rng=rng, samples=samples, record=record, tokenizer=tokenizer)
+    state, shown = run.state, np.zeros(len(run.controls.seed), int)
+    for state in run.blocks():
         tokens, lengths = sharding.to_host((state.record.token, state.length))
         yield [row[begin:end].tolist() for row, begin, end in zip(tokens, shown, lengths, strict=True)]
-        shown, active = lengths, bool(sharding.to_host(state.active(run.controls)).any())
+        shown = lengths
     return run.generation(state)
 
 
@@ -115,9 +122,11 @@ class Run:
         rng: Any,
         samples: int = 1,
         record: Collection[str] = RECORDED,
+        tokenizer: stops.Decodes | None = None,
     ):
         rows = len(prompts) * samples
         self.max_new_tokens = sampling.max_new_tokens
+        self.stops = stops.of(sampling, tokenizer)
         guide, self.controls, self.settings = checked(
             ref, guide, prompts, sampling, rng=rng, samples=samples, rows=rows, record=record
         )
@@ -136,6 +145,26 @@ class Run:
             self.settings,
         )
         self.state, self.controls = sharding.place_rows((self.state, self.controls))
+
+    def blocks(self) -> Iterator[State]:
+        """Decode until every row has ended; yields the state after each block, which the next block overwrites."""
+        state, active, lengths = self.state, True, np.zeros(len(self.controls.seed), np.int32)
+        while active:
+            state = decode(self.ref, self.guide, state, self.controls, settings=self.settings, steps=np.int32(BLOCK))
+            if self.stops is not None:
+                state, lengths = self._at_stop_strings(state, lengths)
+            active = bool(sharding.to_host(state.active(self.controls)).any())
+            yield state
+
+    def _at_stop_strings(self, state: State, checked: np.ndarray) -> tuple[State, np.ndarray]:
+        """End the rows whose text has a stop string, beyond their `checked` [R] first tokens; and the new lengths."""
+        tokens, lengths, stopped = sharding.to_host((state.record.token, state.length, state.stopped))
+        lengths, stopped = lengths.copy(), stopped.copy()
+        for row in np.flatnonzero(lengths > checked):
+            end = self.stops.end(tokens[row, : lengths[row]].tolist(), checked[row])
+            if end is not None:
+                lengths[row], stopped[row] = end, True
+        return state.replace(length=sharding.place_rows(lengths), stopped=sharding.place_rows(stopped)), lengths
 
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.decoding.api as api
+import qsharp_jax.decoding.stops as stops
 from qsharp_jax.decoding.checks import check_memory, checked
 from qsharp_jax.decoding.loop import decode, prefill
 from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
@@ -28,6 +29,7 @@ from qsharp_jax.sampling import Sampling
 BLOCK = 2  # steps between two looks at how many rows are free
 FREE = 16  # one in so many rows is free before the loop stops for them
 LONGEST = 64  # steps until control returns to the host, so that whoever reads the responses can end it
+STOP_STRINGS = 8  # steps between two looks for stop strings, where there are some
 PROMPTS = 16  # prefilled at once
 
 
@@ -108,13 +110,15 @@ class ContinuousBatch:
         samples: int = 1,
         starts: Iterable[tuple[int, Sequence[int]]] | None = None,
         record: Collection[str] = RECORDED,
+        tokenizer: stops.Decodes | None = None,
     ):
         """Arguments and errors as of `generate`, and:
 
         Args:
           rows: of the loop, rounded to what the mesh that is set divides.
           starts: in the order in which they are begun, the place of each response and the tokens that it begins with,
-            which come out of its budget. It is read as rows become free. By default all places, with none.
+            which come out of its budget. It is read as rows become free. By default all places, with none. A response
+            that begins with its end gets no more tokens, and has finished.
         """
         self._rows = rows = sharding.round_rows(rows)
         self._guide, controls, self._settings = checked(
@@ -132,7 +136,12 @@ class ContinuousBatch:
             ref.config, trunk, rows, size, self._new, self._settings,
             positions_last=cpu_form.positions_last(self._ref.params, rows),
         )  # fmt: skip
+        self._stops = stops.of(sampling, tokenizer)
+        self._steps = np.int32(LONGEST if self._stops is None else STOP_STRINGS)
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
+        self._checked = np.zeros(rows, np.int32)  # tokens of each row that complete no stop string
+        self._start: dict[int, list[int]] = {}  # of the responses that have begun, by place
+        self._over: set[int] = set()  # places of responses that begin with their end
         self._budget = np.zeros(rows, np.int32)
         starts = ((place, ()) for place in range(len(prompts) * samples)) if starts is None else starts
         begun = ((place, (*prompts[place // samples], *start), self._left(place, start)) for place, start in starts)
@@ -154,7 +163,7 @@ class ContinuousBatch:
             controls = self._row_controls()
             self._state = decode(
                 self._ref, self._guide, self._state, controls,
-                settings=self._settings, block=BLOCK, enough=np.int32(enough), steps=np.int32(LONGEST),
+                settings=self._settings, block=BLOCK, enough=np.int32(enough), steps=self._steps,
             )  # fmt: skip
             if ended is not None:  # while the devices go on
                 yield ended
@@ -164,8 +173,12 @@ class ContinuousBatch:
 
     def _left(self, place: int, start: Sequence[int]) -> int:
         """Number of tokens that a response may still have."""
-        stopped = len(start) > 0 and start[-1] in self._settings.stop_ids
-        return 0 if stopped else int(self._controls.budget[place]) - len(start)
+        if len(start) > 0:
+            self._start[place] = [*start]
+            if start[-1] in self._settings.stop_ids or (self._stops and self._stops.end(start) is not None):
+                self._over.add(place)
+                return 0
+        return int(self._controls.budget[place]) - len(start)
 
     def _fill(self) -> None:
         """Give the free rows to the next responses."""
@@ -173,6 +186,7 @@ class ContinuousBatch:
             source = np.full(self._rows, -1, np.int32)
             for row in free[: len(self._queue)]:
                 self._place[row], self._budget[row], source[row] = self._queue.popleft()
+                self._checked[row] = 0
             self._state = refill(self._state, self._waiting, sharding.place_rows(source))
 
     def _prefill(self) -> bool:
@@ -205,14 +219,33 @@ class ContinuousBatch:
         """Wait for the devices, and return the responses of the rows that have ended, which become free."""
         state = self._state
         length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
+        stopped = stopped | np.isin(self._place, list(self._over))
+        if self._stops:
+            length, stopped = self._at_stop_strings(self._stops, length, stopped)
         rows = np.flatnonzero((self._place >= 0) & (stopped | (length >= self._budget)))
         places = self._place[rows]
         self._place[rows] = -1
         self.row_steps = int(steps) * self._rows
         self.tokens += int(length[rows].sum())
-        kept = state.replace(ref_cache=None, guide_cache=None, pending=None, previous=None, step=None)
+        kept = state.replace(
+            ref_cache=None, guide_cache=None, pending=None, previous=None, step=None, length=length, stopped=stopped
+        )
         if len(rows) == 0:  # then the records stay where they are
             kept = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), kept)
         else:
             kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
         return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))
+
+    def _at_stop_strings(
+        self, strings: stops.StopStrings, length: np.ndarray, stopped: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows' lengths and whether they have stopped, with those that have come to a stop string."""
+        length, stopped = length.copy(), stopped.copy()
+        tokens = sharding.to_host(self._state.record.token)
+        for row in np.flatnonzero((self._place >= 0) & (length > self._checked)):
+            start = self._start.get(self._place[row], [])
+            end = strings.end([*start, *tokens[row, : length[row]].tolist()], len(start) + self._checked[row])
+            if end is not None:
+                length[row], stopped[row] = end - len(start), True
+        self._checked = length.copy()
+        return length, stopped

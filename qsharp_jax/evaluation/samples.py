@@ -19,7 +19,6 @@ import numpy as np
 
 from qsharp_jax import rollouts
 from qsharp_jax.data.batches import Example, length_batches
-from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import ContinuousBatch, Generation, Guide, gives_values
 from qsharp_jax.evaluation import score
 from qsharp_jax.models.decoder import LanguageModel
@@ -29,7 +28,7 @@ from qsharp_jax.run.problems import judge, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
-from qsharp_jax.system import multihost
+from qsharp_jax.system import multihost, stop_strings
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.files import is_remote, read_text, remove_folder, write_atomic
 from qsharp_jax.system.progress import Bar
@@ -84,6 +83,7 @@ def sample_method(
             rng=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
             starts=((place, ()) for place in order),
             record=("kl", "values") if gives_values(guide) else ("kl",),
+            tokenizer=tokenizer,
         )
         name = f"evaluate {method}" + (f", round {number}" if number else "")
         with Bar(None, name, total=len(order)) as bar:
@@ -92,7 +92,8 @@ def sample_method(
                 if multihost.leads(session.hosts_per_group):
                     for row, place in enumerate(places.tolist()):
                         problem, eta, _ = plan[place]
-                        yield place, _judged(tokenizer, judge(session), problem, eta, part, row, now)
+                        text = stop_strings.cut(tokenizer.decode(part.response(row)), sampling.stop)
+                        yield place, _judged(text, judge(session), problem, eta, part, row, now)
                 bar.update(len(places))
 
     return _in_shards(
@@ -107,10 +108,9 @@ def sample_method(
 
 
 def _judged(
-    tokenizer: Tokenizer, judge: AnyJudge, problem: Problem, eta: float, part: Generation, row: int, now: float
+    response: str, judge: AnyJudge, problem: Problem, eta: float, part: Generation, row: int, now: float
 ) -> PendingRow:
-    """Start to judge the response in a row of `part`."""
-    response = tokenizer.decode(part.response(row))
+    """Start to judge the response in a row of `part`, with this text."""
     judgement = judge.submit(problem, response, finished=bool(part.finished[row]))
     numbers = {
         "finished": bool(part.finished[row]),

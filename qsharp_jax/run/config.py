@@ -5,6 +5,7 @@ In messages and on the command line a key is dotted: `fit.optimizer.clip`.
 
 import ast
 import itertools
+import json
 import runpy
 import traceback
 from collections.abc import Iterator
@@ -155,20 +156,25 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     section = config[parent] if parent else config
     kind = section.get_type(name)
     try:
-        section[name] = _parse(text, section[name], kind)
+        section[name] = _parse(text, section[name], kind, _item_kind(key, section[name]))
     except ValueError:
-        raise UserError(f"--config.{key}={text} is not {_words(section[name], kind)}") from None
+        raise UserError(f"--config.{key}={text} is not {_words(kind, _item_kind(key, section[name]))}") from None
 
 
-def _parse(text: str, present: Any, kind: type) -> Any:
-    """Read `text` as a `kind`, the declared type of the value `present`; a ValueError if it is not one."""
+def _parse(text: str, present: Any, kind: type, item_kind: type) -> Any:
+    """Read `text` as a `kind`, the declared type of the value `present`; a ValueError if it is not one.
+
+    A list is written as 1,2. One of texts may also be JSON, for commas, spaces and line ends in them: ["a, b", "c"].
+    """
     if present is None and text.lower() == "none":
         return None
+    if kind in (tuple, list) and item_kind is str and text.startswith('["'):
+        return kind(json.loads(text))
     if kind in (tuple, list):
         items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
         if not items[-1].strip():  # "(1,)" and "()"
             items.pop()
-        return kind(_scalar(item.strip(), _item_kind(present)) for item in items)
+        return kind(_scalar(item.strip(), item_kind) for item in items)
     if kind is type(None):  # no type to go by: None without a placeholder, or read back from JSON
         try:
             return ast.literal_eval(text)
@@ -191,15 +197,15 @@ def _scalar(text: str, kind: type) -> bool | int | float | str:
     return value
 
 
-def _item_kind(present: tuple | list | None) -> type:
-    """Return the type of a list's items; float if there are none, or several types."""
-    kinds = {type(item) for item in present or ()}
-    return kinds.pop() if len(kinds) == 1 else float
+def _item_kind(key: str, present: Any) -> type:
+    """Return the type of a list's items; if there are none, or several types, the one that the schema declares."""
+    kinds = {type(item) for item in present} if isinstance(present, tuple | list) else set()
+    return kinds.pop() if len(kinds) == 1 else schema.ITEM_TYPES.get(key, float)
 
 
-def _words(present: Any, kind: type) -> str:
+def _words(kind: type, item_kind: type) -> str:
     if kind in (tuple, list):
-        return f"a list of {_item_kind(present).__name__}, as 1,2"
+        return f"a list of {item_kind.__name__}, as {'a,b' if item_kind is str else '1,2'}"
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, f"of type {kind.__name__}")
 
 

@@ -5,6 +5,7 @@ of `Sampling`; the sections of algorithms are in their files; `task` and `model`
 `DecoderConfig`.
 """
 
+import collections.abc
 import dataclasses
 import itertools
 import math
@@ -32,7 +33,7 @@ from qsharp_jax.system.settings import (
     whole,
 )
 
-GENERATE = ("temperature", "top_p", "top_k", "top_k_candidates", "others", "max_new_tokens", "prompt_bucket")
+GENERATE = ("temperature", "top_p", "top_k", "top_k_candidates", "others", "max_new_tokens", "stop", "prompt_bucket")
 
 
 def _list(words: str, passes: typing.Callable[[list], bool]) -> Rule:
@@ -292,6 +293,14 @@ RULES: dict[str, Rule] = {
     f"{key}.{name}".lstrip("."): field.metadata["rule"]
     for key, section in sections().items()
     for name, field in settings(section).items()
+}
+
+ITEM_TYPES: dict[str, type] = {  # of settings that are lists
+    f"{key}.{name}": typing.get_args(types[name])[0]
+    for key, section in sections().items()
+    for types in [typing.get_type_hints(type(section))]
+    for name in settings(section)
+    if typing.get_origin(types[name]) in (tuple, collections.abc.Sequence)
 }
 
 

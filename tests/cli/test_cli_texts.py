@@ -69,6 +69,19 @@ def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, 
         assert line["tokens"] == expected[: expected.index(stop) + 1] and line["finished"]
 
 
+def test_a_response_ends_before_a_stop_string_on_a_line_and_in_a_stream(models, capfd):
+    arguments = ("generate", "--ref", models[0], PROMPT, "--seed", "4", "--max-new-tokens", NEW + 12)
+    (whole,) = stdout_lines(capfd, *arguments)
+    stop = whole["response"][9:11]
+    stops = ("--stop", stop, "--stop", "no such text")
+    (line,) = stdout_lines(capfd, *arguments, *stops)
+    assert line["response"] == whole["response"][: whole["response"].index(stop)] and line["finished"]
+    assert stop in bpe.make().decode(line["tokens"]) and stop not in bpe.make().decode(line["tokens"][:-1])
+    assert line["tokens"] == whole["tokens"][: len(line["log_probs"])] and line["settings"]["stop"] == [stop, stops[-1]]
+    assert cli.main([str(argument) for argument in (*arguments, *stops, "--stream")]) == 0
+    assert capfd.readouterr().out == line["response"] + "\n"
+
+
 @pytest.mark.slow
 def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     """Decoding against teacher forcing; and the text that is streamed is the line's."""
@@ -189,6 +202,7 @@ def test_an_output_of_other_settings_is_refused_and_left_alone(resumable, models
         (("--mode", "cd"), 'mode "qsharp", and this command has "cd"'),
         (("--seed", "4"), "seed 3, and this command has 4"),
         (("--stop-ids", "5"), "stop_ids"),
+        (("--stop", "a"), 'stop null, and this command has ["a"]'),
         (("--prompt-format", "chat"), 'prompt_format "plain"'),
         (("--guide", models[1], "--weights", "1,1"), "with guide"),
         (("--eta", "0.5"), "is not a response that this command lacks"),

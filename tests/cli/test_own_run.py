@@ -6,11 +6,13 @@ import re
 
 import bpe
 import hf_folders
+import numpy as np
 import pytest
 from commands import refused, results, stdout_lines
 from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import cli
+from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import hf
 
 PROGRAM = """
@@ -27,7 +29,7 @@ SMALL = [
     for change in (
         "rounds=1", "collect.prompts=60", "collect.samples=2", "collect.batch_size=16", "collect.shard_rows=60",
         "evaluate.batch_size=16", "evaluate.problems=6", "evaluate.samples=2", "evaluate.etas=0.1,",
-        "generate.max_new_tokens=6", "generate.prompt_bucket=16", "fit.epochs=1", "fit.batch_size=16", "fit.accumulate=1",
+        "generate.max_new_tokens=6", "generate.stop=e,o", "generate.prompt_bucket=16", "fit.epochs=1", "fit.batch_size=16", "fit.accumulate=1",
         "fit.evaluate_every=4",
     )
 ]  # fmt: skip
@@ -86,6 +88,18 @@ def test_a_reward_that_fails_is_kept_as_none(finished):
     collected = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
     shares = [row["no_reward"] for row in collected if "no_reward" in row]
     assert all(0 < share < 0.1 for share in shares)
+
+
+def test_rollouts_and_samples_end_before_stop_strings(finished):
+    rollouts = read_rounds(finished / "rollouts", [1])
+    samples = [json.loads(line) for path in finished.glob("samples/pi_ref.jsonl") for line in path.open()]
+    for text, tokens, ended in [(r.text, r.response_tokens, r.finished) for r in rollouts] + [
+        (row["response"], row["tokens"], row["finished"]) for row in samples
+    ]:
+        whole = bpe.make().decode(tokens, skip_special_tokens=True)
+        assert not set(text) & set("eo") and whole.startswith(text)
+        assert ended == (whole != text or tokens[-1] in (bpe.EOS, bpe.EOT))
+    assert 0.2 < np.mean([rollout.finished for rollout in rollouts]) < 1 and samples
 
 
 def test_the_same_command_resumes_and_others_find_the_task_again(folder, finished, capsys):

@@ -113,6 +113,17 @@ def test_an_override_takes_the_type_of_the_present_value(path, argument, key, va
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("a", ("a",)), ("a, b", ("a", "b")), ("()", ()), (r'["a, b", "\n\n"]', ("a, b", "\n\n")), ('["a', None)],
+)
+def test_texts_with_commas_and_line_ends_are_written_as_json(text, value):
+    if value is None:
+        assert "is not a list of str, as a,b" in refusal(configs.load, "arithmetic", [f"--config.generate.stop={text}"])
+    else:
+        assert configs.load("arithmetic", [f"--config.generate.stop={text}"]).generate.stop == value
+
+
+@pytest.mark.parametrize(
     ("argument", "words"),
     [
         ("--config.seed=1.5", "is not a whole number"),
@@ -167,6 +178,7 @@ VALUES = {
     "a list of different whole numbers, at least 1": ([(), (1, 8), (1.0, 4.0)], [(0,), (1.5,), (2, 2), 4, ("a",)]),
     "a list of different whole numbers, at least 0": ([(0, 1)], [(), (0, 0), (-1,), (0.5,), 0]),
     "a list of finite numbers, at least 1e-06": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),
+    "a list of texts that are not empty": ([(), ["\n", "a b"]], [("a", ""), (1,), "a", 3, None]),
     schema.METHODS.words: ([("qsharp", "ppo")], [(), ("ppo", "ppo"), ("sft",), "ppo"]),
     "pretrain, or a model": (["pretrain", "some/folder"], ["", 1, None]),
     "ref, scratch, or a model": (["ref", "scratch", "some/folder"], ["", None]),
