@@ -148,23 +148,15 @@ class Run:
 
     def blocks(self) -> Iterator[State]:
         """Decode until every row has ended; yields the state after each block, which the next block overwrites."""
-        state, active, lengths = self.state, True, np.zeros(len(self.controls.seed), np.int32)
+        state, active, checked = self.state, True, np.zeros(len(self.controls.seed), np.int32)
         while active:
             state = decode(self.ref, self.guide, state, self.controls, settings=self.settings, steps=np.int32(BLOCK))
             if self.stops is not None:
-                state, lengths = self._at_stop_strings(state, lengths)
+                tokens, lengths, stopped = sharding.to_host((state.record.token, state.length, state.stopped))
+                checked, stopped = self.stops.ended(tokens, lengths, stopped, checked, [()] * len(checked))
+                state = state.replace(length=sharding.place_rows(checked), stopped=sharding.place_rows(stopped))
             active = bool(sharding.to_host(state.active(self.controls)).any())
             yield state
-
-    def _at_stop_strings(self, state: State, checked: np.ndarray) -> tuple[State, np.ndarray]:
-        """End the rows whose text has a stop string, beyond their `checked` [R] first tokens; and the new lengths."""
-        tokens, lengths, stopped = sharding.to_host((state.record.token, state.length, state.stopped))
-        lengths, stopped = lengths.copy(), stopped.copy()
-        for row in np.flatnonzero(lengths > checked):
-            end = self.stops.end(tokens[row, : lengths[row]].tolist(), checked[row])
-            if end is not None:
-                lengths[row], stopped[row] = end, True
-        return state.replace(length=sharding.place_rows(lengths), stopped=sharding.place_rows(stopped)), lengths
 
     def generation(self, state: State) -> Generation:
         """The loop's result on the host."""

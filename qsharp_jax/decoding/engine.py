@@ -174,7 +174,8 @@ class ContinuousBatch:
     def _left(self, place: int, start: Sequence[int]) -> int:
         """Number of tokens that a response may still have."""
         if len(start) > 0:
-            self._start[place] = [*start]
+            if self._stops:
+                self._start[place] = [*start]
             if start[-1] in self._settings.stop_ids or (self._stops and self._stops.end(start) is not None):
                 self._over.add(place)
                 return 0
@@ -221,7 +222,10 @@ class ContinuousBatch:
         length, stopped, steps = sharding.to_host((state.length, state.stopped, state.step))
         stopped = stopped | np.isin(self._place, list(self._over))
         if self._stops:
-            length, stopped = self._at_stop_strings(self._stops, length, stopped)
+            starts = [self._start.get(place, []) for place in self._place.tolist()]
+            tokens = sharding.to_host(state.record.token)
+            length, stopped = self._stops.ended(tokens, length, stopped, self._checked, starts)
+            self._checked = length.copy()
         rows = np.flatnonzero((self._place >= 0) & (stopped | (length >= self._budget)))
         places = self._place[rows]
         self._place[rows] = -1
@@ -235,17 +239,3 @@ class ContinuousBatch:
         else:
             kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
         return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))
-
-    def _at_stop_strings(
-        self, strings: stops.StopStrings, length: np.ndarray, stopped: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows' lengths and whether they have stopped, with those that have come to a stop string."""
-        length, stopped = length.copy(), stopped.copy()
-        tokens = sharding.to_host(self._state.record.token)
-        for row in np.flatnonzero((self._place >= 0) & (length > self._checked)):
-            start = self._start.get(self._place[row], [])
-            end = strings.end([*start, *tokens[row, : length[row]].tolist()], len(start) + self._checked[row])
-            if end is not None:
-                length[row], stopped[row] = end - len(start), True
-        self._checked = length.copy()
-        return length, stopped

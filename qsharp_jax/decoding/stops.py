@@ -1,8 +1,13 @@
-"""Where responses end by a stop string. The host looks for them in the decoded text, between blocks of steps."""
+"""Where responses end by a stop string. The host looks for them in the decoded text, between blocks of steps.
+
+Shapes: R rows, N new tokens.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
 
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import stop_strings
@@ -40,6 +45,29 @@ class StopStrings:
             if stop_strings.contains(self.tokenizer.decode(tokens[:count]), self.stop):
                 return count
         return None
+
+    def ended(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        stopped: np.ndarray,
+        checked: np.ndarray,
+        starts: Sequence[Sequence[int]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return lengths [R], and whether rows have stopped [R], with the rows that have come to a stop string.
+
+        Args:
+          tokens, lengths, stopped: [R, N], [R] and [R], as the loop has them.
+          checked: [R], as in `end`.
+          starts: R lists of tokens that precede those of each row.
+        """
+        lengths, stopped = lengths.copy(), stopped.copy()
+        for row in np.flatnonzero(lengths > checked):
+            start = starts[row]
+            end = self.end([*start, *tokens[row, : lengths[row]].tolist()], len(start) + checked[row])
+            if end is not None:
+                lengths[row], stopped[row] = end - len(start), True
+        return lengths, stopped
 
 
 def of(sampling: Sampling, tokenizer: Decodes | None) -> StopStrings | None:
