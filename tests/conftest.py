@@ -1,5 +1,6 @@
 """How programs are compiled in tests, and what every test leaves behind as it found it."""
 
+import gc
 import os
 
 import jaxlib.version
@@ -20,6 +21,12 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 # Examples that compile take long, and the machine may be busy.
 hypothesis.settings.register_profile("without deadlines", deadline=None)
 hypothesis.settings.load_profile("without deadlines")
+
+
+def pytest_collection_finish():
+    """Leave the modules' own objects out of later collections of garbage, which readers of checkpoints ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
