@@ -16,15 +16,16 @@ CONSTRAINTS = {
     "Start your answer with the word Once.": lambda text: text.startswith("Once"),
 }
 TOPICS = """
-air airports ants apples art atoms autumn babies bakeries banks bats beaches bears bees bells bicycles birds blood boats
-bones books bread breakfast bridges buses butter butterflies cameras candles cars castles cats caves chairs cheese chess
-children chocolate cities clocks clothes clouds coal coffee coins colors computers cooking copper corn cotton cows crabs
-dancing deserts diamonds dinner doctors dogs dolphins doors dragons dreams drums ducks eagles ears earthquakes eggs
-elephants engines eyes farms feathers fire fish flags flowers fog food forests foxes friends frogs fruit games gardens
-ghosts glass goats gold grass guitars hair hats heat history homes honey horses hospitals hotels ice insects iron islands
-jackets jokes keys kings kitchens kites ladders lakes lamps leaves lemons letters libraries light lions machines magnets
-maps markets mathematics medicine memory metal mice milk mirrors money monkeys mountains music names needles newspapers
-night numbers oceans oil onions oranges owls paint paper parents parks pencils pepper phones photos pianos pigs pilots
+air airports ants apples art atoms autumn babies bakeries banks bats beaches bears bees bells bicycles birds blood
+boats bones books bread breakfast bridges buses butter butterflies cameras candles cars castles cats caves chairs
+cheese chess children chocolate cities clocks clothes clouds coal coffee coins colors computers cooking copper corn
+cotton cows crabs dancing deserts diamonds dinner doctors dogs dolphins doors dragons dreams drums ducks eagles ears
+earthquakes eggs elephants engines eyes farms feathers fire fish flags flowers fog food forests foxes friends frogs
+fruit games gardens ghosts glass goats gold grass guitars hair hats heat history homes honey horses hospitals hotels
+ice insects iron islands jackets jokes keys kings kitchens kites ladders lakes lamps leaves lemons letters libraries
+light lions machines magnets maps markets mathematics medicine memory metal mice milk mirrors money monkeys mountains
+music names needles newspapers night numbers oceans oil onions oranges owls paint paper parents parks pencils pepper
+phones photos pianos pigs pilots
 """.split()
 
 
@@ -42,5 +43,5 @@ def reward(prompts, completions, constraint, finished, **kwargs) -> list[float]:
     """1 for a finished response that keeps its constraint, else 0."""
     return [
         float(ended and CONSTRAINTS[name](completion.strip()))
-        for completion, name, ended in zip(completions, constraint, finished)
+        for completion, name, ended in zip(completions, constraint, finished, strict=True)
     ]
