@@ -62,7 +62,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--prompt-format", choices=("plain", "chat"),
-        help="the prompt as it is, or as one turn in the tokenizer's chat template (default: plain)",
+        help="the prompt as it is, or in the tokenizer's chat template (default: chat, if there is a template)",
     )  # fmt: skip
     parser.add_argument(
         "--date", type=date, metavar="YYYY-MM-DD",

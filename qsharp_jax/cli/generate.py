@@ -15,7 +15,8 @@ from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, open_models
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
-from qsharp_jax.system import files, settings, stop_strings
+from qsharp_jax.system import chat, files, settings, stop_strings
+from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 
 SUMMARY = "answer prompts with the guided model; JSON lines to standard output, or to a file; resumes"
@@ -30,12 +31,15 @@ settings is refused.
 With --stop a response ends at the first token with which its text contains a stop string. The "response" is the text
 before the stop string; "tokens" and the numbers per token go up to that token, whose text may reach beyond it.
 
+A line of a .jsonl input has a "prompt": a text, or a list of messages, [{{"role": "user", "content": "..."}}], of the
+roles system, user and assistant. Its other columns are copied to the lines of its responses; one that has the name of
+a column of the output is refused.
+
 {arguments.MODELS_HELP}
 
 {arguments.CONFIG_HELP}"""
 
 DEFAULT_ETA = 0.1  # with a guide in a folder, as in the paper's experiments
-BATCH_ROWS = 16
 FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
 TYPES = {
     "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "top_k_candidates": int, "others": str
@@ -58,8 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser)
     parser.add_argument(
         "--input", metavar="FILE",
-        help='a prompt per line, or (.jsonl) JSON lines with a "prompt"; - is standard input',
+        help='a prompt per line, or (.jsonl) JSON lines with a "prompt", a text or a list of messages; - is standard'
+        " input",
     )  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt before every prompt, in the chat template")
     parser.add_argument("--output", metavar="FILE", help="where the JSON lines go (default: standard output)")
     parser.add_argument(
         "--stream", action="store_true", help="print the text of one response to one prompt as it comes, without JSON"
@@ -75,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=arguments.whole(0), default=0, metavar="N", help="equal seeds give equal responses (default: 0)"
     )
+    parser.add_argument(
+        "--batch-size", type=arguments.whole(1), metavar="N",
+        help="responses decoded at once; in float32 they do not depend on it (default: the run's evaluate.batch_size;"
+        " for folders as many as fit into memory, at most 64 on a CPU, else 256)",
+    )  # fmt: skip
     for name, kind in TYPES.items():
         field = FIELDS[name]
         parser.add_argument(
@@ -119,16 +130,19 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
         weights=options.weights if guided else None,
         mode=options.mode or _mode(workdir),
     )
-    encoded = _encode(models, prompts, sampling.max_new_tokens, guided)
+    if options.system is not None and models.tokenizer.prompt_format == "plain":
+        raise UserError("--system is a message of a chat, and the prompt format is plain; leave --system out")
+    texts = [prompt if options.system is None else chat.with_system(prompt, options.system) for prompt, _ in prompts]
+    encoded = _encode(models, texts, sampling.max_new_tokens, guided)
     if options.output:
         json_lines.check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
     per_prompt = len(plan) // len(prompts)
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
-    rows = min(len(plan), BATCH_ROWS if workdir is None else workdir.config.evaluate.batch_size)
     names = list(models.configs) if guided else ["reference"]
+    rows = min(len(plan), options.batch_size or _rows(workdir, models, names, max(map(len, encoded)), sampling))
     requests = [
-        generated.Request(prompts[row], eta if math.isfinite(eta) else None, int(seed))
+        generated.Request(*prompts[row], eta if math.isfinite(eta) else None, int(seed))
         for (row, eta), seed in zip(plan, seeds, strict=True)
     ]
     described = _described(models, workdir, options, names, sampling)
@@ -233,35 +247,42 @@ def _default_etas(workdir: Workdir | None, options: argparse.Namespace) -> list[
     return options.eta or [math.inf]
 
 
-def _read_prompts(options: argparse.Namespace) -> list[str]:
-    """Read the prompts from the arguments, or from the file or standard input, one per line."""
+def _read_prompts(options: argparse.Namespace) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Read the prompts, each with its other columns, from the arguments, or from the file or standard input."""
     if options.prompts and options.input:
         raise UserError("give prompts as arguments or by --input, not both")
     if options.prompts:
-        return options.prompts
+        return [(prompt, {}) for prompt in options.prompts]
     lines = json_lines.read_lines(options.input or "-", "prompts, one per line")
     if not (options.input or "").endswith(".jsonl"):
-        return [line for _, line in lines]
-    prompts = []
-    for place, line in lines:
-        record = json_lines.parse(line) or {}
-        if not isinstance(record.get("prompt"), str):
-            raise UserError(f'{place}: expected a JSON object with a text as its "prompt"')
-        prompts.append(record["prompt"])
-    return prompts
+        return [(line, {}) for _, line in lines]
+    return [_parse(place, line) for place, line in lines]
 
 
-def _encode(models: Any, prompts: list[str], max_new_tokens: int, guided: bool) -> list[list[int]]:
+def _parse(place: str, line: str) -> tuple[Prompt, dict[str, Any]]:
+    record = json_lines.parse(line, strict=True) or {}
+    prompt = record.pop("prompt", None)
+    if not isinstance(prompt, str | list):
+        raise UserError(f'{place}: expected a JSON object with a text, or a list of messages, as its "prompt"')
+    if isinstance(prompt, list):
+        chat.check_messages(prompt, place)
+    if clashing := [name for name in json_lines.GENERATED if name in record]:
+        raise UserError(f"{place}: the output has a column {clashing[0]!r} of its own; rename that of the input")
+    return prompt, record
+
+
+def _encode(models: Any, prompts: list[Prompt], max_new_tokens: int, guided: bool) -> list[list[int]]:
     """Return the prompts' ids; a prompt too long for one of the models is refused before weights are read."""
     encoded = [models.tokenizer.encode_prompt(prompt) for prompt in prompts]
     limits = {name: config.max_positions for name, config in models.configs.items() if guided or name == "reference"}
     name, limit = min(limits.items(), key=lambda item: item[1])
     for prompt, tokens in zip(prompts, encoded, strict=True):
+        words = repr(chat.as_text(prompt)[:60])
         if not tokens:
-            raise UserError(f"the prompt {prompt[:60]!r} has no tokens; write at least one word")
+            raise UserError(f"the prompt {words} has no tokens; write at least one word")
         if len(tokens) + max_new_tokens > limit:
             raise UserError(
-                f"the prompt {prompt[:60]!r} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more"
+                f"the prompt {words} has {len(tokens)} tokens, which with {max_new_tokens} new ones is more"
                 f" than the {name}'s {limit} positions; shorten the prompt, or give a smaller --max-new-tokens"
             )
     return encoded
@@ -279,7 +300,7 @@ def _described(
         from qsharp_jax.models.hf import hub
 
         guides = options.guide and [hub.pin(guide) for guide in options.guide]
-        source = {"ref": hub.pin(options.ref), "guide": guides, "prompt_format": options.prompt_format or "plain"}
+        source = {"ref": hub.pin(options.ref), "guide": guides, "prompt_format": models.tokenizer.prompt_format}
         if models.tokenizer.writes_date:
             source["date"] = models.tokenizer.date.isoformat()
     else:
@@ -288,9 +309,19 @@ def _described(
         source = {"workdir": str(workdir.path), "round": fitted_rounds(workdir) if "guide" in names else 0}
     dtype = {name: models.configs[name].dtype for name in names}
     described = {name: getattr(sampling, name) for name in (*TYPES, "stop_ids", "mode")}
-    described["stop"] = sampling.stop or None
+    described |= {"stop": sampling.stop or None, "system": options.system}
     described["weights"] = None if sampling.weights is None else sampling.weights.tolist()
     return json.loads(json.dumps(source | {"dtype": dtype, "seed": options.seed} | described))
+
+
+def _rows(workdir: Workdir | None, models: Any, names: Sequence[str], longest: int, sampling: Sampling) -> int:
+    """Return the number of responses to decode at once, if the user does not say."""
+    if workdir is not None:
+        return workdir.config.evaluate.batch_size
+    from qsharp_jax.decoding import cache_size, rows_that_fit
+
+    size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
+    return rows_that_fit([models.configs[name] for name in names], size, [models.weights[name] for name in names])
 
 
 def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:

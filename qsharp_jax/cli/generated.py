@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qsharp_jax.cli import json_lines
 from qsharp_jax.decoding import Generation
 from qsharp_jax.system import files, lock
+from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 
 BEGINNING = b'{"prompt": '  # of every line
@@ -26,9 +28,15 @@ Span = tuple[int, int]  # begin and end of a line in its file
 class Request(NamedTuple):
     """Everything known of a response before it is generated; an eta of None is infinity, which JSON does not have."""
 
-    prompt: str
+    prompt: Prompt
+    columns: Mapping[str, Any]  # of the input, to copy
     eta: float | None
     seed: int
+
+    @property
+    def key(self) -> str:
+        """Return a text that is the same for equal requests."""
+        return json.dumps(self, sort_keys=True)
 
 
 def encode(request: Request, response: str, part: Generation, row: int, settings: Mapping[str, Any]) -> str:
@@ -43,6 +51,7 @@ def encode(request: Request, response: str, part: Generation, row: int, settings
 
     line = {
         "prompt": request.prompt,
+        **request.columns,
         "response": response,
         "tokens": part.response(row),
         "finished": bool(part.finished[row]),
@@ -111,7 +120,7 @@ def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]
     """
     places = defaultdict(deque)  # usually one per request, but the same prompt and seed may occur several times
     for place, request in enumerate(requests):
-        places[request].append(place)
+        places[request.key].append(place)
     spans: dict[int, Span] = {}
     end = 0
     with open(path, "rb") as file:
@@ -121,10 +130,10 @@ def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]
                     raise UserError(f"{path} ends with a line that is not of `qsharp generate`; {OTHER_FILE}")
                 os.truncate(path, end)
                 break
-            if not (waiting := places.get(_read(path, number, line, settings))):
+            if not (waiting := places.get(_read(path, number, line, settings).key)):
                 raise UserError(
-                    f"{path}, line {number}, is not a response that this command lacks: its prompt, eta or seed is"
-                    f" another, or it is there twice; {OTHER_FILE}"
+                    f"{path}, line {number}, is not a response that this command lacks: its prompt, another column of"
+                    f" the input, its eta or seed differs, or it is there twice; {OTHER_FILE}"
                 )
             spans[waiting.popleft()] = end, end + len(line)
             end += len(line)
@@ -134,9 +143,9 @@ def _resume(path: Path, requests: Sequence[Request], settings: Mapping[str, Any]
 def _read(path: Path, number: int, line: bytes, settings: Mapping[str, Any]) -> Request:
     """Return the request that a line answers; a UserError names the first setting that differs."""
     try:
-        stored = json.loads(line)
-        request, theirs = Request(stored["prompt"], stored["eta"], stored["seed"]), dict(stored["settings"])
-        hash(request)  # fails for lists
+        stored = dict(json.loads(line))
+        columns = {name: value for name, value in stored.items() if name not in ("prompt", *json_lines.GENERATED)}
+        request, theirs = Request(stored["prompt"], columns, stored["eta"], stored["seed"]), dict(stored["settings"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}, line {number}, is not of `qsharp generate` as it is now; {OTHER_FILE}") from None
     for name in [*settings, *theirs]:

@@ -8,6 +8,10 @@ from typing import Any
 
 from qsharp_jax.system.errors import UserError
 
+GENERATED = (  # fields of a line of `qsharp generate`, beside the prompt and the other columns of the input
+    "response", "tokens", "finished", "eta", "seed", "log_probs", "ref_log_probs", "kl", "values", "settings"
+)  # fmt: skip
+
 
 def read_lines(path: str, content: str) -> list[tuple[str, str]]:
     """Read the nonempty lines of a text file, each with its place ("FILE, line N") for messages.

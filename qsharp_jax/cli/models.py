@@ -1,6 +1,7 @@
 """The models that `generate` and `score` use: those of a run, or those in folders."""
 
 import argparse
+import sys
 from typing import Any
 
 from qsharp_jax.run.workdir import Workdir
@@ -30,11 +31,17 @@ def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
     from qsharp_jax.run.folders import Folders
 
     guides = [options.guide] if isinstance(options.guide, str) else options.guide or []
-    return Folders(
+    folders = Folders(
         options.ref and hub.find(options.ref),
         [hub.find(guide) for guide in guides],
         dtype=options.dtype,
-        prompt_format=options.prompt_format or "plain",
+        prompt_format=options.prompt_format,
         stop_ids=getattr(options, "stop_ids", None),
         date=options.date,
     )
+    if options.prompt_format is None and folders.tokenizer.prompt_format == "chat":
+        print(
+            "Prompts are put into the model's chat template; --prompt-format plain takes them as they are.",
+            file=sys.stderr,
+        )
+    return folders

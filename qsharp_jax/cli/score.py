@@ -16,7 +16,7 @@ from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, open_models
 from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.system import files
+from qsharp_jax.system import chat, files
 from qsharp_jax.system.errors import UserError
 
 if TYPE_CHECKING:  # importing the tokenizers takes a second
@@ -26,9 +26,10 @@ if TYPE_CHECKING:  # importing the tokenizers takes a second
 SUMMARY = "log-probabilities and values of given responses; JSON lines; resumes"
 EPILOG = f"""\
 A line of the input is a JSON object with texts, {{"prompt": ..., "response": ...}}, or with token ids,
-{{"prompt_tokens": [...], "response_tokens": [...]}}, which take precedence. A response given as text is scored with
-the token that ends it: in the chat format the end of a turn, else eos; to score one without an end, give tokens. The
-output has the same lines and fields, with
+{{"prompt_tokens": [...], "response_tokens": [...]}}, which take precedence. A prompt may also be a list of messages,
+[{{"role": "user", "content": "..."}}]. A response given as text is scored with the token that ends it: in the chat
+format the end of a turn, else eos; to score one without an end, give tokens. The output has the same lines and fields,
+with
 
   ref_log_probs  of every response token given those before it, in nats, under the reference at temperature 1
   values         the guide's mean reward-to-go at every response token
@@ -107,6 +108,8 @@ def _parse(place: str, line: str) -> dict:
             f'{place}: expected a JSON object with texts "prompt" and "response", or with lists of ids "prompt_tokens"'
             ' and "response_tokens"'
         )
+    if isinstance(record.get("prompt"), list) and not _has_tokens(record):
+        chat.check_messages(record["prompt"], place)
     # Scores in the input, as in the output of `qsharp generate`, may come from other models.
     return {key: item for key, item in record.items() if key not in ADDED}
 
@@ -117,7 +120,7 @@ def _has_tokens(record: dict) -> bool:
 
 
 def _has_texts(record: dict) -> bool:
-    return all(isinstance(record.get(key), str) for key in ("prompt", "response"))
+    return isinstance(record.get("prompt"), str | list) and isinstance(record.get("response"), str)
 
 
 def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first: int = 1) -> list["Example"]:

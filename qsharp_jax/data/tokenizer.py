@@ -61,13 +61,14 @@ class Tokenizer:
         cls,
         folder: str | Path,
         *,
-        prompt_format: str = "plain",
+        prompt_format: str | None = "plain",
         stop_ids: Sequence[int] | None = None,
         date: datetime.date | None = None,
     ) -> "Tokenizer":
         """Load the tokenizer of a model's folder; prompts begin as its tokenizer.json says.
 
         Args:
+          prompt_format: "plain" or "chat"; None: chat if there is a chat template.
           stop_ids: by default those of generation_config.json (else of config.json), with the tokenizer's own.
           date: by default today.
 
@@ -79,6 +80,8 @@ class Tokenizer:
         if suffix_ids:
             names = "".join(hf_tokenizer.convert_ids_to_tokens(list(suffix_ids)))
             warn(f"the tokenizer in {folder} appends {names!r} to every text; prompts leave it out")
+        if prompt_format is None:
+            prompt_format = "chat" if hf_tokenizer.chat_template else "plain"
         own = None if stop_ids is None else tuple(stop_ids)
         tokenizer = cls(hf_tokenizer, prompt_format, prefix_ids, own, date or datetime.date.today())
         if stop_ids is None:
@@ -142,6 +145,8 @@ class Tokenizer:
         if not isinstance(prompt, str):
             raise UserError(
                 "a prompt is a list of messages, but the prompt format is plain; use the prompt format chat"
+                if self.hf_tokenizer.chat_template
+                else f"a prompt is a list of messages, but the tokenizer {self._name} has no chat template; give texts"
             )
         tokens = self._encode(prompt, "prompt")
         if self.prefix_ids and tuple(tokens[: len(self.prefix_ids)]) == self.prefix_ids:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from qsharp_jax.decoding.state import RECORDED, Controls, Guide, Settings
@@ -17,6 +18,11 @@ from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
+
+SHARE = 0.4  # of a device's memory that caches may take; weights and what else runs need the rest
+OF_FREE = 0.8  # of what the weights leave free
+MOST_ROWS = {"cpu": 64}  # by platform
+MOST_ROWS_ELSEWHERE = 256
 
 
 def checked(
@@ -202,3 +208,25 @@ def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[s
       size: positions, see `cache_size`.
     """
     return {f"the {name}'s cache": kv_cache.abstract(config, rows, size) for name, config in configs.items()}
+
+
+def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = None) -> int:
+    """Return the largest power of two of rows whose caches fit on the default device, at most 64 on a CPU, else 256.
+
+    Args:
+      configs: of the decoders that run.
+      size: positions, see `cache_size`.
+      weights: a tree of `jax.ShapeDtypeStruct`s that are still to be loaded; by default the rows depend on the device
+        alone, not on what is free there.
+    """
+    device = memory.default_device()
+    room = SHARE * memory.total(device)
+    if weights is not None and (free := memory.available(device)) is not None:
+        room = min(room, OF_FREE * (free - _bytes(weights)))
+    per_row = sum(_bytes(kv_cache.abstract(config, 1, size)) for config in configs)
+    rows = max(1, min(MOST_ROWS.get(device.platform, MOST_ROWS_ELSEWHERE), int(room / per_row)))
+    return 1 << (rows.bit_length() - 1)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Where responses end by a stop string. The host looks for them in the decoded text, between blocks of steps.
+"""Ends of responses by stop strings. The host looks for them in the decoded text, between blocks of steps.
 
 Shapes: R rows, N new tokens.
 """
@@ -62,7 +62,7 @@ class StopStrings:
           starts: R lists of tokens that precede those of each row.
         """
         lengths, stopped = lengths.copy(), stopped.copy()
-        for row in np.flatnonzero(lengths > checked):
+        for row in np.flatnonzero(lengths > checked).tolist():
             start = starts[row]
             end = self.end([*start, *tokens[row, : lengths[row]].tolist()], len(start) + checked[row])
             if end is not None:

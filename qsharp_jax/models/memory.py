@@ -58,6 +58,13 @@ def available(device: jax.Device) -> int | None:
     return machine.free_memory()
 
 
+def total(device: jax.Device) -> int:
+    """Bytes of a device's memory, whatever runs beside; 16 GiB if the device does not report them."""
+    if device.platform == "cpu":
+        return machine.total_memory()
+    return (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
+
+
 def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
     """Bytes of one array on each device; those of CPU devices are all counted on the first."""
     sizes: Counter[jax.Device] = Counter()

@@ -32,7 +32,7 @@ class Folders:
     ref: Path | None  # the reference's folder or GGUF file, or None
     guides: Sequence[Path] = ()  # folders of guides; without a reference, of one
     dtype: str | None = None  # of weights and computation, "float32" or "bfloat16"; by default each folder's own
-    prompt_format: str = "plain"  # "plain" or "chat", see `Tokenizer`
+    prompt_format: str | None = None  # "plain" or "chat", see `Tokenizer`; by default chat if there is a template
     stop_ids: Sequence[int] | None = None  # by default those of the reference's folder
     date: datetime.date | None = None  # today's date for a chat template that writes it; by default the current date
 
@@ -106,7 +106,7 @@ def load(
     guide: str | Path | Sequence[str | Path] | None = None,
     *,
     dtype: str | None = None,
-    prompt_format: str = "plain",
+    prompt_format: str | None = None,
 ) -> Loaded:
     """Load a reference, and a guide or several, by folder, by GGUF file, or by id on the Hugging Face hub.
 
@@ -114,7 +114,8 @@ def load(
       ref: a language model's folder as `transformers` keeps it, GGUF file, or id "OWNER/NAME" or "OWNER/NAME@REVISION".
       guide: folder or id of a guide that goes with it, or those of several.
       dtype: "float32" or "bfloat16", for weights and computation; by default each folder's own.
-      prompt_format: "plain", or "chat" for prompts as one turn of the tokenizer's chat template.
+      prompt_format: "plain" for prompts as they are, or "chat" for prompts in the tokenizer's chat template; by default
+        chat, if there is a template.
 
     Raises:
       UserError: for a folder that does not hold such a model, or a guide with other tokens than the reference.

@@ -14,18 +14,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.decoding import cache_size
-from qsharp_jax.models import decoder, hf, kv_cache, memory
-from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.decoding import cache_size, rows_that_fit
+from qsharp_jax.models import decoder, hf, memory
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.workdir import stored_config
-from qsharp_jax.system import files, machine
+from qsharp_jax.system import files
 from qsharp_jax.system.errors import UserError
 
 RECIPE = "own"
 PROMPT = 256  # tokens of a prompt for which the rows are counted
-SHARE = 0.4  # of a device's memory that caches may take; weights, the fit and what else runs need the rest
 LEARNING_RATES = ((0.3e9, 1e-4), (1e9, 5e-5), (np.inf, 2e-5))  # of AdamW, up to so many weights
 
 
@@ -96,10 +94,9 @@ def fitting(config: ConfigDict) -> dict[str, object]:
     """Return the settings that fit the reference's size and the default device, by key."""
     ref = models.folder(config, "ref")
     shape = hf.read_config(ref, "float32")
-    device = memory.default_device()
-    on_cpu = device.platform == "cpu"
+    on_cpu = memory.default_device().platform == "cpu"
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(decoder.abstract(shape)))
-    rows = _rows(shape, config.generate.max_new_tokens, _memory(device), 64 if on_cpu else 256)
+    rows = rows_that_fit([shape, shape], cache_size(PROMPT, config.generate.max_new_tokens, 32))
     chat = Tokenizer.load(ref).hf_tokenizer.chat_template
     return {
         "dtype": "float32" if on_cpu else "bfloat16",
@@ -110,18 +107,3 @@ def fitting(config: ConfigDict) -> dict[str, object]:
         "fit.optimizer.learning_rate": next(rate for most, rate in LEARNING_RATES if count < most),
         "generate.top_k_candidates": 20,
     }
-
-
-def _rows(shape: DecoderConfig, new: int, size: int, most: int) -> int:
-    """Return the largest power of two of rows, at most `most`, whose two caches take at most `SHARE` of the memory."""
-    cache = kv_cache.abstract(shape, 1, cache_size(PROMPT, new, 32))
-    per_row = 2 * sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    rows = max(1, min(most, int(SHARE * size / per_row)))
-    return 1 << (rows.bit_length() - 1)
-
-
-def _memory(device: jax.Device) -> int:
-    """Return the bytes of a device's memory, which do not depend on what runs beside."""
-    if device.platform == "cpu":
-        return machine.total_memory()
-    return (device.memory_stats() or {}).get("bytes_limit", 16 << 30)

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.system import settings
+from qsharp_jax.system import chat, settings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import base, finite, reward_worker
@@ -109,11 +109,7 @@ def _prompt(row: finite.Row) -> Prompt:
     prompt = row.fields.get("prompt")
     if not isinstance(prompt, list):
         return row.text("prompt")
-    for message in prompt:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f"{row.place}: the prompt has a message {message!r}; it must have a role and a content")
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise UserError(f"{row.place}: the prompt's last message must be the user's, for the model to answer")
+    chat.check_messages(prompt, row.place)
     return [dict(message) for message in prompt]
 
 

@@ -9,7 +9,7 @@ from text_models import USED, make_guide, make_ref
 from qsharp_jax.models import memory
 
 PROMPT = "How many eggs?"
-FEW = ("--max-new-tokens", 8)
+FEW = ("--prompt-format", "plain", "--max-new-tokens", 8)
 
 
 def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_too_little_memory_is_said_before_weights_are_read(light, tmp_path, caps
     alone = refused(capsys, *generate)
     assert f"40.00 GB of memory free, and the reference's weights {weights[0]:.2f} GB and the ref" in alone
     assert f"the reference's cache {cache + 0.008:.2f} GB are needed" in alone
-    both = refused(capsys, *generate, "--guide", guide, "--samples", 3)
+    both = refused(capsys, *generate, "--guide", guide, "--samples", 3, "--batch-size", 3)
     assert f"the reference's weights {weights[0]:.2f} GB and the guide's weights {weights[1]:.2f} GB and the" in both
     assert f"the reference's cache {3 * cache + 0.016:.2f} GB and the guide's cache {3 * cache + 0.016:.2f} GB" in both
     source = small_data.write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "response": "b"}])

@@ -36,7 +36,7 @@ PROMPT, NEW = "How many eggs?", 8
 assert_same_lines = functools.partial(
     helpers.assert_same_rows, numbers=("log_probs", "ref_log_probs", "kl", "values"), atol=1e-5
 )
-FEW = ("--max-new-tokens", NEW)
+FEW = ("--prompt-format", "plain", "--max-new-tokens", NEW)
 
 
 def numpy_log_probs(tokens) -> np.ndarray:
@@ -56,7 +56,7 @@ def numpy_greedy(prompt_tokens, stop_ids) -> list[int]:
 
 @pytest.mark.parametrize("prompt_format", ["plain", "chat"])
 def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, prompt_format):
-    arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", "--prompt-format", prompt_format, *FEW)
+    arguments = ("generate", "--ref", models[0], PROMPT, "--temperature", "0", *FEW, "--prompt-format", prompt_format)
     (line,) = stdout_lines(capfd, *arguments)
     prompt_tokens = Tokenizer.load(models[0], prompt_format=prompt_format).encode_prompt(PROMPT)
     expected = numpy_greedy(prompt_tokens, [bpe.EOS, bpe.EOT])
@@ -70,7 +70,7 @@ def test_greedy_responses_are_numpy_s_and_padding_is_never_drawn(models, capfd, 
 
 
 def test_a_response_ends_before_a_stop_string_on_a_line_and_in_a_stream(models, capfd):
-    arguments = ("generate", "--ref", models[0], PROMPT, "--seed", "4", "--max-new-tokens", NEW + 12)
+    arguments = ("generate", "--ref", models[0], PROMPT, "--seed", "4", *FEW, "--max-new-tokens", NEW + 12)
     (whole,) = stdout_lines(capfd, *arguments)
     stop = whole["response"][9:11]
     stops = ("--stop", stop, "--stop", "no such text")
@@ -106,7 +106,19 @@ def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     assert known >= sum(len(line["tokens"]) for line in made) - 2  # the last is unknown where it was no candidate
 
     capfd.readouterr()
-    streamed = ("generate", *pair, PROMPT, "--stream", "--eta", "0.5", "--seed", "4", "--max-new-tokens", NEW + 12)
+    streamed = (
+        "generate",
+        *pair,
+        PROMPT,
+        "--stream",
+        "--eta",
+        "0.5",
+        "--seed",
+        "4",
+        *FEW,
+        "--max-new-tokens",
+        NEW + 12,
+    )
     assert cli.main([str(argument) for argument in streamed]) == 0
     text = capfd.readouterr().out
     assert text.startswith(made[0]["response"].rstrip("\ufffd")) and text.endswith("\n") and len(text) > NEW
@@ -129,14 +141,27 @@ def read_lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture
-def resumable(models, tmp_path, monkeypatch):
+def resumable(models, tmp_path):
     """A command of 20 responses in batches of 4 rows, with its prompts in a file."""
-    monkeypatch.setattr(generate, "BATCH_ROWS", 4)
     prompts = [PROMPT, "Sam", "How many eggs does Sam have?", "Mia has 3", "日本"]
     source = tmp_path / "prompts.txt"
     source.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     pair = ("--ref", models[0], "--guide", models[1])
-    return "generate", *pair, "--input", source, "--samples", 2, "--eta", "0.5,0.1", "--seed", 3, *FEW
+    return (
+        "generate",
+        *pair,
+        "--input",
+        source,
+        "--samples",
+        2,
+        "--eta",
+        "0.5,0.1",
+        "--seed",
+        3,
+        "--batch-size",
+        4,
+        *FEW,
+    )
 
 
 def stop_after(monkeypatch, count: int, error: BaseException) -> None:
@@ -174,6 +199,10 @@ def test_a_stopped_generation_goes_on_and_ends_as_one_that_never_was(resumable, 
     assert [line for line in read_lines(output) if line in some]
     monkeypatch.setattr(generate, "_check_memory", lambda *_: pytest.fail("it would read weights"))
     assert cli.main(command) == 0 and "all 20 responses are there" in capfd.readouterr().err
+
+
+def test_responses_do_not_depend_on_the_rows_that_are_decoded_at_once(resumable, capfd):
+    assert_same_lines(stdout_lines(capfd, *resumable, "--batch-size", 20), stdout_lines(capfd, *resumable))
 
 
 def test_prompts_may_be_added_to_a_finished_generation(resumable, tmp_path, capfd):
@@ -222,6 +251,57 @@ def test_a_bar_is_shown_on_a_terminal_alone(resumable, tmp_path, capfd, monkeypa
         assert ("20/20" in capfd.readouterr().err) == terminal
 
 
+CHAT = [{"role": "system", "content": "Count."}, {"role": "user", "content": PROMPT}]
+
+
+def greedy_after(messages) -> list[int]:
+    """By `transformers`' chat template and numpy."""
+    ids = bpe.make().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return numpy_greedy(ids, [bpe.EOS, bpe.EOT])
+
+
+def test_messages_and_texts_are_put_into_the_chat_template_and_keep_their_columns(models, tmp_path, capfd):
+    rows = [{"id": 3, "prompt": CHAT, "tags": ["a", {"b": None}]}, {"prompt": PROMPT}]
+    source, output = small_data.write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    command = ("generate", "--ref", models[0], "--temperature", "0", "--max-new-tokens", NEW, "--input", source)
+    chat, text = stdout_lines(capfd, *command)
+    assert chat["tokens"] == greedy_after(CHAT) != text["tokens"] == greedy_after(CHAT[1:])
+    assert {name: chat[name] for name in rows[0]} == rows[0] and list(text) == FIELDS and text["prompt"] == PROMPT
+    assert chat["settings"]["prompt_format"] == "chat" and chat["settings"]["system"] is None
+
+    assert cli.main([str(argument) for argument in (*command, "--output", output)]) == 0
+    assert "put into the model's chat template; --prompt-format plain" in capfd.readouterr().err
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[1] + b'{"prompt": [{"ro')
+    assert cli.main([str(argument) for argument in (*command, "--output", output)]) == 0
+    assert output.read_bytes() == whole, "it goes on, and the prompts are in their order again"
+    rows[0]["id"] = 4
+    small_data.write_lines(source, rows)
+    assert "another column of the input" in refused(capfd, *command, "--output", output)
+
+    (system,) = stdout_lines(capfd, "generate", *command[1:-2], PROMPT, "--system", "Count.")
+    assert (
+        system["tokens"] == chat["tokens"] and system["prompt"] == PROMPT and system["settings"]["system"] == "Count."
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"prompt": CHAT}, ("--prompt-format", "plain"), "the prompt format is plain; use the prompt format chat"),
+        ({"prompt": CHAT}, ("--system", "Be brief."), "has a system prompt of its own; leave --system out"),
+        ({"prompt": "a"}, ("--system", "x", "--prompt-format", "plain"), "--system is a message of a chat"),
+        ({"prompt": "a", "response": "b"}, (), "line 1: the output has a column 'response' of its own; rename that"),
+        ({"prompt": 3}, (), "line 1: expected a JSON object with a text, or a list of messages"),
+        ({"prompt": []}, (), "line 1: the prompt's last message must be the user's"),
+        ({"prompt": [{"role": "user"}]}, (), "line 1: the prompt has a message {'role': 'user'}; it must have a role"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(light, tmp_path, capfd, row, options, words):
+    source = small_data.write_lines(tmp_path / "in.jsonl", [row])
+    assert words in refused(capfd, "generate", "--ref", light[0], "--input", source, *FEW[2:], *options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code):
@@ -267,6 +347,16 @@ def test_scores_of_texts_are_numpy_s(models, tmp_path, prompt_format):
         assert scored["value"] == scored["values"][-1] and np.ptp(means) + abs(means[0] - 0.5) > 1e-2
 
 
+def test_messages_are_scored_as_their_tokens_are(models, tmp_path):
+    ids = bpe.make().apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    response = Tokenizer.load(models[0], prompt_format="chat").encode_response(" Twelve.")
+    records = [{"prompt": CHAT, "response": " Twelve."}, {"prompt_tokens": ids, "response_tokens": response}]
+    source, output = small_data.write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    assert cli.main([str(x) for x in ("score", "--ref", models[0], "--input", source, "--output", output)]) == 0
+    messages, tokens = [json.loads(line) for line in output.read_text().splitlines()]
+    assert messages["ref_log_probs"] == tokens["ref_log_probs"] and messages["prompt"] == CHAT
+
+
 def test_scoring_goes_on_where_it_stopped_with_either_model_alone(models, tmp_path, capsys):
     records = [{"prompt": PROMPT, "response": "eggs " * n} for n in range(1, 4)]
     source = small_data.write_lines(tmp_path / "in.jsonl", records)
@@ -298,7 +388,7 @@ def test_a_template_s_date_is_given_or_today_s(models, tmp_path, capfd, command)
         options = ["--ref", ref, "--prompt-format", "chat", *(["--date", date] if date else [])]
         prompt = Tokenizer.load(ref, prompt_format="chat", date=date).encode_prompt(PROMPT)
         if command == "generate":
-            (line,) = stdout_lines(capfd, command, *options, PROMPT, "--temperature", "0", *FEW)
+            (line,) = stdout_lines(capfd, command, *options, PROMPT, "--temperature", "0", "--max-new-tokens", NEW)
         else:
             assert cli.main([str(x) for x in (command, *options, "--input", source, "--output", output)]) == 0
             response = Tokenizer.load(ref, prompt_format="chat").encode_response("a")

@@ -14,7 +14,7 @@ from qsharp_jax.system.errors import UserError
 
 SETTINGS = {"ref": "a", "guide": ["b"], "temperature": 1.0, "stop_ids": [1, 2], "weights": None}
 PROMPTS = [("Sam\u2028has", 0.1), ("Sam\u2028has", None), ('"Mia"', 0.1), ("日本", 0.1)]
-REQUESTS = [Request(prompt, eta, 7 * place) for place, (prompt, eta) in enumerate(PROMPTS * 3)]
+REQUESTS = [Request(prompt, {}, eta, 7 * place) for place, (prompt, eta) in enumerate(PROMPTS * 3)]
 GENERATION = Generation(
     tokens=np.asarray([[5, 6, 0], [7, 1, 9]]),
     lengths=np.asarray([2, 3]),
@@ -151,7 +151,7 @@ def test_sorting_replaces_what_a_link_refers_to(tmp_path):
         ),
         (make_line(0).replace('["b"]', "null"), 'with guide null, and this command has ["b"]; give another --output'),
         (make_line(0).replace('"ref": "a"', '"ref": "a", "mode": "cd"'), 'mode "cd", and this command has null'),
-        (make_line(0).replace('"Sam\u2028has"', '["a"]'), "line 1, is not of `qsharp generate`"),
+        (make_line(0).replace('"Sam\u2028has"', '["a"]'), "line 1, is not a response that this"),
         (make_line(0) + '{"prompt": "a", "response": "b"}\n', "line 2, is not of `qsharp generate`"),
         (make_line(0) + make_line(1)[:50] + "\n" + make_line(2), "line 2, is not of `qsharp generate`"),
         ("[1]\n", "line 1, is not of"),
