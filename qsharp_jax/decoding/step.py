@@ -159,19 +159,19 @@ def advance(
     # On a mesh: what all rows share a slot of is not divided by row.
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
-    turn = decoder.rotation(positions, config)
+    turns = decoder.rotations(positions, config)
     new, written = [], []
-    for layer, *buffers in zip(params["layers"], cache.keys, cache.values, strict=True):
+    for layer, kind, *buffers in zip(params["layers"], config.kinds, cache.keys, cache.values, strict=True):
 
-        def attend(query, key, value, buffers=tuple(buffers)):
+        def attend(query, key, value, buffers=tuple(buffers), window=kind.window):
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
             after = kv_cache.write_pair(buffers, pair, cache.slot, cache.axes)
             read = _ordered(lambda before, after: before, lambda before, after: after, buffers, after)
-            form = cache.ring, cache.positions_last
+            form = cache.ring, cache.positions_last, window
             return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, *form)), (pair, after)
 
-        x, (pair, after) = decoder.block(layer, config, x, turn, attend)
+        x, (pair, after) = decoder.block(layer, config, x, turns[kind.rope], attend)
         x = sharding.constrain(x, *stream)
         new.append(pair)
         written.append(after)

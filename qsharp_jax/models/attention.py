@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from qsharp_jax.models import cpu_form, sharding
+from qsharp_jax.system.errors import UserError
 
 Attention = Literal["xla", "blocks", "cudnn", "splash"]
-# (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E]) -> [B, T, H, E]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E], window) -> [B, T, H, E]. The window is the number of tokens
+# that each sees, its own included, which may be traced; the integer 0, the default, is no window.
+Attend = Callable[..., jax.Array]
 
 SPLASH_TILES = (512, 256, 128)  # the first that divides the length is used
 
@@ -35,12 +37,22 @@ def _xla(segments: jax.Array, packed: bool) -> Attend:
     length = segments.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-    return lambda query, key, value: jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+    return lambda query, key, value, window=0: jax.nn.dot_product_attention(
+        query, key, value, mask=_near(mask, window)[:, None]
+    )
+
+
+def _near(mask: jax.Array, window: Any) -> jax.Array:
+    """The part of a mask [..., T, T] within the window."""
+    if isinstance(window, int) and not window:
+        return mask
+    places = jnp.arange(mask.shape[-1])
+    return mask & (places[:, None] - places < window)
 
 
 def _blocks(segments: jax.Array, packed: bool) -> Attend:
     """For CPUs: queries in blocks, each with the keys up to its end."""
-    return lambda query, key, value: cpu_form.attention(query, key, value, segments)
+    return lambda query, key, value, window=0: cpu_form.attention(query, key, value, segments, window)
 
 
 def _cudnn(segments: jax.Array, packed: bool) -> Attend:
@@ -49,14 +61,26 @@ def _cudnn(segments: jax.Array, packed: bool) -> Attend:
     Rows of one segment with the padding behind it need no mask [B, 1, T, T]: causality alone keeps tokens from padding.
     """
     same = (segments[:, None, :, None] == segments[:, None, None, :]) if packed else None
-    return lambda query, key, value: jax.nn.dot_product_attention(
-        query, key, value, mask=same, is_causal=True, implementation="cudnn"
-    )
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, window: Any = 0) -> jax.Array:
+        mask = same
+        if not isinstance(window, int) or window:
+            everything = jnp.ones((1, 1, *2 * segments.shape[1:]), bool)
+            mask = _near(everything if same is None else same, window)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, implementation="cudnn")
+
+    return attend
 
 
 def _splash(segments: jax.Array, packed: bool) -> Attend:
     """The TPU's kernel, for lengths that 128 divides."""
-    return lambda query, key, value: _splash_under_mesh(query, key, value, segments)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, window: Any = 0) -> jax.Array:
+        if not isinstance(window, int) or window:
+            raise UserError("splash attention has no windows, which this model has; use config.fit.attention=xla")
+        return _splash_under_mesh(query, key, value, segments)
+
+    return attend
 
 
 # (segments, packed) -> Attend, see `make`

@@ -1,13 +1,20 @@
 """The shape of a decoder as data, with named sizes.
 
-One config class covers GPT-2 (learned positions, LayerNorm, GELU) and Llama/Qwen (rotary positions, RMSNorm, grouped
-queries, SwiGLU).
+One config class covers GPT-2 (learned positions, LayerNorm, GELU) and Llama's relatives (rotary positions, RMSNorm,
+grouped queries, gated feed-forward), whose layers may differ in their window and their rotary positions.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+
+
+class LayerKind(NamedTuple):
+    """The part of a layer that may differ from other layers of the same decoder."""
+
+    window: int  # tokens that attention sees, its own included; 0: all
+    rope: str  # "main", "window" (its own base, unscaled) or "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +31,27 @@ class DecoderConfig:
     mlp: int  # hidden width of the feed-forward part
     max_positions: int  # longest sequence, in tokens
     positions: str = "rope"  # "rope" or "learned"
-    norm: str = "rms"  # "rms" or "layer"
-    activation: str = "swiglu"  # "swiglu" or "gelu"
+    norm: str = "rms"  # "rms", "rms_plus_one" (its scale is stored minus 1, Gemma) or "layer"
+    post_norms: bool = False  # a norm also after attention and after the feed-forward part (Gemma)
+    activation: str = "swiglu"  # "swiglu", "geglu" (Gemma) or "gelu"
     bias: bool = False  # biases on every projection (GPT-2)
     qkv_bias: bool = False  # biases on the query, key and value projections (Qwen 2)
     qk_norm: bool = False  # RMSNorm on the heads' queries and keys (Qwen 3)
+    query_scalar: float = 0.0  # attention scores are divided by its square root; 0: head_dim (Gemma)
+    scaled_embedding: bool = False  # embeddings are multiplied by the square root of their width (Gemma)
+    fused: bool = False  # checkpoints have query, key and value, and gate and up, in one matrix each (Phi-3)
     tied: bool = False  # the output head is the embedding's transpose
     # add a learned share of the previous token's embedding to every position's input. With it, a small model learns to
     # follow a graph's edges in tens of steps instead of thousands.
     token_shift: bool = False
+    window: int = 0  # tokens that attention sees in the layers of window_layers, its own included; 0: no window
+    window_layers: tuple[int, ...] = ()  # indices of layers with the window, from 0
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    # Llama 3.1's rotary scaling: the factor by which long wavelengths are stretched; 1 is no scaling
-    rope_factor: float = 1.0
+    window_rope_theta: float = 0.0  # base in the layers of window_layers, without scaling; 0: as the others (Gemma)
+    no_rope_layers: tuple[int, ...] = ()  # indices of layers without rotary positions (SmolLM3)
+    rope_dims: int = 0  # the first numbers of a head, which are rotated; 0: all of them
+    rope_scaling: str = "llama3"  # which wavelengths rope_factor stretches: "llama3" long ones, "linear" all
+    rope_factor: float = 1.0  # the factor by which wavelengths are stretched; 1 is no scaling
     # rope_low_freq, rope_high_freq: wavelengths above rope_original_positions / rope_low_freq are stretched by the
     # whole factor, those below rope_original_positions / rope_high_freq not at all, those between partly
     rope_low_freq: float = 1.0
@@ -54,13 +70,42 @@ class DecoderConfig:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even one")
+        rotated = "rope_dims" if self.rope_dims else "head_dim"
+        if self.positions == "rope" and getattr(self, rotated) % 2:
+            raise ValueError(f"model.{rotated} is {getattr(self, rotated)}; rotary positions need an even one")
+        if not 0 <= self.rope_dims <= self.head_dim:
+            raise ValueError(f"model.rope_dims is {self.rope_dims}; it must be from 0 to model.head_dim")
+        if self.window < 0 or self.window == 1 or (self.window == 0) != (not self.window_layers):
+            raise ValueError(
+                f"model.window is {self.window}; it must be 0 with no model.window_layers, or at least 2 with some"
+            )
         if not 0 < self.rope_low_freq < self.rope_high_freq:
             raise ValueError(
                 f"model.rope_low_freq ({self.rope_low_freq}) must be above 0 and below model.rope_high_freq"
                 f" ({self.rope_high_freq})"
             )
+
+    @property
+    def gated(self) -> bool:
+        """True if the feed-forward part is gated."""
+        return self.activation != "gelu"
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return tuple(self._kind(layer) for layer in range(self.layers))
+
+    def _kind(self, layer: int) -> LayerKind:
+        window = self.window if layer in self.window_layers else 0
+        if self.positions != "rope" or layer in self.no_rope_layers:
+            return LayerKind(window, "none")
+        return LayerKind(window, "window" if window and self.window_rope_theta else "main")
+
+    def first_layers(self, count: int) -> "DecoderConfig":
+        """Return the config of the decoder that ends after its first `count` layers."""
+        windows, no_rope = (tuple(i for i in of if i < count) for of in (self.window_layers, self.no_rope_layers))
+        window = self.window if windows else 0
+        return dataclasses.replace(self, layers=count, window=window, window_layers=windows, no_rope_layers=no_rope)
 
     @property
     def compute_dtype(self) -> Any:
@@ -73,8 +118,9 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _CHOICES = {
     "positions": ("rope", "learned"),
-    "norm": ("rms", "layer"),
-    "activation": ("swiglu", "gelu"),
+    "norm": ("rms", "rms_plus_one", "layer"),
+    "activation": ("swiglu", "geglu", "gelu"),
+    "rope_scaling": ("llama3", "linear"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -111,6 +157,15 @@ def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> dict:
     )  # fmt: skip
 
 
+def _gemma3(embed: int, layers: int, heads: int, mlp: int) -> dict:
+    return dict(
+        vocab_size=262_144, embed=embed, layers=layers, heads=heads, kv_heads=1, head_dim=256, mlp=mlp,
+        max_positions=32_768, norm="rms_plus_one", norm_eps=1e-6, post_norms=True, activation="geglu", qk_norm=True,
+        scaled_embedding=True, tied=True, rope_theta=1e6, window=512, window_rope_theta=1e4,
+        window_layers=tuple(i for i in range(layers) if (i + 1) % 6),
+    )  # fmt: skip
+
+
 # Published sizes; "tiny" is the model that the small tasks pre-train.
 SIZES = {
     "tiny": dict(vocab_size=128, embed=96, layers=3, heads=4, kv_heads=4, head_dim=24, mlp=128, max_positions=512),
@@ -128,6 +183,8 @@ SIZES = {
     "qwen2.5-7b": _qwen25(152_064, 3584, 28, 28, 4, 18_944, tied=False),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
+    "gemma3-270m": _gemma3(640, 18, 4, 2048),
+    "gemma3-1b": _gemma3(1152, 26, 4, 6912),
 }
 
 

@@ -98,8 +98,11 @@ def with_rows(cache: Any) -> Any:
 # --- Attention in blocks of queries ---------------------------------------------------------------------------------
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention of query [B, T, H, E] to key and value [B, T, G, E] within segments [B, T]: [B, T, H, E]."""
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, window: Any = 0) -> jax.Array:
+    """Causal attention of query [B, T, H, E] to key and value [B, T, G, E] within segments [B, T]: [B, T, H, E].
+
+    `window` is as in `attention.Attend`.
+    """
     batch, length, heads, size = query.shape
     kv_heads = key.shape[2]
     query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
@@ -108,6 +111,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     for begin in range(0, length, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, length)
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
+        if not isinstance(window, int) or window:
+            causal &= jnp.arange(begin, end)[:, None] - jnp.arange(end) < window
         mask = causal & (segments[:, begin:end, None] == segments[:, None, :end])
         blocks.append(_block(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], mask))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)

@@ -1,4 +1,4 @@
-"""One decoder for GPT-2 and for Llama/Qwen, as plain functions over its parameters.
+"""One decoder for GPT-2 and for Llama's relatives, as plain functions over its parameters.
 
 Shapes: B batch, T length, D embed, H heads, G kv heads, E head_dim, V vocabulary, L layers. `leaves.py` lists the
 parameters. `block` computes everything but attention, which its caller passes in as `attend(query, key, value)`: causal
@@ -107,13 +107,16 @@ def unstack(params: Params, *, transposed: bool = False) -> Params:
 
 
 def _norm(params: Params, name: str, config: DecoderConfig, x: jax.Array) -> Any:
-    if config.norm == "rms":
-        module: nn.Module = nn.RMSNorm(epsilon=config.norm_eps, dtype=config.compute_dtype)
-    else:
+    stored = params[name]
+    if config.norm == "layer":
         # The fast variance E[x^2] - E[x]^2 loses digits needed to match other implementations.
-        module = nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, use_fast_variance=False)
+        module: nn.Module = nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, use_fast_variance=False)
+    else:
+        module = nn.RMSNorm(epsilon=config.norm_eps, dtype=config.compute_dtype)
+    if config.norm == "rms_plus_one":
+        stored = {"scale": 1 + stored["scale"].astype(jnp.float32)}
     with jax.named_scope(name):
-        return module.apply({"params": params[name]}, x)
+        return module.apply({"params": stored}, x)
 
 
 def _project(params: Params, name: str, x: jax.Array) -> jax.Array:
@@ -162,7 +165,7 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One layer: pre-norm attention and feed-forward, each added to the residual stream x [B, T, D].
 
-    `rotation` is from the function of that name. Returns [B, T, D], and what `attend` collects.
+    `rotation` is the layer's from `rotations`. Returns [B, T, D], and what `attend` collects.
     """
     batch, length = x.shape[:2]
     h = _norm(params, "attention_norm", config, x)
@@ -173,42 +176,66 @@ def block(
         query, key = _norm(params, "query_norm", config, query), _norm(params, "key_norm", config, key)
     if rotation is not None:
         query, key = rotate(query, rotation), rotate(key, rotation)
+    if config.query_scalar:  # attention itself divides by the root of the head's width
+        query = query * (config.head_dim / config.query_scalar) ** 0.5
     attended, collected = attend(query, key, value)
     attended = attended.reshape(batch, length, config.heads * config.head_dim).astype(config.compute_dtype)
-    x = x + _project(params, "output", attended)
+    h = _project(params, "output", attended)
+    x = x + (_norm(params, "attention_post_norm", config, h) if config.post_norms else h)
 
     h = _norm(params, "mlp_norm", config, x)
     up = _project(params, "up", h)
     if config.activation == "swiglu":
         h = jax.nn.silu(_project(params, "gate", h)) * up
+    elif config.activation == "geglu":
+        h = jax.nn.gelu(_project(params, "gate", h), approximate=True) * up
     else:
         h = jax.nn.gelu(up, approximate=True)
-    return x + _project(params, "down", h), collected
+    h = _project(params, "down", h)
+    return x + (_norm(params, "mlp_post_norm", config, h) if config.post_norms else h), collected
 
 
-def rotation(positions: jax.Array, config: DecoderConfig) -> jax.Array | None:
-    """Cosines and sines of rotary positions, float32 [2, B, T, 1, E/2]; None when positions are learned."""
-    if config.positions != "rope":
+def rotations(positions: jax.Array, config: DecoderConfig) -> dict[str, jax.Array | None]:
+    """Cosines and sines of rotary positions, float32 [2, B, T, 1, R/2] with R rotated dimensions, by `LayerKind.rope`.
+
+    Layers without rotary positions have None.
+    """
+    return {rope: _rotation(positions, config, rope) for rope in dict.fromkeys(kind.rope for kind in config.kinds)}
+
+
+def _rotation(positions: jax.Array, config: DecoderConfig, rope: str) -> jax.Array | None:
+    if rope == "none":
         return None
-    angles = positions[..., None, None].astype(jnp.float32) * _frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * _frequencies(config, rope)
     # The barrier keeps XLA from fusing the sines into each layer, which would compute them again for every head.
     return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
 
 
-def _frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians per position for each pair of a head's numbers, float32 [E/2], with Llama 3.1's scaling.
+def _frequencies(config: DecoderConfig, rope: str) -> np.ndarray:
+    """Radians per position for each pair of a head's rotated numbers, float32 [R/2], with the scaling.
 
     Computed on the host in float64: at position 100,000 a rounding error in the last digit is a large angle.
     """
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    dims = config.rope_dims or config.head_dim
+    theta = config.window_rope_theta if rope == "window" else config.rope_theta
+    frequencies = theta ** (-np.arange(0, dims, 2) / dims)
+    if rope == "window":
+        return frequencies.astype(np.float32)
+    if config.rope_scaling == "linear":
+        return (frequencies / config.rope_factor).astype(np.float32)
     turns = config.rope_original_positions * frequencies / (2 * np.pi)  # in the context before the scaling
     unscaled = np.clip((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq), 0, 1)
     return (frequencies * (unscaled + (1 - unscaled) / config.rope_factor)).astype(np.float32)
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
-    """Rotary position embedding in the half-split convention of Llama checkpoints (Su et al., arXiv 2104.09864)."""
+    """Rotary position embedding in the half-split convention of Llama checkpoints (Su et al., arXiv 2104.09864).
+
+    Only the first R numbers of each head are rotated, where the rotation is of fewer than all.
+    """
     cos, sin = rotation
+    if (dims := 2 * cos.shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :dims], rotation), x[..., dims:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -227,6 +254,8 @@ def embed(
       positions: [B, T] counted from each sequence's first token.
     """
     x = params["embedding"][tokens]
+    if config.scaled_embedding:
+        x = x * jnp.asarray(config.embed**0.5, config.compute_dtype)  # rounded to that dtype, as in `transformers`
     if config.token_shift:
         shifted = params["embedding"][jnp.maximum(previous, 0)] * params["token_shift"]
         x = x + jnp.where(previous[..., None] >= 0, shifted, 0)
@@ -266,6 +295,29 @@ def _rematerialized(run_block: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(run_block, policy=policies[remat])
 
 
+def _step(
+    run_block: Callable, layers: Params, config: DecoderConfig, turns: dict[str, jax.Array | None], length: int
+) -> tuple[Callable, Any]:
+    """The step of a scan over stacked layers, and what is scanned: where layers differ, also window and rotation."""
+    kinds = config.kinds
+    if len(set(kinds)) == 1:
+        window, rope = kinds[0]
+        return lambda x, layer: run_block(x, layer, window, turns[rope]), layers
+    some = next((table for table in turns.values() if table is not None), None)
+    tables = None
+    if some is not None:
+        still = jnp.stack([jnp.ones_like(some[0]), jnp.zeros_like(some[0])])  # a rotation by no angle
+        tables = jnp.stack([still if table is None else table for table in turns.values()])
+    windows = jnp.array([kind.window or length for kind in kinds])
+    ropes = jnp.array([list(turns).index(kind.rope) for kind in kinds])
+
+    def step(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+        layer, window, rope = scanned
+        return run_block(x, layer, window, None if tables is None else tables[rope])
+
+    return step, (layers, windows, ropes)
+
+
 def forward(
     params: Params,
     config: DecoderConfig,
@@ -296,13 +348,13 @@ def forward(
     """
     chex.assert_rank([tokens, segments, positions], 2)
     chex.assert_equal_shape([tokens, segments, positions])
-    turn = rotation(positions, config)
+    turns = rotations(positions, config)
     within_segments = attention.make(attend_by, segments, packed=packed)
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-        return within_segments(query, key, value), (key, value) if keep_kv else None
+    def run_block(x: jax.Array, layer: Params, window: Any, turn: jax.Array | None) -> tuple[jax.Array, Any]:
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+            return within_segments(query, key, value, window), (key, value) if keep_kv else None
 
-    def run_block(x: jax.Array, layer: Params) -> tuple[jax.Array, Any]:
         layer = sharding.gather_weights(layer, config)
         x, kv = block(layer, config, x, turn, attend)
         return sharding.constrain_sequences(x), kv
@@ -311,10 +363,11 @@ def forward(
     x = sharding.constrain_sequences(sharding.constrain_looked_up(x))
     if isinstance(params["layers"], list):
         kv = []
-        for layer in params["layers"]:
-            x, pair = run_block(x, layer)
+        for layer, kind in zip(params["layers"], config.kinds, strict=True):
+            x, pair = run_block(x, layer, kind.window, turns[kind.rope])
             kv.append(pair)
     else:
+        step, scanned = _step(run_block, params["layers"], config, turns, tokens.shape[1])
         # Unrolled where everything is saved: a loop would copy what each step saves into arrays of all layers and back.
-        x, kv = jax.lax.scan(_rematerialized(run_block, remat), x, params["layers"], unroll=remat == "none")
+        x, kv = jax.lax.scan(_rematerialized(step, remat), x, scanned, unroll=remat == "none")
     return final_norm(params, config, x), kv

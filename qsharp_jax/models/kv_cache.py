@@ -162,6 +162,7 @@ def attend(
     index: jax.Array,
     ring: bool = False,
     positions_last: bool = False,
+    window: int = 0,
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
@@ -174,6 +175,7 @@ def attend(
       keys, values: the buffers, as in `KVCache`; their positions before `index` are read.
       start: [B], first position of each row.
       index: scalar, the pending token's position.
+      window: the number of tokens that each sees, its own included; 0: all.
 
     Returns:
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
@@ -212,6 +214,9 @@ def attend(
         positions = index - 1 - (index - 1 - positions) % size  # the last one before `index` in each slot
     seen = (positions >= start[:, None]) & (positions < index)  # [B, S]
     scores += jnp.where(seen, 0, -jnp.inf)[:, None, None]
+    if window:  # a candidate, one position after the pending token, sees one position less of the cache
+        first = index + 1 - window + (jnp.arange(tokens) > 0)  # [Q]
+        scores += jnp.where(jnp.tile(positions >= first[:, None], (shared, 1)), 0, -jnp.inf)
     pending = jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
     own = jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
     own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # token 0's is `pending`

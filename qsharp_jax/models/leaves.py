@@ -25,19 +25,32 @@ Init = Callable[[jax.Array, tuple[int, ...], DecoderConfig], jax.Array]
 class Place:
     """The place of a leaf, or of one layer of it, in a checkpoint.
 
-    PyTorch's `Linear` is stored as [out, in]; GPT-2's `Conv1D` as [in, out], with query, key and value in one tensor.
+    PyTorch's `Linear` is stored as [out, in]; GPT-2's `Conv1D` as [in, out].
     """
 
     name: str  # the tensor's name, with {} for the layer
     transposed: bool = False  # the tensor's axes are the leaf's in reverse
-    # part, parts: the leaf is this one of several equal parts of the tensor's last axis
+    # axis, part, parts: the leaf is this one of several parts of one axis of the tensor, 0 or -1. Parts are logical
+    # axes in the tables, and lengths after `sized`.
+    axis: int = -1
     part: int = 0
-    parts: int = 1
+    parts: tuple[str | int, ...] = ()
+
+    def sized(self, sizes: Mapping[str, int]) -> "Place":
+        """The place with the lengths of its parts, from those of the logical axes."""
+        return dataclasses.replace(self, parts=tuple(sizes[str(part)] for part in self.parts))
+
+    @property
+    def offset(self) -> int:
+        """The leaf's first index on the tensor's axis."""
+        return sum(map(int, self.parts[: self.part]))
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, from the leaf's."""
-        shape = shape[::-1] if self.transposed else shape
-        return (*shape[:-1], shape[-1] * self.parts)
+        stored = list(shape[::-1] if self.transposed else shape)
+        if self.parts:
+            stored[self.axis] = sum(map(int, self.parts))
+        return tuple(stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +61,8 @@ class Leaf:
     init: Init | None = None  # draws the initial value; None for leaves that the training code creates itself
     # (config) -> True if a decoder of this config has the leaf
     used: Callable[[DecoderConfig], bool] = lambda config: True
-    # gpt2, llama: its place in checkpoints of GPT-2, and of Llama and Qwen; None where the family has none
+    # gpt2, llama: its place in checkpoints of GPT-2, and of Llama and its relatives, unless `RELATIVES` has another;
+    # None where the family has none
     gpt2: Place | None = None
     llama: Place | None = None
 
@@ -82,8 +96,9 @@ def _zeros(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax
     return jnp.zeros(shape, jnp.float32)
 
 
-def _ones(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
-    return jnp.ones(shape, jnp.float32)
+def _unit(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
+    """The scale of a norm that does not scale."""
+    return jnp.full(shape, 0.0 if config.norm == "rms_plus_one" else 1.0, jnp.float32)
 
 
 def _half(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
@@ -106,7 +121,7 @@ def _residual_kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConf
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def _gpt2(name: str, part: int = 0, parts: int = 1) -> Place:
+def _gpt2(name: str, part: int = 0, parts: tuple[str, ...] = ()) -> Place:
     return Place(f"transformer.h.{{}}.{name}", part=part, parts=parts)
 
 
@@ -114,47 +129,50 @@ def _llama(name: str) -> Place:
     return Place(f"model.layers.{{}}.{name}")
 
 
-def _linear(name: str) -> Place:
-    return Place(f"model.layers.{{}}.{name}.weight", transposed=True)
+def _linear(name: str, part: int = 0, parts: tuple[str, ...] = ()) -> Place:
+    return Place(f"model.layers.{{}}.{name}.weight", transposed=True, axis=0, part=part, parts=parts)
 
 
+_QKV = ("heads", "kv", "kv")
 _LM_HEAD = Place("lm_head.weight", transposed=True)
 
 # fmt: off
 # The leaves of one block. A module's kernel comes first: its random key depends on its place among the leaves.
 BLOCK: dict[str, Leaf] = {
-    "attention_norm/scale": Leaf(("width",), _ones, gpt2=_gpt2("ln_1.weight"), llama=_llama("input_layernorm.weight")),
+    "attention_norm/scale": Leaf(("width",), _unit, gpt2=_gpt2("ln_1.weight"), llama=_llama("input_layernorm.weight")),
     "attention_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=_gpt2("ln_1.bias")),
     "query/kernel": Leaf(("embed", "heads"), _kernel,
-        gpt2=_gpt2("attn.c_attn.weight", 0, 3), llama=_linear("self_attn.q_proj")),
+        gpt2=_gpt2("attn.c_attn.weight", 0, _QKV), llama=_linear("self_attn.q_proj")),
     "query/bias": Leaf(("heads",), _zeros, used=lambda c: c.bias or c.qkv_bias,
-        gpt2=_gpt2("attn.c_attn.bias", 0, 3), llama=_llama("self_attn.q_proj.bias")),
+        gpt2=_gpt2("attn.c_attn.bias", 0, _QKV), llama=_llama("self_attn.q_proj.bias")),
     "key/kernel": Leaf(("embed", "kv"), _kernel,
-        gpt2=_gpt2("attn.c_attn.weight", 1, 3), llama=_linear("self_attn.k_proj")),
+        gpt2=_gpt2("attn.c_attn.weight", 1, _QKV), llama=_linear("self_attn.k_proj")),
     "key/bias": Leaf(("kv",), _zeros, used=lambda c: c.bias or c.qkv_bias,
-        gpt2=_gpt2("attn.c_attn.bias", 1, 3), llama=_llama("self_attn.k_proj.bias")),
+        gpt2=_gpt2("attn.c_attn.bias", 1, _QKV), llama=_llama("self_attn.k_proj.bias")),
     "value/kernel": Leaf(("embed", "kv"), _kernel,
-        gpt2=_gpt2("attn.c_attn.weight", 2, 3), llama=_linear("self_attn.v_proj")),
+        gpt2=_gpt2("attn.c_attn.weight", 2, _QKV), llama=_linear("self_attn.v_proj")),
     "value/bias": Leaf(("kv",), _zeros, used=lambda c: c.bias or c.qkv_bias,
-        gpt2=_gpt2("attn.c_attn.bias", 2, 3), llama=_llama("self_attn.v_proj.bias")),
-    "query_norm/scale": Leaf(("head_dim",), _ones, used=lambda c: c.qk_norm, llama=_llama("self_attn.q_norm.weight")),
+        gpt2=_gpt2("attn.c_attn.bias", 2, _QKV), llama=_llama("self_attn.v_proj.bias")),
+    "query_norm/scale": Leaf(("head_dim",), _unit, used=lambda c: c.qk_norm, llama=_llama("self_attn.q_norm.weight")),
     "query_norm/bias": Leaf(("head_dim",), _zeros, used=lambda c: c.qk_norm and c.norm == "layer"),
-    "key_norm/scale": Leaf(("head_dim",), _ones, used=lambda c: c.qk_norm, llama=_llama("self_attn.k_norm.weight")),
+    "key_norm/scale": Leaf(("head_dim",), _unit, used=lambda c: c.qk_norm, llama=_llama("self_attn.k_norm.weight")),
     "key_norm/bias": Leaf(("head_dim",), _zeros, used=lambda c: c.qk_norm and c.norm == "layer"),
     "output/kernel": Leaf(("heads", "embed"), _residual_kernel,
         gpt2=_gpt2("attn.c_proj.weight"), llama=_linear("self_attn.o_proj")),
     "output/bias": Leaf(("width",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("attn.c_proj.bias")),
-    "mlp_norm/scale": Leaf(("width",), _ones,
+    "attention_post_norm/scale": Leaf(("width",), _unit, used=lambda c: c.post_norms),
+    "mlp_norm/scale": Leaf(("width",), _unit,
         gpt2=_gpt2("ln_2.weight"), llama=_llama("post_attention_layernorm.weight")),
     "mlp_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=_gpt2("ln_2.bias")),
-    "gate/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: c.activation == "swiglu",
+    "gate/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: c.gated,
         llama=_linear("mlp.gate_proj")),
-    "gate/bias": Leaf(("mlp",), _zeros, used=lambda c: c.activation == "swiglu" and c.bias),
+    "gate/bias": Leaf(("mlp",), _zeros, used=lambda c: c.gated and c.bias),
     "up/kernel": Leaf(("embed", "mlp"), _kernel, gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
     "up/bias": Leaf(("mlp",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_fc.bias")),
     "down/kernel": Leaf(("mlp", "embed"), _residual_kernel,
         gpt2=_gpt2("mlp.c_proj.weight"), llama=_linear("mlp.down_proj")),
     "down/bias": Leaf(("width",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_proj.bias")),
+    "mlp_post_norm/scale": Leaf(("width",), _unit, used=lambda c: c.post_norms),
 }
 # The leaves of a decoder outside its blocks.
 OUTER: dict[str, Leaf] = {
@@ -163,7 +181,7 @@ OUTER: dict[str, Leaf] = {
     "positions": Leaf(("positions", "embed"), _normal, used=lambda c: c.positions == "learned",
         gpt2=Place("transformer.wpe.weight")),
     "token_shift": Leaf(("width",), _half, used=lambda c: c.token_shift),
-    "final_norm/scale": Leaf(("width",), _ones,
+    "final_norm/scale": Leaf(("width",), _unit,
         gpt2=Place("transformer.ln_f.weight"), llama=Place("model.norm.weight")),
     "final_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=Place("transformer.ln_f.bias")),
     "head": Leaf(("embed", "vocab"), _normal, used=lambda c: not c.tied, gpt2=_LM_HEAD, llama=_LM_HEAD),
@@ -177,6 +195,21 @@ V_HEAD: dict[str, Leaf] = {
 Q_HEAD: dict[str, Leaf] = {
     "head/kernel": Leaf(("embed", "outputs"), _zeros, gpt2=_LM_HEAD, llama=_LM_HEAD),
 }
+# Places of leaves in families whose checkpoints are otherwise Llama's, by family.
+RELATIVES: dict[str, dict[str, Place]] = {
+    "gemma3_text": {
+        "attention_post_norm/scale": _llama("post_attention_layernorm.weight"),
+        "mlp_norm/scale": _llama("pre_feedforward_layernorm.weight"),
+        "mlp_post_norm/scale": _llama("post_feedforward_layernorm.weight"),
+    },
+    "phi3": {
+        "query/kernel": _linear("self_attn.qkv_proj", 0, _QKV),
+        "key/kernel": _linear("self_attn.qkv_proj", 1, _QKV),
+        "value/kernel": _linear("self_attn.qkv_proj", 2, _QKV),
+        "gate/kernel": _linear("mlp.gate_up_proj", 0, ("mlp", "mlp")),
+        "up/kernel": _linear("mlp.gate_up_proj", 1, ("mlp", "mlp")),
+    },
+}
 # Leaves that exist only during training: heads of the future-token loss, a policy's value head.
 TRAINED_BESIDE: dict[str, Leaf] = {
     "future": Leaf((None, "embed", "vocab")),
@@ -186,13 +219,14 @@ TRAINED_BESIDE: dict[str, Leaf] = {
 # fmt: on
 
 
+def flipped(place: Place | None) -> Place | None:
+    """The place of a leaf whose axes are in reverse."""
+    return place and dataclasses.replace(place, transposed=not place.transposed)
+
+
 def _transposed(leaf: Leaf) -> Leaf:
     """The entry of a matrix that is stored [out, in] instead of [in, out]."""
-
-    def flip(place: Place | None) -> Place | None:
-        return place and dataclasses.replace(place, transposed=not place.transposed)
-
-    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=flip(leaf.gpt2), llama=flip(leaf.llama))
+    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=flipped(leaf.gpt2), llama=flipped(leaf.llama))
 
 
 _KERNELS = {path.removesuffix("kernel"): leaf for path, leaf in BLOCK.items() if path.endswith("/kernel")}

@@ -13,6 +13,7 @@ import datetime
 import functools
 import itertools
 import os
+import typing
 from pathlib import Path
 
 import jax
@@ -145,7 +146,7 @@ def guide_shape(
         if section.layers > trunk.layers or (start and hf.is_guide(start)):
             what = "a guide, which keeps its own" if start and hf.is_guide(start) else f"one of {trunk.layers} layers"
             raise UserError(f"config.value.layers is {section.layers}, but the guide starts from {what}; give 0")
-        trunk = dataclasses.replace(trunk, layers=section.layers)
+        trunk = trunk.first_layers(section.layers)
     stored = hf.read_guide_config(start, trunk.dtype) if start and hf.is_guide(start) else None
     if section.distribution != "auto":
         chosen = section.distribution, tuple(section.atoms)
@@ -198,9 +199,12 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
     if "vocab_size" in changes:
         raise ValueError("model.vocab_size is the tokenizer's; remove it from the config")
     for field in dataclasses.fields(DecoderConfig):
-        value_ = changes.get(field.name, field.type())
-        if type(value_) is not field.type and not (field.type is float and type(value_) is int):
-            raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {field.type.__name__}")
+        kind = typing.get_origin(field.type) or field.type
+        value_ = changes.get(field.name, kind())
+        if kind is tuple and isinstance(value_, list):  # of a config read from JSON
+            changes[field.name] = value_ = tuple(value_)
+        if type(value_) is not kind and not (kind is float and type(value_) is int):
+            raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {kind.__name__}")
     return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
 
 

@@ -9,13 +9,15 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from qsharp_jax.models import attention
+from qsharp_jax.system.errors import UserError
 
 
-def plain(query, key, value, segments):
+def plain(query, key, value, segments, window=None):
     """Textbook attention, one head at a time, in the inputs' dtype."""
     length, heads = query.shape[1:3]
     share = heads // key.shape[2]
     mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
+    mask &= np.triu(np.ones((length, length), bool), 1 - (window or length))
     attended = []
     for head in range(heads):
         scores = jnp.einsum("bqe,bke->bqk", query[:, :, head], key[:, :, head // share]) * query.shape[-1] ** -0.5
@@ -34,15 +36,15 @@ def inputs(length, heads, kv_heads, size, seed=0):
     return (query, key, value), cotangent * (segments > 0)[..., None, None], segments
 
 
-def compare(implementation, length, heads, kv_heads, size, tolerance, **options):
+def compare(implementation, length, heads, kv_heads, size, tolerance, window=0, **options):
     """Attention at real tokens, and the gradients of all three arguments."""
     arguments, cotangent, segments = inputs(length, heads, kv_heads, size)
 
     def loss(attend, *arguments):
         return (attend(*arguments) * cotangent).sum()
 
-    attend = attention.make(implementation, segments, **options)
-    expected = functools.partial(plain, segments=segments)
+    attend = functools.partial(attention.make(implementation, segments, **options), window=window)
+    expected = functools.partial(plain, segments=segments, window=int(window))
     real = segments > 0
     np.testing.assert_allclose(
         jax.jit(attend)(*arguments)[real], jax.jit(expected)(*arguments)[real], atol=tolerance, rtol=tolerance
@@ -57,6 +59,17 @@ def compare(implementation, length, heads, kv_heads, size, tolerance, **options)
 def test_attention_is_the_plain_einsum(implementation, length, heads, kv_heads):
     """Less than a block of queries, one, and some; grouped queries; several segments and padding."""
     compare(implementation, length, heads, kv_heads, 16, 2e-6)
+
+
+@pytest.mark.parametrize(("implementation", "window"), [("xla", 20), ("blocks", jnp.int32(20))])
+def test_a_window_is_the_plain_einsum_s(implementation, window):
+    compare(implementation, 150, 4, 2, 16, 2e-6, window=window)
+
+
+def test_splash_attention_refuses_windows():
+    arguments, _, segments = inputs(128, 2, 1, 16)
+    with pytest.raises(UserError, match="splash attention has no windows, which this model has; use config.fit.att"):
+        attention.make("splash", segments)(*arguments, window=8)
 
 
 @pytest.mark.slow
@@ -87,6 +100,8 @@ def test_the_call_of_cudnn(monkeypatch):
     actual = attention.make("cudnn", segments, packed=False)(*arguments)
     np.testing.assert_allclose(actual[segments > 0], plain(*arguments, segments)[segments > 0], atol=2e-6)
     assert calls[-1] == ("cudnn", False)
+    actual = attention.make("cudnn", segments, packed=False)(*arguments, window=4)
+    np.testing.assert_allclose(actual[segments > 0], plain(*arguments, segments, 4)[segments > 0], atol=2e-6)
 
 
 def test_blocks_in_bfloat16_lose_no_more_than_bfloat16_does():

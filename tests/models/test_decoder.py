@@ -25,6 +25,12 @@ FAMILIES = {
     "gpt2-shift": dataclasses.replace(GPT2, token_shift=True, activation="swiglu", kv_heads=2, tied=False),
 }
 
+# Layers that differ in window and rotary positions, and everything else that Gemma 3, SmolLM3 and Phi-3 have.
+MIXED = dataclasses.replace(
+    LLAMA, layers=3, window=4, window_layers=(0, 2), window_rope_theta=10.0, no_rope_layers=(2,), rope_dims=4,
+    norm="rms_plus_one", post_norms=True, activation="geglu", qk_norm=True, query_scalar=10.0, scaled_embedding=True,
+)  # fmt: skip
+
 # Three rows that hold four sequences: behind padding; two of them packed, before padding; alone.
 SEGMENTS = np.array([[0] * 4 + [1] * 8, [1] * 5 + [2] * 6 + [0], [3] * 12])
 POSITIONS = np.array([[0] * 4 + [*range(8)], [*range(5), *range(6), 0], [*range(12)]])
@@ -37,7 +43,7 @@ forward = jax.jit(decoder.forward, static_argnames=("config", "keep_kv"))
 
 @functools.cache
 def model(family):
-    config = FAMILIES[family]
+    config = MIXED if family == "mixed" else FAMILIES[family]
     return numpy_decoder.random_params(0, decoder.init, config), config
 
 
@@ -85,8 +91,9 @@ def test_a_row_moved_right_by_padding_keeps_its_hidden_states(family):
     np.testing.assert_allclose(hidden_of(family, moved, segments, positions)[0, :8], left, atol=1e-5)
 
 
-def test_scanned_layers_equal_unrolled_ones_keys_and_values_included():
-    params, config = model("gpt2-shift")
+@pytest.mark.parametrize("family", ["gpt2-shift", "mixed"])
+def test_scanned_layers_equal_unrolled_ones_keys_and_values_included(family):
+    params, config = model(family)
     unstacked = decoder.unstack(params)
     assert len(unstacked["layers"]) == config.layers
     scanned, (keys, values) = forward(params, config, TOKENS, SEGMENTS, POSITIONS, keep_kv=True)
@@ -97,6 +104,16 @@ def test_scanned_layers_equal_unrolled_ones_keys_and_values_included():
         assert key.shape == stored.shape == (*TOKENS.shape, config.kv_heads, config.head_dim)
         np.testing.assert_allclose(key, keys[layer], atol=1e-5)
         np.testing.assert_allclose(stored, values[layer], atol=1e-5)
+
+
+def test_the_first_layers_are_those_of_the_whole_model_in_window_and_rotary_positions_too():
+    params, config = model("mixed")
+    cut = config.first_layers(2)
+    assert (cut.kinds, cut.window_layers, cut.no_rope_layers) == (config.kinds[:2], (0,), ())
+    unstacked = decoder.unstack(params)
+    want, _ = forward(unstacked | {"layers": unstacked["layers"][:2]}, cut, TOKENS, SEGMENTS, POSITIONS)
+    got, _ = forward(decoder.first_layers(params, 2), cut, TOKENS, SEGMENTS, POSITIONS)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -156,7 +173,7 @@ def test_rotary_positions_are_scaled_as_published_up_to_the_last_position(size):
     frequencies = np.array([numpy_decoder.frequency(config, f) for f in plain])
     scaled = ~np.isclose(frequencies, plain)
     assert scaled.any() == (config.rope_factor > 1) and not scaled.all()
-    cos, sin = decoder.rotation(positions, config)
+    cos, sin = decoder.rotations(positions, config)["main"]
     angles = positions[0][:, None] * frequencies
     # An angle of 1e5 radians, in float32, is known to 1e5 * 2^-24.
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1.5e-7 * positions.max())

@@ -42,7 +42,12 @@ def test_a_reference_comes_with_tokenizer_stop_tokens_and_a_card(tmp_path):
     assert (loaded.get_vocab(), loaded.eos_token) == (tokenizer().get_vocab(), "</s>")
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
-    for words in ("Word problems.", "AutoModelForCausalLM.from_pretrained", "| reward | 0.3612 |", "| problems | 500 |"):
+    for words in (
+        "Word problems.",
+        "AutoModelForCausalLM.from_pretrained",
+        "| reward | 0.3612 |",
+        "| problems | 500 |",
+    ):
         assert words in card
 
 
@@ -149,7 +154,7 @@ def test_a_kill_leaves_no_half_model_and_the_next_export_mends_it(stop_at, tmp_p
         (dict(token_shift=True), "a model with token_shift cannot be exported"),
         (dict(positions="learned"), "no class of transformers computes it"),
         (dict(qkv_bias=True, qk_norm=True), "no class of transformers computes it"),
-        (dict(heads=3, kv_heads=3), "no class of transformers computes it"),
+        (dict(qkv_bias=True, rope_dims=4), "no class of transformers computes it"),
     ],
 )
 def test_a_model_without_a_class_in_transformers_is_refused_before_anything_is_written(changes, message, tmp_path):

@@ -94,7 +94,7 @@ def test_loading_takes_no_more_than_the_weights_and_one_tensor(form, tmp_path):
     from qsharp_jax.models.hf import files, load, names
 
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), BIG))
-    expected = load._expected(shapes, names.decoder_places("llama"))
+    expected = load._expected(shapes, names.decoder_places("llama", BIG))
     dtype = np.dtype(jax.numpy.bfloat16)
     noise = np.random.default_rng(0).normal(size=2**20).astype(dtype)
 

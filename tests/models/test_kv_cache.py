@@ -10,7 +10,7 @@ from qsharp_jax.models import cpu_form, kv_cache
 B, S, Q, H, G, E = 3, 9, 4, 6, 2, 5
 START, INDEX = np.array([0, 2, 6]), 6  # the last row's only token is the pending one
 
-attend = jax.jit(kv_cache.attend, static_argnames="positions_last")
+attend = jax.jit(kv_cache.attend, static_argnames=("ring", "positions_last", "window"))
 
 
 def step(seed=0, queries=Q):
@@ -31,16 +31,20 @@ def attend_one(query, seen):
     return weights @ values / weights.sum()
 
 
-@pytest.mark.parametrize("queries", [1, Q])
-def test_each_token_sees_its_row_up_to_the_pending_one_and_a_candidate_itself(queries):
+@pytest.mark.parametrize(("queries", "window"), [(1, 0), (Q, 0), (1, 3), (Q, 2), (Q, 3)])
+def test_each_token_sees_its_row_up_to_the_pending_one_and_a_candidate_itself(queries, window):
     query, key, value, keys, values = step(queries=queries)
-    got = attend(query, key, value, keys, values, START, INDEX)
+    got = attend(query, key, value, keys, values, START, INDEX, window=window)
+    lap = [np.roll(buffer, 2 * S + 4, axis=2) for buffer in (keys, values)]  # position p of a ring is in slot p % S
+    again = attend(query, key, value, *lap, START + 2 * S + 4, INDEX + 2 * S + 4, ring=True, window=window)
+    np.testing.assert_allclose(again, got, atol=1e-6)
     assert got.shape == query.shape
     for b in range(B):
         for q in range(queries):
             for h in range(H):
                 g = h * G // H
-                seen = [(keys[b, g, s], values[b, g, s]) for s in range(START[b], INDEX + 1)]
+                first = max(START[b], INDEX + (q > 0) + 1 - window) if window else START[b]
+                seen = [(keys[b, g, s], values[b, g, s]) for s in range(first, INDEX + 1)]
                 seen += [(key[b, q, g], value[b, q, g])] if q > 0 else []
                 np.testing.assert_allclose(got[b, q, h], attend_one(query[b, q, h], seen), atol=1e-5)
 

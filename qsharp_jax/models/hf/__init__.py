@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: `load_ref`, `load_guide`, `load_trunk`, `export_ref`, `export_guide`.
 
-Files: config.py (config.json), names.py (the tensor of each leaf), files.py (safetensors), gguf.py, hub.py, load.py,
-export.py, card.py.
+Files: families.py (what each family's class calls things), config.py (config.json), names.py (the tensor of each leaf),
+files.py (safetensors), gguf.py, hub.py, load.py, export.py, card.py.
 """
 
 from qsharp_jax.models.hf.config import check_no_adapter, stored_dtype

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 import qsharp_jax.models.hf.files as files
 import qsharp_jax.models.hf.gguf as hf_gguf
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.hf.families import FAMILIES
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError
@@ -21,54 +22,16 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 KEY = "qsharp"  # our entry in config.json
 
-# --- Tables: architectures, what is computed, and the names of fields -----------------------------------------------
-
 # architecture -> (family, which is its model_type, and whether it is a token classifier)
-ARCHITECTURES = {
-    "GPT2LMHeadModel": ("gpt2", False),
-    "LlamaForCausalLM": ("llama", False),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-    "GPT2ForTokenClassification": ("gpt2", True),
-    "LlamaForTokenClassification": ("llama", True),
-    "Qwen2ForTokenClassification": ("qwen2", True),
-    "Qwen3ForTokenClassification": ("qwen3", True),
-}
-# The fields of our config that a family determines.
-_LLAMA_FIXED: dict[str, Any] = dict(positions="rope", norm="rms", activation="swiglu", bias=False)
-_FIXED: dict[str, dict[str, Any]] = {
-    "gpt2": dict(positions="learned", norm="layer", activation="gelu", bias=True, qk_norm=False),
-    "llama": _LLAMA_FIXED | dict(qkv_bias=False, qk_norm=False),
-    "qwen2": _LLAMA_FIXED | dict(qkv_bias=True, qk_norm=False),
-    "qwen3": _LLAMA_FIXED | dict(qkv_bias=False, qk_norm=True),
-}
-# The other fields, by their names in config.json.
-_LLAMA_FIELDS = dict(
-    vocab_size="vocab_size", hidden_size="embed", num_hidden_layers="layers", num_attention_heads="heads",
-    num_key_value_heads="kv_heads", head_dim="head_dim", intermediate_size="mlp",
-    max_position_embeddings="max_positions", rms_norm_eps="norm_eps", tie_word_embeddings="tied",
-)  # fmt: skip
-_GPT2_FIELDS = dict(
-    vocab_size="vocab_size", n_embd="embed", n_layer="layers", n_head="heads", n_inner="mlp",
-    n_positions="max_positions", layer_norm_epsilon="norm_eps", tie_word_embeddings="tied",
-)  # fmt: skip
-_FIELDS = {"gpt2": _GPT2_FIELDS} | dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA_FIELDS)
-# The fields of Llama 3.1's rotary scaling, among the rotary parameters.
-_ROPE_FIELDS = dict(
-    factor="rope_factor", low_freq_factor="rope_low_freq", high_freq_factor="rope_high_freq",
-    original_max_position_embeddings="rope_original_positions",
-)  # fmt: skip
-# The supported values of fields that the family's class in `transformers` reads and that change the mathematics. Fields
-# of other families are ignored, as `transformers` ignores them.
-_OFF = (False, None)
-_COMPUTED: dict[str, dict[str, tuple]] = {
-    "gpt2": dict(
-        activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=_OFF, add_cross_attention=_OFF,
+ARCHITECTURES = {family.model: (name, False) for name, family in FAMILIES.items()}
+ARCHITECTURES |= {family.classifier: (name, True) for name, family in FAMILIES.items()}
+# The fields of a scaling of rotary positions, among the rotary parameters, by its name.
+_ROPE_FIELDS = {
+    "llama3": dict(
+        factor="rope_factor", low_freq_factor="rope_low_freq", high_freq_factor="rope_high_freq",
+        original_max_position_embeddings="rope_original_positions",
     ),
-    "llama": dict(hidden_act=("silu", "swish"), attention_bias=_OFF, mlp_bias=_OFF),
-    "qwen2": dict(hidden_act=("silu", "swish")),
-    "qwen3": dict(hidden_act=("silu", "swish"), attention_bias=_OFF),
+    "linear": dict(factor="rope_factor"),
 }  # fmt: skip
 # Fields by which `transformers` gives layers different shapes, shares their caches, or reads another file.
 _LAYERS_DIFFER = ("per_layer_config", "kv_sharing_modes", "transformers_weights")
@@ -78,7 +41,7 @@ _LAYERS_DIFFER = ("per_layer_config", "kv_sharing_modes", "transformers_weights"
 class FolderConfig:
     """The content of config.json."""
 
-    family: str  # "gpt2", "llama", "qwen2" or "qwen3"
+    family: str  # a name in `FAMILIES`
     classifier: bool  # True for a token classifier, False for a language model
     decoder: DecoderConfig  # its shape
     labels: int  # number of outputs of a token classifier
@@ -209,37 +172,50 @@ def _unsupported(hf: Any, family: str) -> str | None:
     """The first part of a config that changes the mathematics and is not supported; None if there is none."""
     if getattr(hf, "is_causal", True) not in (True, None):
         return "is_causal is false"
-    if reason := _window(hf):
+    if reason := _bad_window(hf, family):
         return reason
-    for name, computed in _COMPUTED[family].items():
+    for name, computed in FAMILIES[family].computed.items():
         if (value := getattr(hf, name, computed[0])) not in computed:
             return f"{name} is {json.dumps(value)} and not {json.dumps(computed[0])}"
     if family == "gpt2":
         return None
-    rope = _rope(hf)
-    if nested := next((kind for kind, entry in rope.items() if isinstance(entry, dict)), None):
+    fixed, rope = FAMILIES[family].fixed, _rope(hf)
+    nested = next((kind for kind, entry in rope.items() if isinstance(entry, dict)), None)
+    if nested and "window_rope_theta" in fixed:
         return f"rope_parameters has separate entries for {nested!r}"
-    if rope["rope_type"] not in ("default", "llama3"):
-        return f"the rotary positions are scaled by {rope['rope_type']!r} and not 'llama3'"
-    return "partial_rotary_factor is not 1" if rope.get("partial_rotary_factor", 1.0) != 1.0 else None
-
-
-def _window(hf: Any) -> str | None:
-    """A config's limit of attention to a window of tokens; None if it has none shorter than the model's positions."""
-    kinds = getattr(hf, "layer_types", None)
-    window = getattr(hf, "sliding_window", None)
-    if kinds is None:  # then the caches of `transformers` follow these two fields
-        windows = {"sliding_window": window, "attention_chunk_size": getattr(hf, "attention_chunk_size", None)}
-        for name, size in windows.items():
-            if size is not None and size < hf.max_position_embeddings:
-                return f"{name} is {size}"
-        return None
-    others = {kind for kind in kinds if kind != "full_attention"}
-    if others - {"sliding_attention"}:
-        return f"layer_types has {sorted(others - {'sliding_attention'})[0]!r}"
-    if others and (window or 0) < hf.max_position_embeddings:
-        return f"attention slides over a window of {window} tokens"
+    if nested:
+        if (kind := rope["sliding_attention"]["rope_type"]) != "default":
+            return f"the rotary positions of layers with a window are scaled by {kind!r}"
+        rope = rope["full_attention"]
+    if (kind := rope["rope_type"]) not in ("default", *_ROPE_FIELDS):
+        return f"the rotary positions are scaled by {kind!r} and not {' or '.join(map(repr, _ROPE_FIELDS))}"
+    if "rope_dims" in fixed and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "partial_rotary_factor is not 1"
     return None
+
+
+def _bad_window(hf: Any, family: str) -> str | None:
+    """The first part of a config that limits attention in a way that is not computed here; None if there is none."""
+    kinds, chunk = getattr(hf, "layer_types", None), getattr(hf, "attention_chunk_size", None)
+    if others := sorted(set(kinds or ()) - {"full_attention", "sliding_attention"}):
+        return f"layer_types has {others[0]!r}"
+    if kinds is None and chunk is not None and chunk < hf.max_position_embeddings:
+        return f"attention_chunk_size is {chunk}"
+    window, layers = _window(hf, family)
+    if layers and (FAMILIES[family].windows == "none" or (window or 0) < 2):
+        return f"sliding_window is {window}" if kinds is None else f"attention slides over a window of {window} tokens"
+    return None
+
+
+def _window(hf: Any, family: str) -> tuple[int, tuple[int, ...]]:
+    """The window of attention in tokens, and the layers that have it; 0 and none where no position is outside it."""
+    window, kinds = getattr(hf, "sliding_window", None), getattr(hf, "layer_types", None)
+    if kinds is None or FAMILIES[family].windows == "all":
+        kinds = ["full_attention" if window is None else "sliding_attention"] * hf.num_hidden_layers
+    layers = tuple(i for i, kind in enumerate(kinds[: hf.num_hidden_layers]) if kind == "sliding_attention")
+    # Where such layers have rotary positions of their own, they differ from others even so.
+    wide = window is not None and window >= hf.max_position_embeddings and "window_rope_theta" in FAMILIES[family].fixed
+    return (0, ()) if wide or not layers else (window, layers)
 
 
 def _rope(hf: Any) -> dict[str, Any]:
@@ -248,20 +224,41 @@ def _rope(hf: Any) -> dict[str, Any]:
 
 
 def _decoder(hf: Any, family: str, dtype: str) -> DecoderConfig:
-    fields: dict[str, Any] = {ours: getattr(hf, theirs, None) for theirs, ours in _FIELDS[family].items()}
+    fields: dict[str, Any] = {ours: getattr(hf, theirs, None) for theirs, ours in FAMILIES[family].fields.items()}
     fields["norm_eps"] = float(fields["norm_eps"])
     if family == "gpt2":
         if hf.n_embd % hf.n_head:
             raise ValueError(f"n_embd is {hf.n_embd}; it must be a multiple of n_head, {hf.n_head}")
         fields |= dict(kv_heads=hf.n_head, head_dim=hf.n_embd // hf.n_head, mlp=hf.n_inner or 4 * hf.n_embd)
     else:
-        rope = _rope(hf)
         fields["head_dim"] = fields["head_dim"] or hf.hidden_size // hf.num_attention_heads
-        fields["rope_theta"] = float(rope["rope_theta"])
-        if rope["rope_type"] == "llama3":
-            fields |= {ours: float(rope[theirs]) for theirs, ours in _ROPE_FIELDS.items()}
-            fields["rope_original_positions"] = int(fields["rope_original_positions"])
-    return DecoderConfig(**_FIXED[family], **fields, dtype=dtype)
+        fields["window"], fields["window_layers"] = _window(hf, family)
+        fields |= _layers(hf, family, fields["head_dim"])
+    return DecoderConfig(**FAMILIES[family].fixed, **fields, dtype=dtype)
+
+
+def _layers(hf: Any, family: str, head_dim: int) -> dict[str, Any]:
+    """The fields of our config on rotary positions, and those that a family does not fix."""
+    fields: dict[str, Any] = {}
+    open_fields, rope = {"window_rope_theta", "rope_dims", "no_rope_layers", "query_scalar"}, _rope(hf)
+    open_fields -= set(FAMILIES[family].fixed)
+    if "window_rope_theta" in open_fields:
+        fields["window_rope_theta"] = float(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    fields["rope_theta"] = float(rope["rope_theta"])
+    if (kind := rope["rope_type"]) != "default":
+        fields |= {ours: float(rope[theirs]) for theirs, ours in _ROPE_FIELDS[kind].items()} | dict(rope_scaling=kind)
+    if "rope_original_positions" in fields:
+        fields["rope_original_positions"] = int(fields["rope_original_positions"])
+    if "rope_dims" in open_fields:
+        dims = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        fields["rope_dims"] = 0 if dims == head_dim else dims
+    if "no_rope_layers" in open_fields:
+        fields["no_rope_layers"] = tuple(i for i in range(hf.num_hidden_layers) if not hf.no_rope_layers[i])
+    if "query_scalar" in open_fields:
+        scalar = float(hf.query_pre_attn_scalar)
+        fields["query_scalar"] = 0.0 if scalar == head_dim else scalar
+    return fields
 
 
 # --- Out ------------------------------------------------------------------------------------------------------------
@@ -277,14 +274,17 @@ def family_of(config: DecoderConfig) -> str:
     divided = config.embed % config.heads == 0
     possible = {
         "gpt2": divided and (config.kv_heads, config.head_dim) == (config.heads, config.embed // config.heads),
-        "llama": divided,  # required by its config class
+        "llama": divided,  # required by its config class, as by Gemma's
+        "gemma3_text": divided,
     }
-    for family, fixed in _FIXED.items():
-        if possible.get(family, True) and all(getattr(config, name) == value for name, value in fixed.items()):
-            return family
+    for name, family in FAMILIES.items():
+        windows = {"none": config.window == 0, "all": len(config.window_layers) in (0, config.layers)}
+        alike = all(getattr(config, field) == value for field, value in family.fixed.items())
+        if alike and possible.get(name, True) and windows.get(family.windows, True):
+            return name
     raise UserError(
-        "this model cannot be exported: no class of transformers computes it; it must match GPT-2 (learned positions"
-        " and biases), Llama, Qwen 2 (with qkv_bias) or Qwen 3 (with qk_norm)"
+        f"this model cannot be exported: no class of transformers computes it; it must match one of"
+        f" {', '.join(FAMILIES)} in its positions, norms, biases and windows"
     )
 
 
@@ -296,19 +296,42 @@ def entries(config: DecoderConfig, family: str, *, classifier: bool, tied: bool,
       tied: whether the language model's head is its embedding.
       dtype: dtype of the weights.
     """
-    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == (family, classifier))
-    common = dict(architectures=[architecture], model_type=family, dtype=dtype, use_cache=True)
-    common |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS[family].items()}
+    described = FAMILIES[family]
+    architecture = described.classifier if classifier else described.model
+    common: dict[str, Any] = dict(architectures=[architecture], model_type=family, dtype=dtype, use_cache=True)
+    common |= {theirs: getattr(config, ours) for theirs, ours in described.fields.items()}
     common["tie_word_embeddings"] = tied
+    common |= described.written
     if family == "gpt2":
-        return common | dict(activation_function="gelu_new")
-    rope: dict[str, Any] = dict(rope_type="default")
+        return common
+    scaling: dict[str, Any] = dict(rope_type="default")
     if config.rope_factor != 1:
-        rope = dict(rope_type="llama3") | {theirs: getattr(config, ours) for theirs, ours in _ROPE_FIELDS.items()}
-    more = {"llama": dict(attention_bias=False, mlp_bias=False), "qwen2": dict(use_sliding_window=False)}
-    more["qwen3"] = dict(attention_bias=False, use_sliding_window=False)
-    return common | more[family] | dict(
-        hidden_act="silu", rope_parameters=rope | dict(rope_theta=config.rope_theta),
-        # For transformers 4.
-        rope_theta=config.rope_theta, rope_scaling=rope if config.rope_factor != 1 else None,
-    )  # fmt: skip
+        scaled = _ROPE_FIELDS[config.rope_scaling]
+        scaling = dict(rope_type=config.rope_scaling) | {theirs: getattr(config, scaled[theirs]) for theirs in scaled}
+    rope = scaling | dict(rope_theta=config.rope_theta)
+    # rope_theta and rope_scaling are for transformers 4.
+    common |= dict(rope_parameters=rope, rope_theta=config.rope_theta)
+    common["rope_scaling"] = scaling if config.rope_factor != 1 else None
+    return common | _entries_of_layers(config, family, rope)
+
+
+def _entries_of_layers(config: DecoderConfig, family: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """Entries of config.json on windows, and on what the family does not fix."""
+    described, more = FAMILIES[family], {}
+    if described.windows == "all":
+        more["sliding_window"] = config.window or None
+    elif config.window:
+        kinds = ["sliding_attention" if kind.window else "full_attention" for kind in config.kinds]
+        more |= dict(sliding_window=config.window, use_sliding_window=True, layer_types=kinds)
+    if "window_rope_theta" not in described.fixed:
+        local = dict(rope_type="default", rope_theta=config.window_rope_theta)
+        more["rope_parameters"] = dict(full_attention=rope, sliding_attention=local)
+        more["rope_local_base_freq"] = config.window_rope_theta
+    if "rope_dims" not in described.fixed:
+        share = (config.rope_dims or config.head_dim) / config.head_dim
+        more |= dict(rope_parameters=rope | dict(partial_rotary_factor=share), partial_rotary_factor=share)
+    if "no_rope_layers" not in described.fixed:
+        more["no_rope_layers"] = [int(kind.rope != "none") for kind in config.kinds]
+    if "query_scalar" not in described.fixed:
+        more["query_pre_attn_scalar"] = int(config.query_scalar or config.head_dim)
+    return more

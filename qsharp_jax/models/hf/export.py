@@ -69,7 +69,7 @@ def export_ref(
     )
     entries |= special | {configs.KEY: {}}
     _export(
-        folder, model.params, names.decoder_places(family), tokenizer, largest_file,
+        folder, model.params, names.decoder_places(family, model.config), tokenizer, largest_file,
         {
             "config.json": entries,
             "generation_config.json": {name: ids for name, ids in special.items() if ids is not None},
@@ -111,7 +111,7 @@ def export_guide(
             "label2id": {label: i for i, label in enumerate(labels)},
         }
     _export(
-        folder, model.params, names.guide_places(family, config.type), tokenizer, largest_file,
+        folder, model.params, names.guide_places(family, config.trunk, config.type), tokenizer, largest_file,
         {"config.json": entries, "README.md": cards.guide(config, trained_on, metrics or {})},
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ def _stored(leaves: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray
         # A copy is fetched: an array on several devices would keep the host array that its parts were joined in.
         part = sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
         values.append(part.T if place.transposed else part)
-    return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+    return values[0] if len(values) == 1 else np.concatenate(values, axis=leaves[0][0].axis)
 
 
 # --- The folder -----------------------------------------------------------------------------------------------------

@@ -116,20 +116,23 @@ def _ref(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     if config.classifier or "type" in config.qsharp:
         raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
-    return _Source(Path(folder), config, decoder.abstract(config.decoder), names.decoder_places(config.family))
+    places = names.decoder_places(config.family, config.decoder)
+    return _Source(Path(folder), config, decoder.abstract(config.decoder), places)
 
 
 def _trunk(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     shapes = decoder.abstract(config.decoder)
     shapes.pop("head", None)
-    return _Source(Path(folder), config, shapes, names.decoder_places(config.family), extra_heads=True)
+    places = names.decoder_places(config.family, config.decoder)
+    return _Source(Path(folder), config, shapes, places, extra_heads=True)
 
 
 def _guide(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     guide = configs.guide(config, folder)
-    return _Source(Path(folder), config, value.abstract(guide), names.guide_places(config.family, guide.type))
+    places = names.guide_places(config.family, config.decoder, guide.type)
+    return _Source(Path(folder), config, value.abstract(guide), places)
 
 
 @contextlib.contextmanager
@@ -138,7 +141,7 @@ def _open(source: _Source) -> Iterator[tuple[AnyTensors, Mapping[str, Place]]]:
     file = gguf.find(source.folder)
     with Tensors(source.folder) if file is None else hf_gguf.Tensors(file) as tensors:
         # Checkpoints of the base model alone leave out its name.
-        prefix = names.PREFIX[source.config.family]
+        prefix = names.prefix(source.config.family)
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
         table = {
             path: dataclasses.replace(place, name=place.name.removeprefix(strip))
@@ -286,7 +289,7 @@ def _read_array(
         # Devices that hold the same slice share one read.
         bounds = tuple(dim.indices(size)[:2] for dim, size in zip(index, shape, strict=True))
         if bounds not in slices:
-            slices[bounds] = _read_slice(tensors, place, name, shape, bounds, dtype, pool)
+            slices[bounds] = _read_slice(tensors, place, name, bounds, dtype, pool)
         return slices[bounds]
 
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
@@ -296,18 +299,16 @@ def _read_slice(
     tensors: AnyTensors,
     place: Place,
     name: str,
-    shape: tuple[int, ...],
     bounds: tuple[tuple[int, int], ...],
     dtype: np.dtype,
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:
-    """Read a slice of a leaf of `shape`, with bounds [start, stop) on each axis, in small pieces."""
+    """Read a slice of a leaf, with bounds [start, stop) on each axis, in small pieces."""
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    by_row, where, stored = out, list(bounds), shape
+    by_row, where = out, list(bounds)
     if place.transposed:
-        by_row, where, stored = out.T, where[::-1], shape[::-1]  # a view in the order of the file
-    first = place.part * stored[-1]  # where this part begins on the tensor's last axis
-    where[-1] = (where[-1][0] + first, where[-1][1] + first)
+        by_row, where = out.T, where[::-1]  # a view in the order of the file
+    where[place.axis] = tuple(bound + place.offset for bound in where[place.axis])
     (begin, end), *others = where
     width = int(np.prod([stop - start for start, stop in others], dtype=np.int64))
     rows = max(1, CHUNK // (4 * width))
