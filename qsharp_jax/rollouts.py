@@ -25,6 +25,7 @@ from qsharp_jax.system import multihost, sigterm, stop_strings
 from qsharp_jax.system.errors import Stopped, UserError
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
+from qsharp_jax.tasks.judging import Judgement
 from qsharp_jax.tasks.rewards import AnyJudge
 
 
@@ -93,11 +94,12 @@ def rewards(
                 raise Stopped
             yield item
 
-    texts = [stop_strings.cut(text.decode(generation.response(row)), stop) for row in range(len(problems))]
-    pending = [
-        judge.submit(problem, texts[row], finished=bool(generation.finished[row]))
-        for row, problem in enumerate(until_told(problems))
-    ]
+    def submit(row: int, problem: Problem) -> Callable[[], Judgement]:
+        tokens = generation.response(row)
+        response = stop_strings.cut(text.decode(tokens), stop)
+        return judge.submit(problem, response, tokens=tokens, finished=bool(generation.finished[row]))
+
+    pending = [submit(row, problem) for row, problem in enumerate(until_told(problems))]
     judged = np.asarray([judgement().reward for judgement in until_told(pending)], float)  # None becomes nan
     if np.isnan(judged).all():
         raise UserError("no response of a batch has a reward; fix the reward function and run the same command again")
@@ -158,7 +160,7 @@ def collect(
     ) -> Callable[[], Rollout]:
         """Start judging; calling the result waits for the judgement."""
         problem, written = problems[place // samples], stop_strings.cut(text.decode(response), sampling.stop)
-        judgement = judge.submit(problem, written, finished=finished)
+        judgement = judge.submit(problem, written, tokens=response, finished=finished)
         return lambda: Rollout(
             prompt_id=problem.problem_id,
             round=number,

@@ -2,7 +2,7 @@
 
     qsharp run --ref DIR --prompts prompts.jsonl --reward rewards.py:short --workdir runs/short
 
-What fits the model's size and the device (rows, learning rate, prompt format) is set by `run/own.py` and printed.
+What fits the model's size and the device (rows, learning rate, prompt format) is set by `run/fitting.py` and printed.
 """
 
 from ml_collections import ConfigDict

@@ -117,7 +117,9 @@ def rejudge(workdir: Workdir, judge: AnyJudge) -> tuple[list[dict], dict[str, tu
         )
     changed = {}
     for place, rows in samples.items():
-        pending = [judge.submit(_problem(row), row["response"], finished=row["finished"]) for row in rows]
+        pending = [
+            judge.submit(_problem(row), row["response"], tokens=row["tokens"], finished=row["finished"]) for row in rows
+        ]
         judgements = [judgement() for judgement in pending]
         verdicts = sum(row["reward"] != j.reward for row, j in zip(rows, judgements, strict=True))
         parsed = sum(row["parsed"] != j.parsed for row, j in zip(rows, judgements, strict=True))

@@ -111,7 +111,7 @@ def _judged(
     response: str, judge: AnyJudge, problem: Problem, eta: float, part: Generation, row: int, now: float
 ) -> PendingRow:
     """Start to judge the response in a row of `part`, with this text."""
-    judgement = judge.submit(problem, response, finished=bool(part.finished[row]))
+    judgement = judge.submit(problem, response, tokens=part.response(row), finished=bool(part.finished[row]))
     numbers = {
         "finished": bool(part.finished[row]),
         "eta": _finite(eta),

@@ -1,30 +1,24 @@
 """The config of a run with the user's own model, prompts and reward, from a few arguments of `qsharp run`.
 
-What depends on the model's size and on the device is chosen here, and the run prints it. A workdir keeps what was
-chosen, so that a repeated command goes on with the same settings on another machine.
+What depends on the model's size and on the device is chosen by `fitting.py`, and the run prints it. A workdir keeps
+what was chosen, so that a repeated command goes on with the same settings on another machine.
 """
 
 import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.decoding import cache_size, rows_that_fit
-from qsharp_jax.models import decoder, hf, memory
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models
 from qsharp_jax.run.workdir import stored_config
 from qsharp_jax.system import files
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import own as tasks
 
 RECIPE = "own"
-PROMPT = 256  # tokens of a prompt for which the rows are counted
-LEARNING_RATES = ((0.3e9, 1e-4), (1e9, 5e-5), (np.inf, 2e-5))  # of AdamW, up to so many weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,30 +74,20 @@ def load(own: OwnRun, workdir: str, changes: list[str]) -> ConfigDict:
         if not value:
             raise UserError(f"give {words}; see qsharp run --help")
     config = configs.load(RECIPE, [*own.overrides(), *changes])
+    for model in filter(None, (own.ref, own.guide)):
+        if model.partition("@")[0].count("/") != 1 and not Path(model).expanduser().exists():  # else it may be an id on the hub
+            raise UserError(
+                f"there is no model {model}; give a folder, a GGUF file, or an id on the Hugging Face hub (OWNER/NAME)"
+            )
+    tasks.check_files(config.task)
+
+    from qsharp_jax.run import fitting, models  # after the checks above, since importing JAX takes seconds
+
     models.check_folders(config)
-    chosen = fitting(config)
+    chosen = fitting.fitting(config)
     configs.override(config, [f"--config.{key}={value}" for key, value in chosen.items()])
     configs.override(config, [*own.overrides(), *changes])
     print("Settings for this model and device (change them by --config.KEY=VALUE):")
     for key in chosen:
         print(f"  {key} = {functools.reduce(ConfigDict.get, key.split('.'), config)}")
     return config
-
-
-def fitting(config: ConfigDict) -> dict[str, object]:
-    """Return the settings that fit the reference's size and the default device, by key."""
-    ref = models.folder(config, "ref")
-    shape = hf.read_config(ref, "float32")
-    on_cpu = memory.default_device().platform == "cpu"
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(decoder.abstract(shape)))
-    rows = rows_that_fit([shape, shape], cache_size(PROMPT, config.generate.max_new_tokens, 32))
-    chat = Tokenizer.load(ref).hf_tokenizer.chat_template
-    return {
-        "dtype": "float32" if on_cpu else "bfloat16",
-        "prompt_format": "chat" if chat else "plain",
-        "collect.batch_size": rows,
-        "evaluate.batch_size": rows,
-        "fit.accumulate": 4 if on_cpu else 1,
-        "fit.optimizer.learning_rate": next(rate for most, rate in LEARNING_RATES if count < most),
-        "generate.top_k_candidates": 20,
-    }

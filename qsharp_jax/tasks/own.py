@@ -68,6 +68,17 @@ def judge(config: Any) -> RewardJudge:
     return own
 
 
+def check_files(config: Any) -> None:
+    """Check that the file of prompts exists and that the reward functions load (UserError), before anything is read.
+
+    Functions that are called in this process are left alone: to load them may take the memory of a model.
+    """
+    if config.prompts:
+        _file(config.prompts)
+    if config.reward_workers:
+        judge(config).close()
+
+
 def files(config: Any) -> list[Path]:
     """Return the files that the task is made of."""
     named = [config.file, config.prompts, *(source for source, _ in _functions(config))]
@@ -117,14 +128,19 @@ def _prompt(row: finite.Row) -> Prompt:
 
 
 def _rows(prompts: str) -> list[finite.Row]:
+    if (path := _file(prompts)) is None:
+        return _hub_rows(prompts)
+    return _parquet_rows(path) if path.suffix == ".parquet" else finite.json_rows(path)
+
+
+def _file(prompts: str) -> Path | None:
+    """Return the path of a file of prompts; None for the name of a data set on the hub."""
     path = Path(prompts)
-    if path.suffix == ".parquet" and path.is_file():
-        return _parquet_rows(path)
     if path.is_file():
-        return finite.json_rows(path)
+        return path
     if path.suffix in (".jsonl", ".json", ".parquet") or prompts.count("/") > 1:
         raise UserError(f"there is no file {path}; give JSON lines, a Parquet file, or a data set's name on the hub")
-    return _hub_rows(prompts)
+    return None
 
 
 def _parquet_rows(path: Path) -> list[finite.Row]:

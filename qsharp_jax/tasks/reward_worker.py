@@ -7,6 +7,7 @@ prevents it. For a line with {"columns": {...}}, the keyword arguments of one re
 one per function, or {"error": "..."}.
 """
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -14,8 +15,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+
+# Functions by which TRL lets a reward function write to its log; here they do nothing.
+LOGGING: dict[str, Any] = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
 
 
 def load(source: str, name: str) -> Callable[..., Any]:
@@ -38,16 +42,23 @@ def load(source: str, name: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], columns: Mapping[str, list]) -> Any:
-    """Call a function of TRL's signature for one response; one without `**kwargs` gets the columns that it names."""
+    """Call a function of TRL's signature for one response; one without `**kwargs` gets the arguments that it names."""
+    columns = LOGGING | columns
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         columns = {name: column for name, column in columns.items() if name in parameters}
     rewards = function(**columns)
+    if inspect.isawaitable(rewards):
+        rewards = asyncio.run(_result(rewards))
     if not isinstance(rewards, Sequence) and not hasattr(rewards, "tolist"):
         raise TypeError(f"it returned a {type(rewards).__name__}, not a list of one reward")
     if len(rewards) != 1:
         raise ValueError(f"it returned {len(rewards)} rewards for 1 response")
     return None if rewards[0] is None else float(rewards[0])
+
+
+async def _result(rewards: Awaitable[Any]) -> Any:
+    return await rewards
 
 
 def explain(error: BaseException) -> str:

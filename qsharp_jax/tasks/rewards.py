@@ -2,8 +2,9 @@
 
 A function is called for one response at a time, so each list has one entry. `prompts` are texts, or lists of messages;
 `completions` are texts, or lists of one message of the assistant where prompts are messages. Further columns of the
-prompts come by name, and `finished` says whether the response ended by itself. A function may return None for a
-response that it does not apply to. https://huggingface.co/docs/trl, "Using a custom reward function".
+prompts come by name, as do `completion_ids`, lists of the responses' token ids, and `finished`, whether the response
+ended by itself. A function may be asynchronous, and may return None for a response that it does not apply to.
+https://huggingface.co/docs/trl, "Using a custom reward function".
 
 Functions run in worker processes with a time limit, or in this process. A response whose function raises, takes too
 long, or returns anything but one finite number has no reward: None.
@@ -87,7 +88,9 @@ class RewardJudge:
         pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [judgement() for judgement in pending]
 
-    def submit(self, problem: Problem, response: str, *, finished: bool = True) -> Callable[[], Judgement]:
+    def submit(
+        self, problem: Problem, response: str, *, tokens: Sequence[int] = (), finished: bool = True
+    ) -> Callable[[], Judgement]:
         """Start to judge a response; calling the result waits for the judgement.
 
         The result raises a UserError once too many responses have no reward.
@@ -95,7 +98,8 @@ class RewardJudge:
         chat = not isinstance(problem.prompt, str)
         completion = [{"role": "assistant", "content": response}] if chat else response
         columns = {name: [entry] for name, entry in problem.columns.items()}
-        columns |= {"prompts": [problem.prompt], "completions": [completion], "finished": [finished]}
+        columns |= {"prompts": [problem.prompt], "completions": [completion]}
+        columns |= {"completion_ids": [[*tokens]], "finished": [finished]}
         if self._workers is None:
             reward = self._here(columns)
             return lambda: self._judgement(problem, reward)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import bpe
 import hf_folders
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from commands import refused, results, stdout_lines
 from helpers import quick_compilation  # noqa: F401
+from repository import ROOT
 
 from qsharp_jax import cli
 from qsharp_jax.data.records import read_rounds
@@ -148,6 +151,22 @@ def test_missing_arguments_are_refused(arguments, words, tmp_path, capsys):
 def test_what_cannot_work_is_refused_before_a_workdir_is_made(folder, tmp_path, capsys, reward, changes, words):
     assert words in refused(capsys, *command(folder, tmp_path / "w", *changes, reward=reward))
     assert not (tmp_path / "w").exists()
+
+
+def test_a_file_that_is_not_there_is_refused_before_jax_is_imported(folder, tmp_path):
+    commands = [
+        [*command(folder, tmp_path / "w"), *words]  # the last of an argument is taken; rewards are added
+        for words in (
+            ["--prompts", "missing.jsonl"], ["--reward", f"{folder / 'rewards.py'}:shrot"], ["--ref", "missing/a/model"]
+        )
+    ]  # fmt: skip
+    program = (
+        "import sys; from qsharp_jax import cli\n"
+        f"assert [cli.main(command) for command in {commands}] == [2, 2, 2]\n"
+        "assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 3, done.stderr
 
 
 def test_a_reward_that_always_fails_stops_the_run_and_names_a_prompt(folder, tmp_path, capsys):

@@ -44,11 +44,11 @@ def stop_judging(patch, session, after: int, error: BaseException):
     """The judge raises when it has judged so many responses."""
     submit, calls = judge(session).submit, []
 
-    def stopping(problem, response, finished):
+    def stopping(problem, response, **options):
         calls.append(response)
         if len(calls) > after:
             raise error
-        return submit(problem, response, finished=finished)
+        return submit(problem, response, **options)
 
     patch.setattr(judge(session), "submit", stopping)
 

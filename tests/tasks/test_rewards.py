@@ -23,6 +23,14 @@ def ended(prompts, completions, finished, **kwargs):
 def of_chat(prompts, completions, **kwargs):
     return [float(p[-1]["content"] == c[0]["content"]) for p, c in zip(prompts, completions)]
 
+def ids(completion_ids):
+    return [float(sum(ids)) for ids in completion_ids]
+
+async def logging(completions, completion_ids, log_extra, log_metric, **kwargs):  # as TRL allows
+    log_extra("words", [len(c.split()) for c in completions])
+    log_metric("tokens", float(len(completion_ids[0])))
+    return [0.25 for _ in completions]
+
 def sometimes(completions, **kwargs):
     return [None if c == "skip" else 1.0 for c in completions]
 
@@ -65,6 +73,13 @@ def test_messages_and_whether_a_response_finished(program, workers):
     assert judge.submit(chat, "hi", finished=False)().reward == 1.0
     assert judge.submit(chat, "no", finished=True)().reward == 1.0
     assert judge.submit(chat, "no", finished=False)().reward == 0.0
+    judge.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_else_trl_passes_by_name(program, workers):
+    judge = judge_of(program, "ids", "logging", workers=workers)
+    assert judge.submit(problem(), "abc", tokens=[3, 1, 4])().reward == 8.25
     judge.close()
 
 

@@ -54,10 +54,12 @@ class Judge:
         pending = [self.submit(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [judgement() for judgement in pending]
 
-    def submit(self, problem: Problem, response: str, *, finished: bool = True) -> Callable[[], Judgement]:
+    def submit(
+        self, problem: Problem, response: str, *, tokens: Sequence[int] = (), finished: bool = True
+    ) -> Callable[[], Judgement]:
         """Start to judge a response; calling the result waits for the judgment.
 
-        Whether it `finished` does not matter: an answer counts wherever it is.
+        Its `tokens`, and whether it `finished`, do not matter: an answer counts wherever it is.
         """
         parsed = self._task.parse(response)
         if not self._task.SYMBOLIC:
