@@ -75,7 +75,8 @@ def load(own: OwnRun, workdir: str, changes: list[str]) -> ConfigDict:
             raise UserError(f"give {words}; see qsharp run --help")
     config = configs.load(RECIPE, [*own.overrides(), *changes])
     for model in filter(None, (own.ref, own.guide)):
-        if model.partition("@")[0].count("/") != 1 and not Path(model).expanduser().exists():  # else it may be an id on the hub
+        may_be_id = model.partition("@")[0].count("/") == 1  # on the hub, as OWNER/NAME@REVISION
+        if not may_be_id and not Path(model).expanduser().exists():
             raise UserError(
                 f"there is no model {model}; give a folder, a GGUF file, or an id on the Hugging Face hub (OWNER/NAME)"
             )
