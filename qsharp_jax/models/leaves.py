@@ -219,14 +219,15 @@ TRAINED_BESIDE: dict[str, Leaf] = {
 # fmt: on
 
 
-def flipped(place: Place | None) -> Place | None:
+def flipped(place: Place) -> Place:
     """The place of a leaf whose axes are in reverse."""
-    return place and dataclasses.replace(place, transposed=not place.transposed)
+    return dataclasses.replace(place, transposed=not place.transposed)
 
 
 def _transposed(leaf: Leaf) -> Leaf:
     """The entry of a matrix that is stored [out, in] instead of [in, out]."""
-    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=flipped(leaf.gpt2), llama=flipped(leaf.llama))
+    gpt2, llama = (place and flipped(place) for place in (leaf.gpt2, leaf.llama))
+    return dataclasses.replace(leaf, axes=leaf.axes[::-1], gpt2=gpt2, llama=llama)
 
 
 _KERNELS = {path.removesuffix("kernel"): leaf for path, leaf in BLOCK.items() if path.endswith("/kernel")}

@@ -207,7 +207,7 @@ def _bad_window(hf: Any, family: str) -> str | None:
     return None
 
 
-def _window(hf: Any, family: str) -> tuple[int, tuple[int, ...]]:
+def _window(hf: Any, family: str) -> tuple[int | None, tuple[int, ...]]:
     """The window of attention in tokens, and the layers that have it; 0 and none where no position is outside it."""
     window, kinds = getattr(hf, "sliding_window", None), getattr(hf, "layer_types", None)
     if kinds is None or FAMILIES[family].windows == "all":
@@ -317,7 +317,8 @@ def entries(config: DecoderConfig, family: str, *, classifier: bool, tied: bool,
 
 def _entries_of_layers(config: DecoderConfig, family: str, rope: dict[str, Any]) -> dict[str, Any]:
     """Entries of config.json on windows, and on what the family does not fix."""
-    described, more = FAMILIES[family], {}
+    described = FAMILIES[family]
+    more: dict[str, Any] = {}
     if described.windows == "all":
         more["sliding_window"] = config.window or None
     elif config.window:

@@ -308,7 +308,8 @@ def _read_slice(
     by_row, where = out, list(bounds)
     if place.transposed:
         by_row, where = out.T, where[::-1]  # a view in the order of the file
-    where[place.axis] = tuple(bound + place.offset for bound in where[place.axis])
+    start, stop = where[place.axis]
+    where[place.axis] = start + place.offset, stop + place.offset
     (begin, end), *others = where
     width = int(np.prod([stop - start for start, stop in others], dtype=np.int64))
     rows = max(1, CHUNK // (4 * width))
