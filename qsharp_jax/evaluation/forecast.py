@@ -7,11 +7,13 @@ response telescopes to u = w(its end) / w(its prompt). Expectations under the gu
     reward = E[u r] / E[u],    KL = E[u log u] / E[u] - log E[u].
 
 With a calibrated Bernoulli guide and eta to 0 the reward is at most m + Var(p) / m, where p is the value at the end and
-m the mean reward: the guide's resolution limits it, not eta. Decoding gives less where values come late, or contradict
-each other from token to token. Shapes: N responses, L etas.
+m the mean reward: the guide's resolution limits it, not eta. A tilt to a power a > 1 goes on from there; u^a is divided
+by its mean over the prompt's responses. Decoding gives less where values come late, or contradict each other from token
+to token. Shapes: N responses, L etas.
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -34,14 +36,16 @@ from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.files import is_file, read_text, write_atomic
 
 BEST_OF = 4
+POWERS = (1.0, 2.0, 3.0, 4.0)
 
 
 def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
     """Forecast a round's guide from the held-out rollouts of pi_ref, print it, and store it in the workdir.
 
     Returns:
-      rows with "method" (the algorithm, its further modes, and best_of_k), "eta", "reward", "kl" in nats (for best_of_k
-      its bound log k - (k - 1) / k), and "n" rollouts. Empty without held-out rollouts.
+      rows with "method" (the algorithm, its further modes, best_of_k, and with a "power" the algorithm's tilt to it),
+      "eta", "reward", "kl" in nats (for best_of_k its bound log k - (k - 1) / k), and "n" rollouts. Empty without
+      held-out rollouts.
     """
     if stored := read(session.workdir, number):
         return stored
@@ -54,14 +58,18 @@ def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
         return []
     examples, etas = [from_rollout(rollout) for rollout in held_out], sorted({*config.evaluate.etas}, reverse=True)
     rewards = np.asarray([rollout.reward for rollout in held_out], float)
+    prompt_ids = [rollout.prompt_id for rollout in held_out]
+    powers = sorted({*POWERS, config.evaluate.power})
     rows = []
     for method in (algorithm.name, *algorithm.extra_modes):
         mode = algorithm.mode(config) if method == algorithm.name else method
         of_batch = functools.partial(_log_weights, guide, etas=jnp.asarray(etas, jnp.float32), mode=mode)
         log_u, final = _ends(of_batch, examples, rows=config.fit.batch_size, bucket=config.fit.length_bucket)
-        for place, eta in enumerate(etas):
-            rows.append({"method": method, "eta": eta, "n": len(rewards)} | tilted(log_u[:, place], rewards))
-    best = best_of(BEST_OF, final, rewards, [rollout.prompt_id for rollout in held_out])
+        for power, (place, eta) in itertools.product(powers if method == algorithm.name else [1.0], enumerate(etas)):
+            log_tilt = log_u[:, place] if power == 1 else to_power(log_u[:, place], power, prompt_ids)
+            row = {"method": method, "eta": eta, "n": len(rewards)} | tilted(log_tilt, rewards)
+            rows.append(row if power == 1 else row | {"method": f"{method}_power", "power": power})
+    best = best_of(BEST_OF, final, rewards, prompt_ids)
     if not math.isnan(best):
         bound = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
         rows.append({"method": f"best_of_{BEST_OF}", "eta": None, "n": len(rewards), "reward": best, "kl": bound})
@@ -86,7 +94,10 @@ def summary(rows: Sequence[dict], mean: float, eta: float) -> str:
     etas = [row["eta"] for row in rows if row["eta"] is not None]
     shown = eta if eta in etas else min(etas)
     parts = [
-        f"{row['method']} {row['reward']:.3f} at {row['kl']:.2f} nats" for row in rows if row["eta"] in (None, shown)
+        f"{row['method']}{f' {power:g}' if (power := row.get('power')) else ''} {row['reward']:.3f} at"
+        f" {row['kl']:.2f} nats"
+        for row in rows
+        if row["eta"] in (None, shown)
     ]
     words = f"forecast by {rows[0]['n']} held-out rollouts of pi_ref, mean reward {mean:.3f}"
     return f"{words}, at eta {shown:g}: {'; '.join(parts)}"
@@ -98,6 +109,15 @@ def tilted(log_u: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
     weights = np.exp(log_u) / np.exp(log_u).sum()
     log_ratio = log_u - np.log(np.exp(log_u).mean())  # of the two policies
     return {"reward": float(weights @ rewards), "kl": float(weights @ log_ratio)}
+
+
+def to_power(log_u: np.ndarray, power: float, prompt_ids: Sequence[str]) -> np.ndarray:
+    """Return the logarithm of u^power over its mean over each prompt's responses; `log_u` [N]."""
+    ids, log_tilt = np.asarray(prompt_ids), power * log_u
+    for prompt in np.unique(ids):
+        mine = ids == prompt
+        log_tilt[mine] -= np.logaddexp.reduce(log_tilt[mine]) - np.log(mine.sum())
+    return log_tilt
 
 
 def best_of(count: int, final: np.ndarray, rewards: np.ndarray, prompt_ids: Sequence[str]) -> float:

@@ -46,7 +46,8 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
 
     This measures pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
     each round at its own eta. With `full`, it also measures the last round's guide greedily, at every eta of the
-    config, in the algorithm's extra modes, and as a reranker of pi_ref's samples.
+    config, in the algorithm's extra modes, with its tilt to the power of the config, and as a reranker of pi_ref's
+    samples.
     """
     config, latest = session.config.evaluate, max(guides, default=0)
     algorithm = ALGORITHMS[session.config.algorithm]
@@ -79,6 +80,12 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
                 session, mode, ref, guides[latest], dataclasses.replace(sampling, mode=mode), number=latest,
                 etas=list(config.etas), samples=config.guided_samples,
             )  # fmt: skip
+        if has_guides and config.power != 1:
+            samples[f"{method}_power", latest] = sample_method(
+                session, f"{method}_power", ref, (guides[latest],),
+                dataclasses.replace(sampling, weights=(config.power,)), number=latest, etas=list(config.etas),
+                samples=config.guided_samples,
+            )  # fmt: skip
     scored = None
     if full and guides and has_guides:
         scored = score_samples(session, guides[latest], samples["pi_ref", 0], number=latest)
@@ -97,7 +104,7 @@ def rejudge(workdir: Workdir, judge: AnyJudge) -> tuple[list[dict], dict[str, tu
       UserError: if there are no samples, or naming a damaged line.
     """
     algorithm = ALGORITHMS[workdir.config.algorithm]
-    learned = (algorithm.name, f"{algorithm.name}_greedy", *algorithm.extra_modes)
+    learned = (algorithm.name, f"{algorithm.name}_greedy", *algorithm.extra_modes, f"{algorithm.name}_power")
     places = [
         *itertools.product(("pi_ref", "pi_ref_greedy", "pi_ref_top_k"), [0]),
         *itertools.product(learned, range(1, workdir.config.rounds + 1)),
@@ -169,6 +176,7 @@ def _write_results(
         _row(method, number, statistics[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
         | _compared(statistics, method, number, eta)
+        | ({"power": config.power} if method.endswith("_power") else {})
         for (method, number, eta), part in parts.items()
     ]
     if scored is not None:

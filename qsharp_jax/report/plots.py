@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # a report needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 from qsharp_jax.evaluation import score, statistics  # noqa: E402
-from qsharp_jax.report.names import COLORS, GUIDED, NAMES, POLICIES, eta_of, learned  # noqa: E402
+from qsharp_jax.report.names import COLORS, GUIDED, NAMES, POLICIES, eta_of, learned, name_of  # noqa: E402
 from qsharp_jax.system.files import writing  # noqa: E402
 
 PLACES = {0.0: "first token", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "last token"}  # of a response
@@ -38,15 +38,15 @@ def _errors(rows: list[dict], name: str = "reward") -> list[list[float]] | None:
 def frontier(axes, rows: list[dict]) -> None:
     """Draw pass@1 against KL over eta, with intervals of both, beside pi_ref and the reranking of its samples."""
     number = max(row["round"] for row in rows)
-    for method in GUIDED:
+    for method in (*GUIDED, *(f"{method}_power" for method in GUIDED)):
         line = [row for row in rows if row["method"] == method and row["round"] == number]
         line.sort(key=lambda row: -eta_of(row))
         if not line:
             continue
         kl, reward = [row["kl"] for row in line], [row["reward"] for row in line]
         axes.errorbar(
-            kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=NAMES[method],
-            color=COLORS[method],
+            kl, reward, _errors(line), _errors(line, "kl"), marker="o", capsize=3, label=name_of(line[0]),
+            color=COLORS[method], linestyle="--" if method.endswith("_power") else "-",
         )  # fmt: skip
         # Points gather where the tilt saturates, so only the ends of a line are labeled; lines that begin at the same
         # place have their labels on different sides.

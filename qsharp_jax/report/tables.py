@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
-from qsharp_jax.report.names import GUIDED, NAMES, eta_of
+from qsharp_jax.report.names import GUIDED, NAMES, eta_of, name_of
 
 COLUMNS = (
     "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",
@@ -53,7 +53,7 @@ def table(rows: Sequence[dict]) -> str:
 def _who(row: dict) -> list[str]:
     """Return the cells for method, eta and round."""
     eta = f"{eta_of(row):g}" if row["eta"] is not None or row["method"] in GUIDED else ""
-    return [NAMES.get(row["method"], row["method"]), eta, str(row["round"]) if row["round"] else ""]
+    return [name_of(row), eta, str(row["round"]) if row["round"] else ""]
 
 
 def _number(row: dict, name: str) -> str:
@@ -99,7 +99,7 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     size = max(set.intersection(*sizes), default=0) if sizes else 0
     head = ["method", "pass@1", *([f"maj1@{size}"] if size else []), "KL"]
     names = ["reward", *([f"majority_{size}"] if size else []), "kl"]
-    lines = [[NAMES[row["method"]], *(_interval(row, name) for name in names)] for row in chosen]
+    lines = [[name_of(row), *(_interval(row, name) for name in names)] for row in chosen]
     for row, line in zip(chosen, lines, strict=True):
         if row["method"] == "pi_ref":
             line[-1] = "0"
@@ -133,7 +133,8 @@ def intervals_table(rows: Sequence[dict]) -> str:
 HOW_FORECAST = (
     "The forecast is computed before any decoding, from the guide's values of held-out rollouts of pi_ref: their mean"
     " reward and KL (nats), each rollout weighted by w(its end) / w(its prompt). The guided policy's tilts telescope to"
-    " this weight where the guide's values are consistent from token to token. For best_of_k the KL is its bound,"
+    " this weight where the guide's values are consistent from token to token. Power a is the weight to the power a"
+    " (`evaluate.power`). For best_of_k the KL is its bound,"
     " log k - (k - 1) / k. Decoded is what guided decoding of the test prompts gave. A small gain in the forecast"
     " says that the guide does not tell responses apart; much less reward decoded than forecast, that its values come"
     " late or contradict each other."
@@ -144,12 +145,11 @@ def forecast_table(forecast: Sequence[dict], rows: Sequence[dict]) -> str:
     """Make a table of the forecast rows beside the results of decoding; empty without a forecast."""
     lines = [["method", "eta", "forecast reward", "forecast KL", "decoded reward", "decoded KL"]]
     latest = max(row["round"] for row in rows)
-    decoded = {(row["method"], row["eta"]): row for row in rows if row["round"] == latest}
+    decoded = {(name_of(row), row["eta"]): row for row in rows if row["round"] == latest}
     for row in forecast:
-        result = decoded.get((row["method"], row["eta"]), {})
+        result = decoded.get((name_of(row), row["eta"]), {})
         eta = "" if row["eta"] is None else f"{row['eta']:g}"
-        name = NAMES.get(row["method"], row["method"])
-        lines.append([name, eta, *(_number(part, key) for part in (row, result) for key in ("reward", "kl"))])
+        lines.append([name_of(row), eta, *(_number(part, key) for part in (row, result) for key in ("reward", "kl"))])
     return markdown(lines) if forecast else ""
 
 

@@ -183,6 +183,9 @@ class Evaluate:
     guided_samples: int = setting(1, whole(1), "samples of the guide or policy per problem and eta; the paper has 8")
     pass_at: tuple[float, ...] = setting((), PASS_AT, "k of pass@k, at most samples; (): 1, 2, 4, ... up to samples")
     etas: tuple[float, ...] = setting((0.5, 0.2, 0.1, 0.05), ETAS, "etas at which the last guide is evaluated")
+    power: float = setting(
+        1.0, POSITIVE_FINITE, "further evaluation of the last guide with its tilt to this power; 1: none"
+    )
     batch_size: int = setting(250, whole(1), "rows decoded at once")
 
 

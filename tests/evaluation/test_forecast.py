@@ -39,6 +39,19 @@ def test_weights_of_any_size_do_not_overflow():
     assert row["reward"] == 1.0 and row["kl"] == pytest.approx(np.log(3))
 
 
+def test_a_power_tilts_each_prompt_s_law_on_its_own():
+    """Over prompts of any mean reward, reward and KL are the means of those of p^a, normalized, in closed form."""
+    ids, p, rewards = np.repeat(["a", "b"], 1000), np.tile(np.repeat([0.2, 0.8], 500), 2), np.zeros(2000)
+    p[:500] = 0.4  # of "a"
+    for level, begin in ((0.4, 0), (0.8, 500), (0.2, 1000), (0.8, 1500)):
+        rewards[begin : begin + int(500 * level)] = 1
+    row = forecast.tilted(forecast.to_power(np.log(p), 3.0, ids), rewards)
+    levels = np.asarray([[0.4, 0.8], [0.2, 0.8]])
+    weights = levels**3 / (levels**3).sum(1, keepdims=True)
+    assert row["reward"] == pytest.approx((weights * levels).sum(1).mean(), rel=1e-9)
+    assert row["kl"] == pytest.approx((weights * np.log(2 * weights)).sum(1).mean(), rel=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_best_of_k_is_the_mean_over_all_choices(seed):
     rng = np.random.default_rng(seed)

@@ -104,7 +104,7 @@ def test_by_default_k_doubles_up_to_all_samples(most, sizes):
     assert [name for name in made if name.startswith("majority_")] == ["majority_2"] * (most > 1)
 
 
-ETAS, SETTINGS = (0.5, 0.1), ("collect.eta=0.5", "evaluate.guided_samples=2")
+ETAS, SETTINGS = (0.5, 0.1), ("collect.eta=0.5", "evaluate.guided_samples=2", "evaluate.power=3.0")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ KEYS = {
     "method", "eta", "round", "n", "reward", "reward_low", "reward_high", "kl", "kl_truncated", "response_tokens",
     "samples", "seconds",
 }  # fmt: skip
+LEARNED = ("qsharp", "qsharp_greedy", "cd", "qsharp_power")
 MEASURED = ("reward", "kl", "kl_truncated", "response_tokens", "finished", "no_answer")
 
 
@@ -136,6 +137,7 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
         *(("qsharp", 2, eta) for eta in ETAS),
         ("qsharp_greedy", 2, 0.5),
         *(("cd", 2, eta) for eta in ETAS),
+        *(("qsharp_power", 2, eta) for eta in ETAS),
         *((f"{name}_3", 2, None) for name in ("pass", "majority", "best_of", "weighted_majority")),
     ]
     for row in rows:
@@ -147,6 +149,10 @@ def test_an_evaluation_has_a_row_for_everything(evaluated):
     assert all(row["kl"] > 0 for row in rows if row["method"] in ("qsharp", "cd"))
     assert by_name["pi_ref_top_k"]["kl"] == 0 < by_name["pi_ref_top_k"]["kl_truncated"]
     assert by_name["qsharp_greedy"]["kl_truncated"] > by_name["qsharp_greedy"]["kl"] > 0
+    for eta in ETAS:  # further from pi_ref than the tilt itself
+        kl = {row["method"]: row["kl"] for row in rows if row["round"] == 2 and row["eta"] == eta}
+        assert kl["qsharp_power"] > kl["qsharp"]
+    assert by_name["qsharp_power"]["power"] == 3
     for row in rows[:9]:
         assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in MEASURED)
         assert row["pass_1"] == pytest.approx(row["reward"]) and 0 <= row["no_answer"] < 1
@@ -163,7 +169,7 @@ def test_every_row_can_be_computed_again_from_the_samples(evaluated):
     by_id = {problem.problem_id: problem for problem in problems.test_problems(session)}
     assert len(by_id) == 10
     files = {"pi_ref": "pi_ref", "pi_ref_greedy": "pi_ref_greedy", "pi_ref_top_k": "pi_ref_top_k"}
-    files |= {name: f"{name}_round_{{}}" for name in ("qsharp", "qsharp_greedy", "cd")}
+    files |= {name: f"{name}_round_{{}}" for name in LEARNED}
     some = 0
     for row in rows:
         if row["method"] not in files:
@@ -198,7 +204,7 @@ def test_differences_are_paired(evaluated):
 
     for row in rows:
         own = f"{row['method']}_round_{row['round']}"
-        assert ("reward_minus_pi_ref" in row) == (row["method"] in ("qsharp", "qsharp_greedy", "cd"))
+        assert ("reward_minus_pi_ref" in row) == (row["method"] in LEARNED)
         assert ("reward_minus_cd" in row) == ((row["method"], row["round"]) == ("qsharp", 2))
         for other, key in (("pi_ref", "reward"), ("cd", "reward"), ("cd", "kl")):
             if (name := f"{key}_minus_{other}") in row:
@@ -327,6 +333,7 @@ def test_a_broken_verdict_is_mended(evaluated, copied, monkeypatch):
     assert {name: found[:2] for name, found in changed.items()} == {
         "pi_ref.jsonl": (30, 1), "pi_ref_greedy.jsonl": (10, 0), "pi_ref_top_k.jsonl": (20, 0), "qsharp_round_1.jsonl": (20, 0),
         "qsharp_round_2.jsonl": (40, 0), "qsharp_greedy_round_2.jsonl": (10, 0), "cd_round_2.jsonl": (40, 2),
+        "qsharp_power_round_2.jsonl": (40, 0),
     }  # fmt: skip
     assert changed["pi_ref.jsonl"][2] == 1
     assert {path.name: path.read_text() for path in copied.workdir.samples.iterdir()} == before

@@ -19,6 +19,8 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError
 
 ROWS = sorted(path for task in ("gsm8k", "math", "aime", "quality") for path in (CONFIGS / task).glob("[!_]*.py"))
+NO_ROW = CONFIGS / "gsm8k" / "qwen25_coder_05b.py"  # no row of the paper's
+ROWS.remove(NO_ROW)
 NAMES = ["/".join((path.parent.name, path.stem)) for path in ROWS]
 
 # By the names of the folders that the configs ask for: the published size, and its weights as its card counts them.
@@ -45,6 +47,14 @@ def job_of(path: Path) -> plan.Job:
     checks.check_settings(config)
     sizes = dict(ref_size=MODELS[config.ref][0], guide_size=MODELS[config.guide][0])
     return plan.make(config, prompt_tokens=LONGEST[config.task.name], **sizes)
+
+
+def test_a_small_model_has_the_papers_sampling():
+    config, paper = configs.load(NO_ROW, []), configs.load(CONFIGS / "gsm8k" / "qwen25_7b.py", [])
+    checks.check_settings(config)
+    assert config.task == paper.task and config.evaluate.etas == paper.evaluate.etas
+    different = {key for key in config.generate if config.generate[key] != paper.generate[key]}
+    assert different == {"max_new_tokens"}
 
 
 def test_the_rows_are_the_papers():
