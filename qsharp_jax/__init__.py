@@ -13,10 +13,13 @@ _MODULES = {  # where each public name is defined; None: a module of its own
     "values": None,
     "guidance": None,
     "Sampling": "sampling",
-    "generate": "decoding",
-    "stream": "decoding",
     "ContinuousBatch": "decoding",
     "load": "run.folders",
+    "load_guide": "notebook.guides",
+    "train_guide": "notebook.training",
+    "generate": "notebook.generating",
+    "stream": "notebook.generating",
+    "evaluate": "notebook.evaluating",
 }
 
 __all__ = ["__version__", *_MODULES]

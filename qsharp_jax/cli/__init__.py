@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.cli import commands, run
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.workdir import Workdir, check_is_workdir, stored_config
+from qsharp_jax.run.workdir import Workdir, check_is_workdir
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
@@ -158,16 +158,11 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         config = None
         check_is_workdir(files.make_path(options.workdir))  # before JAX is imported
 
-    from qsharp_jax.run import checks, models, provenance
+    from qsharp_jax.experiments import opening
+    from qsharp_jax.run import checks, provenance
 
     if config is not None:
-        checks.check_settings(config)
-        models.pin(config, stored_config(files.make_path(options.workdir)))
-        _check_mesh(config, options.config or "own")
-        checks.check(config)
-        models.make_absolute(config)
-        if not files.is_file(files.make_path(options.workdir) / "config.json"):
-            checks.check_problems(config)
+        opening.check(config, files.make_path(options.workdir), options.config or "own")
         workdir = _opened(options.workdir, config)
     else:
         workdir = _opened(options.workdir)
@@ -194,18 +189,6 @@ def _own_run(options: argparse.Namespace) -> dict[str, Any] | None:
     if not given and options.config is None:
         raise UserError("give --config RECIPE, or --ref, --prompts and --reward; see qsharp run --help")
     return {"rewards" if name == "reward" else name: value for name, value in given.items()} or None
-
-
-def _check_mesh(config: ConfigDict, path: str) -> None:
-    """Check that a mesh of several devices is this machine's, divides the models and rows, and has the memory."""
-    if "mesh" not in config or config.mesh.name == "single":
-        return
-
-    import jax
-
-    from qsharp_jax import plan
-
-    plan.check(plan.make(config), config.mesh, configs.presets(path), jax.devices())
 
 
 def _opened(path: str, config: ConfigDict | None = None) -> Workdir:

@@ -164,14 +164,37 @@ def _write_results(
     workdir: Workdir, judge: AnyJudge, samples: Samples, latest: int, scored: list[dict] | None
 ) -> list[dict]:
     """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `latest`."""
+    config = workdir.config.evaluate
+    rows = to_rows(
+        judge, samples, latest, scored, passes=config.pass_at, majorities={config.samples, config.guided_samples}
+    )
+    if workdir.writes:
+        write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def to_rows(
+    judge: AnyJudge,
+    samples: Samples,
+    latest: int,
+    scored: list[dict] | None,
+    *,
+    passes: Sequence[float],
+    majorities: Collection[int],
+) -> list[dict]:
+    """Return a row of statistics for every method, round and eta of the samples, and for reranking.
+
+    Args:
+      latest: the round of the guide that gave the values in `scored`.
+      scored: as in `rerank_rows`, of pi_ref's samples; None for no reranking.
+      passes, majorities: as in `measure`.
+    """
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for (method, number), rows in samples.items():
         for row in rows:
             if row["reward"] is not None:  # the reward function failed
                 parts[method, number, row["eta"]].append(row)
-    config = workdir.config.evaluate
-    sizes = {config.samples, config.guided_samples}
-    statistics = {place: measure(part, _classes(judge, part), config.pass_at, sizes) for place, part in parts.items()}
+    statistics = {place: measure(part, _classes(judge, part), passes, majorities) for place, part in parts.items()}
     rows = [
         _row(method, number, statistics[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
@@ -183,8 +206,6 @@ def _write_results(
         pairs = [pair for pair in zip(samples["pi_ref", 0], scored, strict=True) if pair[0]["reward"] is not None]
         unguided, scored = map(list, zip(*pairs, strict=True))
         rows += rerank_rows(latest, unguided, _classes(judge, unguided), scored)
-    if workdir.writes:
-        write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

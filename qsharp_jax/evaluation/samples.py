@@ -93,7 +93,7 @@ def sample_method(
                     for row, place in enumerate(places.tolist()):
                         problem, eta, _ = plan[place]
                         text = stop_strings.cut(tokenizer.decode(part.response(row)), sampling.stop)
-                        yield place, _judged(text, judge(session), problem, eta, part, row, now)
+                        yield place, judged(text, judge(session), problem, eta, part, row, now)
                 bar.update(len(places))
 
     return _in_shards(
@@ -107,10 +107,10 @@ def sample_method(
     )
 
 
-def _judged(
+def judged(
     response: str, judge: AnyJudge, problem: Problem, eta: float, part: Generation, row: int, now: float
 ) -> PendingRow:
-    """Start to judge the response in a row of `part`, with this text."""
+    """Start to judge the response in a row of `part`, with this text; `now` is returned beside the sample."""
     judgement = judge.submit(problem, response, tokens=part.response(row), finished=bool(part.finished[row]))
     numbers = {
         "finished": bool(part.finished[row]),
@@ -127,8 +127,8 @@ def _judged(
         verdict = judgement()
         texts = {"prompt": problem.prompt, "answer": problem.answer, "response": response}
         texts |= {"columns": dict(problem.columns)} if problem.columns else {}
-        judged = {"parsed": verdict.parsed, "reward": verdict.reward}
-        return {"problem_id": problem.problem_id} | texts | judged | numbers, now
+        texts |= {"parsed": verdict.parsed, "reward": verdict.reward}
+        return {"problem_id": problem.problem_id} | texts | numbers, now
 
     return result
 

@@ -30,7 +30,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
     number = 0 if what == "ref" else models.fitted_rounds(session.workdir)
     metrics = _metrics(rows, 0) | _metrics(rows, number)
     if what == "guide" and not configs.trains_policy(session.config):
-        trained_on = _guide_trained_on(session, number)
+        trained_on = guide_trained_on(session, number)
         hf.export_guide(
             models.load_guide(session), folder, tokenizer=text.for_export(), trained_on=trained_on, metrics=metrics
         )
@@ -66,7 +66,7 @@ def _ref_trained_on(session: Session) -> str:
     )
 
 
-def _guide_trained_on(session: Session, number: int) -> str:
+def guide_trained_on(session: Session, number: int) -> str:
     c, fit = session.config.collect, session.config.fit
     rolled_in = f" From round 2 on the guide rolled in, at eta {c.eta:g}." if number > 1 else ""
     return (

@@ -3,21 +3,25 @@
 from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.decoding import Guide
 from qsharp_jax.evaluation import forecast, measure
+from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import checks, pretrain, provenance
 from qsharp_jax.run.session import Session
 
 
-def run(session: Session) -> None:
-    """Run everything except the report and what the workdir already has.
+def run(session: Session, ref: LanguageModel | None = None, *, evaluate: bool = True) -> Guide:
+    """Run everything except the report and what the workdir already has, and return what the last round learned.
+
+    Args:
+      ref: the reference, where it is in memory already.
+      evaluate: measure it and what is learned on the test problems.
 
     Raises:
       UserError: for devices or problems that do not match the config, and as the algorithm does.
     """
-
     checks.check_devices(session)
     provenance.check_problems(session)
-    ref = pretrain.run(session)
+    ref = pretrain.run(session) if ref is None else ref
     guides: dict[int, Guide] = {}
 
     def after_round(number: int, guide: Guide) -> None:
@@ -25,6 +29,7 @@ def run(session: Session) -> None:
         if isinstance(guide, ValueModel):
             with session.decoding():
                 forecast.run(session, number, guide)
-        measure.evaluate(session, ref, guides, full=number == session.config.rounds)
+        if evaluate:
+            measure.evaluate(session, ref, guides, full=number == session.config.rounds)
 
-    ALGORITHMS[session.config.algorithm].run(session, ref, after_round)
+    return ALGORITHMS[session.config.algorithm].run(session, ref, after_round)

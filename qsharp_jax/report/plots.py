@@ -1,31 +1,46 @@
 """Plots of a report, each on one pair of axes, from rows of `results.json`, samples or metrics."""
 
+import io
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # a report needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-from qsharp_jax.evaluation import score, statistics  # noqa: E402
-from qsharp_jax.report.names import COLORS, GUIDED, NAMES, POLICIES, eta_of, learned, name_of  # noqa: E402
-from qsharp_jax.system.files import writing  # noqa: E402
+from qsharp_jax.evaluation import score, statistics
+from qsharp_jax.report.names import COLORS, GUIDED, NAMES, POLICIES, eta_of, learned, name_of
+from qsharp_jax.system.files import writing
 
 PLACES = {0.0: "first token", 0.25: "25%", 0.5: "50%", 0.75: "75%", 1.0: "last token"}  # of a response
 BINS = 6  # of response lengths, with as many samples in each as ties allow
 
 
-def save_plot(path, draw) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+class Plot(Figure):
+    """A `matplotlib` figure of its own, without pyplot, so that it needs no screen; a notebook shows it as PNG."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, dpi=130, format="png")
+        return picture.getvalue()
+
+
+def plot(draw: Callable[[Axes], None]) -> Plot:
+    """Return a figure of one pair of axes, which `draw` fills."""
+    figure = Plot(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+    return figure
+
+
+def save_plot(path: Path, draw: Callable[[Axes], None]) -> None:
+    figure = plot(draw)
     with writing(path) as file:
         figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
 
 
 def _errors(rows: list[dict], name: str = "reward") -> list[list[float]] | None:

@@ -3,6 +3,7 @@
 A number with its 95% interval is written 0.790 (0.754 .. 0.826).
 """
 
+import html
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -153,6 +154,16 @@ def forecast_table(forecast: Sequence[dict], rows: Sequence[dict]) -> str:
     return markdown(lines) if forecast else ""
 
 
+def frontier_lines(rows: Sequence[dict]) -> list[list[str]]:
+    """Return the lines of a table of reward against KL, head first: one per method and eta."""
+    lines = [["method", "eta", "reward", "minus pi_ref", "KL", "tokens", "finished"]]
+    for row in rows:
+        method, eta, _ = _who(row)
+        cells = [_interval(row, "reward"), _interval(row, "reward_minus_pi_ref", "+"), _interval(row, "kl")]
+        lines.append([method, eta, *cells, f"{row['response_tokens']:.1f}", _number(row, "finished")])
+    return lines
+
+
 HOW_DIFFERENCES = (
     "The mean over problems of the difference between two methods on the same problem; in parentheses its 95% interval"
     " by bootstrap over these differences."
@@ -204,6 +215,16 @@ def rollouts_table(metrics: list[dict]) -> str:
         whole = [str(number), str(total["rollouts"]), f"{total['reward']:.3f}", f"{total['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
     return markdown(lines) if by_round else ""
+
+
+def to_html(lines: Sequence[Sequence[str]]) -> str:
+    """Format a table, head first, as HTML."""
+    tags = ["th", *["td"] * (len(lines) - 1)]
+    rows = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+        for tag, line in zip(tags, lines, strict=True)
+    ]
+    return "\n".join(["<table>", *rows, "</table>"])
 
 
 def markdown(lines: list[list[str]]) -> str:

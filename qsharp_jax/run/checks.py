@@ -1,6 +1,8 @@
 """Checks of a run before anything is computed: its settings, models, problems and devices."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -131,15 +133,18 @@ def _check_rows(config: ConfigDict) -> None:
             )
 
 
-def check_problems(config: ConfigDict) -> None:
+def check_problems(config: ConfigDict, rewards: Sequence[Callable[..., Any]] = ()) -> None:
     """Check that the task has enough problems, and that prompts with responses fit into the models and packed rows.
 
     A reward function must load, too.
 
     This takes seconds, so it is only done for new runs: a workdir keeps its settings, and a mistake found after the
     pre-training would cost a new one. A UserError gives the numbers.
+
+    Args:
+      rewards: the reward functions, where the config names Python objects.
     """
-    session = Session(Workdir(Path(), config))
+    session = Session(Workdir(Path(), config), rewards=rewards)
     tokenizer = models.tokenizer(session)
     _ = problems.judge(session)
     train, test = problems.all_train_problems(session), problems.test_problems(session)

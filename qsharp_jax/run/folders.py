@@ -89,15 +89,17 @@ class Loaded:
     """Models in memory.
 
     Attributes:
+      source: the reference's folder or GGUF file, or its id on the hub with the commit.
       ref: the reference.
       guide: the guide, a tuple of several, or None.
       tokenizer: the reference's.
       sampling: a `Sampling` with the tokenizer's stop ids and vocabulary; change the rest by `dataclasses.replace`.
     """
 
-    ref: LanguageModel
-    guide: Guide | None
-    tokenizer: Tokenizer
+    source: str
+    ref: LanguageModel = dataclasses.field(repr=False)
+    guide: Guide | None = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
     sampling: Sampling
 
 
@@ -121,11 +123,12 @@ def load(
       UserError: for a folder that does not hold such a model, or a guide with other tokens than the reference.
     """
     guides = [guide] if isinstance(guide, str | Path) else guide or []
-    folders = Folders(hub.find(ref), [hub.find(name) for name in guides], dtype=dtype, prompt_format=prompt_format)
+    source = hub.pin(str(ref))
+    folders = Folders(hub.find(source), [hub.find(name) for name in guides], dtype=dtype, prompt_format=prompt_format)
     tokenizer = folders.tokenizer
     candidates = min(Sampling.top_k_candidates, tokenizer.vocab_size)
     sampling = Sampling(top_k_candidates=candidates, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
-    return Loaded(folders.load_ref(), folders.load_guide() if guides else None, tokenizer, sampling)
+    return Loaded(source, folders.load_ref(), folders.load_guide() if guides else None, tokenizer, sampling)
 
 
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:

@@ -53,11 +53,14 @@ def _absolute(path: str, *rest: str) -> str:
     return "".join([full if os.path.exists(full) and path else path, *rest])
 
 
-def load(own: OwnRun, workdir: str, changes: list[str]) -> ConfigDict:
+def load(
+    own: OwnRun, workdir: str | os.PathLike, changes: list[str], *, change_by: str = "--config.KEY=VALUE"
+) -> ConfigDict:
     """Return the config: the stored one of a workdir that holds a run, else the recipe `own` with `fitting` settings.
 
     Args:
       changes: `--config.KEY=VALUE`, which come last.
+      change_by: how the user changes a setting, in what is printed.
 
     Raises:
       UserError: if the model, the prompts or the reward are missing, and as `config.load`.
@@ -88,7 +91,7 @@ def load(own: OwnRun, workdir: str, changes: list[str]) -> ConfigDict:
     chosen = fitting.fitting(config)
     configs.override(config, [f"--config.{key}={value}" for key, value in chosen.items()])
     configs.override(config, [*own.overrides(), *changes])
-    print("Settings for this model and device (change them by --config.KEY=VALUE):")
+    print(f"Settings for this model and device (change them by {change_by}):")
     for key in chosen:
         print(f"  {key} = {functools.reduce(ConfigDict.get, key.split('.'), config)}")
     return config

@@ -20,6 +20,8 @@ def task(session: Session) -> ModuleType:
 
 def judge(session: Session) -> AnyJudge:
     """Return the judge of the run's task; runs of one process with the same task share it and its workers."""
+    if session.rewards:
+        return _judge_by_objects(session)
     return _judge(json.dumps(session.config.task.to_dict(), sort_keys=True))
 
 
@@ -28,6 +30,11 @@ def _judge(section: str) -> AnyJudge:
     config = ConfigDict(json.loads(section))
     task = registry.get(config.name)
     return task.judge(config) if hasattr(task, "judge") else Judge(task)
+
+
+@functools.lru_cache(maxsize=1)
+def _judge_by_objects(session: Session) -> AnyJudge:
+    return task(session).judge(session.config.task, session.rewards)
 
 
 def train_problems(session: Session, number: int) -> list[Problem]:

@@ -64,7 +64,9 @@ def check_problems(session: Session) -> None:
     }
     task = registry.get(session.config.task.name)
     if hasattr(task, "files"):
+        task.check_objects(session.config.task, session.rewards)
         hashes["task"] = {str(path): _describe(path, {}) for path in task.files(session.config.task)}
+        hashes["task"] |= task.describe_objects(session.rewards)
         if "task" in stored and (changed := _changed(stored["task"], hashes["task"])):
             raise UserError(
                 f"{', '.join(changed)} changed since this run began; restore what it was, or give another --workdir"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from qsharp_jax.run.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Session:
-    """A run in its workdir. With `profile`, each training writes a trace of some steps."""
+    """A run in its workdir.
+
+    Attributes:
+      profile: each training writes a trace of some steps.
+      rewards: the reward functions, where the config names Python objects.
+    """
 
     workdir: Workdir
     profile: bool = False
+    rewards: Sequence[Callable[..., Any]] = ()
 
     @property
     def config(self) -> ConfigDict:

@@ -90,6 +90,25 @@ def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[No
 
 
 @contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Let `deferred` code save at a Ctrl-C inside the block; the process goes on after it, as a notebook's does.
+
+    A Ctrl-C more than `REPEATED` seconds after the first is raised at once. Outside the main thread, which alone gets
+    signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _reset()
+    handler = signal.signal(signal.SIGINT, _note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        _reset()
+
+
+@contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Only note SIGTERM and Ctrl-C inside the block, for `requested`; raises `Stopped` at its end if there was one."""
     _state.deferred = True
@@ -148,6 +167,17 @@ def _raise_where_allowed(number: int, frame: FrameType | None) -> None:
     if allowed and not _state.raised:
         _state.raised, _state.raised_by = True, number
         raise Stopped if _state.deferred else KeyboardInterrupt
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Handle a Ctrl-C of `interrupts`."""
+    now = time.monotonic()
+    if not _state.deferred or (requested() and now - _state.since > REPEATED):
+        raise KeyboardInterrupt
+    if not requested():
+        _state.since, _state.number = now, number
+        print("\nqsharp: interrupted; saving before the end", file=sys.stderr, flush=True)
+    _raise_where_allowed(number, frame)
 
 
 def _wait(reader: socket.socket, end: Callable[[], None], peers: Peers) -> None:

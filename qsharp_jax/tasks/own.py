@@ -7,7 +7,8 @@ A Python file may be both: it defines `problems(split)`, an iterable of such row
 
 config: file           Python file or module with problems(split) and reward, or empty
         prompts        JSON lines, a Parquet file, or the name of a data set on the hub (its split "train"), or empty
-        rewards        FILE.py:NAME or MODULE:NAME of the reward functions; empty: `reward` of `file`
+        rewards        FILE.py:NAME or MODULE:NAME of the reward functions; empty: `reward` of `file`; <python>:NAME of
+                       one that was a Python object, which only the program that gave it has
         weights        of the rewards in their sum; empty: 1 each
         reward_workers processes that call them; 0: this process calls them; -1: one per core, up to 16
         reward_seconds wall time of a response's rewards in a worker
@@ -17,7 +18,7 @@ config: file           Python file or module with problems(split) and reward, or
 import collections
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import base, finite, reward_worker
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.rewards import Function, RewardJudge, parse_function
+from qsharp_jax.tasks.rewards import OBJECT, Function, RewardJudge, name_of, parse_function, source_hash
 
 FINITE, SYMBOLIC = True, False
 
@@ -56,9 +57,14 @@ def _functions(config: Any) -> list[Function]:
     return [parse_function(f"{config.file}:reward")]
 
 
-def judge(config: Any) -> RewardJudge:
-    """Return the judge that calls the reward functions; raises a UserError if they cannot be loaded."""
-    functions = _functions(config)
+def judge(config: Any, objects: Sequence[Callable[..., Any]] = ()) -> RewardJudge:
+    """Return the judge that calls the reward functions; raises a UserError if they cannot be loaded.
+
+    Args:
+      objects: the reward functions, where they are Python objects.
+    """
+    check_objects(config, objects)
+    functions = objects or _functions(config)
     workers = config.reward_workers
     own = RewardJudge(
         functions, list(config.weights) or [1.0] * len(functions), workers=None if workers < 0 else workers,
@@ -79,6 +85,24 @@ def check_files(config: Any) -> None:
         judge(config).close()
 
 
+def check_objects(config: Any, objects: Sequence[Callable[..., Any]]) -> None:
+    """Raise a UserError if the reward functions are Python objects that this program does not have."""
+    missing = [name for source, name in _functions(config) if source == OBJECT]
+    if missing and not objects:
+        raise UserError(
+            f"the reward {', '.join(missing)} of this run was a Python object, which is not in its folder; call"
+            " qsharp_jax.train_guide with it and the same workdir, or begin a new run with a function in a file, by"
+            " --reward FILE.py:NAME"
+        )
+
+
+def describe_objects(objects: Sequence[Callable[..., Any]]) -> dict[str, dict]:
+    """Return the hash of each reward function's source, by its name in messages."""
+    numbered = enumerate(map(name_of, objects), start=1)
+    names = [f"the reward {name}" + (f" (number {number})" if len(objects) > 1 else "") for number, name in numbered]
+    return {name: {"sha256": source_hash(function)} for name, function in zip(names, objects, strict=True)}
+
+
 def files(config: Any) -> list[Path]:
     """Return the files that the task is made of."""
     named = [config.file, config.prompts, *(source for source, _ in _functions(config))]
@@ -93,16 +117,16 @@ def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
     """
     base.check_split(split)
     if config.file:
-        chosen = _to_problems(_rows_of_program(config.file, split))
+        chosen = to_problems(_rows_of_program(config.file, split))
     else:
-        chosen = [p for p in _to_problems(_rows(config.prompts)) if base.split_of(p.problem_id[:16]) == split]
+        chosen = [p for p in to_problems(read_rows(config.prompts)) if base.split_of(p.problem_id[:16]) == split]
     if not chosen:
         raise ValueError(f"there are no {split} prompts; give more prompts")
     base.generator("own", seed).shuffle(chosen)
     return chosen[:count]
 
 
-def _to_problems(rows: Iterable[finite.Row]) -> list[Problem]:
+def to_problems(rows: Iterable[finite.Row]) -> list[Problem]:
     """Return the rows as problems; the id of a repeated prompt ends in -2, -3, ..."""
     chosen, times = [], collections.Counter[str]()
     for row in rows:
@@ -127,7 +151,8 @@ def _prompt(row: finite.Row) -> Prompt:
 # --- Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(prompts: str) -> list[finite.Row]:
+def read_rows(prompts: str) -> list[finite.Row]:
+    """Read the prompts of a file, or of a data set on the hub; raises a UserError for what cannot be read."""
     if (path := _file(prompts)) is None:
         return _hub_rows(prompts)
     return _parquet_rows(path) if path.suffix == ".parquet" else finite.json_rows(path)

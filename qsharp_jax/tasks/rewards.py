@@ -6,10 +6,12 @@ prompts come by name, as do `completion_ids`, lists of the responses' token ids,
 ended by itself. A function may be asynchronous, and may return None for a response that it does not apply to.
 https://huggingface.co/docs/trl, "Using a custom reward function".
 
-Functions run in worker processes with a time limit, or in this process. A response whose function raises, takes too
-long, or returns anything but one finite number has no reward: None.
+Functions of files run in worker processes with a time limit, or in this process, as Python objects do. A response whose
+function raises, takes too long, or returns anything but one finite number has no reward: None.
 """
 
+import hashlib
+import inspect
 import json
 import math
 import threading
@@ -28,14 +30,31 @@ FEWEST = 20  # responses before the share of those without a reward can stop a r
 WARNINGS = 3  # that are printed
 
 Function = tuple[str, str]  # a file or a module, and a name in it
+OBJECT = "<python>"  # in place of the file of a function that was given as a Python object
 
 
 def parse_function(words: str) -> Function:
     """Split FILE:NAME, or MODULE:NAME; raises a UserError for another form."""
     source, colon, name = words.rpartition(":")
+    if source == OBJECT:
+        return source, name
     if not colon or not name.isidentifier() or not source:
         raise UserError(f"the reward is {words!r}; write it as FILE.py:NAME, such as rewards.py:short")
     return source, name
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a Python object that is called as a reward."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def source_hash(function: Callable[..., Any]) -> str | None:
+    """Return the SHA-256 of an object's source; None if Python does not have it, as for what is compiled."""
+    try:
+        source = inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 class RewardJudge:
@@ -45,7 +64,7 @@ class RewardJudge:
 
     def __init__(
         self,
-        functions: Sequence[Function],
+        functions: Sequence[Function] | Sequence[Callable[..., Any]],
         weights: Sequence[float],
         *,
         workers: int | None = None,
@@ -53,17 +72,23 @@ class RewardJudge:
         most_failures: float,
     ):
         """Args:
+        functions: by their files and names, or all as Python objects, which are called in this process.
         workers: processes, by default one per core up to 16; 0: call the functions in this process.
         seconds: wall time of one response in a worker.
         most_failures: share of responses without a reward above which `UserError` is raised.
         """
         self._weights, self._seconds, self._most_failures = weights, seconds, most_failures
+        self._lock = threading.Lock()
+        self._judged = self._failed = 0
+        self._workers: Workers | None = None
+        self._functions = [function for function in functions if callable(function)]
+        if self._functions:
+            self._names = ", ".join(map(name_of, self._functions))
+            return
         self._names = ", ".join(name for _, name in functions)
         for source, _ in functions:
             if source.endswith(".py") and not Path(source).is_file():
                 raise UserError(f"there is no file {source}; give the reward function's Python file, as FILE.py:NAME")
-        self._functions: list[Callable[..., Any]] = []
-        self._workers: Workers | None = None
         if workers == 0:
             try:
                 self._functions = [reward_worker.load(*function) for function in functions]
@@ -75,8 +100,6 @@ class RewardJudge:
                 script, [json.dumps(functions)], seconds=seconds, count=workers,
                 refusal=_refusal(self._names, "{reason}"),
             )  # fmt: skip
-        self._lock = threading.Lock()
-        self._judged = self._failed = 0
 
     def check(self) -> None:
         """Load the functions in one worker; raises a UserError if they cannot be loaded."""

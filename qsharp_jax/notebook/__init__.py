@@ -1,0 +1,1 @@
+"""Functions for notebooks and scripts, with models, prompts and rewards as Python objects."""

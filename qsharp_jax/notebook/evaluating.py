@@ -1,0 +1,133 @@
+"""`evaluate`: reward against KL of a guide at several eta, beside the reference, in memory."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsharp_jax import rollouts
+from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT
+from qsharp_jax.data.batches import Example
+from qsharp_jax.decoding import Guide as Guides
+from qsharp_jax.decoding import gives_values, row_seeds
+from qsharp_jax.evaluation import measure, score
+from qsharp_jax.evaluation.samples import judged
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.notebook.generating import of_model
+from qsharp_jax.notebook.guides import Guide, for_reference
+from qsharp_jax.notebook.inputs import Prompts, Reward, judge, to_problems
+from qsharp_jax.report import plots, tables
+from qsharp_jax.run.folders import Loaded
+from qsharp_jax.run.own import rows_that_fit
+from qsharp_jax.sampling import Sampling
+
+BUCKET = 64  # tokens: widths of scored batches are multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Reward and KL of a reference and a guide. A notebook shows it as a table.
+
+    Attributes:
+      rows: a dict per method and eta: "reward", "kl", "response_tokens", "finished", ..., each with its interval in
+        NAME_low and NAME_high, and paired differences as "reward_minus_pi_ref".
+      samples: every response, with its "prompt", "reward", "kl" and "eta".
+      how: how the numbers were computed.
+    """
+
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    how: str
+
+    def table(self) -> str:
+        """Return the table as text."""
+        return tables.markdown(tables.frontier_lines(self.rows))
+
+    def figure(self) -> plots.Plot:
+        """Draw reward against KL; a notebook shows the figure, and `savefig` writes it."""
+        return plots.plot(lambda axes: plots.frontier(axes, self.rows))
+
+    def __repr__(self) -> str:
+        return f"{self.table()}\n\n{self.how}"
+
+    def _repr_html_(self) -> str:
+        return f"{tables.to_html(tables.frontier_lines(self.rows))}\n<p>{self.how}</p>"
+
+
+def evaluate(
+    ref: Loaded,
+    guide: Guide | Guides,
+    prompts: Prompts,
+    reward: Reward | Sequence[Reward],
+    *,
+    etas: Sequence[float] = (0.5, 0.2, 0.1, 0.05),
+    samples: int = 4,
+    weights: Sequence[float] | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure reward and KL of a guide at several eta, of the reference, and of best of n by the guide.
+
+    Args:
+      ref, guide, sampling: as in `generate`; the sampling's eta is ignored.
+      prompts: that the guide was not trained on, such as `Run.held_out`; otherwise as in `train_guide`.
+      reward, weights: as in `train_guide`.
+      etas: weights of the KL; small is strong guidance.
+      samples: responses to each prompt, of the reference and at each eta.
+      seed: of everything that is random.
+
+    Raises:
+      UserError: for prompts or rewards of another form, if too many responses have no reward, and as in `generate`.
+    """
+    problems, by_reward, sampling = to_problems(prompts), judge(reward, weights), of_model(ref, sampling)
+    model = for_reference(guide, ref)
+    encoded = [ref.tokenizer.encode_prompt(problem.prompt) for problem in problems]
+    rows = rows_that_fit(ref.ref.config, sampling.max_new_tokens)
+    method = sampling.mode if sampling.mode in ALGORITHMS else DEFAULT
+
+    def sample(name: str, model: Guides | None, etas: Sequence[float]) -> list[dict[str, Any]]:
+        plan = list(itertools.product(problems, etas, range(samples)))
+        began = time.monotonic()
+        generation = rollouts.sample(
+            ref.ref,
+            model,
+            encoded,
+            dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
+            seeds=row_seeds(seed, len(plan)),
+            batch_size=min(rows, len(plan)),
+            samples=len(etas) * samples,
+            name=f"evaluate {name}",
+            record=("kl", "values") if gives_values(model) else ("kl",),
+        )
+        each = (time.monotonic() - began) / len(plan)
+        pending = [
+            judged(ref.tokenizer, by_reward, problem, eta, generation, row, now=0.0)
+            for row, (problem, eta, _) in enumerate(plan)
+        ]
+        return [result()[0] | {"seconds": each} for result in pending]
+
+    by_method = {("pi_ref", 0): sample("pi_ref", None, [math.inf]), (method, 1): sample(method, model, list(etas))}
+    scored = None
+    if isinstance(model, ValueModel):
+        unguided = by_method["pi_ref", 0]
+        examples = [
+            Example(tokens, response["tokens"])
+            for tokens, response in zip((tokens for tokens in encoded for _ in range(samples)), unguided, strict=True)
+        ]
+        values = score.score(model, examples, rows=rows, bucket=BUCKET)
+        scored = [{"values": of_response.tolist(), "seconds": 0.0} for of_response in values]
+    statistics = measure.to_rows(by_reward, by_method, 1, scored, passes=(), majorities=())
+    return Evaluation(statistics, [one for part in by_method.values() for one in part], _how(len(problems), samples))
+
+
+def _how(problems: int, samples: int) -> str:
+    return (
+        f"Reward is the mean over {problems} prompts, each with the mean of its {samples} responses, and KL the exact"
+        " KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation; minus pi_ref is the difference"
+        " on the same prompts. In parentheses 95% intervals by bootstrap over prompts. best_of_k is the reward of the"
+        " one of k responses of pi_ref that the guide values most, pass_k the best reward of k responses."
+    )

@@ -1,0 +1,108 @@
+"""`generate` and `stream` from texts to texts.
+
+Shapes: R rows, which are the prompts' samples, a prompt's next to each other; N tokens.
+"""
+
+import dataclasses
+import html
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qsharp_jax import decoding, rollouts
+from qsharp_jax.decoding import Generation, row_seeds
+from qsharp_jax.decoding import Guide as Guides
+from qsharp_jax.notebook.guides import Guide, for_reference
+from qsharp_jax.run.folders import Loaded
+from qsharp_jax.run.own import rows_that_fit
+from qsharp_jax.sampling import Sampling
+from qsharp_jax.system.chat import Prompt, as_text
+from qsharp_jax.system.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """Responses to prompts. A notebook shows them as a table.
+
+    Attributes:
+      prompts: [R], each prompt as many times as it was answered.
+      texts: [R].
+      generation: tokens [R, N], log-probabilities, KL and values of each, and which responses ended by themselves.
+    """
+
+    prompts: list[Prompt]
+    texts: list[str]
+    generation: Generation = dataclasses.field(repr=False)
+
+    @property
+    def kl(self) -> np.ndarray:
+        """[R]: exact KL to the reference of each response, in nats, before truncation."""
+        return self.generation.kl.sum(1)
+
+    def _repr_html_(self) -> str:
+        cells = zip(map(as_text, self.prompts), self.texts, (f"{kl:.2f}" for kl in self.kl), strict=True)
+        rows = ["".join(f'<td style="text-align: left">{html.escape(cell)}</td>' for cell in row) for row in cells]
+        head = "<tr><th>prompt</th><th>response</th><th>KL (nats)</th></tr>"
+        return f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def generate(
+    ref: Loaded,
+    guide: Guide | Guides | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+) -> Responses:
+    """Answer prompts with the guided reference.
+
+    Args:
+      ref: what `load` returns.
+      guide: of a `train_guide`, of `load_guide` or of `load`; None for the reference alone.
+      prompts: texts, or chats as lists of messages, which are encoded in the reference's prompt format.
+      sampling: eta and the other settings of decoding; stop ids and vocabulary are by default the tokenizer's. Fields
+        that may be given per row have an entry for each sample of each prompt.
+      samples: responses to each prompt.
+      seed: of everything that is random.
+
+    Raises:
+      UserError: for a guide with other tokens than the reference, and as `qsharp_jax.decoding.generate`.
+    """
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text; give a list of them")
+    prompts, sampling = list(prompts), of_model(ref, sampling)
+    generation = rollouts.sample(
+        ref.ref,
+        for_reference(guide, ref),
+        [ref.tokenizer.encode_prompt(prompt) for prompt in prompts],
+        sampling,
+        seeds=row_seeds(seed, len(prompts) * samples),
+        batch_size=min(len(prompts) * samples, rows_that_fit(ref.ref.config, sampling.max_new_tokens)),
+        samples=samples,
+        name="generate",
+    )
+    texts = [ref.tokenizer.decode(generation.response(row)) for row in range(len(generation.lengths))]
+    return Responses([prompt for prompt in prompts for _ in range(samples)], texts, generation)
+
+
+def stream(
+    ref: Loaded, guide: Guide | Guides | None, prompt: Prompt, sampling: Sampling | None = None, *, seed: int = 0
+) -> Iterator[str]:
+    """Yield the text of a response to one prompt in pieces, as they are decoded; arguments as of `generate`."""
+    tokens = [ref.tokenizer.encode_prompt(prompt)]
+    blocks = decoding.stream(ref.ref, for_reference(guide, ref), tokens, of_model(ref, sampling), rng=seed, record=())
+    yield from ref.tokenizer.decode_stream(rows[0] for rows in blocks)
+
+
+def of_model(ref: Loaded, sampling: Sampling | None) -> Sampling:
+    """Complete the settings by the reference's stop ids and vocabulary, where they are not given."""
+    if sampling is None:
+        return ref.sampling
+    own = ref.sampling
+    return dataclasses.replace(
+        sampling,
+        stop_ids=sampling.stop_ids or own.stop_ids,
+        vocab_size=own.vocab_size if sampling.vocab_size is None else sampling.vocab_size,
+        top_k_candidates=min(sampling.top_k_candidates, ref.tokenizer.vocab_size),
+    )
