@@ -36,7 +36,11 @@ ALLOWED = {
     "plan": {"system", "sampling", "models", "tasks", "data", "decoding", "train", "run"},
     "configs": {"run"},
     "experiments": {
-        "system", "models", "data", "decoding", "train", "run", "evaluation", "algorithms", "report",
+        "system", "models", "data", "decoding", "train", "run", "evaluation", "algorithms", "report", "plan",
+        "algorithms.registry",
+    },
+    "notebook": {
+        "system", "sampling", "models", "tasks", "data", "decoding", "rollouts", "run", "evaluation", "report", "experiments",
         "algorithms.registry",
     },
     "cli": {

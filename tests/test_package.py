@@ -28,7 +28,7 @@ def test_importing_is_light(modules, heavy):
 
 def test_decoding_imports_where_fcntl_is_missing():
     """Windows has no fcntl; `resource` is imported on Linux by psutil itself."""
-    code = "import sys; sys.modules.update(fcntl=None); import qsharp_jax; qsharp_jax.stream"
+    code = "import sys; sys.modules.update(fcntl=None); import qsharp_jax.decoding"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

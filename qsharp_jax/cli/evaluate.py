@@ -29,11 +29,11 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     session = Session(workdir)
     if options.rejudge:
         rows, changed = measure.rejudge(workdir, judge(session))
-        print(report.table(rows) + "\n")
+        print(report.table(rows, width=report.TERMINAL) + "\n")
         for name, (samples, verdicts, parsed) in changed.items():
             print(f"{name}: of {samples} verdicts {verdicts} changed, and {parsed} answers are read differently")
         return
     provenance.check_problems(session)
     ref = models.load_ref(session)
     guides = {number: models.load_guide(session, number) for number in range(1, models.fitted_rounds(workdir) + 1)}
-    print(report.table(measure.evaluate(session, ref, guides, full=True)))
+    print(report.table(measure.evaluate(session, ref, guides, full=True), width=report.TERMINAL))

@@ -33,6 +33,7 @@ from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import progress
 from qsharp_jax.system.files import is_file, read_text, write_atomic
 
 BEST_OF = 4
@@ -56,6 +57,7 @@ def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
     held_out = [rollout for rollout in rollouts if is_held_out(rollout.prompt_id, config.fit.holdout)]
     if not held_out:
         return []
+    progress.tell(f"forecasting from {len(held_out)} held-out rollouts")
     examples, etas = [from_rollout(rollout) for rollout in held_out], sorted({*config.evaluate.etas}, reverse=True)
     rewards = np.asarray([rollout.reward for rollout in held_out], float)
     prompt_ids = [rollout.prompt_id for rollout in held_out]

@@ -261,8 +261,8 @@ def summary(rows: Sequence[dict]) -> list[dict]:
     return lines
 
 
-def table(lines: Sequence[dict], rollouts: int) -> str:
-    """Make a Markdown table of what `summary` returns; `rollouts` is the budget."""
+def table(lines: Sequence[dict], rollouts: int, *, width: int | None = None) -> str:
+    """Make a Markdown table of what `summary` returns; `rollouts` is the budget, the `width` as in `markdown`."""
     speed = next((line["tokens_per_second"] for line in lines if line["method"] == DEFAULT), None)
     cells = []
     for line in lines:
@@ -285,15 +285,14 @@ def table(lines: Sequence[dict], rollouts: int) -> str:
                 "" if speed is None else f"{line['tokens_per_second'] / speed:.2f}",
             ]
         cells.append(cell + [""] * (len(COLUMNS) - len(cell)))
-    return report.markdown([list(COLUMNS), *cells])
+    return report.markdown([list(COLUMNS), *cells], width=width)
 
 
 def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
     config, lines = workdir.config, summary(rows)
     write_atomic(workdir.results, json.dumps({"lines": lines, "runs": rows, "failures": failures}, indent=1) + "\n")
-    shown = table(lines, config.rounds * config.collect.prompts * config.collect.samples)
-    if failures:
-        shown += "\n\nWithout a result:\n" + "\n".join(failures)
+    budget = config.rounds * config.collect.prompts * config.collect.samples
+    without = "\n\nWithout a result:\n" + "\n".join(failures) if failures else ""
     curves = {
         (method, seed): report.learning_curve(Workdir.attach(workdir.path / f"seed_{seed}" / method).read_metrics())
         for method in config.compare.methods
@@ -308,10 +307,10 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
     for name, draw in plots.items():
         save_plot(workdir.path / name, draw)
     pictures = [f"![{name}]({name})" for name in plots]
-    text = "\n\n".join([f"# {config.task.name}: {workdir.path.name}", shown, HOW, *pictures])
+    text = "\n\n".join([f"# {config.task.name}: {workdir.path.name}", table(lines, budget) + without, HOW, *pictures])
     write_atomic(workdir.report, text + "\n")
     names = ", ".join(str(workdir.path / name) for name in ("report.md", "results.json", *plots))
-    return f"{shown}\n\nFiles: {names}"
+    return f"{table(lines, budget, width=report.TERMINAL)}{without}\n\nFiles: {names}"
 
 
 def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:

@@ -13,19 +13,18 @@ from qsharp_jax import rollouts
 from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT
 from qsharp_jax.data.batches import Example
 from qsharp_jax.decoding import Guide as Guides
-from qsharp_jax.decoding import gives_values, row_seeds
+from qsharp_jax.decoding import row_seeds
 from qsharp_jax.evaluation import measure, score
 from qsharp_jax.evaluation.samples import judged
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.notebook.generating import of_model
+from qsharp_jax.notebook.generating import of_model, rows_of
 from qsharp_jax.notebook.guides import Guide, for_reference
 from qsharp_jax.notebook.inputs import Prompts, Reward, judge, to_problems
 from qsharp_jax.report import plots, tables
 from qsharp_jax.run.folders import Loaded
-from qsharp_jax.run.own import rows_that_fit
 from qsharp_jax.sampling import Sampling
 
-BUCKET = 64  # tokens: widths of scored batches are multiples of it
+ROWS, BUCKET = 16, 64  # of scored batches: responses, and tokens of which widths are multiples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,6 @@ def evaluate(
     problems, by_reward, sampling = to_problems(prompts), judge(reward, weights), of_model(ref, sampling)
     model = for_reference(guide, ref)
     encoded = [ref.tokenizer.encode_prompt(problem.prompt) for problem in problems]
-    rows = rows_that_fit(ref.ref.config, sampling.max_new_tokens)
     method = sampling.mode if sampling.mode in ALGORITHMS else DEFAULT
 
     def sample(name: str, model: Guides | None, etas: Sequence[float]) -> list[dict[str, Any]]:
@@ -98,10 +96,9 @@ def evaluate(
             encoded,
             dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             seeds=row_seeds(seed, len(plan)),
-            batch_size=min(rows, len(plan)),
+            batch_size=rows_of(ref, sampling, len(plan)),
             samples=len(etas) * samples,
             name=f"evaluate {name}",
-            record=("kl", "values") if gives_values(model) else ("kl",),
         )
         each = (time.monotonic() - began) / len(plan)
         pending = [
@@ -118,7 +115,7 @@ def evaluate(
             Example(tokens, response["tokens"])
             for tokens, response in zip((tokens for tokens in encoded for _ in range(samples)), unguided, strict=True)
         ]
-        values = score.score(model, examples, rows=rows, bucket=BUCKET)
+        values = score.score(model, examples, rows=ROWS, bucket=BUCKET)
         scored = [{"values": of_response.tolist(), "seconds": 0.0} for of_response in values]
     statistics = measure.to_rows(by_reward, by_method, 1, scored, passes=(), majorities=())
     return Evaluation(statistics, [one for part in by_method.values() for one in part], _how(len(problems), samples))

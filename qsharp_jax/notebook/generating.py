@@ -78,7 +78,7 @@ def generate(
         [ref.tokenizer.encode_prompt(prompt) for prompt in prompts],
         sampling,
         seeds=row_seeds(seed, len(prompts) * samples),
-        batch_size=min(len(prompts) * samples, rows_that_fit(ref.ref.config, sampling.max_new_tokens)),
+        batch_size=rows_of(ref, sampling, len(prompts) * samples),
         samples=samples,
         name="generate",
     )
@@ -93,6 +93,11 @@ def stream(
     tokens = [ref.tokenizer.encode_prompt(prompt)]
     blocks = decoding.stream(ref.ref, for_reference(guide, ref), tokens, of_model(ref, sampling), rng=seed, record=())
     yield from ref.tokenizer.decode_stream(rows[0] for rows in blocks)
+
+
+def rows_of(ref: Loaded, sampling: Sampling, responses: int) -> int:
+    """Return how many rows to decode at once; a power of two, so that further calls find their program compiled."""
+    return min(1 << (responses - 1).bit_length(), rows_that_fit(ref.ref.config, sampling.max_new_tokens))
 
 
 def of_model(ref: Loaded, sampling: Sampling | None) -> Sampling:

@@ -20,6 +20,7 @@ from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, warn
+from qsharp_jax.system.loggers import Logger
 from qsharp_jax.tasks.rewards import OBJECT, name_of
 
 PROMPTS = "prompts.jsonl"  # in the workdir: prompts that were given as a list
@@ -55,6 +56,7 @@ def train_guide(
     eta: float = 0.1,
     weights: Sequence[float] | None = None,
     config: Mapping[str, Any] | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> Run:
     """Learn a guide for a reference from a reward, by rounds of rollouts and fits.
 
@@ -72,6 +74,7 @@ def train_guide(
       eta: weight of the KL to the reference, at which later rounds roll in.
       weights: of several rewards in their sum; by default 1 each.
       config: further settings, such as {"rounds": 1, "fit.epochs": 2}, as in docs/config.md.
+      loggers: objects that get the numbers of every step, besides those that the setting `loggers` names.
 
     Raises:
       UserError: for settings, prompts or a workdir that do not go together, each with what to do.
@@ -91,11 +94,12 @@ def train_guide(
         named, folder, [f"--config.{key}={_word(value)}" for key, value in changes.items()],
         change_by="config={'KEY': VALUE}",
     )  # fmt: skip
-    opening.check(settings, folder, own.RECIPE, functions)
     if configs.trains_policy(settings):
         raise UserError(f"{settings.algorithm} trains a policy and no guide; run it by `qsharp run`")
+    opening.check(settings, folder, own.RECIPE, functions)
     try:
         with sigterm.interrupts(), Workdir.open(folder, settings) as opened:
+            opened.loggers = loggers
             provenance.check_folders(opened)
             session = Session(opened, rewards=functions)
             guide = pipeline.run(session, ref.ref, evaluate=False)

@@ -1,6 +1,7 @@
 """The plan as text: memory and work of a chip per step, and how each number was computed."""
 
 import math
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from qsharp_jax.models import meshes
 from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job
+
+WIDTH = 100  # of a terminal
 
 
 def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
@@ -45,10 +48,11 @@ def _head(job: Job, section: Any) -> Iterable[str]:
     slices, hosts, each = section["slices"], section["hosts"], section["devices_per_host"]
     chip = f"{section['hbm_bytes'] / GIB:.0f} GiB at {section['hbm_bandwidth'] / 1e9:.0f} GB/s"
     chip += f", {section['flops'] / 1e12:.0f} TFLOP/s, {section['ici_bandwidth'] / 1e9:.0f} GB/s from the others"
-    yield (
+    yield textwrap.fill(
         f"Mesh {section['name']}: {slices} x {hosts} x {each} (slices, hosts, devices) of {section['kind']}"
-        + (f", each {chip}" if section["hbm_bytes"] else ", without known memory or speed")
-    )
+        + (f", each {chip}" if section["hbm_bytes"] else ", without known memory or speed"),
+        WIDTH, subsequent_indent="  ",
+    )  # fmt: skip
     for name, model in {"Reference": job.ref, "Guide": job.guide}.items():
         trunk = getattr(model.config, "trunk", model.config)
         count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
@@ -93,4 +97,5 @@ def _compiled(step: Forecast, program: compiled.Compiled) -> Iterable[str]:
 
 
 def _row(what: str, number: str, how: str) -> str:
-    return f"  {what:<22}{number:>14}  {how}".rstrip()
+    row = f"  {what:<22}{number:>14}  "
+    return textwrap.fill(how, WIDTH, initial_indent=row, subsequent_indent=" " * len(row)) if how else row.rstrip()

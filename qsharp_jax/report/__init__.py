@@ -7,7 +7,7 @@ from qsharp_jax.evaluation import measure
 from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.report.names import COLORS, NAMES
 from qsharp_jax.report.plots import learning_curve, save_plot, smoothed
-from qsharp_jax.report.tables import markdown, rollouts_table, table
+from qsharp_jax.report.tables import TERMINAL, markdown, rollouts_table, table
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.run.workdir import Workdir
@@ -17,6 +17,7 @@ from qsharp_jax.system.files import write_atomic
 __all__ = [
     "COLORS",
     "NAMES",
+    "TERMINAL",
     "learning_curve",
     "markdown",
     "read_results",
@@ -59,8 +60,8 @@ def write(workdir: Workdir) -> str:
         draw["learning.png"] = lambda axes: plots.learning(axes, batches)
     for name, plot in draw.items():
         save_plot(folder / name, plot)
-    collected, shown = rollouts_table(metrics), table(rows)
-    paper = tables.paper_table(rows, configs.kl_weight(workdir.config))
+    collected, shown, eta = rollouts_table(metrics), table(rows), configs.kl_weight(workdir.config)
+    paper = tables.paper_table(rows, eta)
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
     forecast = tables.forecast_table(forecasts.read(workdir, number), rows)
     differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, chosen)
@@ -86,4 +87,8 @@ def write(workdir: Workdir) -> str:
         names.append("examples.html")
     write_atomic(workdir.report, "\n\n".join(parts) + "\n")
     files = ", ".join(str(folder / name) for name in names)
-    return "\n\n".join(part for part in (collected, paper, shown, pairs, f"Files: {files}") if part)
+    narrow = (
+        rollouts_table(metrics, width=TERMINAL), tables.paper_table(rows, eta, width=TERMINAL),
+        table(rows, width=TERMINAL),
+    )  # fmt: skip
+    return "\n\n".join(part for part in (*narrow, pairs, f"Files: {files}") if part)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.report.names import GUIDED, NAMES, eta_of, name_of
 
+TERMINAL = 100  # columns of a terminal that tables fit into
 COLUMNS = (
     "method", "eta", "round", "problems", "samples", "reward", "95% interval", "KL", "KL truncated", "tokens",
     "finished", "no answer", "tokens/s",
@@ -29,8 +30,11 @@ HOW = (
 )
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Make a table of all rows; only the reward has its interval. A task without answers has no column for them."""
+def table(rows: Sequence[dict], *, width: int | None = None) -> str:
+    """Make a table of all rows; only the reward has its interval. A task without answers has no column for them.
+
+    The `width` is as in `markdown`.
+    """
     ends = ["finished", *(["no_answer"] if any("no_answer" in row for row in rows) else [])]
     lines = [[name for name in COLUMNS if name != "no answer" or "no_answer" in ends]]
     for row in rows:
@@ -48,7 +52,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['response_tokens'] * answers / max(row['seconds'], 1e-9):.0f}",
             ]
         )
-    return markdown(lines)
+    return markdown(lines, keys=3, width=width)
 
 
 def _who(row: dict) -> list[str]:
@@ -76,10 +80,10 @@ HOW_PAPER = (
 )
 
 
-def paper_table(rows: Sequence[dict], eta: float) -> str:
+def paper_table(rows: Sequence[dict], eta: float, *, width: int | None = None) -> str:
     """Make a table of pi_ref and the learned methods at one eta, in the paper's layout; empty if nothing was learned.
 
-    If the last round was not measured at `eta`, its smallest eta is used.
+    If the last round was not measured at `eta`, its smallest eta is used. The `width` is as in `markdown`.
     """
     final_round = max(row["round"] for row in rows)
     learned = [row for row in rows if row["round"] == final_round > 0 and row["kl"] is not None]
@@ -104,7 +108,7 @@ def paper_table(rows: Sequence[dict], eta: float) -> str:
     for row, line in zip(chosen, lines, strict=True):
         if row["method"] == "pi_ref":
             line[-1] = "0"
-    return f"At eta {eta:g}:\n\n{markdown([head, *lines])}"
+    return f"At eta {eta:g}:\n\n{markdown([head, *lines], width=width)}"
 
 
 def passes_table(rows: Sequence[dict]) -> str:
@@ -197,9 +201,10 @@ HOW_ROLLOUTS = (
 )
 
 
-def rollouts_table(metrics: list[dict]) -> str:
+def rollouts_table(metrics: list[dict], *, width: int | None = None) -> str:
     """Make a table of each round's rollouts from the lines of metrics.jsonl; empty if there are none.
 
+    The `width` is as in `markdown`.
     A resumed collection has several lines: the last counts all its rollouts, while rows and seconds are summed.
     """
     by_round = defaultdict(list)
@@ -214,7 +219,7 @@ def rollouts_table(metrics: list[dict]) -> str:
         seconds = f"{sum(line['seconds'] for line in collections):.0f}"
         whole = [str(number), str(total["rollouts"]), f"{total['reward']:.3f}", f"{total['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
-    return markdown(lines) if by_round else ""
+    return markdown(lines, width=width) if by_round else ""
 
 
 def to_html(lines: Sequence[Sequence[str]]) -> str:
@@ -227,9 +232,24 @@ def to_html(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(["<table>", *rows, "</table>"])
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """Format a table, head first, so that its columns also line up as plain text."""
+def markdown(lines: list[list[str]], *, keys: int = 1, width: int | None = None) -> str:
+    """Format a table, head first, so that its columns also line up as plain text.
+
+    Args:
+      keys: columns that say what a row is about.
+      width: of a terminal: columns that do not fit are tables of their own below, which begin with the keys again.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if width is not None:
+        parts, of_keys = [[*range(keys)]], sum(widths[:keys]) + 3 * keys + 1
+        left = width - of_keys
+        for column in range(keys, len(widths)):
+            if widths[column] + 3 > left and len(parts[-1]) > keys:
+                parts.append([*range(keys)])
+                left = width - of_keys
+            parts[-1].append(column)
+            left -= widths[column] + 3
+        return "\n\n".join(markdown([[line[column] for column in part] for line in lines]) for part in parts)
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(line) + " |" for line in text)

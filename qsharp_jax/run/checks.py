@@ -13,6 +13,7 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run import models, problems, schema
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system import loggers
 from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.tasks import registry as tasks
 
@@ -36,6 +37,7 @@ def check_settings(config: ConfigDict) -> None:
         if key.startswith("generate.") and key not in schema.RULES:
             raise UserError(f"there is no setting {key}; {nearest(key, schema.RULES)}")
     configs.check(config)
+    loggers.check(config.loggers)
     if config.fit.batch_size % config.fit.accumulate:
         raise UserError(
             f"config.fit.accumulate is {config.fit.accumulate}; it must divide config.fit.batch_size, which is"

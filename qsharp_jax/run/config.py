@@ -8,7 +8,7 @@ import itertools
 import json
 import runpy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,8 @@ def keys(config: ConfigDict) -> list[str]:
     return [key for key, _ in _leaves(to_json(config))]
 
 
-def differences(a: ConfigDict, b: ConfigDict, *, but: str | None = None) -> list[str]:
-    """Return the settings that differ, each as "fit.epochs: 4 -> 5", except in the section `but`.
+def differences(a: ConfigDict, b: ConfigDict, *, but: Collection[str] = ()) -> list[str]:
+    """Return the settings that differ, each as "fit.epochs: 4 -> 5", except the settings and sections `but`.
 
     A tuple equals a list, and 1 equals 1.0.
     """
@@ -281,5 +281,5 @@ def differences(a: ConfigDict, b: ConfigDict, *, but: str | None = None) -> list
     def words(value: Any) -> str:
         return "absent" if value is absent else repr(value)
 
-    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new if key.partition(".")[0] != but]
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new if key.partition(".")[0] not in but]
     return [f"{key}: {words(before)} -> {words(after)}" for key, before, after in pairs if before != after]

@@ -18,6 +18,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.hf import hub
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.system import progress
 from qsharp_jax.system.errors import UserError
 
 
@@ -66,10 +67,12 @@ class Folders:
         return weights
 
     def load_ref(self) -> LanguageModel:
+        progress.tell(f"loading the reference {self.ref}")
         return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
 
     def load_guide(self) -> Guide:
         """The guide, or a tuple of several."""
+        progress.tell(f"loading the guide {', '.join(map(str, self.guides))}")
         guides = tuple(hf.load_guide(guide, dtype=self._dtype(guide)) for guide in self.guides)
         return guides if len(guides) > 1 else guides[0]
 

@@ -34,6 +34,7 @@ from qsharp_jax.run.folders import check_vocabulary
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.system import progress
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.train.checkpoint import Checkpoints
@@ -276,6 +277,7 @@ def load_ref(session: Session) -> LanguageModel:
     """
     shape, mesh = ref_config(session), session.decode_mesh
     if ref := folder(session.config, "ref"):
+        progress.tell(f"loading the reference {session.config.ref}")
         read = jax.eval_shape(for_decoding, LanguageModel(decoder.abstract(shape, shape.dtype), shape))
         return hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
     checkpoints = _finished(session.workdir.ref, "reference model", "run")
@@ -291,6 +293,7 @@ def load_guide(session: Session, number: int | None = None) -> ValueModel | Lang
     """
     workdir = session.workdir
     number = fitted_rounds(workdir) or 1 if number is None else number
+    progress.tell(f"loading what round {number} learned")
     if trains_policy(session.config):
         checkpoints = _finished(workdir.guide_folder(number), f"policy of round {number}", "run")
         shape = ref_config(session)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from qsharp_jax.algorithms import registry
 from qsharp_jax.sampling import ETA, LEAST_ETA, Sampling
+from qsharp_jax.system import loggers
 from qsharp_jax.system.settings import (
     FRACTION,
     NOT_NEGATIVE,
@@ -64,6 +65,10 @@ SEEDS = _list(
 METHODS = _list(
     f"a list of different ones of {', '.join(registry.ALGORITHMS)}",
     lambda v: v != [] and all(x in registry.ALGORITHMS for x in v) and _different(v),
+)
+NAMES_OF_LOGGERS = _list(
+    f"a list of different ones of {', '.join(loggers.LOGGERS)}",
+    lambda v: all(x in loggers.LOGGERS for x in v) and _different(v),
 )
 
 
@@ -262,6 +267,10 @@ class Run:
     prompt_format: str = setting(
         "plain", one_of("plain", "chat"), "chat: one turn in the chat template of the reference's folder"
     )
+    loggers: tuple[str, ...] = setting(
+        loggers.DEFAULT, NAMES_OF_LOGGERS,
+        "where the numbers of metrics.jsonl go as well; wandb and mlflow are packages to install",
+    )  # fmt: skip
     pretrain: Pretrain = Pretrain()
     value: Value = Value()
     generate: Sampling = Sampling()

@@ -6,17 +6,18 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from qsharp_jax.run.config import differences, from_json, to_json
-from qsharp_jax.system import files
+from qsharp_jax.system import files, loggers
 from qsharp_jax.system import lock as locks
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.lock import Lock
-from qsharp_jax.system.tensorboard import EventFiles
+from qsharp_jax.system.loggers import Logger
 
 
 @dataclasses.dataclass
@@ -32,6 +33,7 @@ class Workdir:
     writes: bool = True
     ref_in: str | None = None  # name of the sibling workdir that has its reference; None: its own
     date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of prompts that write it
+    loggers: Sequence[Logger] = ()  # of the user's own, besides those of the config
     _lock: Lock | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -46,8 +48,8 @@ class Workdir:
         """Open the workdir for this process alone, creating it if it is new; without a config the stored one is used.
 
         A new workdir may permanently use the reference of its sibling `ref_in`. A run may be resumed with another
-        `mesh`, which then replaces the stored one. A run whose prompts are chats keeps its `date`, by default the day
-        that it began, since chat templates may write it.
+        `mesh` and other `loggers`, which then replace the stored ones. A run whose prompts are chats keeps its `date`,
+        by default the day that it began, since chat templates may write it.
 
         Raises:
           UserError: if `path` is a file, cannot be reached, has no config and none is given, is in use by another
@@ -75,7 +77,7 @@ class Workdir:
                 run_date = date or datetime.date.today()
                 settings = _read_json(stored) | {"date": run_date.isoformat()}
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            if config is not None and (differing := differences(held_config, config, but="mesh")):
+            if config is not None and (differing := differences(held_config, config, but=("mesh", "loggers"))):
                 raise UserError(
                     f"{path} holds a run with other settings (stored -> given: {'; '.join(differing)}); "
                     "give another --workdir, or the same settings"
@@ -115,6 +117,8 @@ class Workdir:
         files.write_atomic(self.path / "value.json", json.dumps(stored, indent=2) + "\n")
 
     def close(self) -> None:
+        for logger in self.__dict__.get("_loggers", ()):  # unless nothing was logged
+            logger.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -160,8 +164,9 @@ class Workdir:
         return files.Growing(self.metrics)
 
     @functools.cached_property
-    def _events(self) -> EventFiles:
-        return EventFiles(self.path / "tensorboard")
+    def _loggers(self) -> list[Logger]:
+        names, settings = self.config.get("loggers", loggers.DEFAULT), to_json(self.config)
+        return [*(loggers.make(name, self.path, settings) for name in names), *self.loggers]
 
     @property
     def results(self) -> Path:
@@ -172,7 +177,7 @@ class Workdir:
         return self.path / "report.md"
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Append one JSON line, NaN and infinity as null, and write its numbers to TensorBoard's event files.
+        """Append one JSON line, NaN and infinity as null, and give its numbers to the loggers.
 
         Raises:
           UserError: if another process has taken over the workdir.
@@ -184,7 +189,10 @@ class Workdir:
         if self._lock is not None:
             self._lock.check()
         self._metrics.append_line(json.dumps(metrics, allow_nan=False))
-        self._events.write(metrics)
+        phase, step = metrics.get("phase", ""), metrics.get("step", 0)
+        numbers = {name: x for name, x in metrics.items() if name != "step" and type(x) in (int, float)}
+        for logger in self._loggers:
+            logger.log(phase, step, numbers)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all metrics so far, without a half line that a kill left; a UserError names a damaged line."""

@@ -8,8 +8,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qsharp_jax.system.files import Growing
 
@@ -24,23 +24,18 @@ class EventFiles:
     def __init__(self, folder: Path):
         self._folder, self._files = folder, {}
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Write the numbers of one line of metrics at its "step" (0 without one) in its "phase"."""
+    def log(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Write the numbers of a step of a phase."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # takes half a second, only when logging
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        phase, step, now = metrics.get("phase", ""), metrics.get("step", 0), time.time()
-        events = []
+        now, events = time.time(), []
         if phase not in self._files:
-            self._files[phase] = Growing(self._folder / _folder_name(phase) / _file_name(now))
+            self._files[phase] = Growing(self._folder / folder_name(phase) / _file_name(now))
             events.append(Event(wall_time=now, file_version="brain.Event:2"))
             events.append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))
-        values = [
-            Summary.Value(tag=name, simple_value=number)
-            for name, number in metrics.items()
-            if isinstance(number, int | float) and not isinstance(number, bool) and name != "step"
-        ]
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         events.append(Event(wall_time=now, step=step, summary=Summary(value=values)))
         records = io.BytesIO()
         writer = RecordWriter(records)
@@ -48,9 +43,12 @@ class EventFiles:
             writer.write(event.SerializeToString())
         self._files[phase].append(records.getvalue())
 
+    def close(self) -> None:
+        """Do nothing: every line is on disk once it is logged."""
 
-def _folder_name(phase: str) -> str:
-    """Turn "round 1: fit" into round_1_fit, a valid folder name everywhere."""
+
+def folder_name(phase: str) -> str:
+    """Turn "round 1: fit" into round_1_fit, a valid name of a folder and in other loggers."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", phase)
 
 

@@ -4,6 +4,7 @@
 loop over the `Trainer` that `training` yields.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -109,9 +110,12 @@ class Trainer:
         self._best, self._evaluated_at = checkpoints.best(), -1
         self._window: list[dict] = []  # metrics of the updates since the last log line
         self._metrics: dict[str, jax.Array] = {}  # of the last update
+        self._unseen: collections.deque[dict] = collections.deque()  # metrics of updates that the bar has not counted
+        self._loss_shown = False
         self._trace = Trace(loop.profile)
         self._clock.start(self.state.params)
         self._tell_unsaved()
+        self._bar.say("compiling")
 
     def update(self, batch: Batch) -> None:
         """Take one step on a batch, then write the log line and the checkpoint that are due.
@@ -127,8 +131,10 @@ class Trainer:
             rate = np.float32(self._schedule(self.step))
             self.state, self._metrics = self._step_fn(self.state, sharding.place_rows(batch), rate)
         self._window.append(self._metrics)
+        self._unseen.append(self._metrics)
         self.step += 1
-        self._bar.update()
+        # The step before is waited for, so that the devices go on meanwhile; the very first one for its loss.
+        self._show_done(running=1 if self._loss_shown else 0)
         at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
         saving = unit_ends and self.step % loop.save_every == 0
         stopping = unit_ends and loop.stop_requested(self.step)
@@ -166,6 +172,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Log what `Loop.measure` returns, save parameters that are the best so far, and stop when out of patience."""
         loop, best = self._loop, self._best
+        self._show_done()
+        self._bar.say("evaluating")
         with self.between_steps() as params:
             metrics = loop.measure(params)
         self._evaluated_at = self.step
@@ -182,10 +190,11 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluate, return to the best parameters if there are any, and save the final checkpoint."""
-        self._bar.close()
+        self._show_done()
         self._trace.end(self.state)
         if self._evaluated_at != self.step:
             self.evaluate()
+        self._bar.close()
         if self._best and self._best.step < self.step:
             self.state = self.state.replace(params=self._checkpoints.restore_best(self._best, self.state.params))
         self._save(final=True)
@@ -208,9 +217,18 @@ class Trainer:
         speed = self._clock.lap()
         with self._clock.lost():
             self.log({**means, **speed, **device_memory()})
-        self._bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         self._window = []
         return means
+
+    def _show_done(self, running: int = 0) -> None:
+        """Move the bar to the last update that the devices have done, but for those `running`, and show its loss."""
+        while len(self._unseen) > running:
+            self._bar.set_postfix(loss=f"{float(self._unseen.popleft()['loss']):.3f}", refresh=False)
+            self._clock.busy()
+            self._bar.update()
+            if not self._loss_shown:
+                self._bar.refresh()
+                self._loss_shown = True
 
     def _save(self, *, final: bool = False) -> None:
         """Save a checkpoint, which may still be being written when this returns."""

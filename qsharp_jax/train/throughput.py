@@ -155,6 +155,10 @@ class Clock:
             self._operations += self._flops(batch)
         self._gap = time.monotonic()
 
+    def busy(self) -> None:
+        """Note that the devices have been busy until now: what is lost between two steps is counted from here."""
+        self._gap = time.monotonic()
+
     def lap(self) -> dict[str, float]:
         """Return the speed since the last lap; call it when the device has finished every step.
 

@@ -233,7 +233,8 @@ def test_a_plan_of_named_sizes(capfd):
     assert code == 0
     assert "Reference: 70.6e9 weights (80 layers" in out and "Guide: 3.21e9 weights" in out
     assert "on data 1 x fsdp 16 x tensor 2" in out and "on data 1 x attention_data 1 x tensor 4" in out
-    assert out.count("of 95") == 2 and out.count("ms one after the other") == 2
+    assert out.count("of 95") == 2 and " ".join(out.split()).count("ms one after the other") == 2
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_what_is_too_much_is_shown_before_it_is_refused(capfd):

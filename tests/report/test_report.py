@@ -104,6 +104,20 @@ def test_the_table_shows_the_rows_numbers():
     assert speeds["best_of_8"] == round(250 * 10 / 2)  # tokens of ten answers, each made of eight responses
 
 
+def test_a_table_for_a_terminal_fits_it_and_has_the_same_cells():
+    """In the widest case: long names, long numbers, and every column."""
+    wide = dict(
+        n=10_000, samples=160_000, reward=-123.456, reward_low=-1234.567, reward_high=-100.123, kl=1234.567,
+        kl_truncated=1234.567, response_tokens=12345.6, finished=1.0, no_answer=1.0, round=12, eta=1e-06,
+    )  # fmt: skip
+    rows = [make_row("weighted_majority_128", **wide), make_row("pi_ref_top_k", **wide), make_row("qsharp", **wide)]
+    parts = report.table(rows, width=100).split("\n\n")
+    assert len(parts) > 1 and max(len(line) for part in parts for line in part.splitlines()) <= 100
+    whole, first, *others = ([cells_of(part)[at] for at in (0, 2, 3, 4)] for part in (report.table(rows), *parts))
+    assert all([line[:3] for line in other] == [line[:3] for line in whole] for other in others)
+    assert [sum((other[n][3:] for other in others), start=line) for n, line in enumerate(first)] == whole
+
+
 def full_row(method, eta=None, number=0, **changes):
     """A row with all figures and their intervals."""
     row = make_row(method, 0.5, eta=eta, round=number, kl=0.7, kl_truncated=0.6) | changes
@@ -166,7 +180,7 @@ def test_a_report_is_a_page_and_its_pictures(tmp_path):
     session = fill(helpers.session(tmp_path))
     text = report.write(session.workdir)
     page = (tmp_path / "report.md").read_text()
-    assert report.table(ROWS) in page and report.table(ROWS) in text
+    assert report.table(ROWS) in page and report.table(ROWS, width=100) in text
     for name in PLOTS:
         assert f"({name})" in page and str(tmp_path / name) in text
         width, height = size_of_png(tmp_path / name)

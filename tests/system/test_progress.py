@@ -1,7 +1,10 @@
 """Bars in a log: lines of text, and none where there is nothing to do."""
 
+import sys
+
 import pytest
 
+from qsharp_jax.system import progress
 from qsharp_jax.system.progress import Bar
 
 
@@ -15,3 +18,17 @@ def test_a_log_gets_lines_without_carriage_returns_and_none_for_nothing_to_do(ca
     written = capsys.readouterr().err
     assert "count: 100%" in written and "3/3" in written and "\r" not in written
     assert list(Bar(iter(()), "count", total=0)) == [] and capsys.readouterr().err == ""
+
+
+def test_a_terminal_is_told_what_goes_on_and_a_log_is_not(capsys, monkeypatch):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        progress.tell("loading the guide")
+        with Bar(None, "fit", total=2, before="compiling") as bar:
+            before = capsys.readouterr().err
+            assert ("qsharp: loading the guide\n" in before) == ("compiling" in before) == terminal
+            bar.set_postfix(loss="0.7", refresh=False)
+            bar.update()
+            bar.refresh()
+            after = capsys.readouterr().err
+            assert "1/2" in after and "loss=0.7" in after and "compiling" not in after

@@ -11,6 +11,7 @@ import pytest
 from repository import ROOT
 
 from qsharp_jax.system import sigterm
+from qsharp_jax.system.errors import Stopped
 
 SCRIPT = """
 import ctypes, os, signal, sys, time
@@ -272,3 +273,27 @@ def test_a_fit_whose_time_is_over_is_saved(tmp_path):
     assert (process.returncode, errors.splitlines()[-1]) == (124, "qsharp: saved")
     [step] = saved_steps(tmp_path / "fit")
     assert step >= int(output.splitlines()[-1])
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_in_a_notebook_ctrl_c_saves_where_it_is_deferred_and_the_process_goes_on(monkeypatch):
+    """Each block begins anew, and leaves the handler of the signal as it was."""
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(Stopped), sigterm.interrupts(), sigterm.deferred():
+            assert not sigterm.requested()
+            interrupt()
+            interrupt()  # an impatient user's, within five seconds
+            assert sigterm.requested()
+        assert signal.getsignal(signal.SIGINT) is handler and not sigterm.requested()
+    with pytest.raises(KeyboardInterrupt), sigterm.interrupts():
+        interrupt()
+    with pytest.raises(Stopped), sigterm.interrupts(), sigterm.deferred(), sigterm.interruptible():
+        interrupt()
+    monkeypatch.setattr(sigterm, "REPEATED", -1.0)
+    with pytest.raises(KeyboardInterrupt), sigterm.interrupts(), sigterm.deferred():
+        interrupt()
+        interrupt()

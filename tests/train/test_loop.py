@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 
 import flax.struct
 import helpers
@@ -16,6 +17,8 @@ from helpers import assert_trees_equal, refusal
 from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example, make_batch
 from qsharp_jax.system.errors import Stopped
+from qsharp_jax.system.progress import Bar
+from qsharp_jax.train import loop
 from qsharp_jax.train.checkpoint import Checkpoints
 
 V = 11
@@ -179,6 +182,34 @@ def test_metrics_lines(tmp_path):
         assert line["phase"] == "toy" and line["tokens_per_second"] > 0 and 0 < line["goodput"] < 1
     np.testing.assert_allclose(lines[-1].pop("brier"), x, rtol=1e-5)
     assert lines[-1] == {"phase": "toy", "step": 11}
+
+
+def test_the_bar_counts_what_the_device_has_done_and_shows_the_first_loss(tmp_path, monkeypatch):
+    """A step takes 20 ms on the device, far longer than its dispatch; one step at most runs ahead of the bar."""
+    done, seen = [], []
+
+    def work(x):
+        time.sleep(0.02)
+        done.append(1)
+        return x
+
+    def slow_loss(params, batch):
+        wait = jax.pure_callback(work, jax.ShapeDtypeStruct((2,), jnp.float32), jax.lax.stop_gradient(params["x"]))
+        return toy_loss(params, batch)[0] + 0 * wait.sum(), {}
+
+    class Seen(Bar):
+        def display(self, *arguments, **options):
+            seen.append((self.n, len(done), self.postfix))
+
+        def update(self, n=1):
+            super().update(n)
+            self.display()
+
+    monkeypatch.setattr(loop, "Bar", Seen)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    toy_fit(tmp_path, loss_fn=slow_loss, total_steps=6, log_every=6, save_every=6)
+    assert all(shown <= finished <= shown + 2 for shown, finished, _ in seen) and seen[-1][0] == 6
+    assert (1, 1, "loss=0.000") in seen and {shown for shown, _, _ in seen} == {*range(7)}
 
 
 def test_evaluations_between(tmp_path):
