@@ -62,7 +62,7 @@ def sample(
         starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)),
     )  # fmt: skip
     rows: dict[str, np.ndarray] = {}
-    with Bar(None, name, total=count, disable=name is None) as bar:
+    with Bar(None, name, total=count, disable=name is None, before="compiling") as bar:
         for places, part in batch:
             if sharding.anywhere(sigterm.requested()):
                 raise Stopped
@@ -180,7 +180,7 @@ def collect(
     )
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
-        for index, switch, response, finished in Bar(made, f"round {number}: collect", total=len(places)):
+        for index, switch, response, finished in Bar(made, f"round {number}: collect", total=len(places), before="compiling"):
             if multihost.leads(together):
                 place, prompt = places[index], prompts[index // samples]
                 yield place, rollout(place, prompt, switch, response, finished, draws[index])

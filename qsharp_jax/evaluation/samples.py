@@ -86,7 +86,7 @@ def sample_method(
             tokenizer=tokenizer,
         )
         name = f"evaluate {method}" + (f", round {number}" if number else "")
-        with Bar(None, name, total=len(order)) as bar:
+        with Bar(None, name, total=len(order), before="compiling") as bar:
             for places, part in batch:
                 now = time.monotonic()
                 if multihost.leads(session.hosts_per_group):

@@ -17,7 +17,7 @@ from qsharp_jax.decoding import row_seeds
 from qsharp_jax.evaluation import measure, score
 from qsharp_jax.evaluation.samples import judged
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.notebook.generating import of_model, rows_of
+from qsharp_jax.notebook.generating import of_model, rows_of, text_of
 from qsharp_jax.notebook.guides import Guide, for_reference
 from qsharp_jax.notebook.inputs import Prompts, Reward, judge, to_problems
 from qsharp_jax.report import plots, tables
@@ -96,13 +96,14 @@ def evaluate(
             encoded,
             dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             seeds=row_seeds(seed, len(plan)),
-            batch_size=rows_of(ref, sampling, len(plan)),
+            batch_size=rows_of(ref, encoded, sampling, len(plan)),
             samples=len(etas) * samples,
             name=f"evaluate {name}",
+            tokenizer=ref.tokenizer,
         )
         each = (time.monotonic() - began) / len(plan)
         pending = [
-            judged(ref.tokenizer, by_reward, problem, eta, generation, row, now=0.0)
+            judged(text_of(ref, sampling, generation, row), by_reward, problem, eta, generation, row, now=0.0)
             for row, (problem, eta, _) in enumerate(plan)
         ]
         return [result()[0] | {"seconds": each} for result in pending]

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qsharp_jax import decoding, rollouts
-from qsharp_jax.decoding import Generation, row_seeds
+from qsharp_jax.decoding import Generation, cache_size, row_seeds, rows_that_fit
 from qsharp_jax.decoding import Guide as Guides
 from qsharp_jax.notebook.guides import Guide, for_reference
 from qsharp_jax.run.folders import Loaded
-from qsharp_jax.run.own import rows_that_fit
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.system import stop_strings
 from qsharp_jax.system.chat import Prompt, as_text
 from qsharp_jax.system.errors import UserError
 
@@ -72,17 +72,19 @@ def generate(
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of them")
     prompts, sampling = list(prompts), of_model(ref, sampling)
+    encoded = [ref.tokenizer.encode_prompt(prompt) for prompt in prompts]
     generation = rollouts.sample(
         ref.ref,
         for_reference(guide, ref),
-        [ref.tokenizer.encode_prompt(prompt) for prompt in prompts],
+        encoded,
         sampling,
         seeds=row_seeds(seed, len(prompts) * samples),
-        batch_size=rows_of(ref, sampling, len(prompts) * samples),
+        batch_size=rows_of(ref, encoded, sampling, len(prompts) * samples),
         samples=samples,
         name="generate",
+        tokenizer=ref.tokenizer,
     )
-    texts = [ref.tokenizer.decode(generation.response(row)) for row in range(len(generation.lengths))]
+    texts = [text_of(ref, sampling, generation, row) for row in range(len(generation.lengths))]
     return Responses([prompt for prompt in prompts for _ in range(samples)], texts, generation)
 
 
@@ -90,14 +92,22 @@ def stream(
     ref: Loaded, guide: Guide | Guides | None, prompt: Prompt, sampling: Sampling | None = None, *, seed: int = 0
 ) -> Iterator[str]:
     """Yield the text of a response to one prompt in pieces, as they are decoded; arguments as of `generate`."""
-    tokens = [ref.tokenizer.encode_prompt(prompt)]
-    blocks = decoding.stream(ref.ref, for_reference(guide, ref), tokens, of_model(ref, sampling), rng=seed, record=())
-    yield from ref.tokenizer.decode_stream(rows[0] for rows in blocks)
+    tokens, sampling = [ref.tokenizer.encode_prompt(prompt)], of_model(ref, sampling)
+    blocks = decoding.stream(
+        ref.ref, for_reference(guide, ref), tokens, sampling, rng=seed, record=(), tokenizer=ref.tokenizer
+    )
+    yield from ref.tokenizer.decode_stream((rows[0] for rows in blocks), sampling.stop)
 
 
-def rows_of(ref: Loaded, sampling: Sampling, responses: int) -> int:
+def text_of(ref: Loaded, sampling: Sampling, generation: Generation, row: int) -> str:
+    """Return the text of a response, up to a stop string."""
+    return stop_strings.cut(ref.tokenizer.decode(generation.response(row)), sampling.stop)
+
+
+def rows_of(ref: Loaded, prompts: Sequence[Sequence[int]], sampling: Sampling, responses: int) -> int:
     """Return how many rows to decode at once; a power of two, so that further calls find their program compiled."""
-    return min(1 << (responses - 1).bit_length(), rows_that_fit(ref.ref.config, sampling.max_new_tokens))
+    size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
+    return min(1 << (responses - 1).bit_length(), rows_that_fit([ref.ref.config] * 2, size))
 
 
 def of_model(ref: Loaded, sampling: Sampling | None) -> Sampling:
