@@ -49,6 +49,8 @@ setup(
             *docs,
         ],
         "docs": docs,
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.20"],
         "bench": ["torch==2.13.0", "vaderSentiment>=3.3"],
     },
     entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:console"]},

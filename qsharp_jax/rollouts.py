@@ -180,7 +180,8 @@ def collect(
     )
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
-        for index, switch, response, finished in Bar(made, f"round {number}: collect", total=len(places), before="compiling"):
+        name = f"round {number}: collect"
+        for index, switch, response, finished in Bar(made, name, total=len(places), before="compiling"):
             if multihost.leads(together):
                 place, prompt = places[index], prompts[index // samples]
                 yield place, rollout(place, prompt, switch, response, finished, draws[index])

@@ -19,7 +19,7 @@ from qsharp_jax.system.tensorboard import EventFiles, folder_name
 
 
 class Logger(Protocol):
-    """What a logger has."""
+    """The members of a logger."""
 
     def log(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
         """Take the numbers of a step of a phase, such as "round 1: fit"; a step may come again after a resume."""

@@ -1,7 +1,9 @@
-"""A guide trained, used, saved and measured by the functions of a notebook, with a reward that no file has."""
+"""docs/notebook.ipynb, executed with a small model, and what its functions give and refuse."""
 
+import ast
 import dataclasses
 import json
+import os
 
 import bpe
 import hf_folders
@@ -9,147 +11,193 @@ import numpy as np
 import pytest
 from commands import refused
 from helpers import refusal
+from repository import ROOT
 from safetensors.numpy import load_file
 
 import qsharp_jax as q
 from qsharp_jax import cli
 from qsharp_jax.models import hf
+from qsharp_jax.notebook import evaluating, generating
 
-CONFIG = {
-    "rounds": 1, "collect.samples": 2, "collect.batch_size": 16, "collect.shard_rows": 20, "generate.max_new_tokens": 6,
-    "generate.prompt_bucket": 16, "fit.epochs": 1, "fit.batch_size": 16, "fit.accumulate": 1, "fit.optimizer.learning_rate": 0.02, "fit.evaluate_every": 0,
-    "fit.patience": 0, "evaluate.etas": (0.1,), "evaluate.batch_size": 16,
+NOTEBOOK = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+SMALL = {
+    "rounds": 1, "generate.max_new_tokens": 6, "generate.top_k_candidates": 10, "generate.prompt_bucket": 16,
+    "collect.samples": 4, "collect.shard_rows": 40, "fit.epochs": 1, "fit.batch_size": 16, "fit.accumulate": 1,
+    "fit.evaluate_every": 0, "fit.patience": 0, "fit.optimizer.learning_rate": 0.02, "evaluate.etas": (0.1,),
 }  # fmt: skip
-SAMPLING = q.Sampling(eta=0.05, max_new_tokens=6)
-PROMPTS = [{"prompt": f"How many eggs has Sam {i}?", "best": i % 7} for i in range(45)]
-SAMPLES = 32  # to two prompts: as many rows as an evaluation decodes at once, by the same program
-LATE = 60  # calls of the reward before the first interrupt
-calls = []
+LATE = 120  # calls of the reward before an interrupt: in the third shard of rollouts
 
 
-def length(completions, best, **kwargs):
-    """The nearer to the best length, the better."""
-    calls.append(completions)
-    if len(calls) == LATE:
-        raise KeyboardInterrupt
-    return [-abs(len(completion) - 2 * n) / 10 for completion, n in zip(completions, best)]
+def execute(cell, names):
+    """Run a cell as Jupyter does: the value of an expression at its end is what it shows."""
+    tree = ast.parse("".join(cell["source"]))
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return None if last is None else eval(compile(last, "cell", "eval"), names)
 
 
-def ends(finished, **kwargs):
-    return [float(finished[0])]
+def source_of(cell):
+    return "".join(cell["source"])
 
 
-def train(ref, folder, prompts=PROMPTS, reward=(length, ends), **changes):
-    return q.train_guide(
-        ref, prompts, reward, workdir=folder, eta=0.2, **{"weights": (1, 0.5), "config": CONFIG} | changes
-    )
+def interrupted(reward, calls):
+    """The notebook's reward, with less for longer answers, whose user interrupts the kernel once."""
+
+    def no_commas(completions, **columns):
+        calls.append(completions)
+        if len(calls) == LATE:
+            raise KeyboardInterrupt
+        return [value - len(completions[0]) / 20 for value in reward(completions, **columns)]
+
+    return no_commas
+
+
+@dataclasses.dataclass
+class Executed:
+    names: dict  # of the notebook
+    shown: dict  # what a cell showed, by its source
+    kept: dict  # the files of rollouts that there were after the interrupt, with their times
+    calls: int  # of the reward
+
+    def __getattr__(self, name):
+        return self.names[name]
 
 
 @pytest.fixture(scope="module")
-def ref(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ref") / "model"
+def executed(tmp_path_factory):
+    """The notebook with a model of one layer, interrupted in the training, whose cell is then run again."""
+    folder, names, shown, kept, calls = tmp_path_factory.mktemp("notebook"), {}, {}, {}, []
+    monkeypatch = pytest.MonkeyPatch()
+    for module in (generating, evaluating):  # one program for all calls
+        monkeypatch.setattr(module, "rows_of", lambda *arguments: 64)
     shape = dataclasses.replace(hf_folders.LLAMA, layers=1, vocab_size=300, max_positions=128)
-    hf.export_ref(hf_folders.ref(shape), folder, tokenizer=bpe.make())
-    return q.load(folder)
+    hf.export_ref(hf_folders.ref(shape), folder / "model", tokenizer=bpe.make())
+    for cell in CELLS:
+        if "train_guide" in source_of(cell):
+            names["no_commas"] = interrupted(names["no_commas"], calls)
+            with pytest.raises(KeyboardInterrupt):
+                execute(cell, names)
+            shards = (folder / "run" / "rollouts" / "round_1").glob("shard-*")
+            kept = {path: path.stat().st_mtime_ns for path in shards}
+        shown[source_of(cell)] = execute(cell, names)
+        if "train_guide" in source_of(cell):
+            count = len(calls)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= {"MODEL": str(folder / "model"), "WORKDIR": str(folder / "run"), "SETTINGS": SMALL}
+    yield Executed(names, shown, kept, count)
+    monkeypatch.undo()
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tmp_path_factory.mktemp("run") / "workdir"
+def test_an_interrupted_cell_goes_on_when_it_is_run_again(executed):
+    run, prompts = executed.run, executed.prompts
+    assert executed.kept and all(path.stat().st_mtime_ns == time for path, time in executed.kept.items())
+    learned = 4 * (len(prompts) - len(run.held_out))
+    assert executed.calls < LATE + learned, "what was judged in the shards that were kept is not judged again"
+    assert run.config.collect.eta == 0.1 and run.metrics and run.forecast
+    assert run.held_out and {row["prompt"] for row in run.held_out} < {*prompts}
+    hashes = json.loads((run.workdir / "config.json").read_text())["hashes"]["task"]
+    assert "the reward no_commas" in hashes
 
 
-@pytest.fixture(scope="module")
-def run(ref, workdir):
-    """A run that was interrupted, with what it had kept."""
-    with pytest.raises(KeyboardInterrupt):
-        train(ref, workdir)
-    kept = {path: path.stat().st_mtime_ns for path in (workdir / "rollouts" / "round_1").glob("shard-*")}
-    return train(ref, workdir), kept
+def test_a_workdir_takes_other_prompts_and_rewards_for_another_run(executed):
+    def train(prompts=executed.prompts, reward=executed.no_commas, **changes):
+        settings = {"workdir": executed.run.workdir, "config": SMALL} | changes
+        return q.train_guide(executed.ref, prompts, reward, **settings)
+
+    def no_commas(completions, **columns):
+        return [0.0]
+
+    assert "the reward no_commas changed since this run began" in refusal(train, reward=no_commas)
+    assert "a run with other prompts" in refusal(train, executed.prompts[1:])
+    assert "other settings" in refusal(train, eta=0.2)
 
 
-def test_an_interrupted_training_goes_on(run, workdir):
-    run, kept = run
-    assert kept and all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    assert len(calls) < LATE + 2 * len(PROMPTS), "what was judged in the shards that were kept is not judged again"
-    assert run.config.collect.eta == 0.2 and run.metrics and run.forecast
-    assert run.held_out and all(row in PROMPTS for row in run.held_out)
-    hashes = json.loads((workdir / "config.json").read_text())["hashes"]["task"]
-    assert {"the reward length (number 1)", "the reward ends (number 2)"} < {*hashes}
-
-
-def test_a_workdir_takes_other_prompts_and_rewards_for_another_run(run, ref, workdir):
-    def longer(completions, **kwargs):
-        return [len(completion) for completion in completions]
-
-    longer.__name__ = "length"
-    assert "the reward length (number 1) changed" in refusal(train, ref, workdir, reward=(longer, ends))
-    assert "a run with other prompts" in refusal(train, ref, workdir, PROMPTS[1:])
-    assert "other settings" in refusal(train, ref, workdir, weights=(1, 1))
-
-
-def test_the_command_line_knows_that_the_reward_was_an_object(run, workdir, capfd):
-    for command in (("evaluate",), ("run", "--ref", json.loads((workdir / "config.json").read_text())["ref"])):
-        sentence = refused(capfd, *command, "--workdir", workdir)
-        assert "the reward length, ends of this run was a Python object" in sentence and "train_guide" in sentence
-    assert cli.main(["export", "--workdir", str(workdir), "--what", "guide", "--out", str(workdir / "out")]) == 0
-
-
-def test_texts_are_those_of_the_tokens(run, ref):
-    prompts = ["How many eggs?", [{"role": "user", "content": "Sam has twelve eggs."}]]
-    responses = q.generate(ref, run[0].guide, prompts, SAMPLING, samples=SAMPLES, seed=5)
-    tokens = [responses.generation.response(row) for row in range(2 * SAMPLES)]
-    assert responses.texts == [ref.tokenizer.decode(row) for row in tokens] and len({*responses.texts}) > SAMPLES
-    assert responses.prompts == [prompts[0]] * SAMPLES + [prompts[1]] * SAMPLES
-    assert (responses.kl > 0).all() and responses._repr_html_().count("<tr>") == 2 * SAMPLES + 1
-    streamed = q.stream(ref, run[0].guide, prompts[0], SAMPLING, seed=5)
-    assert "".join(streamed) == responses.texts[0], "by another loop of decoding"
-
-
-def test_a_saved_guide_is_the_same_guide(run, ref, tmp_path):
-    run[0].guide.save(tmp_path / "guide")
-    loaded = q.load_guide(tmp_path / "guide")
-    loaded.save(tmp_path / "again")
-    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("guide", "again"))
+def test_the_command_line_knows_that_the_reward_was_an_object(executed, capsys, tmp_path):
+    folder = executed.run.workdir
+    for command in (("evaluate",), ("run", "--ref", executed.MODEL)):
+        sentence = refused(capsys, *command, "--workdir", folder)
+        assert "the reward no_commas of this run was a Python object" in sentence and "train_guide" in sentence
+    assert cli.main(["export", "--workdir", str(folder), "--what", "guide", "--out", str(tmp_path / "out")]) == 0
+    first, again = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder.with_name("run-guide")))
     assert first.keys() == again.keys() and all((first[name] == again[name]).all() for name in first)
-    answers = [q.generate(ref, guide, ["eggs"] * 2, SAMPLING, samples=SAMPLES) for guide in (run[0].guide, loaded)]
-    assert answers[0].texts == answers[1].texts
 
 
-def test_an_evaluation_has_table_figure_and_intervals(run, ref):
-    measured = q.evaluate(
-        ref,
-        run[0].guide,
-        run[0].held_out,
-        (length, ends),
-        weights=(1, 0.5),
-        etas=(0.5, 0.05),
-        samples=4,
-        sampling=SAMPLING,
-    )
+def test_texts_are_those_of_the_tokens(executed):
+    ref, sampling = executed.ref, dataclasses.replace(executed.sampling, eta=0.1)
+    prompts = ["How many eggs?", [{"role": "user", "content": "Sam has twelve eggs."}]]
+    responses = [q.generate(ref, guide, prompts, sampling, samples=32, seed=5) for guide in (executed.run.guide, executed.guide)]
+    assert responses[0].texts == responses[1].texts, "of the guide that was saved"
+    first = responses[0]
+    assert first.texts == [ref.tokenizer.decode(first.generation.response(row)) for row in range(64)]
+    assert len({*first.texts}) > 32 and (first.kl > 0).all()
+    assert first.prompts == [prompts[0]] * 32 + [prompts[1]] * 32 and first._repr_html_().count("<tr>") == 65
+    streamed = q.stream(ref, executed.guide, prompts[0], sampling, seed=5)
+    assert "".join(streamed) == first.texts[0], "by another loop of decoding"
+
+
+def test_an_evaluation_has_table_figure_and_intervals(executed):
+    measured, held_out = executed.evaluation, executed.run.held_out
     rows = {(row["method"], row["eta"]): row for row in measured.rows}
-    assert {*rows} == {("pi_ref", None), ("qsharp", 0.5), ("qsharp", 0.05), ("pass_4", None), ("best_of_4", None)}
-    for (method, eta), row in rows.items():
-        if method in ("pi_ref", "qsharp"):
-            mine = [sample for sample in measured.samples if sample["eta"] == eta]
-            assert len(mine) == 4 * len(run[0].held_out)
-            assert row["reward"] == pytest.approx(np.mean([sample["reward"] for sample in mine]))
-            assert row["kl"] == pytest.approx(np.mean([sample["kl"] for sample in mine]))
-            assert row["reward_low"] <= row["reward"] <= row["reward_high"]
-            texts = [sample["response"] for sample in mine]
-            best = [sample["columns"]["best"] for sample in mine]
-            again = [-abs(len(text) - 2 * n) / 10 for text, n in zip(texts, best)]
-            assert [sample["reward"] - 0.5 * sample["finished"] for sample in mine] == pytest.approx(again)
-    assert rows["qsharp", 0.05]["kl"] > rows["qsharp", 0.5]["kl"] > 0 == rows["pi_ref", None]["kl"]
+    etas = (1.0, 0.3, 0.1)
+    assert {*rows} == {("pi_ref", None), ("pass_4", None), ("best_of_4", None), *(("qsharp", eta) for eta in etas)}
+    for eta in (None, *etas):
+        row = rows["pi_ref" if eta is None else "qsharp", eta]
+        mine = [sample for sample in measured.samples if sample["eta"] == eta]
+        assert len(mine) == 4 * len(held_out)
+        assert row["reward"] == pytest.approx(np.mean([sample["reward"] for sample in mine]))
+        assert row["kl"] == pytest.approx(np.mean([sample["kl"] for sample in mine]))
+        assert row["reward_low"] <= row["reward"] <= row["reward_high"]
+        again = [float("," not in sample["response"]) - len(sample["response"]) / 20 for sample in mine]
+        assert [sample["reward"] for sample in mine] == pytest.approx(again)
+    assert rows["qsharp", 0.1]["kl"] > rows["qsharp", 1.0]["kl"] > 0 == rows["pi_ref", None]["kl"]
     assert rows["pi_ref", None]["reward"] <= rows["pass_4", None]["reward"]
-    assert measured._repr_html_().count("<tr>") == 6 and "95% intervals" in repr(measured)
-    assert measured.figure()._repr_png_().startswith(b"\x89PNG")
+    assert measured._repr_html_().count("<tr>") == 7 and "95% intervals" in repr(measured)
+    assert executed.shown["evaluation.figure()"]._repr_png_().startswith(b"\x89PNG")
 
 
-def test_what_cannot_work_is_refused(run, ref, tmp_path):
-    assert "must be a function" in refusal(train, ref, tmp_path / "new", reward="short")
-    assert "prompt 1 is not JSON" in refusal(train, ref, tmp_path / "new", [{"prompt": "x", "column": {1}}])
-    assert "no setting --config.fit.epoch" in refusal(train, ref, tmp_path / "new", config={"fit.epoch": 1})
-    assert "trains a policy" in refusal(train, ref, tmp_path / "new", config={"algorithm": "reinforce"})
-    assert "2 rewards and 1 weights" in refusal(q.evaluate, ref, run[0].guide, ["x"], (length, ends), weights=[1])
-    assert "give a list" in refusal(q.generate, ref, None, "one text")
-    assert "not a guide's folder" in refusal(q.load_guide, ref.source)
+def test_columns_weights_and_several_rewards(executed):
+    """The reference alone: rewards are called with the columns of their prompts, and added by their weights."""
+
+    def near(completions, best, **columns):
+        return [-abs(len(completions[0]) - best[0])]
+
+    def ends(finished, **columns):
+        return [float(finished[0])]
+
+    rows = [{"prompt": "How many eggs?", "best": 3}, {"prompt": "Sam", "best": 5}]
+    measured = q.evaluate(
+        executed.ref, executed.guide, rows, (near, ends), weights=(0.5, 2), etas=(0.1,), samples=32, sampling=executed.sampling
+    )
+    best = {row["prompt"]: row["best"] for row in rows}
+    for sample in measured.samples:
+        off = abs(len(sample["response"]) - best[sample["prompt"]])
+        assert sample["reward"] == 2 * sample["finished"] - 0.5 * off
+
+
+def test_what_cannot_work_is_refused(executed, tmp_path):
+    def train(prompts=("x",), reward=executed.no_commas, **changes):
+        return q.train_guide(executed.ref, prompts, reward, workdir=tmp_path / "new", **changes)
+
+    assert "must be a function" in refusal(train, reward="short")
+    assert "prompt 1 is not JSON" in refusal(train, [{"prompt": "x", "column": {1}}])
+    assert "no setting --config.fit.epoch" in refusal(train, config={"fit.epoch": 1})
+    assert "trains a policy" in refusal(train, config={"algorithm": "reinforce"})
+    both = (executed.no_commas, executed.no_commas)
+    assert "2 rewards and 1 weights" in refusal(q.evaluate, executed.ref, executed.guide, ["x"], both, weights=[1])
+    assert "give a list" in refusal(q.generate, executed.ref, None, "one text")
+    assert "not a guide's folder" in refusal(q.load_guide, executed.MODEL)
+
+
+@pytest.mark.slow
+def test_the_notebook_with_a_real_model(tmp_path):
+    """Guidance earns more than the model by itself, as in the outputs that are stored."""
+    if "QSHARP_NOTEBOOK_MODEL" not in os.environ:
+        pytest.skip("QSHARP_NOTEBOOK_MODEL is not set: the path of SmolLM2-135M-Instruct")
+    names = {}
+    for cell in CELLS:
+        execute(cell, names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= {"MODEL": os.environ["QSHARP_NOTEBOOK_MODEL"], "WORKDIR": str(tmp_path / "run")}
+    rewards = {(row["method"], row["eta"]): row["reward"] for row in names["evaluation"].rows}
+    assert rewards["qsharp", 0.1] > rewards["pi_ref", None] + 0.15

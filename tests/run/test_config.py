@@ -179,6 +179,7 @@ VALUES = {
     "a list of different whole numbers, at least 0": ([(0, 1)], [(), (0, 0), (-1,), (0.5,), 0]),
     "a list of finite numbers, at least 1e-06": ([(0.1, 1), [0.5]], [(0.1, 0), [-1], 0.5, ("a",), (), (0.1, math.inf)]),
     "a list of texts that are not empty": ([(), ["\n", "a b"]], [("a", ""), (1,), "a", 3, None]),
+    schema.NAMES_OF_LOGGERS.words: ([(), ("wandb", "tensorboard")], [("wandb", "wandb"), ("paper",), "wandb"]),
     schema.METHODS.words: ([("qsharp", "ppo")], [(), ("ppo", "ppo"), ("sft",), "ppo"]),
     "pretrain, or a model": (["pretrain", "some/folder"], ["", 1, None]),
     "ref, scratch, or a model": (["ref", "scratch", "some/folder"], ["", None]),
