@@ -37,6 +37,7 @@ class Responses:
     @property
     def kl(self) -> np.ndarray:
         """[R]: exact KL to the reference of each response, in nats, before truncation."""
+        assert self.generation.kl is not None  # `generate` records it
         return self.generation.kl.sum(1)
 
     def _repr_html_(self) -> str:

@@ -41,7 +41,7 @@ class Guide:
         Raises:
           UserError: if something else is in the folder, or `transformers` has no form for the guide.
         """
-        tokenizer = self.tokenizer and self.tokenizer.for_export()
+        tokenizer = None if self.tokenizer is None else self.tokenizer.for_export()
         hf.export_guide(self.model, Path(folder).expanduser(), tokenizer=tokenizer, trained_on=self.trained_on)
 
 

@@ -103,6 +103,7 @@ def train_guide(
             provenance.check_folders(opened)
             session = Session(opened, rewards=functions)
             guide = pipeline.run(session, ref.ref, evaluate=False)
+            assert isinstance(guide, ValueModel)  # as the algorithm learns a guide
             return _finished(session, ref, guide)
     except (Stopped, KeyboardInterrupt):
         warn("interrupted; the same call of train_guide goes on")

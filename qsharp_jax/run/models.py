@@ -321,6 +321,7 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
         return hf.load_guide(start, dtype="float32", unstacked=False, shardings=shardings).params
     start = folder(config, "ref") if config.guide == "ref" else start
     if start:
+        progress.tell(f"loading the guide's first weights from {start}")
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
     else:
         trunk = ref.params if config.guide == "ref" else None
@@ -335,6 +336,7 @@ def first_policy(session: Session, ref: LanguageModel) -> Params:
     `ref` is the reference; it is not used if it comes from a folder.
     """
     if start := folder(session.config, "ref"):
+        progress.tell(f"loading the policy's first weights from {start}")
         shape = ref_config(session)
         shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), session.fit_mesh, sharding.FIT)
         return hf.load_ref(start, dtype="float32", unstacked=False, shardings=shardings).params

@@ -64,7 +64,7 @@ class RewardJudge:
 
     def __init__(
         self,
-        functions: Sequence[Function] | Sequence[Callable[..., Any]],
+        functions: Sequence[Function | Callable[..., Any]],
         weights: Sequence[float],
         *,
         workers: int | None = None,
@@ -81,23 +81,21 @@ class RewardJudge:
         self._lock = threading.Lock()
         self._judged = self._failed = 0
         self._workers: Workers | None = None
-        self._functions = [function for function in functions if callable(function)]
-        if self._functions:
-            self._names = ", ".join(map(name_of, self._functions))
-            return
-        self._names = ", ".join(name for _, name in functions)
-        for source, _ in functions:
+        self._functions = [function for function in functions if not isinstance(function, tuple)]
+        named = [function for function in functions if isinstance(function, tuple)]
+        self._names = ", ".join([*map(name_of, self._functions), *(name for _, name in named)])
+        for source, _ in named:
             if source.endswith(".py") and not Path(source).is_file():
                 raise UserError(f"there is no file {source}; give the reward function's Python file, as FILE.py:NAME")
-        if workers == 0:
+        if named and workers == 0:
             try:
-                self._functions = [reward_worker.load(*function) for function in functions]
+                self._functions = [reward_worker.load(*function) for function in named]
             except Exception as error:
                 raise UserError(_refusal(self._names, reward_worker.explain(error))) from error
-        else:
+        elif named:
             script = Path(reward_worker.__file__)
             self._workers = Workers(
-                script, [json.dumps(functions)], seconds=seconds, count=workers,
+                script, [json.dumps(named)], seconds=seconds, count=workers,
                 refusal=_refusal(self._names, "{reason}"),
             )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Bars in a log: lines of text, and none where there is nothing to do."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,14 @@ def test_a_log_gets_lines_without_carriage_returns_and_none_for_nothing_to_do(ca
     written = capsys.readouterr().err
     assert "count: 100%" in written and "3/3" in written and "\r" not in written
     assert list(Bar(iter(()), "count", total=0)) == [] and capsys.readouterr().err == ""
+
+
+def test_a_notebook_gets_a_bar_that_is_overwritten(capsys, monkeypatch):
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert list(Bar(range(3), "count", total=3)) == [0, 1, 2]
+    written = capsys.readouterr().err
+    assert "\rcount: 100%|" in written and max(map(len, written.split("\r"))) <= 100
 
 
 def test_a_terminal_is_told_what_goes_on_and_a_log_is_not(capsys, monkeypatch):

@@ -28,7 +28,7 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.system.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 LARGEST_FILE = 5_000_000_000  # bytes of weights in one file
 PARTIAL = ".partial"  # the folder of files being written
@@ -43,7 +43,7 @@ def export_ref(
     model: LanguageModel,
     folder: str | Path,
     *,
-    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     stop_ids: Sequence[int] = (),
     trained_on: str = "",
     metrics: Mapping[str, Any] | None = None,
@@ -82,7 +82,7 @@ def export_guide(
     model: ValueModel,
     folder: str | Path,
     *,
-    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     trained_on: str = "",
     metrics: Mapping[str, Any] | None = None,
     largest_file: int = LARGEST_FILE,
