@@ -166,8 +166,9 @@ def _write_results(
     """Write and return the rows of `results.json`; the values in `scored` come from the guide of round `latest`."""
     config = workdir.config.evaluate
     rows = to_rows(
-        judge, samples, latest, scored, passes=config.pass_at, majorities={config.samples, config.guided_samples}
-    )
+        judge, samples, latest, scored, passes=config.pass_at, majorities={config.samples, config.guided_samples},
+        power=config.power,
+    )  # fmt: skip
     if workdir.writes:
         write_atomic(workdir.results, json.dumps(rows, indent=1) + "\n")
     return rows
@@ -181,6 +182,7 @@ def to_rows(
     *,
     passes: Sequence[float],
     majorities: Collection[int],
+    power: float = 1.0,
 ) -> list[dict]:
     """Return a row of statistics for every method, round and eta of the samples, and for reranking.
 
@@ -188,6 +190,7 @@ def to_rows(
       latest: the round of the guide that gave the values in `scored`.
       scored: as in `rerank_rows`, of pi_ref's samples; None for no reranking.
       passes, majorities: as in `measure`.
+      power: of the tilt in the samples of methods with a power.
     """
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for (method, number), rows in samples.items():
@@ -199,7 +202,7 @@ def to_rows(
         _row(method, number, statistics[method, number, eta], eta=eta)
         | {"samples": len(part), "seconds": sum(sample["seconds"] for sample in part)}
         | _compared(statistics, method, number, eta)
-        | ({"power": config.power} if method.endswith("_power") else {})
+        | ({"power": power} if method.endswith("_power") else {})
         for (method, number, eta), part in parts.items()
     ]
     if scored is not None:
