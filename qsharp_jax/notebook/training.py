@@ -83,7 +83,12 @@ def train_guide(
     functions, folder = to_functions(reward), files.make_path(workdir)
     names = [f"{OBJECT}:{name_of(function)}" for function in functions]
     weights = [1.0] * len(functions) if weights is None else list(weights)
-    changes = {"collect.eta": eta, "dtype": ref.ref.config.dtype, "task.weights": weights, "task.reward_workers": 0} | dict(config or {})
+    changes = {
+        "collect.eta": eta,
+        "dtype": ref.ref.config.dtype,
+        "task.weights": weights,
+        "task.reward_workers": 0,
+    } | dict(config or {})
     named = own.OwnRun(
         ref=ref.source,
         prompts=str(prompts) if isinstance(prompts, str | Path) else str(_store(folder, to_rows(prompts))),
