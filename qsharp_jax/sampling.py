@@ -78,8 +78,8 @@ class Sampling:
     mode: str = setting("qsharp", one_of(*MODES), "how values tilt: log E exp(z/eta), E z/eta, or log E z")
     max_new_tokens: int = setting(256, whole(1), "longest response, its stop token included", unit="tokens")
     weights: Sequence[float] | np.ndarray | None = setting(
-        None, optional(FINITE), "of several guides: what each one's log-weights are multiplied by, [guides] or"
-        " [rows, guides]",
+        None, optional(FINITE), "what each guide's log-weights are multiplied by, [guides] or [rows, guides]: how"
+        " guides are composed, and of one guide the power of its tilt",
     )  # fmt: skip
     budget: Numbers | None = setting(
         None, optional(whole(0)), "longest response of each row, at most max_new_tokens, the default", unit="tokens"

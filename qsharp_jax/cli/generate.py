@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--weights", type=arguments.numbers, metavar="LIST",
-        help="weights of several guides, such as 0.7,0.3: each multiplies the log-weights of its guide",
+        help="what each guide's log-weights are multiplied by, such as 0.7,0.3; of one guide the power of its tilt",
     )  # fmt: skip
     arguments.add_config(parser)
     parser.add_argument(
@@ -197,10 +197,10 @@ def check_arguments(options: argparse.Namespace) -> None:
     guides, weights = len(options.guide or []), len(options.weights or [])
     if guides and options.ref is None:
         raise UserError("--guide needs the reference that it guides; give --ref")
-    if (guides > 1 or weights) and (guides < 2 or guides != weights):
+    guides = 1 if options.workdir is not None else guides
+    if (guides > 1 or weights) and guides != weights:
         raise UserError(
-            f"there are {guides} --guide and {weights} --weights; to compose guides repeat --guide and give as many"
-            " --weights, such as 0.7,0.3"
+            f"the guides are {guides} and the --weights {weights}; give one weight for each guide, such as 0.7,0.3"
         )
 
 

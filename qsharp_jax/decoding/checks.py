@@ -48,6 +48,8 @@ def checked(
     vocab_size = ref.config.vocab_size if sampling.vocab_size is None else sampling.vocab_size
     responses = len(prompts) * samples
     controls, settings = split(sampling, rng, responses, rows, vocab_size, record)
+    if sampling.weights is not None and isinstance(guide, ValueModel):
+        guide = (guide,)
     weights = _checked_weights(guide, sampling.weights, responses, sampling.mode)
     if not isinstance(guide, LanguageModel) and np.isinf(controls.eta).all():
         guide = None
@@ -118,10 +120,10 @@ def guide_names(count: int) -> list[str]:
 
 
 def _checked_weights(guide: Guide | None, given: Any, rows: int, mode: str) -> np.ndarray | None:
-    """[rows, G] of several guides, None of one."""
+    """[rows, G], or None without weights."""
     if not isinstance(guide, tuple):
         if given is not None:
-            raise UserError("weights are of several guides; give a tuple of them as the guide")
+            raise UserError("weights are of guides; there is none here")
         return None
     types = {member.config.type if isinstance(member, ValueModel) else None for member in guide}
     if len(types) != 1 or None in types:

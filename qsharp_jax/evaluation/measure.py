@@ -82,7 +82,7 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
             )  # fmt: skip
         if has_guides and config.power != 1:
             samples[f"{method}_power", latest] = sample_method(
-                session, f"{method}_power", ref, (guides[latest],),
+                session, f"{method}_power", ref, guides[latest],
                 dataclasses.replace(sampling, weights=(config.power,)), number=latest, etas=list(config.etas),
                 samples=config.guided_samples,
             )  # fmt: skip

@@ -1,5 +1,7 @@
 """Several guides at once, each with a weight: against whole passes of each in numpy, and their log-weights added by hand."""
 
+import dataclasses
+
 import numpy as np
 import numpy_decoder
 import pytest
@@ -100,6 +102,15 @@ def test_one_guide_alone_is_what_the_weights_0_and_1_make():
     np.testing.assert_allclose(got.kl, want.kl, atol=1e-5)
 
 
+def test_one_guide_s_weight_is_the_power_of_its_tilt():
+    """The square is the product of the tilt with itself; the guide's value stays its own times the weight."""
+    guide, sampling = GUIDES["v"][1], Sampling(**COMMON, eta=0.3)
+    got = generate(REF, guide, PROMPTS, dataclasses.replace(sampling, weights=[2.0]), rng=SEEDS)
+    want = generate(REF, (guide, guide), PROMPTS, dataclasses.replace(sampling, weights=[1.0, 1.0]), rng=SEEDS)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.kl, want.kl, atol=1e-5)
+
+
 def test_rows_that_are_refilled_keep_their_weights():
     want = run("v")
     sampling = Sampling(eta=ETA, weights=WEIGHTS, **COMMON)
@@ -125,7 +136,8 @@ def test_shared_slots_serve_all_guides():
         (dict(guides=(GUIDES["v"][0], GUIDES["q"][0])), "must be V-types, or Q-types, all of them"),
         (dict(guides=()), "at least one"),
         (dict(guides=(GUIDES["v"][0], REF)), "must be V-types, or Q-types, all of them"),
-        (dict(guides=GUIDES["v"][0], weights=[1.0]), "weights are of several guides"),
+        (dict(guides=GUIDES["v"][0]), "each of the 1 guides"),
+        (dict(guides=REF, weights=[1.0]), "weights are of guides; there is none"),
     ],
 )
 def test_what_cannot_be_composed_is_refused(changes, words):
