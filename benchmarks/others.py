@@ -103,8 +103,6 @@ def main() -> None:
         for given in (options.etas, options.etas if options.cd_etas is None else options.cd_etas)
     )
     sessions = [Session(Workdir.attach(path)) for path in options.workdir]
-    if any(session.config.task.name == "sentiment" for session in sessions):
-        import sentiment  # noqa: F401  (adds its task)
     print(table([measure(session, etas, cd_etas, options.samples, options.constant) for session in sessions]))
 
 
