@@ -43,7 +43,7 @@ def load(source: str, name: str) -> Callable[..., Any]:
 
 def call(function: Callable[..., Any], columns: Mapping[str, list]) -> Any:
     """Call a function of TRL's signature for one response; one without `**kwargs` gets the arguments that it names."""
-    columns = LOGGING | columns
+    columns = {**LOGGING, **columns}
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         columns = {name: column for name, column in columns.items() if name in parameters}
