@@ -65,7 +65,11 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (workdir.absolute() / "mlruns").as_uri())
+        place = os.environ.get("MLFLOW_TRACKING_URI")
+        if not place:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 writes files only where it is set
+            place = (workdir.absolute() / "mlruns").as_uri()
+        self._client = MlflowClient(place)
         self._id = _identifier(workdir, "mlflow", lambda: self._create(workdir.name))
         self._client.update_run(self._id, status="RUNNING")
         params = [Param(key, str(value)) for key, value in _flat(config).items()]

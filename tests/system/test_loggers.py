@@ -5,6 +5,7 @@ What Weights & Biases and MLflow have written without a network is read by their
 """
 
 import json
+import struct
 
 import pytest
 from helpers import refusal
@@ -81,19 +82,26 @@ def test_mlflow_keeps_metrics_and_settings(tmp_path, monkeypatch):
         assert [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)] == numbers
 
 
+def records(path):
+    """Yield the records of a file of `wandb`: 7 bytes, then each after its sum (4 bytes), length (2) and kind (1)."""
+    data, at = path.read_bytes(), 7
+    while at < len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1, "whole, as small ones are"
+        yield data[at + 7 : at + 7 + length]
+        at += 7 + length
+
+
 def test_wandb_keeps_metrics_and_settings_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(tmp_path, "wandb")
     history, names = {}, set()
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record.FromString(data)
+        for content in records(path):
+            record = wandb_internal_pb2.Record.FromString(content)
             if record.HasField("run"):
                 names.add((record.run.run_id, record.run.project))
             if record.HasField("history"):
