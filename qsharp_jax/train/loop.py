@@ -111,7 +111,7 @@ class Trainer:
         self._window: list[dict] = []  # metrics of the updates since the last log line
         self._metrics: dict[str, jax.Array] = {}  # of the last update
         self._unseen: collections.deque[dict] = collections.deque()  # metrics of updates that the bar has not counted
-        self._loss_shown = False
+        self._loss = ""  # of the last update that the bar has counted
         self._trace = Trace(loop.profile)
         self._clock.start(self.state.params)
         self._tell_unsaved()
@@ -134,7 +134,7 @@ class Trainer:
         self._unseen.append(self._metrics)
         self.step += 1
         # The step before is waited for, so that the devices go on meanwhile; the very first one for its loss.
-        self._show_done(running=1 if self._loss_shown else 0)
+        self._show_done(running=1 if self._loss else 0)
         at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
         saving = unit_ends and self.step % loop.save_every == 0
         stopping = unit_ends and loop.stop_requested(self.step)
@@ -176,6 +176,7 @@ class Trainer:
         self._bar.say("evaluating")
         with self.between_steps() as params:
             metrics = loop.measure(params)
+        self._bar.set_postfix(loss=self._loss)
         self._evaluated_at = self.step
         if loop.patience and metrics["nll"] < (best.loss if best else math.inf):
             self._best = Best(self.step, metrics["nll"])
@@ -223,12 +224,12 @@ class Trainer:
     def _show_done(self, running: int = 0) -> None:
         """Move the bar to the last update that the devices have done, but for those `running`, and show its loss."""
         while len(self._unseen) > running:
-            self._bar.set_postfix(loss=f"{float(self._unseen.popleft()['loss']):.3f}", refresh=False)
+            first, self._loss = not self._loss, f"{float(self._unseen.popleft()['loss']):.3f}"
             self._clock.busy()
+            self._bar.set_postfix(loss=self._loss, refresh=False)
             self._bar.update()
-            if not self._loss_shown:
+            if first:
                 self._bar.refresh()
-                self._loss_shown = True
 
     def _save(self, *, final: bool = False) -> None:
         """Save a checkpoint, which may still be being written when this returns."""
