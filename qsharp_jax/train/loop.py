@@ -176,7 +176,8 @@ class Trainer:
         self._bar.say("evaluating")
         with self.between_steps() as params:
             metrics = loop.measure(params)
-        self._bar.set_postfix(loss=self._loss)
+        if self._loss:
+            self._bar.set_postfix(loss=self._loss)
         self._evaluated_at = self.step
         if loop.patience and metrics["nll"] < (best.loss if best else math.inf):
             self._best = Best(self.step, metrics["nll"])

@@ -184,32 +184,49 @@ def test_metrics_lines(tmp_path):
     assert lines[-1] == {"phase": "toy", "step": 11}
 
 
+class Later:
+    """A number that a device has computed at a time."""
+
+    def __init__(self, time):
+        self.time = time
+
+    def is_ready(self):
+        return time.monotonic() >= self.time
+
+    def __array__(self, dtype=None, copy=None):
+        time.sleep(max(0.0, self.time - time.monotonic()))
+        return np.asarray(0.5)
+
+    def __float__(self):
+        return float(np.asarray(self))
+
+
 def test_the_bar_counts_what_the_device_has_done_and_shows_the_first_loss(tmp_path, monkeypatch):
-    """A step takes 20 ms on the device, far longer than its dispatch; one step at most runs ahead of the bar."""
-    done, seen = [], []
+    """A step takes 20 ms on the device and none to dispatch: the device never waits, and the bar never runs ahead."""
+    losses, seen = [], []
 
-    def work(x):
-        time.sleep(0.02)
-        done.append(1)
-        return x
-
-    def slow_loss(params, batch):
-        wait = jax.pure_callback(work, jax.ShapeDtypeStruct((2,), jnp.float32), jax.lax.stop_gradient(params["x"]))
-        return toy_loss(params, batch)[0] + 0 * wait.sum(), {}
+    def step(state, batch, rate):
+        begins = max(time.monotonic(), losses[-1].time if losses else 0.0)
+        losses.append(Later(begins + 0.02))
+        return state, {"loss": losses[-1], "gradient_norm": losses[-1]}
 
     class Seen(Bar):
-        def display(self, *arguments, **options):
-            seen.append((self.n, len(done), self.postfix))
-
         def update(self, n=1):
             super().update(n)
-            self.display()
+            seen.append((self.n, sum(loss.is_ready() for loss in losses), len(losses), self.postfix))
 
     monkeypatch.setattr(loop, "Bar", Seen)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    toy_fit(tmp_path, loss_fn=slow_loss, total_steps=6, log_every=6, save_every=6)
-    assert all(shown <= finished <= shown + 2 for shown, finished, _ in seen) and seen[-1][0] == 6
-    assert (1, 1, "loss=0.000") in seen and {shown for shown, _, _ in seen} == {*range(7)}
+    options = {"loss_fn": toy_loss, "optimizer": SGD, "checkpoints": Checkpoints(tmp_path)}
+    with train.training(toy_state(), loop=make_loop(total_steps=6, log_every=6, save_every=6), **options) as trainer:
+        trainer._step_fn = step
+        while not trainer.done:
+            trainer.update(Numbers()[trainer.step])
+        trainer.finish()
+    assert [shown for shown, *_ in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(shown <= finished for shown, finished, *_ in seen)
+    assert [dispatched for _, _, dispatched, _ in seen] == [1, 3, 4, 5, 6, 6]
+    assert all(postfix == "loss=0.500" for *_, postfix in seen)
 
 
 def test_evaluations_between(tmp_path):
