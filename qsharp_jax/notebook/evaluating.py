@@ -89,12 +89,13 @@ def evaluate(
 
     def sample(name: str, model: Guides | None, etas: Sequence[float]) -> list[dict[str, Any]]:
         plan = list(itertools.product(problems, etas, range(samples)))
+        settings = sampling if model is not None else dataclasses.replace(sampling, weights=None)  # which are of guides
         began = time.monotonic()
         generation = rollouts.sample(
             ref.ref,
             model,
             encoded,
-            dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
+            dataclasses.replace(settings, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             seeds=row_seeds(seed, len(plan)),
             batch_size=rows_of(ref, encoded, sampling, len(plan)),
             samples=len(etas) * samples,
@@ -111,11 +112,9 @@ def evaluate(
     by_method = {("pi_ref", 0): sample("pi_ref", None, [math.inf]), (method, 1): sample(method, model, list(etas))}
     scored = None
     if isinstance(model, ValueModel):
+        repeated = [tokens for tokens in encoded for _ in range(samples)]
         unguided = by_method["pi_ref", 0]
-        examples = [
-            Example(tokens, response["tokens"])
-            for tokens, response in zip((tokens for tokens in encoded for _ in range(samples)), unguided, strict=True)
-        ]
+        examples = [Example(*pair) for pair in zip(repeated, (one["tokens"] for one in unguided), strict=True)]
         values = score.score(model, examples, rows=ROWS, bucket=BUCKET)
         scored = [{"values": of_response.tolist(), "seconds": 0.0} for of_response in values]
     statistics = measure.to_rows(by_reward, by_method, 1, scored, passes=(), majorities=())

@@ -117,10 +117,12 @@ class Workdir:
         files.write_atomic(self.path / "value.json", json.dumps(stored, indent=2) + "\n")
 
     def close(self) -> None:
-        for logger in self.__dict__.get("_loggers", ()):  # unless nothing was logged
-            logger.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            for logger in self.__dict__.get("_loggers", ()):  # unless nothing was logged
+                logger.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> "Workdir":
         return self
