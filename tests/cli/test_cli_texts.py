@@ -306,7 +306,7 @@ def test_prompts_that_cannot_be_are_refused(light, tmp_path, capfd, row, options
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code):
     output = tmp_path / "out.jsonl"
-    arguments = ["generate", "--ref", models[0], PROMPT, "--samples", 2000, "--max-new-tokens", 40, "--output", output]
+    arguments = ["generate", "--ref", models[0], PROMPT, "--samples", 2000, *FEW, "--max-new-tokens", 40, "--output", output]
     command = [str(argument) for argument in arguments]
     process = subprocess.Popen([sys.executable, "-m", "qsharp_jax.cli", *command], cwd=ROOT, stderr=subprocess.PIPE)
     while not (output.exists() and output.read_bytes().count(b"\n") > 20) and process.poll() is None:
