@@ -13,8 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser)
     add_config(parser)
     parser.add_argument(
-        "--what", choices=("ref", "guide"), required=True, help="the reference, or the last guide or policy"
-    )
+        "--what", choices=("ref", "guide", "adapter"), required=True,
+        help="the reference; the last guide or policy; or what a fit with LoRA learned, as an adapter of PEFT",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder: new or empty")
 
 
@@ -23,4 +24,4 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.run.session import Session
 
     export.write(Session(workdir), options.what, options.out)
-    print(f"the {'reference' if options.what == 'ref' else 'guide'} is in {options.out}")
+    print(f"the {'reference' if options.what == 'ref' else options.what} is in {options.out}")

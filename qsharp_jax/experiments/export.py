@@ -16,19 +16,30 @@ def write(session: Session, what: str, folder: str | Path) -> None:
     """Write the reference, or the guide (or policy) of the last fitted round, as a new or replaced export.
 
     Args:
-      what: "ref" or "guide".
+      what: "ref", "guide", or "adapter" for what a fit with LoRA learned.
 
     Raises:
       UserError: if the run has no such model yet, its reference comes from a folder, no class of `transformers`
-        computes the model, or something else is in the folder.
+        computes the model, something else is in the folder, or there is no LoRA of a model in a folder.
     """
     if what == "ref" and (source := models.folder(session.config, "ref")):
         raise UserError(f"this run's reference is the model in {source}; use that folder")
+    base = _base(session) if what == "adapter" else None
     hf.check_folder(folder)
     text = models.tokenizer(session)
     rows = report.read_results(session.workdir) if session.workdir.results.exists() else []
     number = 0 if what == "ref" else models.fitted_rounds(session.workdir)
     metrics = _metrics(rows, 0) | _metrics(rows, number)
+    if base is not None:
+        fit = session.config.fit
+        last = number or 1
+        rounds = range(1, last + 1) if fit.warm_start else [last]
+        hf.export_adapter(
+            [models.load_lora(session, round) for round in rounds], models.guide_config(session), folder,
+            alpha=fit.lora_alpha, base=base, tokenizer=text.for_export(),
+            trained_on=guide_trained_on(session, number), metrics=metrics,
+        )  # fmt: skip
+        return
     if what == "guide" and not configs.trains_policy(session.config):
         trained_on = guide_trained_on(session, number)
         hf.export_guide(
@@ -43,6 +54,22 @@ def write(session: Session, what: str, folder: str | Path) -> None:
         trained_on=_ref_trained_on(session) if what == "ref" else _policy_trained_on(session, number),
         metrics=metrics,
     )
+
+
+def _base(session: Session) -> str:
+    """The model that the first guide started from, as the config names it; raises a UserError where it has no LoRA."""
+    config = session.config
+    if not config.fit.lora_rank:
+        raise UserError(
+            "this run's guide was fitted without LoRA (config.fit.lora_rank is 0), so there is no adapter; give --what"
+            " guide"
+        )
+    name = "ref" if config.guide == "ref" else "guide"
+    base = models.folder(config, name)
+    if base is None or hf.base_of(base) is not None:
+        what = "is not a model in a folder or on the hub" if base is None else "is an adapter itself"
+        raise UserError(f"the model that the guide started from, config.{name}, {what}; give --what guide")
+    return config[name]
 
 
 def _metrics(rows: list[dict], number: int) -> dict[str, str]:

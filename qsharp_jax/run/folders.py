@@ -44,7 +44,8 @@ class Folders:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The reference's tokenizer, or the guide's without a reference."""
-        return Tokenizer.load(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
+        folder = tokenizer_folder(self._first)
+        return Tokenizer.load(folder, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
@@ -132,6 +133,12 @@ def load(
     candidates = min(Sampling.top_k_candidates, tokenizer.vocab_size)
     sampling = Sampling(top_k_candidates=candidates, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)
     return Loaded(source, folders.load_ref(), folders.load_guide() if guides else None, tokenizer, sampling)
+
+
+def tokenizer_folder(model: Path) -> Path:
+    """The folder of a model's tokenizer: its own, or that of its base for an adapter without one."""
+    base = hf.base_of(model)
+    return model if base is None or has_tokenizer(model) else base
 
 
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:

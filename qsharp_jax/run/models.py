@@ -24,13 +24,13 @@ from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import for_decoding
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, hf, sharding, value
+from qsharp_jax.models import decoder, hf, lora, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run.config import trains_policy
-from qsharp_jax.run.folders import check_vocabulary
+from qsharp_jax.run.folders import check_vocabulary, tokenizer_folder
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
@@ -89,7 +89,7 @@ def make_tokenizer(config: ConfigDict, date: datetime.date | None = None) -> Tok
       UserError: if neither a folder nor the task has one, and as in `Tokenizer.load`.
     """
     if ref := folder(config, "ref"):
-        return Tokenizer.load(ref, prompt_format=config.prompt_format, date=date)
+        return Tokenizer.load(tokenizer_folder(ref), prompt_format=config.prompt_format, date=date)
     task = registry.get(config.task.name)
     if task.FINITE:
         raise UserError(
@@ -210,7 +210,7 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 
 def check_folders(config: ConfigDict) -> None:
-    """Check that the model folders exist and do not hold adapters; a UserError names the setting or the folder."""
+    """Check that the model folders exist, and the bases of adapters; a UserError names the setting or the folder."""
     for name, words in NOT_FOLDERS.items():
         path = folder(config, name)
         if path and not path.exists():
@@ -219,7 +219,7 @@ def check_folders(config: ConfigDict) -> None:
                 " folder, GGUF file, or id on the Hugging Face hub (OWNER/NAME)"
             )
         if path:
-            hf.check_no_adapter(path)
+            hf.base_of(path)
 
 
 def check(session: Session) -> None:
@@ -300,13 +300,32 @@ def load_guide(session: Session, number: int | None = None) -> ValueModel | Lang
         policy = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
         return session.for_decoding(policy.replace(params=checkpoints.restore_params(policy.params)))
     checkpoints = _finished(workdir.guide_folder(number), f"guide of round {number}", "fit")
-    shape = guide_config(session)
-    shapes = value.abstract(shape)
-    if offsets := session.config.fit.future_offsets:  # the auxiliary loss's heads, saved with the guide
-        shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, shape.trunk), jax.random.key(0))
-    model = session.for_fitting(ValueModel(shapes, shape))
+    model = session.for_fitting(ValueModel(_fitted_shapes(session), guide_config(session)))
     params = checkpoints.restore_params(model.params)
     return session.for_decoding(model.replace(params={name: params[name] for name in params if name != "future"}))
+
+
+def load_lora(session: Session, number: int) -> Params:
+    """Load what a round's fit with LoRA learned: `lora_a` and `lora_b` of every kernel, and the head.
+
+    Raises:
+      UserError: if there is none, or the checkpoint is damaged.
+    """
+    config = session.config.fit
+    add = functools.partial(lora.add, rank=config.lora_rank, alpha=config.lora_alpha)
+    learned, _ = lora.split(jax.eval_shape(add, jax.random.key(0), _fitted_shapes(session)))
+    folder = session.workdir.guide_folder(number)
+    _finished(folder, f"guide of round {number}", "fit")
+    return Checkpoints(folder / "lora").restore_params(learned)
+
+
+def _fitted_shapes(session: Session) -> Params:
+    """The shapes of what a fit saves: the guide, and the heads of the auxiliary loss."""
+    shape = guide_config(session)
+    shapes = value.abstract(shape)
+    if offsets := session.config.fit.future_offsets:
+        shapes["future"] = jax.eval_shape(lambda key: train.init_future(key, offsets, shape.trunk), jax.random.key(0))
+    return shapes
 
 
 def first_guide(session: Session, ref: LanguageModel | None) -> Params:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qsharp_jax.models import hf
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import all_train_problems, test_problems
 from qsharp_jax.run.session import Session
@@ -39,8 +40,9 @@ def check_folders(workdir: Workdir) -> None:
         return
     stored = workdir.read_hashes()
     hashes = dict(stored)
-    for name in models.NOT_FOLDERS:
-        folder = models.folder(workdir.config, name)
+    folders = {name: models.folder(workdir.config, name) for name in models.NOT_FOLDERS}
+    bases = {f"{name}'s base": hf.base_of(folder) for name, folder in folders.items() if folder}
+    for name, folder in (folders | bases).items():
         if folder is None:
             continue
         hashes[name] = _hash_files(folder, stored.get(name, {}))

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import helpers
+import jax
 import numpy as np
 import pytest
 from commands import stdout_lines
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 
 from qsharp_jax import cli
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.models import cpu_form, decoder, hf
+from qsharp_jax.models import cpu_form, decoder, hf, lora
 from qsharp_jax.run import models
+from qsharp_jax.run.folders import Folders, tokenizer_folder
 from qsharp_jax.train.checkpoint import Checkpoints
 
 PROMPT = "0,1|1,2|0,3|3,4/0,2="
@@ -99,6 +101,35 @@ def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_pa
     session.workdir.results.unlink()
     assert export(session, "guide", out) == 0  # over an earlier export, and before any evaluation
     assert "Metrics" not in (out / "README.md").read_text()
+
+
+def test_a_fit_with_lora_is_an_adapter_of_the_model_that_it_began_with(session, tmp_path, capsys):
+    ref, out = tmp_path / "ref", tmp_path / "adapter"
+    assert export(session, "ref", ref) == 0
+    assert export(session, "adapter", out) == 2
+    assert "was fitted without LoRA (config.fit.lora_rank is 0)" in capsys.readouterr().err
+    made = helpers.session(tmp_path / "lora", f"ref={ref}", "fit.lora_rank=2", "fit.lora_alpha=4")
+    learned, frozen = lora.split(lora.add(jax.random.key(0), models.first_guide(made, None), 2, 4.0))
+    learned = jax.tree.map(lambda leaf: leaf + 0.1, learned)  # B begins at zero, and so does the head
+    save(made.workdir.guide_folder(1) / "lora", learned)
+    save(made.workdir.guide_folder(1), lora.merged(lora.join(learned, frozen)))
+    made.workdir.close()
+    assert export(made, "adapter", out) == 0
+    want, got = models.load_guide(made, 1), hf.load_guide(out, dtype="float32", unstacked=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, want.params)
+    assert (out / "README.md").read_text().count(f"A LoRA adapter, as PEFT reads it, of `{ref}`.") == 1
+    assert not list(out.glob("model*.safetensors"))
+    assert tokenizer_folder(out) == out
+    (out / "tokenizer.json").unlink()
+    assert tokenizer_folder(out) == ref
+    assert Folders(ref, [out]).tokenizer.vocab_size == models.tokenizer(made).vocab_size
+
+    made.workdir.guide_folder(1).rename(tmp_path / "lost")
+    assert export(made, "adapter", tmp_path / "none") == 2 and "there is no guide of round 1" in capsys.readouterr().err
+    other = helpers.session(tmp_path / "own", "fit.lora_rank=2")
+    other.workdir.close()
+    assert export(other, "adapter", tmp_path / "none") == 2
+    assert "config.ref, is not a model in a folder or on the hub; give --what guide" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_one_sentence_and_nothing_is_lost(session, tmp_path, capsys):

@@ -122,17 +122,6 @@ def test_a_config_that_changes_nothing_is_read(name, entries, copy, made):
     assert hf.read_config(copy(name, **entries), "float32") == hf.read_config(made / name, "float32")
 
 
-def test_an_adapter_is_refused_beside_weights_and_alone(copy):
-    folder = copy()
-    (folder / "adapter_config.json").write_text("{}")
-    for load in (hf.load_ref, hf.load_trunk, hf.load_guide):
-        assert "has an adapter_config.json beside the weights, and adapters are not app" in load_refusal(folder, load)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
-    (folder / "config.json").unlink()
-    assert "holds a LoRA adapter; merge it into its base first" in load_refusal(folder)
-
-
 def test_a_guide_is_no_reference_and_a_reference_is_no_guide(made):
     assert [hf.is_guide(made / name) for name in ("guide", "q-guide", "llama")] == [True, True, False]
     for name in ("guide", "q-guide"):

@@ -215,15 +215,15 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp
     other = tmp_path / "other"
     hf.export_guide(helpers.random_guide(helpers.random_model(320).config), other, tokenizer=bpe.make())
     (adapter := tmp_path / "adapter").mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "base"}')
     small = tmp_path / "small"
     hf.export_guide(helpers.random_guide(helpers.random_model(5).config), small)
     for changes, words in [
         (("ref=pretrian",), "config.ref is 'pretrian', which is not a folder; give pretrain, or a model's folder"),
         ((ref, "guide=none"), "config.guide is 'none', which is not a folder; give ref, scratch, or a model's folder"),
         ((f"ref={tmp_path}",), "has no tokenizer"),
-        ((f"ref={adapter}",), "holds a LoRA adapter; merge it into its base first"),
-        ((ref, f"guide={adapter}"), "holds a LoRA adapter; merge it into its base first"),
+        ((f"ref={adapter}",), "holds an adapter of the type IA3, and only LORA is applied"),
+        ((ref, f"guide={adapter}"), "holds an adapter of the type IA3, and only LORA is applied"),
         ((f"ref={folders / 'guide'}",), "holds a guide or another token classifier"),
         ((ref, f"guide={light}"), "has no weights; it needs model.safetensors"),
         ((ref, f"guide={other}"), "the guide's vocabulary is not the reference's"),

@@ -42,23 +42,36 @@ def ref(trained_on: str, metrics: Mapping[str, Any]) -> str:
     return _card("Reference model", "A causal language model, exported by `qsharp`.", [load], trained_on, metrics)
 
 
+def adapter(config: ValueConfig, base: str, trained_on: str, metrics: Mapping[str, Any]) -> str:
+    """The card of a guide that is an adapter of `base`."""
+    text = (_MEANING_V if config.type == "v" else _MEANING_Q).format(meaning=_meaning(config))
+    what = f"{_what(config)} A LoRA adapter, as PEFT reads it, of `{base}`."
+    return _card("Guide", what, [text, _STEER], trained_on, metrics)
+
+
 def guide(config: ValueConfig, trained_on: str, metrics: Mapping[str, Any]) -> str:
     """The card of a guide."""
-    meaning = {
-        "bernoulli": "the reward is 1 with probability `sigmoid(outputs)`, else 0",
-        "scalar": "its mean is `outputs`",
-        "categorical": f"a `softmax` over the rewards {', '.join(map(str, config.atoms))}",
-    }[config.distribution]
-    what = (
-        "A value model that guides a frozen reference model while it decodes (Q#,"
-        f" [arXiv 2502.20548](https://arxiv.org/abs/2502.20548)): {config.type.upper()}-type, {config.distribution}."
-    )
     if config.type == "v":
         auto, width, text = "AutoModelForTokenClassification", str(config.outputs), _MEANING_V
     else:
         auto, width, text = "AutoModelForCausalLM", "vocabulary", _MEANING_Q
     load = _LOAD.format(auto=auto, name="guide", use=_OUTPUTS.format(width=width))
-    return _card("Guide", what, [load, text.format(meaning=meaning), _STEER], trained_on, metrics)
+    return _card("Guide", _what(config), [load, text.format(meaning=_meaning(config)), _STEER], trained_on, metrics)
+
+
+def _what(config: ValueConfig) -> str:
+    return (
+        "A value model that guides a frozen reference model while it decodes (Q#,"
+        f" [arXiv 2502.20548](https://arxiv.org/abs/2502.20548)): {config.type.upper()}-type, {config.distribution}."
+    )
+
+
+def _meaning(config: ValueConfig) -> str:
+    return {
+        "bernoulli": "the reward is 1 with probability `sigmoid(outputs)`, else 0",
+        "scalar": "its mean is `outputs`",
+        "categorical": f"a `softmax` over the rewards {', '.join(map(str, config.atoms))}",
+    }[config.distribution]
 
 
 def _card(title: str, what: str, sections: list[str], trained_on: str, metrics: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-import qsharp_jax.models.hf.files as files
+import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.gguf as hf_gguf
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.hf.families import FAMILIES
@@ -19,7 +19,6 @@ from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError
 
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"
 KEY = "qsharp"  # our entry in config.json
 
 # architecture -> (family, which is its model_type, and whether it is a token classifier)
@@ -106,7 +105,9 @@ def _read_entries(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a folder with a {CONFIG}")
-    check_no_adapter(folder)
+    adapter = adapters.find(folder)
+    if adapter is not None and not path.exists():
+        return _read_entries(adapter.base)
     if not path.exists():
         raise UserError(f"{folder} has no {CONFIG}; give a folder that transformers can load")
     try:
@@ -150,22 +151,6 @@ def guide(config: FolderConfig, folder: str | Path) -> ValueConfig:
     if described.type == "q" and (config.decoder.tied or described.outputs > 1):
         raise UserError(f"{path} describes a Q-type guide, whose head must be untied and have one output per token")
     return described
-
-
-def check_no_adapter(folder: str | Path) -> None:
-    """Raise a UserError if a folder holds an adapter."""
-    folder = Path(folder)
-    if not (folder / ADAPTER).is_file():
-        return
-    if (folder / files.SINGLE).is_file() or (folder / files.INDEX).is_file():
-        raise UserError(
-            f"{folder} has an {ADAPTER} beside the weights, and adapters are not applied; merge it into the weights, or"
-            f" remove {ADAPTER} if it is already merged"
-        )
-    raise UserError(
-        f"{folder} holds a LoRA adapter; merge it into its base first (with peft: model.merge_and_unload(), then"
-        " save_pretrained), and give that folder"
-    )
 
 
 def _unsupported(hf: Any, family: str) -> str | None:

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.card as cards
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.files as files
+import qsharp_jax.models.hf.hub as hub
 import qsharp_jax.models.hf.names as names
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -34,8 +36,8 @@ LARGEST_FILE = 5_000_000_000  # bytes of weights in one file
 PARTIAL = ".partial"  # the folder of files being written
 # Files of an earlier export, removed by the next one into the same folder.
 _OURS = (
-    "*.safetensors", files.INDEX, "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "*.safetensors", files.INDEX, adapters.CONFIG, "generation_config.json", "README.md", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
 )  # fmt: skip
 
 
@@ -68,8 +70,9 @@ def export_ref(
         model.config, family, classifier=False, tied=model.config.tied, dtype=_dtype(model.params)
     )
     entries |= special | {configs.KEY: {}}
+    places = names.decoder_places(family, model.config)
     _export(
-        folder, model.params, names.decoder_places(family, model.config), tokenizer, largest_file,
+        folder, files.split(_tensors(model.params, places), largest_file), tokenizer,
         {
             "config.json": entries,
             "generation_config.json": {name: ids for name, ids in special.items() if ids is not None},
@@ -91,7 +94,57 @@ def export_guide(
 
     Arguments and errors are as in `export_ref`; a Q-type with several outputs per token is refused.
     """
-    config = model.config
+    family, entries = _describe_guide(model.config, tokenizer)
+    entries["dtype"] = _dtype(model.params)
+    places = names.guide_places(family, model.config.trunk, model.config.type)
+    _export(
+        folder, files.split(_tensors(model.params, places), largest_file), tokenizer,
+        {"config.json": entries, "README.md": cards.guide(model.config, trained_on, metrics or {})},
+    )  # fmt: skip
+
+
+def export_adapter(
+    rounds: Sequence[Params],
+    config: ValueConfig,
+    folder: str | Path,
+    *,
+    alpha: float,
+    base: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    trained_on: str = "",
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Export what fits with LoRA learned as a PEFT adapter of the model that they began with.
+
+    Arguments and errors are as in `export_guide`, besides:
+
+    Args:
+      rounds: the learned parameters of each round: `lora_a` [L, in, R] and `lora_b` [L, R, out] beside every kernel,
+        and the head. The updates of all rounds are added, and the last round's head is saved whole.
+      config: of the guide.
+      alpha: scale of the updates times R.
+      base: folder of the model before the first round, or its id on the Hugging Face hub.
+    """
+    family, entries = _describe_guide(config, tokenizer)
+    places = names.guide_places(family, config.trunk, config.type)
+    tensors, described = adapters.write(rounds, places, alpha)
+    name, _, revision = base.partition("@") if hub.is_id(base) else (base, "", "")
+    described |= dict(
+        base_model_name_or_path=name, revision=revision or None, fan_in_fan_out=family == "gpt2",
+        task_type="TOKEN_CLS" if config.type == "v" else "CAUSAL_LM",
+    )  # fmt: skip
+    _export(
+        folder, {adapters.WEIGHTS: tensors}, tokenizer,
+        {
+            "config.json": entries,
+            adapters.CONFIG: described,
+            "README.md": cards.adapter(config, name, trained_on, metrics or {}),
+        },
+    )  # fmt: skip
+
+
+def _describe_guide(config: ValueConfig, tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """The family of a float32 guide, and the entries of its config.json; raises a UserError as `export_guide`."""
     if config.type == "q" and config.outputs > 1:
         raise UserError(
             "transformers has no form for a Q-type guide with several outputs per token; to export a guide, fit a"
@@ -100,7 +153,7 @@ def export_guide(
     family = configs.family_of(config.trunk)
     classifier = config.type == "v"
     entries = configs.entries(
-        config.trunk, family, classifier=classifier, tied=classifier and config.trunk.tied, dtype=_dtype(model.params)
+        config.trunk, family, classifier=classifier, tied=classifier and config.trunk.tied, dtype="float32"
     )
     entries |= _special_tokens(tokenizer, ()) | {configs.KEY: _meaning(config)}
     if classifier:
@@ -110,10 +163,7 @@ def export_guide(
             "id2label": {str(i): label for i, label in enumerate(labels)},
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    _export(
-        folder, model.params, names.guide_places(family, config.trunk, config.type), tokenizer, largest_file,
-        {"config.json": entries, "README.md": cards.guide(config, trained_on, metrics or {})},
-    )  # fmt: skip
+    return family, entries
 
 
 def _meaning(config: ValueConfig) -> dict[str, Any]:
@@ -176,16 +226,13 @@ def _stored(leaves: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray
 
 def _export(
     folder: str | Path,
-    params: Params,
-    table: Mapping[str, Place],
+    weights: Mapping[str, Sequence[files.Tensor]],
     tokenizer: Any,
-    largest_file: int,
     texts: Mapping[str, Any],
 ) -> None:
     """Write all files into a subfolder, then move them, config.json last, which marks a complete export."""
     folder = Path(folder)
     check_folder(folder)
-    weights = files.split(_tensors(params, table), largest_file)
     if jax.process_index() > 0:  # every process takes part in fetching, in the order of writing; only the first writes
         for tensor in itertools.chain.from_iterable(weights.values()):
             tensor.make()

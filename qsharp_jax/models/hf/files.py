@@ -37,12 +37,13 @@ class Tensors(contextlib.AbstractContextManager):
 
     readable = tuple(DTYPES)
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str | None = None):
+        """Read the headers of the folder's weights, or of the one file of this name."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, str] = {}
         self._places: dict[str, tuple[BinaryIO, int]] = {}  # the open file that holds a tensor, and its first byte
         with contextlib.ExitStack() as files:  # closes the open files if one of them cannot be read
-            for path in _paths(folder):
+            for path in _paths(folder) if name is None else [folder / name]:
                 self._add(path, files)
             self._files = files.pop_all()
 
@@ -50,6 +51,8 @@ class Tensors(contextlib.AbstractContextManager):
         self._files.close()
 
     def _add(self, path: Path, files: contextlib.ExitStack) -> None:
+        if not path.is_file():
+            raise UserError(f"{path.parent} has no {path.name}; download it again")
         try:
             with safe_open(path, framework="numpy") as checked:  # it refuses a header that does not fit the file
                 for name in checked.keys():  # noqa: SIM118 (not a dict)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.gguf as hf_gguf
 import qsharp_jax.models.hf.names as names
@@ -31,7 +32,7 @@ from qsharp_jax.system.errors import UserError
 CHUNK = 4_000_000  # bytes read at once; small enough to be transposed within the processor's cache
 THREADS = 8
 
-AnyTensors = Tensors | hf_gguf.Tensors
+AnyTensors = Tensors | hf_gguf.Tensors | adapters.Tensors
 
 
 def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
@@ -57,7 +58,7 @@ def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, sharding
     """Load a causal language model.
 
     Args:
-      folder: with config.json and safetensors; or a GGUF file, or a folder with one.
+      folder: with config.json and safetensors; or a GGUF file, or a folder with one; or a PEFT adapter's.
       dtype: dtype of the loaded weights and of the computation, "float32" or "bfloat16".
       unstacked: layers as a list, for decoding; otherwise stacked, for training.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default everything is put
@@ -86,6 +87,16 @@ def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardi
     """
     source = _guide(folder, dtype)
     return ValueModel(_load(source, unstacked, shardings), configs.guide(source.config, folder))
+
+
+def base_of(folder: str | Path) -> Path | None:
+    """The folder or GGUF file of the model that a folder's adapter changes; None where there is no adapter.
+
+    Raises:
+      UserError: for an adapter that is not applied, or whose base is not there.
+    """
+    adapter = adapters.find(folder)
+    return adapter and adapter.base
 
 
 def check_weights(folder: str | Path, what: str) -> None:
@@ -132,16 +143,20 @@ def _guide(folder: str | Path, dtype: str) -> _Source:
     config = configs.read(folder, dtype)
     guide = configs.guide(config, folder)
     places = names.guide_places(config.family, config.decoder, guide.type)
-    return _Source(Path(folder), config, value.abstract(guide), places)
+    # An adapter's base may be a language model.
+    return _Source(Path(folder), config, value.abstract(guide), places, extra_heads=base_of(folder) is not None)
 
 
 @contextlib.contextmanager
 def _open(source: _Source) -> Iterator[tuple[AnyTensors, Mapping[str, Place]]]:
     """Open the folder's tensors, compare all names and shapes, and yield the place of each leaf among them."""
-    file = gguf.find(source.folder)
-    with Tensors(source.folder) if file is None else hf_gguf.Tensors(file) as tensors:
+    adapter = adapters.find(source.folder)
+    folder = source.folder if adapter is None else adapter.base
+    file = gguf.find(folder)
+    prefix = names.prefix(source.config.family)
+    with Tensors(folder) if file is None else hf_gguf.Tensors(file) as base:
+        tensors = base if adapter is None else adapters.Tensors(adapter, base, prefix)
         # Checkpoints of the base model alone leave out its name.
-        prefix = names.prefix(source.config.family)
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
         table = {
             path: dataclasses.replace(place, name=place.name.removeprefix(strip))
@@ -208,6 +223,8 @@ def _check(
                 f" {', '.join(tensors.readable)}"
             )
     extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
+    if isinstance(tensors, adapters.Tensors):  # a guide may have only the first layers of its base
+        extra = [name for name in extra if name not in tensors.optional]
     if source.extra_heads:
         extra = [name for name in extra if name.partition(".")[0] not in ("lm_head", "score", "classifier")]
     elif source.config.decoder.tied and embedding is not None and "lm_head.weight" in extra:
