@@ -74,7 +74,11 @@ def test_a_run_learns_from_the_reward_and_reports_no_answers(finished):
     assert heads and not any("answer" in head or "maj1@" in head for head in heads) and "| majority" not in report
     assert "## Forecast and decoding" in report and "| best_of_4 " not in report, "two samples per prompt"
     forecast = json.loads((finished / "samples" / "forecast_round_1.json").read_text())
-    assert [(row["method"], row["eta"]) for row in forecast] == [("qsharp", 0.1), ("cd", 0.1)]
+    assert [(row["method"], row.get("power"), row["eta"]) for row in forecast] == [
+        ("qsharp", None, 0.1),
+        *(("qsharp_power", power, 0.1) for power in (2, 3, 4)),
+        ("cd", None, 0.1),
+    ]
     page = (finished / "examples.html").read_text()
     assert "the answer is" not in page and "no answer" not in page
     stored = json.loads((finished / "value.json").read_text())
