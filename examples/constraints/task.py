@@ -1,6 +1,6 @@
 """Answers under a constraint that a program checks, such as "Use at most 15 words".
 
-    qsharp run --ref MODEL --task examples/constraints/task.py --workdir runs/constraints
+    qsharp run --config examples/constraints/config.py --config.ref=MODEL --workdir runs/constraints
 
 A prompt joins a topic and a constraint. Topics are split into those for training and those for the test, so a guide has
 to learn the constraints. A response passes if it ended by itself and keeps its prompt's constraint.
