@@ -26,7 +26,7 @@ def test_a_notebook_gets_a_bar_that_is_overwritten(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert list(Bar(range(3), "count", total=3)) == [0, 1, 2]
     written = capsys.readouterr().err
-    assert "\rcount: 100%|" in written and max(map(len, written.split("\r"))) <= 100
+    assert "\rcount: 100%|" in written and max(len(part.rstrip("\n")) for part in written.split("\r")) <= 100
 
 
 def test_a_terminal_is_told_what_goes_on_and_a_log_is_not(capsys, monkeypatch):
