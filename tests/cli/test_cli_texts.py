@@ -255,7 +255,7 @@ CHAT = [{"role": "system", "content": "Count."}, {"role": "user", "content": PRO
 
 
 def greedy_after(messages) -> list[int]:
-    """By `transformers`' chat template and numpy."""
+    """Return greedy tokens by `transformers`' chat template and numpy."""
     ids = bpe.make().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return numpy_greedy(ids, [bpe.EOS, bpe.EOT])
 

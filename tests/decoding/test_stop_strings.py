@@ -43,7 +43,7 @@ def without_stop_strings():
 
 
 def expected_length(response, stop) -> int | None:
-    """By the definition: the fewest tokens whose text has a stop string."""
+    """Return the fewest tokens whose text has a stop string, by the definition."""
     texts = [Bytes().decode(response[:count]) for count in range(len(response) + 1)]
     return next((count for count, text in enumerate(texts) if any(string in text for string in stop)), None)
 
