@@ -66,8 +66,8 @@ def sample(
         for places, part in batch:
             if sharding.anywhere(sigterm.requested()):
                 raise Stopped
-            made = {key: array for key, array in vars(part).items() if array is not None}
-            for key, array in made.items():
+            recorded = {key: array for key, array in vars(part).items() if array is not None}
+            for key, array in recorded.items():
                 rows.setdefault(key, np.zeros((count, *array.shape[1:]), array.dtype))[places] = array
             bar.update(len(places))
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
@@ -175,13 +175,13 @@ def collect(
         )
 
     batches: list[ContinuousBatch] = []
-    made = responses(
+    stream = responses(
         ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size, tokenizer=text
     )
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
         name = f"round {number}: collect"
-        for index, switch, response, finished in Bar(made, name, total=len(places), before="compiling"):
+        for index, switch, response, finished in Bar(stream, name, total=len(places), before="compiling"):
             if multihost.leads(together):
                 place, prompt = places[index], prompts[index // samples]
                 yield place, rollout(place, prompt, switch, response, finished, draws[index])

@@ -95,12 +95,11 @@ def summary(rows: Sequence[dict], mean: float, eta: float) -> str:
     """Format the forecast at the run's own eta, or else the smallest, in one line."""
     etas = [row["eta"] for row in rows if row["eta"] is not None]
     shown = eta if eta in etas else min(etas)
-    parts = [
-        f"{row['method']}{f' {power:g}' if (power := row.get('power')) else ''} {row['reward']:.3f} at"
-        f" {row['kl']:.2f} nats"
-        for row in rows
-        if row["eta"] in (None, shown)
-    ]
+    parts = []
+    for row in rows:
+        if row["eta"] in (None, shown):
+            power = f" {row['power']:g}" if "power" in row else ""
+            parts.append(f"{row['method']}{power} {row['reward']:.3f} at {row['kl']:.2f} nats")
     words = f"forecast by {rows[0]['n']} held-out rollouts of pi_ref, mean reward {mean:.3f}"
     return f"{words}, at eta {shown:g}: {'; '.join(parts)}"
 
