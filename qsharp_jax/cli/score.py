@@ -31,6 +31,7 @@ A line of the input is a JSON object with texts, {{"prompt": ..., "response": ..
 format the end of a turn, else eos; to score one without an end, give tokens. The output has the same lines and fields,
 with
 
+  prompt_format  plain or chat, for a line with texts: the form in which they were encoded
   ref_log_probs  of every response token given those before it, in nats, under the reference at temperature 1
   values         the guide's mean reward-to-go at every response token
   value          the last of these
@@ -41,7 +42,8 @@ to resume with the same prompts on another day.
 {arguments.MODELS_HELP}"""
 
 BATCH_ROWS = 16
-ADDED = ("ref_log_probs", "values", "value")
+SCORES = ("ref_log_probs", "values", "value")
+ADDED = ("prompt_format", *SCORES)
 SHORTEST = 32  # tokens; batch widths are this times a power of two, so that few programs are compiled
 CHUNK = 16  # batches between writes: enough to combine sequences of similar length
 
@@ -73,7 +75,10 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     records = read(options.input)
     json_lines.check_other_file(options.output, options.input)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
-    done = resume(options.output, records, ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide)
+    models = open_models(workdir, options)
+    prompt_format = models.tokenizer.prompt_format
+    scores = ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide
+    done = resume(options.output, records, scores, prompt_format)
     records = records[done:]
     if not records:
         print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
@@ -82,7 +87,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     from qsharp_jax.evaluation import score as scoring
     from qsharp_jax.models import memory
 
-    models = open_models(workdir, options)
+    _warn_of_other_format(records, prompt_format, first=done + 1)
     positions = min(config.max_positions for config in models.configs.values())
     examples = encode(records, models.tokenizer, positions, first=done + 1)
     json_lines.check_output(options.output)
@@ -93,7 +98,9 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
         log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
     if has_guide:
         means = functools.partial(scoring.score, models.load_guide(), rows=rows)
-    write(options.output, records, examples, log_probs=log_probs, means=means, rows=rows)
+    write(
+        options.output, records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows
+    )  # fmt: skip
 
 
 def read(path: str) -> list[dict]:
@@ -121,6 +128,20 @@ def _has_tokens(record: dict) -> bool:
 
 def _has_texts(record: dict) -> bool:
     return isinstance(record.get("prompt"), str | list) and isinstance(record.get("response"), str)
+
+
+def _warn_of_other_format(records: Sequence[dict], prompt_format: str, *, first: int) -> None:
+    """Warn of the first record with texts that `qsharp generate` made from prompts in another format."""
+    for number, record in enumerate(records, start=first):
+        settings = record.get("settings")
+        generated = settings.get("prompt_format", prompt_format) if isinstance(settings, dict) else prompt_format
+        if generated != prompt_format and not _has_tokens(record):
+            print(
+                f"Warning: record {number} was generated with the prompt format {generated}, and is scored with"
+                f" {prompt_format}.",
+                file=sys.stderr,
+            )
+            return
 
 
 def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first: int = 1) -> list["Example"]:
@@ -159,11 +180,12 @@ def encode(records: Sequence[dict], text: "Tokenizer", positions: int, *, first:
     return examples
 
 
-def resume(path: str, records: Sequence[dict], added: Sequence[str]) -> int:
+def resume(path: str, records: Sequence[dict], scores: Sequence[str], prompt_format: str) -> int:
     """Count the records already in the output, and remove a half line that a kill left.
 
     Args:
-      added: those of `ADDED` that this command adds.
+      scores: those of `SCORES` that this command adds.
+      prompt_format: in which it encodes texts.
 
     Raises:
       UserError: if the output, which is then unchanged, does not come from these records.
@@ -180,11 +202,15 @@ def resume(path: str, records: Sequence[dict], added: Sequence[str]) -> int:
             raise UserError(
                 f"{path}, line {number}, is not of record {number} of the input; give another --output, or delete it"
             )
-        scored = [key for key in ADDED if key in stored]
-        if scored != list(added):
+        if (stored_scores := [key for key in SCORES if key in stored]) != list(scores):
             raise UserError(
-                f"{path}, line {number}, has {' and '.join(scored) or 'no scores'}, where this command gives"
-                f" {' and '.join(added)}; give another --output, or the same models as before"
+                f"{path}, line {number}, has {' and '.join(stored_scores) or 'no scores'}, where this command gives"
+                f" {' and '.join(scores)}; give another --output, or the same models as before"
+            )
+        if not _has_tokens(stored) and stored.get("prompt_format") != prompt_format:
+            raise UserError(
+                f"{path}, line {number}, was scored with prompt_format {json.dumps(stored.get('prompt_format'))}, and"
+                f" this command has {json.dumps(prompt_format)}; give another --output, or the previous settings"
             )
     if half:
         whole = json_lines.dump(records[len(lines)])[:-1].encode() if len(lines) < len(records) else b""
@@ -202,11 +228,16 @@ def write(
     records: Sequence[dict],
     examples: Sequence["Example"],
     *,
+    prompt_format: str,
     log_probs: Scorer | None,
     means: Scorer | None,
     rows: int,
 ) -> None:
-    """Append the scored records to the output, in chunks; a scorer of None is skipped."""
+    """Append the scored records to the output, in chunks; a scorer of None is skipped.
+
+    Args:
+      prompt_format: in which their texts were encoded.
+    """
     from qsharp_jax.system.progress import Bar
 
     with files.named(path), open(path, "a", encoding="utf-8") as file:
@@ -215,6 +246,8 @@ def write(
             part_log_probs = log_probs and _by_width(log_probs, part)
             part_means = means and _by_width(means, part)
             for row, record in enumerate(records[begin : begin + rows * CHUNK]):
+                if not _has_tokens(record):
+                    record = record | {"prompt_format": prompt_format}
                 if part_log_probs:
                     record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
                 if part_means:

@@ -365,7 +365,8 @@ def test_scoring_goes_on_where_it_stopped_with_either_model_alone(models, tmp_pa
         command = ["score", option, str(folder), "--input", str(source), "--output", str(output)]
         assert cli.main(command) == 0
         whole = output.read_bytes()
-        assert all(set(json.loads(line)) == {"prompt", "response"} | added for line in whole.splitlines())
+        fields = {"prompt", "response", "prompt_format"} | added
+        assert all(set(json.loads(line)) == fields for line in whole.splitlines())
         output.write_bytes(whole[: whole.index(b"\n") + 9])
         assert cli.main(command) == 0
         assert output.read_bytes() == whole

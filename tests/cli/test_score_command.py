@@ -44,14 +44,14 @@ def means(examples, bucket):
     return [np.asarray(e.response, np.float32) / 7 for e in examples]
 
 
-def score(source, output, **changes):
+def score(source, output, prompt_format="plain", **changes):
     """Do what the command does, with scorers that need no model."""
     records = command.read(source)
     scorers = dict(log_probs=log_probs, means=means) | changes
-    added = [*["ref_log_probs"] * bool(scorers["log_probs"]), *["values", "value"] * bool(scorers["means"])]
-    done = command.resume(output, records, added)
+    scores = [*["ref_log_probs"] * bool(scorers["log_probs"]), *["values", "value"] * bool(scorers["means"])]
+    done = command.resume(output, records, scores, prompt_format)
     examples = command.encode(records[done:], TEXT, 200, first=done + 1)
-    command.write(output, records[done:], examples, rows=1, **scorers)
+    command.write(output, records[done:], examples, prompt_format=prompt_format, rows=1, **scorers)
     return done
 
 
@@ -72,6 +72,7 @@ def test_every_record_comes_back_with_its_scores(source, output):
     made = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
     assert [{key: item for key, item in record.items() if key not in ADDED} for record in made] == RECORDS
     for record in made:
+        assert record.get("prompt_format") == (None if "prompt_tokens" in record else "plain")
         prompt, response = expected_tokens(record)
         np.testing.assert_allclose(record["ref_log_probs"], -(np.asarray(response) + len(prompt)) / 3, rtol=1e-6)
         np.testing.assert_allclose(record["values"], np.asarray(response) / 7, rtol=1e-6)
@@ -85,7 +86,8 @@ def test_what_a_model_that_is_not_there_would_add_is_left_out(source, output, ab
     source.write_text(lines(stale), encoding="utf-8")
     score(source, output, **{absent: None})
     record = json.loads(output.read_text(encoding="utf-8").split("\n")[0])
-    assert set(record) - set(RECORDS[0]) == ({"values", "value"} if absent == "log_probs" else {"ref_log_probs"})
+    scores = {"values", "value"} if absent == "log_probs" else {"ref_log_probs"}
+    assert set(record) - set(RECORDS[0]) == {"prompt_format", *scores}
     assert record.get("values", [0.0]) != [7.0] and record.get("ref_log_probs", [0.0]) != [0.5]
 
 
@@ -141,6 +143,15 @@ def test_an_output_of_something_else_is_refused_and_left_alone(source, output):
     output.write_text(first, encoding="utf-8")
     with pytest.raises(UserError, match="where this command gives values and value"):
         score(source, output, log_probs=None)
+    with pytest.raises(UserError, match='line 1, was scored with prompt_format "plain", and this command has "chat"'):
+        score(source, output, prompt_format="chat")
+
+
+def test_a_response_generated_in_another_format_is_named(capsys):
+    generated = [RECORDS[0] | {"settings": {"prompt_format": prompt_format}} for prompt_format in ("chat", "plain")]
+    command._warn_of_other_format([*RECORDS, *generated], "chat", first=1)
+    number = len(RECORDS) + 2
+    assert f"record {number} was generated with the prompt format plain, and is scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
