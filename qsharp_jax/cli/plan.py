@@ -6,8 +6,9 @@ from qsharp_jax.cli.arguments import CONFIG_HELP, add_config, whole
 
 SUMMARY = "memory and time on a mesh of devices, without a device"
 EPILOG = f"""\
-No workdir, device or weights are needed; models in folders only need their config.json. It prints what a chip holds and
-does per step of the fit and of decoding on the config's mesh, and how each number was computed. For example
+No workdir, device or weights are needed; models in folders only need their config.json, and of those on the Hugging
+Face hub no safetensors are downloaded. It prints what a chip holds and does per step of the fit and of decoding on the
+config's mesh, and how each number was computed. For example
 
   qsharp plan --config arithmetic --config.mesh=v5p_64 --ref-size llama3.1-70b --guide-size llama3.2-3b
 

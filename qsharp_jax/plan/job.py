@@ -1,6 +1,7 @@
 """The job to plan: shapes of the two models and sizes of a run's batches, from its config, without any weights.
 
-Models in folders only need their config.json; `--ref-size` and `--guide-size` name published shapes instead.
+Models in folders and on the Hugging Face hub only need their config.json; `--ref-size` and `--guide-size` name
+published shapes instead.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import decoder, lora, meshes, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError, nearest
@@ -51,6 +53,7 @@ def make(
     Raises:
       UserError: for an unknown size, an invalid model, or a context that is too short for the run.
     """
+    config = _with_folders(config)
     try:
         ref, guide = _shapes(config, ref_size, guide_size)
     except ValueError as error:
@@ -85,6 +88,15 @@ def make(
 def learned(job: Job, params: Params) -> tuple[Params, Params]:
     """Split fitted parameters into those that the optimizer changes and those that a LoRA freezes."""
     return lora.split(params) if job.config.fit.lora_rank else (params, {})
+
+
+def _with_folders(config: ConfigDict) -> ConfigDict:
+    """Return the config with ids on the Hugging Face hub as folders in its cache, which need no weights."""
+    config = config.copy_and_resolve_references()
+    for name in models.NOT_FOLDERS:
+        if hub.is_id(config[name]):
+            config[name] = str(hub.find(config[name], weights=False))
+    return config
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:

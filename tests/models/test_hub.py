@@ -57,6 +57,17 @@ def test_only_what_is_needed_is_downloaded(online, files):
     assert hub.find(NAME) == folder and len(online.requested) == requests, "asked once in a process"
 
 
+def test_without_weights_none_are_downloaded_and_none_are_missed(online, files):
+    online.push(NAME, files)
+    folder = hub.find(NAME, weights=False)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json"}
+    assert hf.read_config(folder, "float32") == LLAMA
+    online.stop()
+    fake_hub.forget()
+    assert hub.find(NAME, weights=False) == folder
+    assert "not completely, in its cache" in refusal(hub.find, NAME)
+
+
 def test_a_commit_stays_when_the_branch_moves_on(online, files):
     first = online.push(NAME, files)
     pinned = hub.pin(NAME)

@@ -14,6 +14,7 @@ from hf_folders import LLAMA, ref
 from huggingface_hub import constants
 
 import qsharp_jax
+from qsharp_jax import plan
 from qsharp_jax.models import hf
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
@@ -66,6 +67,17 @@ def test_commands_and_load_take_an_id_from_the_cache(files, tmp_path, monkeypatc
     assert loaded.ref.config.embed == LLAMA.embed
     line = stdout_lines(capfd, "generate", "--ref", NAME, "--eta", "inf", "--max-new-tokens", "2", "eggs")[0]
     assert line["settings"]["ref"] == f"{NAME}@{'a' * 40}"
+
+
+def test_a_plan_downloads_no_weights(files, tmp_path, monkeypatch):
+    changes = ("generate.max_new_tokens=8", "generate.prompt_bucket=8")
+    config = configs.load(CONFIG, [f"--config.{change}" for change in (f"ref={NAME}", *changes)])
+    with fake_hub.running(tmp_path / "cache", monkeypatch) as fake:
+        fake.push(NAME, files)
+        job = plan.make(config)
+        assert job.ref.config.embed == job.guide.config.trunk.embed == LLAMA.embed
+        assert config.ref == NAME
+        assert not any("safetensors" in path for path in fake.requested)
 
 
 def test_a_model_that_cannot_be_fetched_ends_with_one_sentence(tmp_path, monkeypatch, capsys):

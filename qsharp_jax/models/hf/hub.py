@@ -31,18 +31,22 @@ _FILES = (
     "vocab.json", "merges.txt", "chat_template.*",
 )  # fmt: skip
 TIMEOUT = 10  # seconds
+_SAFETENSORS = ["*.safetensors"]
 _NOT = ("*/*", "consolidated*")  # other forms of the same weights
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model, or its GGUF file: the path if there is something; an id's copy in the hub's cache.
 
     What the cache lacks is downloaded: configs, tokenizer and safetensors, or the GGUF file where there are none.
 
+    Args:
+      weights: False to do without safetensors.
+
     Raises:
       UserError: for an id of no model that can be had, and without network and copy.
     """
-    return _snapshot(str(model)) if is_id(model) else Path(model).expanduser()
+    return _snapshot(str(model), weights) if is_id(model) else Path(model).expanduser()
 
 
 def pin(model: str, earlier: str | None = None) -> str:
@@ -69,13 +73,15 @@ def is_id(model: str | Path) -> bool:
 
 
 @functools.cache
-def _snapshot(model: str) -> Path:
+def _snapshot(model: str, weights: bool) -> Path:
     name, _, revision = model.partition("@")
     try:
         # `snapshot_download` alone would wait forever for a hub that does not answer.
         listed = HfApi().model_info(name, revision=revision or None, timeout=TIMEOUT).siblings or []
-        weights = _weights(name, [entry.rfilename for entry in listed])
-        return _copy(name, revision, [*_FILES, *weights])
+        files = _weights(name, [entry.rfilename for entry in listed])
+        if not weights and files == _SAFETENSORS:
+            files = []
+        return _copy(name, revision, [*_FILES, *files])
     except GatedRepoError:
         raise UserError(
             f"the model {name} is gated; accept its terms on https://huggingface.co/{name}, and log in by"
@@ -94,14 +100,14 @@ def _snapshot(model: str) -> Path:
                 f"the Hugging Face hub refused the model {name} (HTTP {error.response.status_code}); log in by"
                 " `hf auth login`, or try again later"
             ) from None
-        return _cached(model, error)
+        return _cached(model, error, weights)
 
 
 def _weights(name: str, files: Sequence[str]) -> list[str]:
     """The files of weights, of those of a model on the hub: all safetensors, or else the only GGUF file."""
     files = [file for file in files if "/" not in file]
     if any(file.endswith(".safetensors") for file in files):
-        return ["*.safetensors"]
+        return _SAFETENSORS
     files = [file for file in files if file.endswith(gguf.SUFFIX)]
     if len(files) > 1:
         raise UserError(
@@ -113,12 +119,14 @@ def _weights(name: str, files: Sequence[str]) -> list[str]:
     return files
 
 
-def _cached(model: str, error: Exception) -> Path:
+def _cached(model: str, error: Exception, weights: bool) -> Path:
     """The copy in the cache of a model that an error keeps from being downloaded."""
     name, _, revision = model.partition("@")
     with contextlib.suppress(LocalEntryNotFoundError):
-        folder = _copy(name, revision, [*_FILES, "*.safetensors"], local_files_only=True)
-        if any(path.suffix in (".safetensors", gguf.SUFFIX) for path in folder.glob("*")):
+        files = [*_FILES, *(_SAFETENSORS if weights else ())]
+        folder = _copy(name, revision, files, local_files_only=True)
+        needed = (".safetensors", gguf.SUFFIX) if weights else (".json", gguf.SUFFIX)
+        if any(path.suffix in needed for path in folder.glob("*")):
             return folder
     cause = error.__cause__ or error
     offline = isinstance(cause, OfflineModeIsEnabled)
