@@ -207,8 +207,10 @@ def attend(
             return cpu_form.product_with_buffer(subscripts, x, buffer)
         return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
 
-    query = rows((query * width**-0.5).reshape(batch, tokens, groups, shared, width))
-    scores = with_buffer("bgne,bges->bgns" if positions_last else "bgne,bgse->bgns", query, keys)
+    # Scores are scaled in float32, as over a whole prompt. A float32 query is scaled in their place: it is smaller.
+    of_query, of_scores = (width**-0.5, 1.0) if dtype == jnp.float32 else (1.0, width**-0.5)
+    query = rows((query * of_query).reshape(batch, tokens, groups, shared, width))
+    scores = of_scores * with_buffer("bgne,bges->bgns" if positions_last else "bgne,bgse->bgns", query, keys)
     positions = jnp.arange(size)
     if ring:
         positions = index - 1 - (index - 1 - positions) % size  # the last one before `index` in each slot
@@ -217,8 +219,8 @@ def attend(
     if window:  # a candidate, one position after the pending token, sees one position less of the cache
         first = index + 1 - window + (jnp.arange(tokens) > 0)  # [Q]
         scores += jnp.where(jnp.tile(positions >= first[:, None], (shared, 1)), 0, -jnp.inf)
-    pending = jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
-    own = jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
+    pending = of_scores * jnp.einsum("bgne,bge->bgn", query, key[:, 0], preferred_element_type=jnp.float32)
+    own = of_scores * jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
     own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # token 0's is `pending`
 
     # Softmax over the three parts; the division comes last, on [B, G, N, E] rather than [B, G, N, S].

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsharp_jax.models import cpu_form, kv_cache
+from qsharp_jax.models import attention, cpu_form, kv_cache
 
 B, S, Q, H, G, E = 3, 9, 4, 6, 2, 5
 START, INDEX = np.array([0, 2, 6]), 6  # the last row's only token is the pending one
@@ -80,6 +80,16 @@ def test_bfloat16_comes_back_as_bfloat16_and_near_float32():
     got = attend(*half, START, INDEX)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(got), attend(*arrays, START, INDEX), atol=0.05)
+
+
+def test_bfloat16_scores_are_scaled_in_float32_as_over_a_whole_prompt():
+    """A scaled query would be rounded: scores of about 40 then differ by 0.1, and weights by a tenth."""
+    rng = np.random.default_rng(0)
+    shapes = [(64, 50, h, E) for h in (H, G, G)]
+    query, key, value = (jnp.asarray(6 * rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    got = attend(query[:, -1:], key[:, -1:], value[:, -1:], key.swapaxes(1, 2), value.swapaxes(1, 2), jnp.zeros(64), 49)
+    whole = attention.make("xla", jnp.ones((64, 50)))(query, key, value)[:, -1:]
+    np.testing.assert_allclose(np.float32(got), np.float32(whole), atol=0.15)
 
 
 @pytest.mark.parametrize("index", [0, 4, S - 1])
