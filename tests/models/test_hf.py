@@ -15,7 +15,6 @@ import pytest
 import transformers
 from helpers import assert_trees_equal
 from numpy_decoder import random_params
-from transformers import modeling_layers
 
 from qsharp_jax.decoding import generate
 from qsharp_jax.models import cpu_form, decoder, hf, value
@@ -26,11 +25,6 @@ from qsharp_jax.sampling import Sampling
 torch = pytest.importorskip("torch", reason="parity is judged by PyTorch, which the test extra installs")
 torch.set_num_threads(1)  # the models are small
 
-
-class GemmaClassifier(modeling_layers.GenericForTokenClassification, transformers.Gemma3PreTrainedModel):
-    """The token classifier that `transformers` lacks, as docs/models.md defines it."""
-
-    config_class = transformers.Gemma3TextConfig
 
 V, CONTEXT = 61, 160
 LLAMA = dict(
@@ -304,6 +298,14 @@ def outputs_of(model):
     return np.asarray(value_forward(model.params, model.config, TOKENS, MASK, POSITIONS)[0])
 
 
+def classifier_of_the_card(folder):
+    """The class by which the model card loads a guide."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("tokenizer =")[0]
+    scope = {}
+    exec(code.replace("path/to/this/folder", str(folder)), scope)
+    return type(scope["guide"])
+
+
 @pytest.mark.parametrize(
     "name, law",
     [
@@ -317,7 +319,7 @@ def outputs_of(model):
 def test_a_v_type_guide_is_a_token_classifier(name, law, folders, tmp_path):
     guide = random_guide(folders(name), **law)
     hf.export_guide(guide, tmp_path)
-    auto = GemmaClassifier if name == "gemma3_text" else transformers.AutoModelForTokenClassification
+    auto = classifier_of_the_card(tmp_path)
     assert auto.from_pretrained(tmp_path).config.num_labels == guide.config.outputs
     want = outputs_of(guide)
     np.testing.assert_allclose(theirs(tmp_path, auto)[MASK > 0], want[MASK > 0], atol=1e-4)

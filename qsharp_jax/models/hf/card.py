@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qsharp_jax.models.hf.families import Family
 from qsharp_jax.models.value import ValueConfig
 
 _LOAD = """\
 Load it with `transformers`:
 
 ```python
-from transformers import {auto}, PreTrainedTokenizerFast
-
-{name} = {auto}.from_pretrained("path/to/this/folder")
+{imports}
+{name} = {model}.from_pretrained("path/to/this/folder")
 tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/folder")
 {use}```
 """
@@ -38,7 +38,7 @@ qsharp generate --ref path/to/the/reference --guide path/to/this/folder --eta 0.
 
 def ref(trained_on: str, metrics: Mapping[str, Any]) -> str:
     """The card of a reference model."""
-    load = _LOAD.format(auto="AutoModelForCausalLM", name="model", use="")
+    load = _load("AutoModelForCausalLM", "model")
     return _card("Reference model", "A causal language model, exported by `qsharp`.", [load], trained_on, metrics)
 
 
@@ -49,14 +49,26 @@ def adapter(config: ValueConfig, base: str, trained_on: str, metrics: Mapping[st
     return _card("Guide", what, [text, _STEER], trained_on, metrics)
 
 
-def guide(config: ValueConfig, trained_on: str, metrics: Mapping[str, Any]) -> str:
-    """The card of a guide."""
+def guide(config: ValueConfig, family: Family, trained_on: str, metrics: Mapping[str, Any]) -> str:
+    """The card of a guide whose trunk is of the family."""
     if config.type == "v":
-        auto, width, text = "AutoModelForTokenClassification", str(config.outputs), _MEANING_V
+        use, text = _OUTPUTS.format(width=config.outputs), _MEANING_V
+        if family.definition:
+            load = _load(family.classifier, "guide", use, definition=family.definition)
+        else:
+            load = _load("AutoModelForTokenClassification", "guide", use)
     else:
-        auto, width, text = "AutoModelForCausalLM", "vocabulary", _MEANING_Q
-    load = _LOAD.format(auto=auto, name="guide", use=_OUTPUTS.format(width=width))
+        load, text = _load("AutoModelForCausalLM", "guide", _OUTPUTS.format(width="vocabulary")), _MEANING_Q
     return _card("Guide", _what(config), [load, text.format(meaning=_meaning(config)), _STEER], trained_on, metrics)
+
+
+def _load(model: str, name: str, use: str = "", *, definition: str = "") -> str:
+    """The section on loading with a class of `transformers`, or one that `definition` defines."""
+    if definition:
+        imports = f"from transformers import PreTrainedTokenizerFast\n{definition}"
+    else:
+        imports = f"from transformers import {model}, PreTrainedTokenizerFast\n"
+    return _LOAD.format(imports=imports, model=model, name=name, use=use)
 
 
 def _what(config: ValueConfig) -> str:

@@ -25,6 +25,7 @@ import qsharp_jax.models.hf.hub as hub
 import qsharp_jax.models.hf.names as names
 from qsharp_jax.models import sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
+from qsharp_jax.models.hf.families import FAMILIES
 from qsharp_jax.models.leaves import Place
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.system.errors import UserError
@@ -99,7 +100,7 @@ def export_guide(
     places = names.guide_places(family, model.config.trunk, model.config.type)
     _export(
         folder, files.split(_tensors(model.params, places), largest_file), tokenizer,
-        {"config.json": entries, "README.md": cards.guide(model.config, trained_on, metrics or {})},
+        {"config.json": entries, "README.md": cards.guide(model.config, FAMILIES[family], trained_on, metrics or {})},
     )  # fmt: skip
 
 

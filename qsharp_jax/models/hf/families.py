@@ -16,6 +16,13 @@ _LLAMA_FIELDS = dict(
     num_key_value_heads="kv_heads", head_dim="head_dim", intermediate_size="mlp",
     max_position_embeddings="max_positions", rms_norm_eps="norm_eps", tie_word_embeddings="tied",
 )  # fmt: skip
+_GEMMA3_CLASSIFIER = """\
+from transformers import Gemma3PreTrainedModel, Gemma3TextConfig
+from transformers.modeling_layers import GenericForTokenClassification
+
+class Gemma3TextForTokenClassification(GenericForTokenClassification, Gemma3PreTrainedModel):
+    config_class = Gemma3TextConfig
+"""
 _OFF = (False, None)
 _SILU = dict(hidden_act=("silu", "swish"))
 _NO_BIAS = dict(attention_bias=_OFF)
@@ -27,6 +34,7 @@ class Family:
 
     model: str  # the architecture of a language model
     classifier: str  # the architecture of a token classifier
+    definition: str = ""  # Python code of the token classifier's class, where `transformers` has none
     # the fields of our config that are the same for all its models; a config without them is of another family
     fixed: dict[str, Any] = dataclasses.field(default_factory=lambda: _LLAMA_FIXED)
     # names in config.json -> the other fields of our config
@@ -74,8 +82,7 @@ FAMILIES = {
     ),
     "mistral": Family("MistralForCausalLM", "MistralForTokenClassification", windows="all"),
     "gemma3_text": Family(
-        # `transformers` has no token classifier of this family; docs/models.md has the lines that define it
-        "Gemma3ForCausalLM", "Gemma3TextForTokenClassification",
+        "Gemma3ForCausalLM", "Gemma3TextForTokenClassification", definition=_GEMMA3_CLASSIFIER,
         fixed=_without("window_rope_theta", "query_scalar") | dict(
             norm="rms_plus_one", activation="geglu", qk_norm=True, post_norms=True, scaled_embedding=True
         ),
