@@ -84,7 +84,8 @@ def test_the_gguf_file_of_a_model_without_safetensors(online, offline, tmp_path,
     online.push("o/one", {"config.json": b"{}", "model-Q8_0.gguf": b"GGUF", "README.md": b""})
     assert (hub.find("o/one") / "model-Q8_0.gguf").read_bytes() == b"GGUF"
     online.push("o/two", {"model-Q8_0.gguf": b"GGUF", "model-Q4_0.gguf": b"GGUF"})
-    assert "the model o/two has 2 GGUF files (" in refusal(hub.find, "o/two")
+    words = "the model o/two has 2 GGUF files (model-Q8_0.gguf, model-Q4_0.gguf); download one by `hf download o/two FILE`"
+    assert words in refusal(hub.find, "o/two")
     assert not any("two/resolve" in path for path in online.requested)
     online.push("o/none", {"README.md": b""})
     assert "has neither safetensors nor a GGUF file" in refusal(hub.find, "o/none")

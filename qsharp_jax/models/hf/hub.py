@@ -111,8 +111,8 @@ def _weights(name: str, files: Sequence[str]) -> list[str]:
     files = [file for file in files if file.endswith(gguf.SUFFIX)]
     if len(files) > 1:
         raise UserError(
-            f"the model {name} has {len(files)} GGUF files ({', '.join(files[:3])}, ...); download one by `hf download"
-            f" {name} FILE`, and give its path"
+            f"the model {name} has {len(files)} GGUF files ({', '.join(files)}); download one by `hf download {name}"
+            " FILE`, and give its path"
         )
     if not files:
         raise UserError(f"the model {name} on the Hugging Face hub has neither safetensors nor a GGUF file")
