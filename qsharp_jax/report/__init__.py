@@ -63,15 +63,16 @@ def write(workdir: Workdir) -> str:
     collected, shown, eta = rollouts_table(metrics), table(rows), configs.kl_weight(workdir.config)
     paper = tables.paper_table(rows, eta)
     passes, intervals = tables.passes_table(rows), tables.intervals_table(rows)
+    statistics = "pass@k and maj1@k" if "maj1@" in passes else "pass@k"
     forecast = tables.forecast_table(forecasts.read(workdir, number), rows)
     differences, pairs = tables.differences_table(rows), examples.text(workdir.config.algorithm, chosen)
     parts = [
         f"# {workdir.config.task.name}: {folder.name}",
-        *((paper, tables.HOW_PAPER, "## All results") if paper else ()),
+        *((paper, tables.how_paper(rows), "## All results") if paper else ()),
         shown,
-        tables.HOW,
+        tables.how(rows),
         *(("## Paired differences", differences, tables.HOW_DIFFERENCES) if differences else ()),
-        *(("## pass@k and maj1@k, with 95% intervals", passes) if passes else ()),
+        *((f"## {statistics}, with 95% intervals", passes) if passes else ()),
         *(("## KL, length and ends, with 95% intervals", intervals) if intervals else ()),
         *(("## Forecast and decoding", forecast, tables.HOW_FORECAST) if forecast else ()),
         *(("## Rollouts", collected, tables.HOW_ROLLOUTS) if collected else ()),

@@ -17,17 +17,28 @@ COLUMNS = (
     "finished", "no answer", "tokens/s",
 )  # fmt: skip
 
-HOW = (
-    "Reward is the mean reward over problems (each with its samples' mean), with a 95% interval by bootstrap over"
-    " problems. KL is the exact KL(pi || pi_ref) summed over a response's tokens, in nats, before top-k, top-p and"
-    " greedy truncation, and KL truncated the same after it. Tokens is the mean response length (of all k responses in"
-    " the rows with _k), finished the share of responses that ended with a stop token, no answer the share without an"
-    " answer (their reward is 0), and tokens/s the response tokens per second of wall time, compilation included."
-    " pi_ref, top-K is pi_ref truncated to its K likeliest tokens, as many as the guide scores"
-    " (generate.top_k_candidates); it shows the effect of this truncation alone. pass_k is the best reward of k samples"
-    " of pi_ref, majority_k the reward of their most frequent answer, best_of_k the reward of the sample that the guide"
-    " values most, and weighted_majority_k the reward of the answer with the greatest sum of values."
-)
+
+def how(rows: Sequence[dict]) -> str:
+    """Say how the numbers of `table` were computed."""
+    no_answer = majority = weighted = ""
+    if _have_answers(rows):
+        no_answer = " no answer the share without an answer (their reward is 0),"
+        majority = " majority_k the reward of their most frequent answer,"
+        weighted = ", and weighted_majority_k the reward of the answer with the greatest sum of values"
+    return (
+        "Reward is the mean reward over problems (each with its samples' mean), with a 95% interval by bootstrap over"
+        " problems. KL is the exact KL(pi || pi_ref) summed over a response's tokens, in nats, before top-k, top-p and"
+        " greedy truncation, and KL truncated the same after it. Tokens is the mean response length (of all k responses"
+        f" in the rows with _k), finished the share of responses that ended with a stop token,{no_answer} and tokens/s"
+        " the response tokens per second of wall time, compilation included. pi_ref, top-K is pi_ref truncated to its K"
+        " likeliest tokens, as many as the guide scores (generate.top_k_candidates); it shows the effect of this"
+        f" truncation alone. pass_k is the best reward of k samples of pi_ref,{majority} best_of_k the reward of the"
+        f" sample that the guide values most{weighted}."
+    )
+
+
+def _have_answers(rows: Sequence[dict]) -> bool:
+    return any("no_answer" in row for row in rows)
 
 
 def table(rows: Sequence[dict], *, width: int | None = None) -> str:
@@ -35,7 +46,7 @@ def table(rows: Sequence[dict], *, width: int | None = None) -> str:
 
     The `width` is as in `markdown`.
     """
-    ends = ["finished", *(["no_answer"] if any("no_answer" in row for row in rows) else [])]
+    ends = ["finished", *(["no_answer"] if _have_answers(rows) else [])]
     lines = [[name for name in COLUMNS if name != "no answer" or "no_answer" in ends]]
     for row in rows:
         answers = row["samples"] if row["kl"] is not None else row["n"]  # the _k lines take k samples for an answer
@@ -73,11 +84,16 @@ def _interval(row: dict, name: str, sign: str = "") -> str:
     return f"{value} ({low} .. {high})"
 
 
-HOW_PAPER = (
-    "pass@1 is the mean reward, maj1@k the reward of the most frequent answer among a problem's k samples (equivalent"
-    " answers count as one, ties are averaged), KL is in nats per response before truncation; in parentheses 95%"
-    " intervals by bootstrap over problems."
-)
+def how_paper(rows: Sequence[dict]) -> str:
+    """Say how the numbers of `paper_table` were computed."""
+    majority = (
+        " maj1@k the reward of the most frequent answer among a problem's k samples (equivalent answers count as one,"
+        " ties are averaged),"
+    )
+    return (
+        f"pass@1 is the mean reward,{majority if _have_answers(rows) else ''} KL is in nats per response before"
+        " truncation; in parentheses 95% intervals by bootstrap over problems."
+    )
 
 
 def paper_table(rows: Sequence[dict], eta: float, *, width: int | None = None) -> str:
