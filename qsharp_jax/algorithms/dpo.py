@@ -110,7 +110,7 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
       first: pi_ref's parameters.
     """
     from qsharp_jax.algorithms import policy_based
-    from qsharp_jax.algorithms.policy_scores import make_batch, score
+    from qsharp_jax.algorithms.policy_scores import make_batch, score, scorer
     from qsharp_jax.data.batches import Batches, from_rollout
     from qsharp_jax.run import models
     from qsharp_jax.run.config import kl_weight
@@ -130,7 +130,7 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     session.workdir.append_metrics({"phase": f"round {number}: pairs", **counts})
     print(f"round {number}: {len(pairs)} pairs; {skipped} of {prompts} prompts skipped, all rewards equal")
     examples, rows = [from_rollout(rollout) for rollout in data], session.config.policy.batch_size
-    with session.fitting():
+    with session.fitting(scorer(session).config.dtype):
         _, ref_log_probs, _ = score(session, first, examples)
 
     def make(groups: Sequence[Sequence[Pair]], most: int, width: int) -> PolicyBatch:

@@ -174,13 +174,14 @@ def fit(
 
     total_steps = config.epochs * batches.steps_per_epoch
     optimizer = train.make_optimizer(config.optimizer)
-    with session.fitting():
+    fitted_config = models.fit_config(session)
+    with session.fitting(fitted_config.trunk.dtype):
         state = train.fit(
             train.init_state(params, optimizer, frozen | beside),
             batches,
             loss_fn=functools.partial(
                 train.value_loss,
-                config=models.fit_config(session),
+                config=fitted_config,
                 error=error,
                 targets=targets,
                 projection=config.projection,

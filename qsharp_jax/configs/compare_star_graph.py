@@ -29,5 +29,4 @@ def compared_on_paper_graph(c: ConfigDict) -> ConfigDict:
     c.policy.optimizer.learning_rate = 1e-5
     c.policy.batch_size = 256
     c.policy.prompts = 256
-    c.policy.log_prob_limit = 0.5  # nats: sampler and trainer compute in bfloat16
     return c

@@ -51,7 +51,10 @@ def empty_state(
 
     `guide` is the shape of its trunk, a tuple of them for several, or None.
     """
-    empty = functools.partial(kv_cache.empty_ring, rows=rows, size=size, positions_last=positions_last)
+
+    def empty(config: DecoderConfig) -> KVCache:
+        return kv_cache.empty(config, rows, size, positions_last=positions_last).replace(ring=True)
+
     ref_ring, guide_ring = (jax.tree.map(empty, shapes) for shapes in (ref, guide))
     nothing = np.zeros((rows, 1), np.int32)
     return sharding.constrain_rows(first_state(ref_ring, guide_ring, nothing, nothing[:, 0], steps, settings))

@@ -11,18 +11,32 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from qsharp_jax.decoding.checks import members
 from qsharp_jax.decoding.state import Controls, Guide, Record, Settings, State
 from qsharp_jax.decoding.step import decode_one_token
-from qsharp_jax.models import cpu_form, decoder, kv_cache, sharding
+from qsharp_jax.models import attention, cpu_form, decoder, kv_cache, precision, sharding, value
+from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 
 BLOCK = 8  # steps between two checks whether every row has ended
 
 
-@functools.partial(jax.jit, static_argnames=("config", "size", "samples"))
-def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, size: int, samples: int = 1) -> KVCache:
+@functools.partial(jax.jit, static_argnames=("config", "size", "samples", "chunk"))
+def prefill(
+    params: Any,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    start: jax.Array,
+    *,
+    size: int,
+    samples: int = 1,
+    chunk: int = attention.CHUNK,
+) -> KVCache:
     """Fill a cache with left-padded prompts, whose last tokens are the loop's first pending ones: no logits are needed.
+
+    Prompts longer than `chunk` go through the model in chunks, each attending to the cache so far: beside the cache,
+    memory does not depend on their length.
 
     Args:
       params: a decoder's parameters, in either form.
@@ -31,17 +45,63 @@ def prefill(params: Any, config: Any, tokens: jax.Array, start: jax.Array, *, si
       start: [B], position of each prompt's first token.
       size: positions of the cache.
       samples: rows of the cache for each prompt; a prompt goes through the model once for all of them.
+      chunk: tokens of each prompt that go through the model at once.
     """
     chex.assert_rank(tokens, 2)
     chex.assert_shape(start, (tokens.shape[0],))
     positions = jnp.arange(tokens.shape[1]) - start[:, None]
-    segments = (positions >= 0).astype(jnp.int32)
-    _, kept = decoder.forward(params, config, tokens, segments, jnp.maximum(positions, 0), keep_kv=True)
+    segments, positions = (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0)
+    last = cpu_form.positions_last(params, len(start) * samples)
+    if tokens.shape[1] > chunk:
+        with precision.of(config.dtype):
+            keys, values = _in_chunks(params, config, tokens, segments, positions, size, chunk)
+        keys = [key.swapaxes(-1, -2) for key in keys] if last else keys
+        keys, values, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (keys, values, start))
+        cache = KVCache(keys, values, start, index=jnp.asarray(tokens.shape[1], jnp.int32), positions_last=last)
+        return sharding.constrain_rows(cache)
+    with precision.of(config.dtype):
+        _, kept = decoder.forward(params, config, tokens, segments, positions, keep_kv=True)
     if not isinstance(kept, list):
         kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
     kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
-    cache = kv_cache.from_prefill(kept, start, size, positions_last=cpu_form.positions_last(params, len(start)))
+    cache = kv_cache.from_prefill(kept, start, size, positions_last=last)
     return sharding.constrain_rows(cache)
+
+
+def _in_chunks(
+    params: Any,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
+    size: int,
+    chunk: int,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Buffers of keys and of values [B, G, S, E] per layer, filled by one program that all chunks run through."""
+    params = params if isinstance(params["layers"], list) else decoder.unstack(params)
+    cache = sharding.constrain_rows(kv_cache.empty(config, len(tokens), size))
+    before = decoder.previous_tokens(tokens, segments)
+    segments_of_buffer = jnp.pad(segments, ((0, 0), (0, size - segments.shape[1])))
+
+    def step(begin: jax.Array, count: int, buffers: list) -> list:
+        parts = (jax.lax.dynamic_slice_in_dim(x, begin, count, 1) for x in (tokens, before, positions))
+        tokens_, before_, positions_ = parts
+        x = decoder.embed(params, config, tokens_, before_, positions_)
+        turns, written = decoder.rotations(positions_, config), []
+        for layer, kind, pair in zip(params["layers"], config.kinds, buffers, strict=True):
+
+            def attend(query, key, value, pair=pair, window=kind.window):
+                pair = kv_cache.write_pair(pair, (key, value), begin)
+                return attention.of_chunk(query, *pair, segments_of_buffer, begin, window), pair
+
+            x = sharding.constrain(x, "stream", None, None)
+            x, pair = decoder.block(layer, config, x, turns[kind.rope], attend)
+            written.append(pair)
+        return written
+
+    buffers = attention.over_chunks(tokens.shape[1], chunk, step, list(zip(cache.keys, cache.values, strict=True)))
+    keys, values = map(list, zip(*buffers, strict=True))
+    return keys, values
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "block"), donate_argnames=("state",))
@@ -80,7 +140,8 @@ def decode(
 
     squeeze = rows == 1 and jax.sharding.get_abstract_mesh().empty  # the caches of a single row on one device
     state = of_caches(cpu_form.without_rows, state) if squeeze else state
-    state = jax.lax.while_loop(unfinished, one_block, state)
+    with precision.of(*(value.trunk(model).config.dtype for model in (ref, *members(guide)))):
+        state = jax.lax.while_loop(unfinished, one_block, state)
     return of_caches(cpu_form.with_rows, state) if squeeze else state
 
 

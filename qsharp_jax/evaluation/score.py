@@ -12,7 +12,7 @@ import numpy as np
 
 from qsharp_jax import values
 from qsharp_jax.data.batches import Batch, Example, length_batches, make_batch
-from qsharp_jax.models import decoder, sharding, value
+from qsharp_jax.models import decoder, precision, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 
@@ -77,16 +77,19 @@ def _means_and_nll(guide: ValueModel, batch: Batch, *, projection: values.Projec
 @functools.partial(jax.jit, static_argnames="vocab_size")
 def _log_probs(ref: LanguageModel, batch: Batch, *, vocab_size: int) -> jax.Array:
     """Log-probabilities [B, T] of each token given those before it; 0 at the first."""
-    hidden, _ = decoder.forward(ref.params, ref.config, batch.tokens, batch.segments, batch.positions)
-    before, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1)
+    with precision.of(ref.config.dtype):
+        hidden, _ = decoder.forward(
+            ref.params, ref.config, batch.tokens, batch.segments, batch.positions, attend_by="chunks"
+        )
+        before, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1)
 
-    def of_token(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = decoder.logits(ref.params, ref.config, pair[0])[:vocab_size]
-        return logits[pair[1]] - jax.nn.logsumexp(logits)
+        def of_token(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            logits = decoder.logits(ref.params, ref.config, pair[0])[:vocab_size]
+            return logits[pair[1]] - jax.nn.logsumexp(logits)
 
-    # Logits [B, T, V] would be larger than the model, so they are computed for `batch_size` positions at a time.
-    size = min(max(LOGITS // ref.config.vocab_size, 1), len(targets))
-    log_probs = jax.lax.map(of_token, (before, targets), batch_size=size).reshape(hidden.shape[0], -1)
+        # Logits [B, T, V] would be larger than the model, so they are computed for `batch_size` positions at a time.
+        size = min(max(LOGITS // ref.config.vocab_size, 1), len(targets))
+        log_probs = jax.lax.map(of_token, (before, targets), batch_size=size).reshape(hidden.shape[0], -1)
     return jnp.pad(log_probs, ((0, 0), (1, 0)))
 
 

@@ -1,11 +1,12 @@
 """Causal attention within the segments of whole sequences: a table of implementations by kind of device.
 
-Shapes: B batch, T length, H heads, G kv heads, E head_dim.
+Shapes: B batch, T length, H heads, G kv heads, E head_dim, C queries of a chunk, S positions of a buffer.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -13,11 +14,14 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from qsharp_jax.models import cpu_form, sharding
 from qsharp_jax.system.errors import UserError
 
-Attention = Literal["xla", "blocks", "cudnn", "splash"]
+Attention = Literal["xla", "blocks", "cudnn", "splash", "chunks"]
 # (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E], window) -> [B, T, H, E]. The window is the number of tokens
 # that each sees, its own included, which may be traced; the integer 0, the default, is no window.
 Attend = Callable[..., jax.Array]
 
+CHUNK = 1024  # queries at a time in "chunks" and in prefill; shorter sequences are attended to as a whole
+KEYS = 512  # whose scores with a chunk of queries exist at a time
+_MASKED = -1e30  # as a score; -inf would make a fully masked row nan
 SPLASH_TILES = (512, 256, 128)  # the first that divides the length is used
 
 
@@ -83,13 +87,122 @@ def _splash(segments: jax.Array, packed: bool) -> Attend:
     return attend
 
 
+def _chunks(segments: jax.Array, packed: bool) -> Attend:
+    """Chunk by chunk of queries, with memory linear in the length, for any device; without a gradient."""
+    if segments.shape[1] <= CHUNK:
+        return _xla(segments, packed)
+    return lambda query, key, value, window=0: in_chunks(query, key, value, segments, window)
+
+
 # (segments, packed) -> Attend, see `make`
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
     "xla": _xla,
     "blocks": _blocks,
     "cudnn": _cudnn,
     "splash": _splash,
+    "chunks": _chunks,
 }
+
+
+# --- Chunks of queries ----------------------------------------------------------------------------------------------
+
+
+def over_chunks(length: int, chunk: int, step: Callable[[jax.Array, int, Any], Any], carry: Any) -> Any:
+    """Apply `step(begin, count, carry)` to the least number of parts of a sequence with at most `chunk` tokens each.
+
+    All have as many tokens, `count`: the last may begin with some that the one before it ends with.
+    """
+    parts = -(-length // chunk)
+    count = -(-length // parts)
+
+    def part(number: jax.Array, carry: Any) -> Any:
+        return step(jnp.minimum(number * count, length - count), count, carry)
+
+    return jax.lax.fori_loop(0, parts, part, carry)
+
+
+def in_chunks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    window: Any = 0,
+    *,
+    chunk: int = CHUNK,
+    block: int = KEYS,
+) -> jax.Array:
+    """Attention of whole sequences, arguments as of `Attend`, with scores [B, H, chunk, block] at a time."""
+    keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, G, T, E]
+
+    def step(begin: jax.Array, count: int, attended: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(query, begin, count, 1)
+        part = of_chunk(part, keys, values, segments, begin, window, block)
+        return jax.lax.dynamic_update_slice_in_dim(attended, part, begin, 1)
+
+    return over_chunks(query.shape[1], chunk, step, jnp.zeros_like(query))
+
+
+def of_chunk(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: jax.Array,
+    begin: Any,
+    window: Any = 0,
+    block: int = KEYS,
+) -> jax.Array:
+    """Causal attention of a chunk of tokens to buffers that have their keys and values, and those before.
+
+    The softmax is added up over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867), from the first that the
+    window has to the last that the chunk sees.
+
+    Args:
+      query: [B, C, H, E].
+      keys, values: [B, G, S, E]; positions from begin + C on are not read.
+      segments: [B, S], 0 at padding, where results are meaningless.
+      begin: position of the chunk's first token, which may be traced.
+      window: as of `Attend`.
+      block: keys of which scores, float32 [B, H, C, block], exist at a time.
+
+    Returns:
+      [B, C, H, E] in the query's dtype.
+    """
+    batch, count, heads, width = query.shape
+    groups, size = keys.shape[1:3]
+    chex.assert_shape([keys, values], (batch, groups, size, width))
+    chex.assert_shape(segments, (batch, size))
+    block, has_window = min(block, size), not isinstance(window, int) or window > 0
+    query = query.reshape(batch, count, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)  # [B, G, H/G, C, E]
+    places = begin + jnp.arange(count)
+    own = jax.lax.dynamic_slice_in_dim(segments, begin, count, 1)  # [B, C]
+
+    def add(number: jax.Array, sums: tuple) -> tuple:
+        largest, total, mixed = sums
+        first = jnp.minimum(number * block, size - block)  # the last block begins with keys of the one before it
+        key, value = (jax.lax.dynamic_slice_in_dim(buffer, first, block, 2) for buffer in (keys, values))
+        segment = jax.lax.dynamic_slice_in_dim(segments, first, block, 1)
+        others = first + jnp.arange(block)
+        seen = (others >= number * block) & (others <= places[:, None])  # [C, block]
+        if has_window:
+            seen &= places[:, None] - others < window
+        seen = seen & (own[:, :, None] == segment[:, None])  # [B, C, block]
+        scores = jnp.einsum("bgrce,bgke->bgrck", query, key, preferred_element_type=jnp.float32) * width**-0.5
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        new = jnp.maximum(largest, scores.max(-1))
+        weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
+        added = jnp.einsum("bgrck,bgke->bgrce", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return new, total * kept + weights.sum(-1), mixed * kept[..., None] + added
+
+    first = jnp.maximum(begin - window + 1, 0) // block if has_window else 0
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    # Where all keys so far are masked, `total` and `mixed` count them; the first that is not makes `kept` 0.
+    sums = jnp.full(query.shape[:-1], _MASKED), zeros[..., 0], zeros
+    _, total, mixed = jax.lax.fori_loop(first, (begin + count - 1) // block + 1, add, sums)
+    attended = (mixed / total[..., None]).astype(query.dtype)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, count, heads, width)
+
+
+# --- The TPU's kernel -----------------------------------------------------------------------------------------------
 
 
 def _splash_under_mesh(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:

@@ -83,10 +83,10 @@ def abstract(config: DecoderConfig, rows: int, size: int, *, positions_last: boo
     )
 
 
-def empty_ring(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
-    """A ring in which no row has a sequence yet."""
+def empty(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
+    """A cache in which no row has a sequence yet."""
     shapes = abstract(config, rows, size, positions_last=positions_last)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes).replace(ring=True)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
@@ -141,13 +141,13 @@ def write_pair(
     index: jax.Array,
     axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
 ) -> tuple[jax.Array, jax.Array]:
-    """Write [B, 1, G, E] keys and values at position `index` of every row; axes as in `KVCache.axes`."""
+    """Write [B, T, G, E] keys and values at positions `index` .. of every row; axes as in `KVCache.axes`."""
     keys, values = (write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
     return keys, values
 
 
 def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:
-    """Write `new` [B, 1, G, E] at position `index` of every row; the buffer may lack the dimension of rows."""
+    """Write `new` [B, T, G, E] at positions `index` .. of every row; the buffer may lack the dimension of rows."""
     new = jnp.moveaxis(new, 1, axis).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(new.shape[-buffer.ndim :]), index, axis)
 

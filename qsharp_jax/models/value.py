@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import decoder, leaves
+from qsharp_jax.models import decoder, leaves, precision
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 
@@ -133,12 +133,13 @@ def outputs_of_all(params: Params, config: ValueConfig, hidden: jax.Array) -> ja
 def forward(
     params: Params, config: ValueConfig, tokens: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The outputs [B, T, M] for every token of whole sequences, and the hidden states [B, T, D].
+    """The outputs [B, T, M] for every token of whole sequences, and the hidden states [B, T, D], without a gradient.
 
     Arguments are as in `decoder.forward`. A Q-type's outputs are zero at a segment's first token.
     """
-    hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions)
-    return read(params, config, read_from(config, hidden, tokens, segments), tokens), hidden
+    with precision.of(config.trunk.dtype):
+        hidden, _ = decoder.forward(params["trunk"], config.trunk, tokens, segments, positions, attend_by="chunks")
+        return read(params, config, read_from(config, hidden, tokens, segments), tokens), hidden
 
 
 def read_from(config: ValueConfig, hidden: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:

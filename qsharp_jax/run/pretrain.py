@@ -41,7 +41,7 @@ def run(session: Session) -> LanguageModel:
     )
     optimizer = train.make_optimizer(config.optimizer)
     initial = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
-    with session.fitting():
+    with session.fitting(model_config.dtype):
         state = train.fit(
             train.init_state(initial.params, optimizer),
             batches,

@@ -174,7 +174,10 @@ class Policy:
     prompts: int = setting(
         64, whole(1), "problems per batch of rollouts, each sampled collect.samples times; algorithms with a value head"
     )
-    log_prob_limit: float = setting(1e-4, POSITIVE, "largest difference between sampler and trainer", unit="nats")
+    log_prob_limit: float = setting(
+        0.0, NOT_NEGATIVE, "largest mean difference between sampler and trainer; 0: 1e-4 in float32, 0.05 in bfloat16",
+        unit="nats",
+    )  # fmt: skip
     detach_values: bool = setting(True, TRUTH, "the value head's error trains only the head, not the trunk")
     optimizer: Optimizer = Optimizer(name="adamw", learning_rate=1e-3, adam_learning_rate=1e-3)
 

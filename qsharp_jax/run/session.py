@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qsharp_jax.models import meshes, sharding
+from qsharp_jax.models import meshes, precision, sharding
 from qsharp_jax.run.workdir import Workdir
 
 
@@ -62,9 +62,12 @@ class Session:
         """Number of processes that decode as one; groups of this size share the prompts."""
         return 1 if self.decode_mesh is None else len({d.process_index for d in self.decode_mesh.devices.flat})
 
-    def fitting(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the mesh for fitting, if any, is set."""
-        return contextlib.nullcontext() if self.fit_mesh is None else jax.set_mesh(self.fit_mesh)
+    @contextlib.contextmanager
+    def fitting(self, dtype: str) -> Iterator[None]:
+        """A context in which the mesh for fitting, if any, and the precision of a computation in `dtype` are set."""
+        on_mesh = contextlib.nullcontext() if self.fit_mesh is None else jax.set_mesh(self.fit_mesh)
+        with on_mesh, precision.of(dtype):
+            yield
 
     def decoding(self) -> contextlib.AbstractContextManager:
         """Return a context in which the mesh for decoding, if any, is set."""

@@ -1,5 +1,6 @@
 """What the policy methods share: scores against a decoder in numpy, batches in parts, and runs on a task with an optimum."""
 
+import contextlib
 import functools
 import re
 import tempfile
@@ -16,7 +17,7 @@ from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import decoding, report, train
 from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, reinforce
-from qsharp_jax.algorithms.policy_based import OnPolicyTraining
+from qsharp_jax.algorithms.policy_based import LIMITS, OnPolicyTraining, check_gaps
 from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds
@@ -198,8 +199,29 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 
 def test_sampler_and_trainer_that_differ_are_told_apart(tmp_path):
     session = bandit.session(tmp_path, "reinforce", "policy.log_prob_limit=1e-12")
-    with pytest.raises(UserError, match="reinforce, round 1, batch 0: .* differ by .*log_prob_limit is 1e-12"):
+    with pytest.raises(UserError, match="reinforce, round 1, batch 0: .* limit is 1e-12, .*log_prob_limit"):
         run(session, bandit.reference(session))
+
+
+@pytest.mark.parametrize(
+    ("share", "gap", "passes"),
+    [
+        (1.0, 3e-6, {"float32", "bfloat16"}),  # rounding of float32, as measured
+        (1.0, 1e-3, {"bfloat16"}),  # TF32
+        (0.002, 3.0, {"bfloat16"}),  # a few tokens far apart, as in bfloat16
+        (0.02, 3.0, set()),  # too many of them, with a small mean
+        (1.0, 0.1, set()),
+        (1.0, np.nan, set()),
+    ],
+)
+def test_the_limit_is_the_dtype_s_and_of_the_mean_and_a_quantile(share, gap, passes):
+    gaps = np.where(np.arange(10_000) < share * 10_000, gap, 0.0)
+    passed = set()
+    for dtype, limit in LIMITS.items():
+        with contextlib.suppress(ValueError):
+            check_gaps(gaps, limit)
+            passed.add(dtype)
+    assert passed == passes
 
 
 def test_dpo_learns_from_pairs_of_two_rounds(tmp_path):

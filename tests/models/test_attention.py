@@ -66,6 +66,17 @@ def test_a_window_is_the_plain_einsum_s(implementation, window):
     compare(implementation, 150, 4, 2, 16, 2e-6, window=window)
 
 
+@pytest.mark.parametrize(("length", "chunk", "block", "window"), [(150, 40, 16, jnp.int32(20)), (96, 32, 40, 0)])
+def test_chunks_are_the_plain_einsum(length, chunk, block, window):
+    """Lengths that chunks, and blocks of keys, divide or not; segments that end within them; padding."""
+    (query, key, value), _, segments = inputs(length, 4, 2, 16)
+    attend = jax.jit(functools.partial(attention.in_chunks, window=window, chunk=chunk, block=block))
+    got, want = attend(query, key, value, segments), plain(query, key, value, segments, int(window))
+    np.testing.assert_allclose(got[segments > 0], want[segments > 0], atol=2e-6)
+    whole = attention.make("xla", segments)(query, key, value, window)
+    np.testing.assert_array_equal(attention.make("chunks", segments)(query, key, value, window), whole)
+
+
 def test_splash_attention_refuses_windows():
     arguments, _, segments = inputs(128, 2, 1, 16)
     with pytest.raises(UserError, match="splash attention has no windows, which this model has; use config.fit.att"):
