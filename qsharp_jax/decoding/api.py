@@ -134,7 +134,7 @@ class Run:
         steps = _steps(sampling.max_new_tokens)
         size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
         self.ref, self.guide = for_decoding(ref), value.each(for_decoding, guide)
-        check_memory(self.ref, self.guide, rows, size)
+        check_memory(self.ref, self.guide, rows, size, prompts=len(prompts), tokens=padded.shape[1] - 1)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
         self.state = first_state(
             fill(self.ref.params, ref.config),

@@ -3,15 +3,17 @@
 Shapes: B prompts, R rows, G guides.
 """
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.decoding.state import RECORDED, Controls, Guide, Settings
-from qsharp_jax.models import kv_cache, memory, sharding, value
+from qsharp_jax.models import attention, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -21,6 +23,7 @@ from qsharp_jax.system.errors import UserError
 
 SHARE = 0.4  # of a device's memory that caches may take; weights and what else runs need the rest
 OF_FREE = 0.8  # of what the weights leave free
+STREAMS = 3  # arrays of the residual stream's size that exist at once in prefill
 MOST_ROWS = {"cpu": 64}  # by platform
 MOST_ROWS_ELSEWHERE = 256
 
@@ -165,12 +168,21 @@ def _check_prompts(
                 )
 
 
-def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int) -> None:
-    """Check that the caches fit into memory beside the weights, which are loaded already."""
+def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int, *, prompts: int, tokens: int) -> None:
+    """Check that caches and prefill fit into memory beside the weights, which are loaded already.
+
+    Args:
+      rows: of all caches that there are at a time.
+      size: positions of a cache.
+      prompts: prefilled at once.
+      tokens: of the longest of them, padded.
+    """
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
         configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
-    memory.check_memory(sharding.abstract_rows(caches(configs, rows, size)), existing=weights)
+    parts: dict[str, Any] = sharding.abstract_rows(caches(configs, rows, size))
+    works = [prefill_work(config, prompts, tokens, jax.sharding.get_mesh()) for config in configs.values()]
+    memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=weights)
 
 
 def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, vocab_size: int) -> None:
@@ -210,6 +222,27 @@ def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[s
       size: positions, see `cache_size`.
     """
     return {f"the {name}'s cache": kv_cache.abstract(config, rows, size) for name, config in configs.items()}
+
+
+def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) -> list[jax.ShapeDtypeStruct]:
+    """The arrays that prefill has at its peak beside weights and caches, with their shardings on the mesh.
+
+    Args:
+      prompts: at once.
+      tokens: of each, padded.
+    """
+    chunk = min(tokens, attention.CHUNK)
+    keys = attention.KEYS if tokens > chunk else tokens
+    dtype, tokens_of_chunk = config.compute_dtype, ("stream", None, None)
+    array = functools.partial(sharding.abstract, mesh=mesh)
+    stream = array((prompts, chunk, config.embed), dtype, tokens_of_chunk)
+    scores = ("batch", "heads", None, None)
+    in_attention = [array((prompts, config.heads, chunk, keys), kind, scores) for kind in (jnp.float32, dtype)]
+    in_mlp = [array((prompts, chunk, config.mlp), dtype, ("stream", None, "mlp"))] * 2  # gate and up
+    # Of whole prompts keys and values are kept beside the cache, of chunks they are written into it.
+    kept = array((prompts, config.kv_heads, tokens, config.head_dim), dtype, sharding.CACHE)
+    whole = [kept] * 2 * config.layers if tokens <= chunk else []
+    return [stream] * STREAMS + max(in_attention, in_mlp, key=_bytes) + whole
 
 
 def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = None) -> int:

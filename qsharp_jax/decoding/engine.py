@@ -133,7 +133,10 @@ class ContinuousBatch:
         self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
         size = api.cache_size(max(map(len, prompts)), self._new, self._bucket)
         self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
-        check_memory(self._ref, self._guide, rows + self._prompts_at_once, size)
+        check_memory(
+            self._ref, self._guide, rows + self._prompts_at_once, size, prompts=self._prompts_at_once,
+            tokens=api.padded_length(max(map(len, prompts)), self._bucket) - 1,
+        )  # fmt: skip
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
             ref.config, trunk, rows, size, self._new, self._settings,

@@ -167,6 +167,14 @@ def abstract_rows(tree: Any) -> Any:
     return tree if mesh.empty else placed(tree, of_rows(tree, mesh, DECODE))
 
 
+def abstract(shape: Sequence[int], dtype: Any, axes: Axes, mesh: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array laid out as `DECODE` says for these logical axes; on an empty mesh, without a sharding."""
+    if mesh.empty:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    sharding = NamedSharding(mesh, _fitting_spec(shape, axes, mesh, DECODE, {}))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 # --- Inside jit; without a mesh these do nothing --------------------------------------------------------------------
 
 

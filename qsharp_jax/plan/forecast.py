@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax import train
+from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
+from qsharp_jax.decoding.engine import PROMPTS
 from qsharp_jax.models import kv_cache, meshes, sharding, value
+from qsharp_jax.models.attention import CHUNK
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.sharding import placed
@@ -263,6 +265,20 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         ),
         Line("work", WORK * vocabulary, f"{WORK} x the rows' float32 logits"),
     ]  # fmt: skip
+
+    # The next prompts are prefilled while the loop's arrays do not exist, but its caches do.
+    prompts = max(min(PROMPTS, rows) // (data * beside), 1) * data * beside
+    prompt = job.cache_size - config.generate.max_new_tokens
+    works = [decoding.prefill_work(trunk, prompts, prompt, mesh) for _, trunk in trunks.values()]
+    waiting = sum(caches.values()) * prompts * prompt // (rows * job.cache_size)
+    beyond = waiting + max(map(chip_bytes, works)) - sum(line.amount for line in memory[-3:])
+    memory.append(
+        Line(
+            "prefill", max(beyond, 0),
+            f"{prompts} prompts x {prompt} positions: their caches and what {min(prompt, CHUNK)} tokens of each need,"
+            " beyond copies and work",
+        )
+    )  # fmt: skip
 
     flops, brought = 0.0, Counter()
     for name, (params, trunk) in trunks.items():

@@ -82,10 +82,11 @@ def _forecast(step: Forecast, section: Any, tokens: int, most: int | None) -> It
 
 
 def _compiled(step: Forecast, program: compiled.Compiled) -> Iterable[str]:
+    forecast_bytes = step.bytes - sum(line.amount for line in step.memory if line.what == "prefill")  # not compiled
     yield _row(
         "compiler: memory", f"{program.bytes / GIB:.3f} GiB",
         f"arguments {program.arguments / GIB:.3f}, temporaries {program.temporaries / GIB:.3f};"
-        f" the forecast is {step.bytes / program.bytes - 1:+.0%} of it",
+        f" the forecast is {forecast_bytes / program.bytes - 1:+.0%} of it",
     )  # fmt: skip
     yield _row("compiler: products", f"{program.flops / 1e12:.3g} TFLOP", f"forecast {step.flops / 1e12:.3g}")
     kinds = sorted(set(program.collectives) | set(step.collectives))

@@ -288,15 +288,19 @@ def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
     """Six rows of 16 - 1 + 16 positions, made 32: keys and values of 2 layers and of 1, 2 heads of 4 float32 each."""
     caches = {"ref": 2 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4, "guide": 1 * 2 * 6 * 32 * 2 * 4 * 4 + 6 * 4 + 4}
     ref, guide = decoding_models("v-bernoulli")
+    work = module.prefill_work(ref.config, len(PROMPTS), 15, jax.sharding.get_mesh())
+    prefill = sum(leaf.size * leaf.dtype.itemsize for leaf in work)
+    free = sum(caches.values()) + prefill
     monkeypatch.setattr(memory, "GB", 1e3)
-    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()))
+    monkeypatch.setattr(memory, "available", lambda device: free)
     run(rng=0, eta=0.1)
-    monkeypatch.setattr(memory, "available", lambda device: sum(caches.values()) - 1)
+    monkeypatch.setattr(memory, "available", lambda device: free - 1)
     monkeypatch.setattr(api, "prefill", lambda *_, **__: pytest.fail("it computes"))
     weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) for model in (ref, guide)]
     words = (
-        f"has 36.92 GB of memory free beside the reference's weights {weights[0] / 1e3:.2f} GB and the guide's weights"
-        f" {weights[1] / 1e3:.2f} GB, and the reference's cache 24.60 GB and the guide's cache 12.32 GB are needed"
+        f"has {free / 1e3:.2f} GB of memory free beside the reference's weights {weights[0] / 1e3:.2f} GB and the guide's weights"
+        f" {weights[1] / 1e3:.2f} GB, and the reference's cache 24.60 GB and the guide's cache 12.32 GB and the prefill"
+        f" {prefill / 1e3:.2f} GB are needed"
     )
     with pytest.raises(UserError, match=words):
         run(rng=0, eta=0.1)
