@@ -13,11 +13,13 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qsharp_jax.sampling import MODES
 from qsharp_jax.values import Distribution
 
-GROUP = 128  # tokens whose weights `sample` sums before choosing among them
+GROUP = 128  # tokens that `sample` and `top_k_by_groups` choose first as a group
+DIGIT = 3  # bits of a threshold that one pass over the vocabulary finds: XLA computes up to eight sums in one pass
 
 
 def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
@@ -30,7 +32,26 @@ def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
     chex.assert_type(ref_logits, float)
     if not 1 <= k <= ref_logits.shape[-1]:
         raise ValueError(f"{k} candidates of a vocabulary of {ref_logits.shape[-1]}; take 1 to that many")
-    return jax.lax.top_k(ref_logits, k)[1].astype(jnp.int32)
+    # XLA has a kernel on CUDA for k up to 16 only; above, it sorts the vocabulary.
+    return jax.lax.platform_dependent(
+        ref_logits, cuda=lambda x: top_k_by_groups(x, k), default=lambda x: jax.lax.top_k(x, k)[1].astype(jnp.int32)
+    )
+
+
+def top_k_by_groups(x: jax.Array, k: int) -> jax.Array:
+    """The indices of `jax.lax.top_k`, exactly, without a sort of the whole: [B, V] -> [B, K] int32.
+
+    The k largest numbers are in the k groups of `GROUP` numbers with the largest maxima: another group has k numbers
+    before its own in those, which are larger, or equal with lower indices.
+    """
+    rows, size = x.shape
+    if size <= k * GROUP:
+        return jax.lax.top_k(x, k)[1].astype(jnp.int32)
+    groups = jnp.pad(x, ((0, 0), (0, -size % GROUP)), constant_values=-jnp.inf).reshape(rows, -1, GROUP)
+    best = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)  # [B, K], ascending, so that ties keep their order
+    within = jnp.take_along_axis(groups, best[..., None], axis=1).reshape(rows, -1)  # [B, K * GROUP]
+    place = jax.lax.top_k(within, k)[1]
+    return (jnp.take_along_axis(best, place // GROUP, axis=1) * GROUP + place % GROUP).astype(jnp.int32)
 
 
 @flax.struct.dataclass
@@ -206,7 +227,7 @@ def _divisor(temperature: jax.Array) -> jax.Array:
     return jnp.where(temperature == 0, 1, temperature)
 
 
-def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None, top_p: jax.Array) -> jax.Array:
     """Set all logits but the kept ones to -inf, [B, V]; among equal logits, lower ids are kept first.
 
     top_k comes first; then top_p keeps the smallest set of most probable tokens whose probability, renormalized within
@@ -215,16 +236,20 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p:
     Args:
       logits: [B, V], after `temper`.
       temperature: [B]; 0 keeps the argmax alone, other values have no effect here.
-      top_k: [B] int; 0 is off.
+      top_k: [B] int; 0 is off. None is off for all rows, at no cost.
       top_p: [B], in [0, 1]; 1 keeps everything exactly.
     """
-    chex.assert_rank([logits, temperature, top_k, top_p], [2, 1, 1, 1])
-    chex.assert_type([logits, temperature, top_k, top_p], [jnp.float32, float, int, float])
-    top_k = jnp.where(temperature == 0, 1, top_k)
-    count = jnp.where(top_k == 0, jnp.float32(jnp.inf), top_k)
-    logits = jnp.where(_fewest(logits, jnp.ones_like(logits), count), logits, -jnp.inf)
-    mass = jnp.where(top_p >= 1, jnp.inf, top_p)
-    return jnp.where(_fewest(logits, jax.nn.softmax(logits), mass), logits, -jnp.inf)
+    chex.assert_rank([logits, temperature, top_p], [2, 1, 1])
+    chex.assert_type([logits, temperature, top_p], [jnp.float32, float, float])
+    if top_k is not None:
+        chex.assert_rank(top_k, 1)
+        chex.assert_type(top_k, int)
+        count = jnp.where(top_k == 0, jnp.float32(jnp.inf), top_k)
+        logits = jnp.where(_fewest(logits, jnp.ones_like(logits), count), logits, -jnp.inf)
+    mass = jnp.where((top_p >= 1) | (temperature == 0), jnp.inf, top_p)
+    kept = _fewest(logits, jax.nn.softmax(logits), mass)
+    largest = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.where(temperature[:, None] == 0, largest, kept), logits, -jnp.inf)
 
 
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
@@ -281,8 +306,8 @@ def kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
 def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """The fewest tokens (at least one), by logit and then by id, whose weights sum to the target: [B, V] bool.
 
-    Bisects on the bits of the logit and, among equal logits, on the id: 32 sums over the vocabulary, over ten times as
-    fast as a sort on CPU. A target out of reach keeps every token; inf does so at no cost.
+    Searches for the bits of the smallest logit and, among equal logits, for the largest id, with sums over the
+    vocabulary: over ten times as fast as a sort on CPU. A target out of reach keeps every token, and so does inf.
 
     Args:
       logits, weights: [B, V]; weights >= 0.
@@ -294,6 +319,7 @@ def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Arr
         lambda rank: jnp.sum(jnp.where(ranks >= rank, weights, 0), axis=-1) >= target,
         low=jnp.full(target.shape, lowest, jnp.int32),
         high=jnp.where(jnp.isinf(target), lowest, jnp.max(ranks, axis=-1)),
+        bits=32,
     )[:, None]
     above, tied = ranks > threshold, ranks == threshold
     ids = jnp.arange(logits.shape[-1])
@@ -301,6 +327,7 @@ def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Arr
         lambda token: jnp.sum(jnp.where(above | (tied & (ids < token)), weights, 0), axis=-1) < target,
         low=jnp.min(jnp.where(tied, ids, ids.size), axis=-1),
         high=jnp.max(jnp.where(tied, ids, -1), axis=-1),  # low itself unless logits are equal: nothing to search
+        bits=ids.size.bit_length(),
     )[:, None]
     return above | (tied & (ids <= last_id))
 
@@ -311,17 +338,28 @@ def _order_preserving_int(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
-def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
     """The largest int32 in (low, high] that `accepts` ([B, 1] -> [B] bool), if it accepts all smaller ones, else low.
 
-    `low` and `high` are [B] int32, as is the result.
+    `low` and `high` are [B] int32, as is the result; `high` - `low` has at most so many bits. An accelerator takes
+    several bits with each pass over the vocabulary, and waits for no loop's condition.
     """
 
-    def halve(bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
-        accepted, searching = accepts(middle[:, None]), low < high  # a finished row waits for the others
+    def bisect(low: jax.Array, high: jax.Array) -> jax.Array:
+        def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+            accepted, searching = accepts(middle[:, None]), low < high  # a finished row waits for the others
 
-        return jnp.where(searching & accepted, middle, low), jnp.where(searching & ~accepted, middle - 1, high)
+            return jnp.where(searching & accepted, middle, low), jnp.where(searching & ~accepted, middle - 1, high)
 
-    return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]
+        return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]
+
+    def by_digits(low: jax.Array, high: jax.Array) -> jax.Array:
+        for shift in reversed(range(0, bits, DIGIT)):
+            digits = np.arange(1, 1 << min(DIGIT, bits - shift), dtype=np.uint32)
+            tried = [low + step for step in (digits << shift).astype(np.int32)]  # around the largest int32 if need be
+            low += sum((accepts(x[:, None]) & (x <= high)).astype(jnp.int32) for x in tried) << shift
+        return low
+
+    return jax.lax.platform_dependent(low, high, cpu=bisect, default=by_digits)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
+from devices import traced_for
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +17,23 @@ examples = settings(max_examples=40)
 seeds = st.integers(0, 2**32 - 1)
 B, V, K = 4, 9, 3
 
+
+def on(platform, function):
+    """The function, compiled here in its form for a platform."""
+    compiled = jax.jit(lambda *arguments: function(*arguments))
+
+    def call(*arguments):
+        with traced_for(platform):
+            return compiled(*arguments)
+
+    return call
+
+
 # One shape and one program for all examples.
 tilt = jax.jit(guidance.tilt)
 truncate = jax.jit(guidance.truncate)
+truncate_on = {platform: on(platform, guidance.truncate) for platform in ("cpu", "cuda")}
+top_by_groups = jax.jit(guidance.top_k_by_groups, static_argnames="k")
 kl = jax.jit(guidance.kl)
 sample = jax.jit(guidance.sample)
 
@@ -47,6 +62,15 @@ def test_candidates_are_the_most_likely_tokens_ties_by_lower_id():
 def test_candidates_must_fit_the_vocabulary(k):
     with pytest.raises(ValueError, match=f"{k} candidates of a vocabulary of {V}"):
         guidance.top_candidates(jnp.zeros((B, V)), k)
+
+
+@examples
+@given(seeds, st.booleans(), st.sampled_from([0, 0.9, 0.999, 1]))
+def test_candidates_by_groups_are_those_of_the_whole(seed, ties, excluded):
+    """Also where equal logits lie in more groups than are taken, and where fewer tokens than candidates are finite."""
+    logits = random_logits(np.random.default_rng(seed), (2, 1000), ties=ties, excluded=excluded)
+    logits += 0.0  # one zero: a sort of floats has two
+    np.testing.assert_array_equal(top_by_groups(logits, k=5), jax.lax.top_k(logits, 5)[1])
 
 
 @examples
@@ -296,6 +320,8 @@ def test_truncation_keeps_the_top_k_and_the_nucleus(seed, ties):
     top_k = rng.choice([0, 1, 3, V, 100], size=B).astype(np.int32)
     top_p = np.float32(rng.choice([0, 0.05, 0.5, 0.9, 0.99, 1], size=B))
     got = np.asarray(truncate(logits, temperature, top_k, top_p))
+    for platform in truncate_on:
+        np.testing.assert_array_equal(truncate_on[platform](logits, temperature, top_k, top_p), got)
     checked = 0
     for b in range(B):
         kept = nucleus(logits[b], temperature[b] == 0, top_k[b], top_p[b])
@@ -334,6 +360,18 @@ def test_a_large_vocabulary_is_cut_where_a_sort_would_cut_it():
         kept = np.flatnonzero(np.asarray(got[b]) > -np.inf)
         assert abs(len(kept) - size) <= 1  # rounding of a sum of 50,000 terms
         np.testing.assert_array_equal(np.sort(order[: len(kept)]), kept)
+    for platform in truncate_on:
+        here = truncate_on[platform](logits, jnp.ones(2), jnp.int32([0, 1000]), jnp.float32([0.9, 0.8]))
+        np.testing.assert_array_equal(here, got)
+
+
+def test_no_loop_of_a_truncation_waits_for_a_condition_on_an_accelerator():
+    arguments = jnp.zeros((2, V)), jnp.ones(2), jnp.zeros(2, jnp.int32), jnp.ones(2)
+    lowered = {
+        platform: truncate.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert ["stablehlo.while" in text for text in lowered.values()] == [True, False, False]
 
 
 @examples

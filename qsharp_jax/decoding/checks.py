@@ -102,6 +102,7 @@ def split(
         mode=sampling.mode,
         others=sampling.others,
         truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
+        top_k=bool((controls.top_k > 0).any()),
         record=tuple(name for name in RECORDED if name in record),
     )
     return controls, settings

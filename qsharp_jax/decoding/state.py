@@ -36,6 +36,7 @@ class Settings:
       mode: how the guide's distribution becomes a tilt, see `guidance.log_weights`.
       others: log-weight of the tokens that the guide does not score, of `sampling.OTHERS`.
       truncate: some row has top_p < 1, top_k > 0 or temperature 0.
+      top_k: some row has top_k > 0.
       record: which of `RECORDED` are kept; what is not is not computed.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     others: str = "mass"
     slots: int = 0
     truncate: bool = False
+    top_k: bool = False
     record: tuple[str, ...] = RECORDED
 
 

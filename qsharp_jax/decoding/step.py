@@ -53,7 +53,8 @@ def decode_one_token(
     truncated = policy
     if settings.truncate:
         truncate = sharding.by_row(guidance.truncate)
-        truncated = truncate(policy, controls.temperature, controls.top_k, controls.top_p)
+        top_k = controls.top_k if settings.top_k else None
+        truncated = truncate(policy, controls.temperature, top_k, controls.top_p)
     token = guidance.sample(truncated, row_keys(controls.seed, state.length))
 
     new = Record(token=token)
