@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from qsharp_jax.plan.program import COLLECTIVES, Instruction, Program
+from qsharp_jax.plan.program import COLLECTIVES, Instruction, Program, result_bytes
 
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 # Instructions that move no array by themselves.
@@ -47,14 +47,23 @@ class DecodeProgram(Program):
             and _order(i.results[0].shape) in wanted
         ]
 
-    def hbm_bytes(self) -> int:
+    def hbm_bytes(self, branch: int | None = None) -> int:
         """Count the bytes read from and written to HBM in a step, from where its instructions' arrays are.
 
-        Rows taken from a table, or written into a buffer in place, are small and not counted, nor are inner loops.
+        Of what is written into a buffer in place, and of what is gathered or sliced, only that part is counted; inner
+        loops are not counted.
+
+        Args:
+          branch: the one that each conditional takes; by default none is counted.
         """
-        within = {i.name: i for i in self.computations[self.step]}
+        return self._hbm_bytes(self.step, branch)
+
+    def _hbm_bytes(self, computation: str, branch: int | None) -> int:
+        within = {i.name: i for i in self.computations[computation]}
         total = 0
-        for i in self.computations[self.step]:
+        for i in self.computations[computation]:
+            if i.kind == "conditional" and branch is not None:
+                total += self._hbm_bytes(i.called[branch], branch)
             if i.kind in _NO_TRAFFIC or i.kind.endswith("-done"):
                 continue
             if i.kind.endswith("-start"):  # from one memory to the other, or within HBM
@@ -63,20 +72,39 @@ class DecodeProgram(Program):
                 continue
             moved = [array for array in i.results if not array.fast]
             for number, operand in enumerate(i.operands):
-                if operand in within and not self._takes_rows(i, number):
-                    moved += [array for array in within[operand].results if not array.fast]
+                if operand not in within:
+                    continue
+                arrays = [array for array in within[operand].results if not array.fast]
+                part = self._part_read(i, number)
+                if part is None:
+                    moved += arrays
+                elif arrays:
+                    total += part
             if self._writes_rows(i):
                 moved = [array for array in moved if array.shape != i.results[0].shape]
             total += sum(array.bytes for array in moved)
         return total
 
-    def _takes_rows(self, instruction: Instruction, number: int) -> bool:
-        """Return whether an instruction only looks up rows of its operand."""
+    def _part_read(self, instruction: Instruction, number: int) -> int | None:
+        """Return the bytes that are gathered or sliced from an operand, None if all of it is read."""
+        if instruction.kind in ("gather", "dynamic-slice"):
+            return result_bytes(instruction) if number == 0 else None
         if instruction.kind != "fusion":
-            return instruction.kind in ("gather", "dynamic-slice") and number == 0
+            return None
         inside = self.computations[instruction.called[0]]
-        name = next(i.name for i in inside if re.search(rf" parameter\({number}\)", i.text))
-        return all(self._takes_rows(i, i.operands.index(name)) for i in inside if name in i.operands)
+        names = {next(i.name for i in inside if re.search(rf" parameter\({number}\)", i.text))}
+        total = 0
+        for i in inside:  # in order: operands come first
+            used = [place for place, name in enumerate(i.operands) if name in names]
+            if used and i.kind == "bitcast":
+                names.add(i.name)
+                continue
+            for place in used:
+                part = self._part_read(i, place)
+                if part is None:
+                    return None
+                total += part
+        return total
 
     def _writes_rows(self, instruction: Instruction) -> bool:
         inside = self.computations[instruction.called[0]] if instruction.kind == "fusion" else [instruction]

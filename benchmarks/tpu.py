@@ -4,8 +4,10 @@
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
 
 Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
-a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16, 2,048 positions, 20 candidates a
-row, a Bernoulli V-type guide, top-p and all records on, bfloat16. `--layers N` keeps so many layers of each model.
+a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions, 20
+candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a quarter of the cache,
+bytes of a step and the bound are for these positions. `--layers N [M]` keeps so many layers of the reference and of the
+guide.
 """
 
 import argparse
@@ -27,31 +29,38 @@ from decode_program import REDUCTIONS, DecodeProgram, count, is_write_back  # no
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import decoding  # noqa: E402
-from qsharp_jax.models import (  # noqa: E402
-    config,
-    decoder,
-    meshes,
-    sharding,  # noqa: E402
-    value,
-)
+from qsharp_jax.models import config, decode_attention, decoder, meshes, sharding, value  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
 from qsharp_jax.plan.program import result_bytes  # noqa: E402
 
-ROWS, POSITIONS, NEW, CANDIDATES, VOCABULARY = 16, 2048, 1024, 20, 128_256
+POSITIONS, NEW, CANDIDATES, VOCABULARY = 2048, 1024, 20, 128_256
 HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}  # bytes a chip
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "v5p": 2765e9}  # bytes a second to it
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`slots`: guide positions that a row has on average; 0 is one for each candidate."""
+    """A slice, a mesh and models.
+
+    Attributes:
+      slots: guide positions that a row has on average; 0 is one for each candidate.
+      filled: share of the positions that the rows hold.
+    """
 
     topology: str
     mesh: dict[str, int]
     ref: str
     guide: str
     slots: int = 0
+    rows: int = 16
+    filled: float = 1.0
+
+    @property
+    def branch(self) -> int:
+        """The branch of `decode_attention` that a step takes."""
+        blocks = self.filled * decode_attention.BLOCKS + 1  # those that the positions touch, at most
+        return sum(blocks > count for count in decode_attention.READ)
 
 
 SMALL, LARGE = ("llama3.1-8b", "llama3.2-1b"), ("llama3.1-70b", "llama3.2-3b")
@@ -61,41 +70,46 @@ CASES = {
     "8b-v6e": Case("v6e:2x2", {"data": 1, "tensor": 4}, *SMALL),
     "8b-v5p": Case("v5p:2x2x1", {"data": 1, "tensor": 4}, *SMALL),
     "70b-v5p": Case("v5p:2x2x2", {"data": 1, "tensor": 8}, *LARGE),
+    "8b-v5e-16": Case("v5e:4x4", {"data": 4, "tensor": 4}, *SMALL, rows=64),
+    "8b-v5e-16-quarter": Case("v5e:4x4", {"data": 4, "tensor": 4}, *SMALL, rows=64, filled=0.25),
     # More chips than kv heads: two groups of eight have half of the rows' caches each, and share the rest.
     "70b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *LARGE),
 }
 
 
-def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
+def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
     """The table's entries for a case, by column, and the facts that the tests check."""
     began = time.monotonic()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = meshes.make_mesh(case.mesh, sharding.DECODE, devices)
-    changes = dict(dtype="bfloat16") | ({} if layers is None else dict(layers=layers))
-    ref_config, guide_config = config.make(case.ref, **changes), ValueConfig(config.make(case.guide, **changes))
-    ref = LanguageModel(_abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
-    guide = ValueModel(_abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
+    kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
+    ref_config, trunk = (
+        config.make(name, dtype="bfloat16", **few) for name, few in zip((case.ref, case.guide), kept, strict=True)
+    )
+    guide_config = ValueConfig(trunk)
+    ref = LanguageModel(abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
+    guide = ValueModel(abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
     settings = decoding.Settings(
-        stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=case.slots * ROWS,
+        stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=case.slots * case.rows,
         truncate=True,
     )  # fmt: skip
     ref, guide = (_placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
-    rows = (_state(ref, guide, settings), _controls())
-    state, controls = _placed(rows, sharding.of_rows(rows, mesh, sharding.DECODE))
+    rows = (state(ref, guide, settings, case.rows, POSITIONS, NEW), controls(case.rows))
+    carry, each_row = _placed(rows, sharding.of_rows(rows, mesh, sharding.DECODE))
     with jax.set_mesh(mesh):
-        lowered = decoding.decode.lower(ref, guide, state, controls, settings=settings)
+        lowered = decoding.decode.lower(ref, guide, carry, each_row, settings=settings)
         lowering = time.monotonic()
         compiled = lowered.compile()
     done = time.monotonic()
 
     memory = compiled.memory_analysis()
     read = DecodeProgram(compiled.as_text())
-    caches = [cache.keys + cache.values for cache in (state.ref_cache, state.guide_cache)]
+    caches = [cache.keys + cache.values for cache in (carry.ref_cache, carry.guide_cache)]
     kernels = [leaf for leaf in jax.tree.leaves((ref, guide)) if leaf.ndim == 2 and min(_shard(leaf)) > 1]
     copies = read.copies({_shard(leaf) for leaf in jax.tree.leaves(caches) + kernels})
     collectives = read.collectives()
     embeddings = [guide.params["trunk"]["embedding"]] + ([] if ref_config.tied else [ref.params["embedding"]])
-    bound = _bytes((ref, guide, caches)) - _bytes(embeddings)
+    bound = _bytes((ref, guide)) - _bytes(embeddings) + round(case.filled * _bytes(caches))
     return dict(
         hbm=HBM[case.topology[:3]],
         arguments=memory.argument_size_in_bytes,
@@ -113,7 +127,7 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
         collective_bytes=sum(map(result_bytes, collectives)),
         outside_layers=collections.Counter(f"{i.kind} {i.source}" for i in collectives if "Block" not in i.source),
         repeated=len(read.repeated_collectives()),
-        hbm_bytes=read.hbm_bytes(),
+        hbm_bytes=read.hbm_bytes(case.branch),
         bound_bytes=bound,
         bound_ms=bound / BANDWIDTH[case.topology[:3]] * 1e3,
         trace_seconds=lowering - began,
@@ -121,24 +135,28 @@ def compile_case(case: Case, layers: int | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _abstract(init: Any) -> Any:
+def abstract(init: Any) -> Any:
+    """The bfloat16 shapes of what `init` makes from a key."""
     shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
 
 
-def _state(ref: LanguageModel, guide: ValueModel, settings: decoding.Settings) -> decoding.State:
-    tokens, start = np.zeros((ROWS, POSITIONS - NEW), np.int32), np.zeros(ROWS, np.int32)
-    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=POSITIONS)
+def state(
+    ref: LanguageModel, guide: ValueModel, settings: decoding.Settings, rows: int, size: int, new: int
+) -> decoding.State:
+    """The abstract carry of the loop, with caches of `size` positions and room for `new` tokens."""
+    tokens, start = np.zeros((rows, size - new), np.int32), np.zeros(rows, np.int32)
+    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=size)
 
     def first(ref_params: Any, trunk: Any) -> decoding.State:
         caches = fill(ref_params, ref.config), fill(trunk, guide.config.trunk)
-        return decoding.first_state(*caches, tokens, start, NEW, settings)
+        return decoding.first_state(*caches, tokens, start, new, settings)
 
     return jax.eval_shape(first, *jax.tree.map(_bare, (ref.params, guide.params["trunk"])))
 
 
-def _controls() -> decoding.Controls:
-    number, whole, seed = (jax.ShapeDtypeStruct((ROWS,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
+def controls(rows: int) -> decoding.Controls:
+    number, whole, seed = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
     return decoding.Controls(
         eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
     )
@@ -167,6 +185,7 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
     return [
         name,
         case.topology,
+        f"{case.rows}, {case.filled:.2f}",
         " x ".join(f"{axis} {size}" for axis, size in case.mesh.items() if size > 1),
         f"{case.ref} + {case.guide}",
         f"{gib(facts['peak'])} of {facts['hbm'] / 2**30:.0f}",
@@ -185,7 +204,7 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
 
 
 HEADER = (
-    "case", "slice", "mesh", "models", "GiB a chip at peak", "arguments GiB", "temporaries GiB",
+    "case", "slice", "rows, filled", "mesh", "models", "GiB a chip at peak", "arguments GiB", "temporaries GiB",
     "updated in place / caches GiB", "copies", "write-backs", "reductions a step", "other collectives a step",
     "MB they bring", "MB of HBM a step / bound", "bound ms", "compile s",
 )  # fmt: skip
@@ -194,7 +213,7 @@ HEADER = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--layers", type=int, help="of each model; by default all")
+    parser.add_argument("--layers", type=int, nargs="+", help="of the reference and of the guide; by default all")
     parser.add_argument("--json", action="store_true", help="print one JSON object of facts by case")
     options = parser.parse_args()
     if options.json:

@@ -19,7 +19,7 @@ from qsharp_jax.sampling import MODES
 from qsharp_jax.values import Distribution
 
 GROUP = 128  # tokens that `sample` and `top_k_by_groups` choose first as a group
-DIGIT = 3  # bits of a threshold that one pass over the vocabulary finds: XLA computes up to eight sums in one pass
+DIGIT = 4  # bits of a threshold that an accelerator finds in one pass over the vocabulary, with 15 sums
 
 
 def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
@@ -316,7 +316,8 @@ def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Arr
     lowest = jnp.iinfo(jnp.int32).min
     ranks = _order_preserving_int(logits)
     threshold = _largest(
-        lambda rank: jnp.sum(jnp.where(ranks >= rank, weights, 0), axis=-1) >= target,
+        lambda rank: jnp.where(ranks >= rank, weights, 0),
+        lambda mass: mass >= target,
         low=jnp.full(target.shape, lowest, jnp.int32),
         high=jnp.where(jnp.isinf(target), lowest, jnp.max(ranks, axis=-1)),
         bits=32,
@@ -324,7 +325,8 @@ def _fewest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Arr
     above, tied = ranks > threshold, ranks == threshold
     ids = jnp.arange(logits.shape[-1])
     last_id = _largest(
-        lambda token: jnp.sum(jnp.where(above | (tied & (ids < token)), weights, 0), axis=-1) < target,
+        lambda token: jnp.where(above | (tied & (ids < token)), weights, 0),
+        lambda mass: mass < target,
         low=jnp.min(jnp.where(tied, ids, ids.size), axis=-1),
         high=jnp.max(jnp.where(tied, ids, -1), axis=-1),  # low itself unless logits are equal: nothing to search
         bits=ids.size.bit_length(),
@@ -338,19 +340,30 @@ def _order_preserving_int(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
-def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
-    """The largest int32 in (low, high] that `accepts` ([B, 1] -> [B] bool), if it accepts all smaller ones, else low.
+def _largest(
+    weights: Callable[[jax.Array], jax.Array],
+    accepts: Callable[[jax.Array], jax.Array],
+    low: jax.Array,
+    high: jax.Array,
+    bits: int,
+) -> jax.Array:
+    """The largest int32 in (low, high] whose weights have an accepted sum, if all smaller ones' have, else low: [B].
 
-    `low` and `high` are [B] int32, as is the result; `high` - `low` has at most so many bits. An accelerator takes
-    several bits with each pass over the vocabulary, and waits for no loop's condition.
+    An accelerator takes several bits with each pass over the vocabulary, and waits for no loop's condition.
+
+    Args:
+      weights: [B, 1] int32 -> [B, V].
+      accepts: sums [B] -> [B] bool.
+      low, high: [B] int32.
+      bits: the most that `high` - `low` has.
     """
 
     def bisect(low: jax.Array, high: jax.Array) -> jax.Array:
         def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = bounds
             middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
-            accepted, searching = accepts(middle[:, None]), low < high  # a finished row waits for the others
-
+            accepted = accepts(jnp.sum(weights(middle[:, None]), axis=-1))
+            searching = low < high  # a finished row waits for the others
             return jnp.where(searching & accepted, middle, low), jnp.where(searching & ~accepted, middle - 1, high)
 
         return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]
@@ -358,8 +371,14 @@ def _largest(accepts: Callable[[jax.Array], jax.Array], low: jax.Array, high: ja
     def by_digits(low: jax.Array, high: jax.Array) -> jax.Array:
         for shift in reversed(range(0, bits, DIGIT)):
             digits = np.arange(1, 1 << min(DIGIT, bits - shift), dtype=np.uint32)
-            tried = [low + step for step in (digits << shift).astype(np.int32)]  # around the largest int32 if need be
-            low += sum((accepts(x[:, None]) & (x <= high)).astype(jnp.int32) for x in tried) << shift
+            tried = [low + step for step in (digits << shift).astype(np.int32)]  # wraps around, as does the sum below
+            # One reduction of many arrays: XLA reads what they are made of once.
+            sums = jax.lax.reduce(
+                [weights(x[:, None]) for x in tried], [np.float32(0)] * len(tried),
+                lambda one, other: [jnp.add(*pair) for pair in zip(one, other, strict=True)], (1,),
+            )  # fmt: skip
+            accepted = [accepts(mass) & (x <= high) for mass, x in zip(sums, tried, strict=True)]
+            low += jnp.sum(jnp.stack(accepted), axis=0, dtype=jnp.int32) << shift
         return low
 
     return jax.lax.platform_dependent(low, high, cpu=bisect, default=by_digits)

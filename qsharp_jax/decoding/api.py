@@ -33,12 +33,17 @@ CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps 
 def for_decoding(model: Any) -> Any:
     """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through.
 
+    The decoder's matrices, float32 after a fit, are cast to the dtype that it computes in; a value head stays float32.
     On a CPU the weights are transposed as well, see `cpu_form.py`.
     """
     if isinstance(value.trunk(model).params["layers"], list):
         return model
-    unstack = value.unstack if isinstance(model, ValueModel) else decoder.unstack
-    return model.replace(params=unstack(model.params, transposed=cpu_form.here()))
+    if isinstance(model, ValueModel):
+        trunk = for_decoding(value.trunk(model))
+        return model.replace(params=model.params | {"trunk": trunk.params})
+    params = decoder.unstack(model.params, transposed=cpu_form.here())
+    dtype = model.config.compute_dtype
+    return model.replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params))
 
 
 def generate(

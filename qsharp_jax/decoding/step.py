@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from qsharp_jax import guidance, values
 from qsharp_jax.decoding.state import Controls, Guide, Record, Settings, State, gives_values
 from qsharp_jax.guidance import Packing
-from qsharp_jax.models import decoder, kv_cache, sharding, value
+from qsharp_jax.models import decode_attention, decoder, kv_cache, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel
@@ -31,8 +31,13 @@ def decode_one_token(
     The reference sees the pending token; a value model, or each of several, sees it and the K likeliest candidates in
     the same pass, a policy it alone.
     """
-    ref_logits, ref_cache = next_logits(ref, state.ref_cache, state, settings)
     active = state.active(controls)
+    ref_cache, guide_cache = (
+        kv_cache.each(lambda cache: kv_cache.without_ended(cache, active), caches)
+        for caches in (state.ref_cache, state.guide_cache)
+    )
+    state = state.replace(ref_cache=ref_cache, guide_cache=guide_cache)
+    ref_logits, ref_cache = next_logits(ref, state.ref_cache, state, settings)
 
     logits, guide_cache, dropped = ref_logits, None, state.dropped
     scores = None
@@ -161,6 +166,7 @@ def advance(
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turns = decoder.rotations(positions, config)
+    first = decode_attention.first_position(cache)
     new, written = [], []
     for layer, kind, *buffers in zip(params["layers"], config.kinds, cache.keys, cache.values, strict=True):
 
@@ -168,9 +174,8 @@ def advance(
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
             after = kv_cache.write_pair(buffers, pair, cache.slot, cache.axes)
-            read = _ordered(lambda before, after: before, lambda before, after: after, buffers, after)
-            form = cache.ring, cache.positions_last, window
-            return pack(kv_cache.attend(query, key, value, *read, cache.start, cache.index, *form)), (pair, after)
+            attended = decode_attention.attend(query, key, value, buffers, after, cache, first, window)
+            return pack(attended), (pair, after)
 
         x, (pair, after) = decoder.block(layer, config, x, turns[kind.rope], attend)
         x = sharding.constrain(x, *stream)
@@ -183,19 +188,13 @@ def advance(
         layers = zip(buffers, new, strict=True)
         return x, [kv_cache.write_pair(pair, added, cache.slot, cache.axes) for pair, added in layers]
 
-    x, written = _ordered(write_last, lambda x, cache, new, written: (x, written), x, cache, new, written)
+    # See `decode_attention.attend` on the order of reads and writes.
+    x, written = jax.lax.platform_dependent(
+        x, cache, new, written, tpu=write_last, default=lambda x, cache, new, written: (x, written)
+    )
     keys, values_ = map(list, zip(*written, strict=True))
     cache = cache.replace(keys=keys, values=values_, index=cache.index + 1)
     return unpack(decoder.final_norm(params, config, x)), cache
-
-
-def _ordered(write_last: Callable[..., Any], write_first: Callable[..., Any], *operands: Any) -> Any:
-    """The order of a step's reads and writes of the caches, of which the result does not depend.
-
-    A buffer that is written and then read is updated in place on CPU and GPU; the other way round it is copied first. A
-    TPU takes a buffer that is to be written to its fast memory, and moves all of it back: there all writes come last.
-    """
-    return jax.lax.platform_dependent(*operands, tpu=write_last, default=write_first)
 
 
 class Scores(NamedTuple):

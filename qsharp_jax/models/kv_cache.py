@@ -130,6 +130,11 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
     return cache.replace(keys=keys, values=values, start=jnp.where(source >= 0, start, cache.start))
 
 
+def without_ended(cache: KVCache, active: jax.Array) -> KVCache:
+    """The cache in which rows that are not active, [B] bool, hold no positions: none are read for them."""
+    return cache.replace(start=jnp.where(active, cache.start, cache.index))
+
+
 def each(change: Callable[..., Any], *caches: Any) -> Any:
     """Apply `change` to a cache, to each of a tuple of caches, or to none (None)."""
     return jax.tree.map(change, *caches, is_leaf=lambda x: isinstance(x, KVCache))

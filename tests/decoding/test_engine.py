@@ -1,14 +1,20 @@
 """Rows that are refilled: every response is the one that `generate` gives, whenever and wherever it is decoded."""
 
 import dataclasses
+import functools
 import itertools
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, STOPS, K, N, brute_force, decoding_models
+from devices import traced_for
+from helpers import random_guide, random_model
+from jax.experimental import pallas as pl
 
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, engine, generate
+from qsharp_jax.models import decoder, value
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
@@ -244,6 +250,29 @@ def test_the_caches_are_updated_in_place():
         assert not copies, copies
         donated = compiled.memory_analysis().alias_size_in_bytes
         assert donated >= buffers * 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_forms_for_accelerators_give_the_same_responses(platform):
+    """With weights and caches in the form for accelerators; the CUDA kernel is interpreted."""
+    ref = random_model(40, scale=2.0, layers=1, heads=4, kv_heads=2, head_dim=16, max_positions=64)
+    guide = random_guide(ref.config, seed=1, scale=4.0)
+    ref, guide = ref.replace(params=decoder.unstack(ref.params)), guide.replace(params=value.unstack(guide.params))
+    prompts = [[1, 5, 7], [2] * 40, [3, 4, 9, 9, 2] * 4]
+    settings = Sampling(
+        eta=np.repeat([0.1, 0.3, 0.2], 2), top_p=np.repeat([0.9, 0.8, 1.0], 2), temperature=[1, 1, 0, 1, 1, 1],
+        budget=[16, 3, 16, 16, 9, 16], stop_ids=[0], top_k_candidates=4, max_new_tokens=16, prompt_bucket=48,
+    )  # fmt: skip
+    wanted = generate(ref, guide, prompts, settings, rng=SEEDS, samples=2)
+    compiled = jax.jit(engine.decode.__wrapped__, static_argnames=("settings", "block"), donate_argnames=("state",))
+    interpreted = functools.partial(pl.pallas_call, interpret=True)
+    with traced_for(platform), mock.patch.object(pl, "pallas_call", interpreted):
+        with mock.patch.object(engine, "decode", compiled):
+            batches = list(ContinuousBatch(ref, guide, prompts, settings, rng=SEEDS, samples=2, rows=2))
+    for place, part, row in ((p, part, row) for places, part in batches for row, p in enumerate(places.tolist())):
+        np.testing.assert_array_equal(part.tokens[row], wanted.tokens[place])
+        for name in ("log_probs", "kl", "kl_truncated", "values"):
+            np.testing.assert_allclose(getattr(part, name)[row], getattr(wanted, name)[place], atol=1e-4, err_msg=name)
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
