@@ -1,0 +1,96 @@
+"""Compile guided decoding for an H200 on a machine that has none.
+
+    pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     # that of jax; no CUDA is needed
+    python benchmarks/gpu.py [--rows 1 16 64] [--layers N [M]]
+
+XLA compiles `decoding.decode` with abstract weights of Llama 3.1 8B and of a 1B guide. The program is read, not run:
+kernels and bytes of one step, and what makes a step wait for the host. 1,792 positions, of which each row holds a
+quarter, 20 candidates, top-p and all records on, bfloat16. Kernels are not tuned without a device: where cuBLAS is
+faster than the kernel here, a GPU's program has it instead.
+"""
+
+import argparse
+import collections
+from pathlib import Path
+from typing import Any
+
+from tpu import abstract, controls, state  # first: it chooses the platform
+
+# isort: split
+import jax
+from decode_program import DecodeProgram
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from qsharp_jax import decoding
+from qsharp_jax.models import config, decoder, value
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
+
+TARGET = Path(__file__).with_name("h200.txtpb")
+VOCABULARY, POSITIONS, NEW, FILLED = 128_256, 1792, 1024, 0.25
+BANDWIDTH = 4.3e12  # bytes a second of a copy on the device
+ATTENTION = "decode_attention"  # the name of our kernel
+
+
+def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
+    """The table's entries for one number of rows, by column."""
+    device = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
+    ).devices[0]
+    kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
+    ref_config = config.make("llama3.1-8b", dtype="bfloat16", **kept[0])
+    guide_config = ValueConfig(config.make("llama3.2-1b", dtype="bfloat16", **kept[1]))
+    ref = LanguageModel(abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
+    guide = ValueModel(abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
+    settings = decoding.Settings(
+        stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=20, truncate=True
+    )  # fmt: skip
+    carry = state(ref, guide, settings, rows, POSITIONS, NEW)
+    ring = {name: getattr(carry, name).replace(ring=True) for name in ("ref_cache", "guide_cache")}
+    arguments = ref, guide, carry.replace(**ring), controls(rows)
+    here = SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), arguments)
+    compiled = decoding.decode.lower(*arguments, settings=settings).compile()
+
+    program = DecodeProgram(compiled.as_text())
+    step = program.computations[program.step]
+    buffers = [cache.keys + cache.values for cache in ring.values()]
+    caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffers))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((ref, guide)))
+    tables = [guide.params["trunk"]["embedding"], ref.params["embedding"]]  # only a few rows are read
+    bound = weights - sum(leaf.size * leaf.dtype.itemsize for leaf in tables) + FILLED * caches
+    # The kernel's operands are whole buffers; it reads the filled part.
+    by_kernel = any(i.kind == "custom-call" and ATTENTION in i.text for i in step)
+    loops = [i for name in program.loop for i in program.computations[name] if i.kind == "while"]
+    sorts = [line for line in compiled.as_text().splitlines() if " sort(" in line and f"{VOCABULARY}]" in line]
+    return {
+        "rows": rows,
+        "kernels a step": sum(count for kind, count in _kinds(step).items() if kind in ("fusion", "custom-call")),
+        "MB a step": round((program.hbm_bytes() - by_kernel * (1 - FILLED) * caches) / 1e6),
+        "bound MB": round(bound / 1e6),
+        "bound ms": round(bound / BANDWIDTH * 1e3, 2),
+        "loops without a count": sum("known_trip_count" not in i.text for i in loops),
+        "sorts of the vocabulary": len(sorts),
+        "GiB of temporaries": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
+    }
+
+
+def _kinds(instructions: list[Any]) -> collections.Counter[str]:
+    return collections.Counter(i.kind for i in instructions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--layers", type=int, nargs="+", help="of the reference and of the guide; by default all")
+    options = parser.parse_args()
+    for number, rows in enumerate(options.rows):
+        entries = compile_step(rows, options.layers)
+        if number == 0:
+            print("| " + " | ".join(entries) + " |\n|" + " --- |" * len(entries))
+        print("| " + " | ".join(map(str, entries.values())) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Attention of a decoding step over the key-value cache, in the form for each kind of device.
+
+CPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions. TPU: the blocks of
+the buffers that hold some row's positions. The last two merge softmaxes over parts of the positions as FlashAttention
+does (Dao et al., arXiv 2205.14135).
+Shapes: B batch, S positions of the buffers, Q tokens of the step, H heads, G kv heads, E head_dim; N = H/G * Q rows of
+queries that read one kv head.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from qsharp_jax.models import kv_cache, sharding
+from qsharp_jax.models.kv_cache import KVCache
+
+Buffers = tuple[jax.Array, jax.Array]  # keys and values of one layer, as in `KVCache`
+
+BLOCKS = 8  # parts of a buffer on TPU
+READ = (3, 5)  # numbers of blocks that may be read, beside all: a quarter of the positions touches three, a half five
+TILE = 64  # positions that the CUDA kernel reads at once
+ROWS = 128  # of queries in one program of the kernel, at most; half as many if a head takes more than 256 bytes
+PROGRAMS = 264  # of the kernel that keep a GPU busy, two for each multiprocessor of an H200
+MASKED = -1e30  # as a score; with -inf the difference of two would be nan
+
+
+class Part(NamedTuple):
+    """Attention of the query rows over some of the positions, before the division by the sum of the weights."""
+
+    mixed: jax.Array  # [B, G, N, E], values summed with the weights exp(score - largest)
+    total: jax.Array  # [B, G, N] float32, sum of the weights
+    largest: jax.Array  # [B, G, N] float32, the largest score
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    before: Buffers,
+    after: Buffers,
+    cache: KVCache,
+    first: jax.Array,
+    window: int = 0,
+) -> jax.Array:
+    """Attention of one step's tokens over a layer's cache; up to rounding, the result of `kv_cache.attend`.
+
+    Args:
+      query: [B, Q, H, E].
+      key, value: [B, Q, G, E] of the step's tokens, the pending one first.
+      before, after: the layer's buffers before and after the pending token is written. A buffer that is written and
+        then read is updated in place on CPU and GPU; the other way round it is copied first. A TPU takes a buffer that
+        is to be written to its fast memory, and moves all of it back: there reads come first.
+      cache: the start, index and form of the buffers.
+      first: scalar, from `first_position`.
+      window: as in `kv_cache.attend`.
+
+    Returns:
+      [B, Q, H, E] in the query's dtype.
+    """
+    form = dict(ring=cache.ring, positions_last=cache.positions_last, window=window)
+    plain = functools.partial(kv_cache.attend, **form)
+    size, width = cache.values[0].shape[-2:]
+    whole = not window and not cache.positions_last
+
+    def cpu(query, key, value, before, after, start, index, first):
+        return plain(query, key, value, *after, start, index)
+
+    def cuda(query, key, value, before, after, start, index, first):
+        if not whole or size % TILE or width not in (16, 32, 64, 128, 256):
+            return plain(query, key, value, *after, start, index)
+        return _by_kernel(query, key, value, *after, start, index)
+
+    def tpu(query, key, value, before, after, start, index, first):
+        if not whole or size % (8 * BLOCKS):
+            return plain(query, key, value, *before, start, index)
+        return _by_blocks(query, key, value, *before, start, index, first, plain)
+
+    operands = query, key, value, before, after, cache.start, cache.index, first
+    return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)
+
+
+def first_position(cache: KVCache) -> jax.Array:
+    """The first position that some row holds, a scalar."""
+    return jnp.maximum(cache.start.min(), cache.index - cache.values[0].shape[kv_cache.VALUE_AXIS])
+
+
+# --- Parts of the positions -----------------------------------------------------------------------------------------
+
+
+def _rows(x: jax.Array, groups: int) -> jax.Array:
+    """[B, Q, H, E] -> [B, G, N, E]."""
+    batch, tokens, heads, width = x.shape
+    x = x.reshape(batch, tokens, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch, groups, heads // groups * tokens, width)
+
+
+def _tokens(x: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `_rows`."""
+    batch, groups, rows, width = x.shape
+    x = x.reshape(batch, groups, rows // tokens, tokens, width).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, tokens, groups * (rows // tokens), width)
+
+
+def _scores(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
+    return query.shape[-1] ** -0.5 * jnp.einsum(subscripts, query, key, preferred_element_type=jnp.float32)
+
+
+def _over_positions(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> Part:
+    """Attention of [B, G, N, E] over the positions of a slice of the buffers that are seen, [B, S] bool."""
+    seen = seen[:, None, None]
+    scores = jnp.where(seen, _scores("bgne,bgse->bgns", query, keys), MASKED)
+    largest = scores.max(-1)
+    weights = jnp.where(seen, jnp.exp(scores - largest[..., None]), 0)
+    mixed = jnp.einsum("bgns,bgse->bgne", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Part(mixed, weights.sum(-1), largest)
+
+
+def _over_pending(query: jax.Array, key: jax.Array, value: jax.Array) -> Part:
+    """Attention over the pending token, which all tokens of the step see."""
+    scores = _scores("bgne,bge->bgn", query, key[:, 0])
+    return Part(value[:, 0, :, None].astype(jnp.float32), jnp.ones_like(scores), scores)
+
+
+def _over_itself(query: jax.Array, key: jax.Array, value: jax.Array) -> Part:
+    """Attention of each candidate over itself; the pending token has `_over_pending`."""
+    tokens, groups = key.shape[1:3]
+    shared = query.shape[2] // tokens
+    key, value = (_rows(jnp.repeat(x, shared, axis=2), groups) for x in (key, value))  # [B, G, N, E]
+    candidate = jnp.tile(jnp.arange(tokens) > 0, shared)
+    scores = jnp.where(candidate, _scores("bgne,bgne->bgn", query, key), MASKED)
+    return Part(value.astype(jnp.float32), jnp.ones_like(scores), scores)
+
+
+def _merged(parts: Sequence[Part], dtype: Any) -> jax.Array:
+    """Attention over all parts, [B, G, N, E]."""
+    largest = functools.reduce(jnp.maximum, [part.largest for part in parts])
+    weights = [jnp.exp(part.largest - largest) for part in parts]
+    mixed = sum(weight[..., None] * part.mixed for weight, part in zip(weights, parts, strict=True))
+    total = sum(weight * part.total for weight, part in zip(weights, parts, strict=True))
+    return (mixed / total[..., None]).astype(dtype)
+
+
+# --- TPU ------------------------------------------------------------------------------------------------------------
+
+
+def _by_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    start: jax.Array,
+    index: jax.Array,
+    first: jax.Array,
+    plain: Any,
+) -> jax.Array:
+    """Attention that reads the blocks from the one of position `first` to the one of `index` - 1.
+
+    The program has a branch for each of `READ`, which XLA compiles to products with slices of the buffers, and one for
+    the whole buffers, which is `plain`.
+    """
+    buffers = [x[None] if x.ndim == 3 else x for x in (keys, values)]
+    size = keys.shape[-2]
+    block = size // BLOCKS
+    begin = first // block  # blocks are counted from position 0 on, around a ring
+
+    def read(count: int) -> jax.Array:
+        rows = _rows(query, key.shape[2])
+        parts = [_over_pending(rows, key, value), _over_itself(rows, key, value)]
+        for number in range(count):
+            position = (begin + number) * block
+            positions = position + jnp.arange(block)
+            seen = (positions >= start[:, None]) & (positions < index)
+            slices = (jax.lax.dynamic_slice_in_dim(x, position % size, block, axis=2) for x in buffers)
+            parts.append(_over_positions(rows, *slices, seen))
+        return _tokens(_merged(parts, query.dtype), query.shape[1])
+
+    reached = (index - 1) // block - begin + 1
+    branches = [functools.partial(read, count) for count in READ]
+    branches.append(lambda: plain(query, key, value, keys, values, start, index))
+    return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), branches)
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def _by_kernel(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    start: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """Attention that reads the positions `start` .. `index` of each row, with the pending token in the buffers."""
+    if keys.ndim == 3:
+        keys, values = keys[None], values[None]
+    start = jnp.maximum(start, index + 1 - keys.shape[2])
+
+    def of_device(rows, key, value, keys, values, start, index):
+        parts = [_over_buffers(rows, keys, values, start, index + 1), _over_itself(rows, key, value)]
+        return _merged(parts, rows.dtype)
+
+    of_step = ("batch", None, "kv", None)
+    of_device = sharding.on_each_device(
+        of_device, sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
+    )
+    rows = of_device(_rows(query, key.shape[2]), key, value, keys, values, start, index)
+    return _tokens(rows, query.shape[1])
+
+
+def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> Part:
+    """Attention of [B, G, N, E] over positions `start` [B] .. `end` - 1 (scalar) of the buffers [B, G, S, E].
+
+    As `jax.experimental.pallas.ops.gpu.decode_attention.gqa`, but over a ring, and with splits of what a row holds in
+    place of splits of the buffers: no tile outside of it is read, and few splits are needed where there are many rows.
+    """
+    batch, groups, count, width = query.shape
+    size = keys.shape[2]
+    start, end = start % size, start % size + end - start  # of the first lap, in which no position is negative
+    chex.assert_shape([keys, values], (batch, groups, size, width))
+    most = ROWS if width * query.dtype.itemsize <= 256 else ROWS // 2
+    rows = max(16, min(pl.next_power_of_2(count), most))
+    programs = batch * groups * pl.cdiv(count, rows)
+    splits = min(max(PROGRAMS // programs, 1), size // TILE)
+    kernel = functools.partial(_kernel, count=count, size=size, splits=splits)
+    of_rows, of_numbers = (None, None, None, rows, width), (None, None, None, rows)
+    mixed, total, largest = pl.pallas_call(
+        kernel,
+        grid=(batch, groups, pl.cdiv(count, rows), splits),
+        in_specs=[
+            pl.BlockSpec((None, None, rows, width), lambda b, g, i, j: (b, g, i, 0)),
+            pl.BlockSpec((None, None, size, width), lambda b, g, i, j: (b, g, 0, 0)),
+            pl.BlockSpec((None, None, size, width), lambda b, g, i, j: (b, g, 0, 0)),
+            pl.BlockSpec((None,), lambda b, g, i, j: (b,)),
+            pl.BlockSpec((None,), lambda b, g, i, j: (b,)),
+        ],
+        out_specs=[
+            pl.BlockSpec(of_rows, lambda b, g, i, j: (j, b, g, i, 0)),
+            pl.BlockSpec(of_numbers, lambda b, g, i, j: (j, b, g, i)),
+            pl.BlockSpec(of_numbers, lambda b, g, i, j: (j, b, g, i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((splits, *query.shape), query.dtype),
+            *[jax.ShapeDtypeStruct((splits, *query.shape[:-1]), jnp.float32)] * 2,
+        ],
+        compiler_params=triton.CompilerParams(num_warps=8 if rows > 32 else 4, num_stages=2),
+        name="decode_attention",
+    )(query, keys, values, start, end)
+    of_all = largest.max(0)
+    weights = jnp.exp(largest - of_all)
+    return Part((weights[..., None] * mixed).sum(0), (weights * total).sum(0), of_all)
+
+
+def _kernel(
+    query_ref: Any,  # [rows, E]
+    keys_ref: Any,  # [S, E], as are the values
+    values_ref: Any,
+    start_ref: Any,  # scalars
+    end_ref: Any,
+    mixed_ref: Any,  # [rows, E]
+    total_ref: Any,  # [rows]
+    largest_ref: Any,  # [rows]
+    *,
+    count: int,
+    size: int,
+    splits: int,
+) -> None:
+    """One split of a row's positions, for the queries of one kv head; grid (B, G, tiles of N, splits)."""
+    rows, width = query_ref.shape
+    start, end = start_ref[()], end_ref[()]
+    base = jax.lax.div(start, TILE) * TILE  # tiles do not wrap around: the buffer has a whole number of them
+    tiles = pl.cdiv(end - base, TILE)
+    share = pl.cdiv(tiles, splits)
+    begin = pl.program_id(3) * share
+
+    everything, mask = pl.ds(0, rows), jnp.arange(rows) < count - rows * pl.program_id(2)
+    query = triton.load(query_ref.at[everything, :], mask=mask[:, None], other=0.0)
+
+    def add_tile(number: jax.Array, so_far: tuple) -> tuple:
+        mixed, total, largest = so_far
+        position = base + (begin + number) * TILE
+        slots = pl.ds(jax.lax.rem(position, size), TILE)
+        positions = position + jnp.arange(TILE)
+        seen = ((positions >= start) & (positions < end))[None]
+        scores = triton.dot(query, keys_ref[slots, :].T, allow_tf32=False) * width**-0.5
+        scores = jnp.where(seen, scores, MASKED)
+        larger = jnp.maximum(largest, scores.max(axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - larger[:, None]), 0.0)
+        kept = jnp.exp(largest - larger)
+        values = values_ref[slots, :]
+        added = triton.dot(weights.astype(values.dtype), values, allow_tf32=False)
+        return kept[:, None] * mixed + added, kept * total + weights.sum(axis=-1), larger
+
+    nothing = jnp.zeros((rows, width), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)
+    mixed, total, largest = jax.lax.fori_loop(0, jnp.clip(tiles - begin, 0, share), add_tile, nothing)
+    triton.store(mixed_ref.at[everything, :], mixed.astype(mixed_ref.dtype), mask=mask[:, None])
+    triton.store(total_ref.at[everything], total, mask=mask)
+    triton.store(largest_ref.at[everything], largest, mask=mask)

@@ -1,0 +1,81 @@
+"""The forms of a step's attention for accelerators against the plain one; the CUDA kernel is interpreted."""
+
+import functools
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from devices import traced_for
+from jax.experimental import pallas as pl
+
+from qsharp_jax.models import decode_attention, kv_cache
+
+B, S, Q, H, G, E = 3, 128, 3, 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)):
+        yield
+
+
+def both(start, index, platform="cpu", dtype=np.float32):
+    """Attention over a ring, on a platform and plain; slots outside of a row's positions hold numbers of others."""
+    rng = np.random.default_rng(0)
+    query, key, value, keys, values = (
+        rng.normal(size=shape).astype(dtype)
+        for shape in [(B, Q, H, E), (B, Q, G, E), (B, Q, G, E), (B, G, S, E), (B, G, S, E)]
+    )
+    cache = kv_cache.KVCache(keys=[keys], values=[values], start=np.array(start), index=np.int32(index), ring=True)
+    after = kv_cache.write_pair((keys, values), (key[:, :1], value[:, :1]), cache.slot)
+    want = kv_cache.attend(query, key, value, keys, values, cache.start, cache.index, ring=True)
+    with traced_for(platform):
+        return compiled(platform)(query, key, value, (keys, values), after, cache), want
+
+
+@functools.cache
+def compiled(platform):
+    def attend(*arguments):
+        cache = arguments[-1]
+        return decode_attention.attend(*arguments, decode_attention.first_position(cache))
+
+    return jax.jit(attend)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("start", "index"),
+    [
+        ([-20, 60, 63], 64),  # from before position 0, where a ring begins; the last row has two positions
+        ([3 * S - 20, 3 * S - 3, 3 * S + 1], 3 * S + 4),  # around their end
+        ([3 * S + 9, 3 * S + 70, 2 * S], 4 * S + 8),  # all of them, and a row that has ended long before
+    ],
+)
+def test_each_row_attends_to_its_own_positions(platform, start, index):
+    got, want = both(start, index, platform)
+    held = np.minimum(index - np.array(start), S)
+    np.testing.assert_allclose(got[held < S], want[held < S], atol=1e-5)
+    assert (held < S).sum() >= 2
+
+
+def test_in_bfloat16_the_kernel_is_as_near_as_the_plain_form():
+    start, index = [5, 40, 90], 100
+    exact, _ = both(start, index)
+    got, want = (np.float32(x) - exact for x in both(start, index, "cuda", jax.numpy.bfloat16))
+    for quantile in (0.5, 0.99):
+        assert np.quantile(np.abs(got), quantile) < 1.5 * np.quantile(np.abs(want), quantile)
+
+
+def test_a_tpu_program_slices_the_buffers():
+    """It has a branch that reads three blocks and one that reads five, beside the whole."""
+    with traced_for("tpu"):
+        shapes = [(B, Q, H, E), (B, Q, G, E), (B, Q, G, E)]
+        arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+        buffers = (jax.ShapeDtypeStruct((B, G, S, E), np.float32),) * 2
+        cache = kv_cache.KVCache(
+            keys=buffers[:1], values=buffers[:1], start=jax.ShapeDtypeStruct((B,), np.int32),
+            index=jax.ShapeDtypeStruct((), np.int32), ring=True,
+        )  # fmt: skip
+        text = str(compiled("tpu").trace(*arrays, buffers, buffers, cache).jaxpr)
+    assert text.count("dynamic_slice[") == 2 * sum(decode_attention.READ)
