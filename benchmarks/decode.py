@@ -62,7 +62,7 @@ def models(name: str) -> tuple[LanguageModel, ValueModel]:
     guide_config = ValueConfig(trunk)
     ref = jax.jit(lambda key: in_dtype(decoder.init(key, ref_config), ref_config))(jax.random.key(0))
     guide = jax.jit(lambda key: make_guide(key, guide_config))(jax.random.key(1))
-    return decoding.for_decoding(LanguageModel(ref, ref_config)), decoding.for_decoding(ValueModel(guide, guide_config))
+    return LanguageModel(ref, ref_config), ValueModel(guide, guide_config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
-    ref, guide = models(options.models)
+    stacked = models(options.models)
+    ref, guide = map(decoding.for_decoding, stacked)
     works = {
         int(batch): Work(int(batch), PROMPT[options.models], options.new_tokens, ref.config.vocab_size)
         for batch in options.batch.split(",")
@@ -189,7 +190,7 @@ def main() -> None:
         "ours, packed": lambda work, steps: ours(ref, guide, work, steps, SLOTS),
     }
     if not options.without_torch:
-        torch = Torch(ref, guide)
+        torch = Torch(*stacked)
         variants |= {
             "transformers, unguided": lambda work, steps: torch.milliseconds(False, work, steps),
             "transformers, guided": lambda work, steps: torch.milliseconds(True, work, steps),

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from qsharp_jax import decoding
-from qsharp_jax.models import config, decoder, value
+from qsharp_jax.models import config, decoder, gpu_form, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
@@ -41,8 +41,8 @@ def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
     kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
     ref_config = config.make("llama3.1-8b", dtype="bfloat16", **kept[0])
     guide_config = ValueConfig(config.make("llama3.2-1b", dtype="bfloat16", **kept[1]))
-    ref = LanguageModel(abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
-    guide = ValueModel(abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
+    ref = LanguageModel(abstract(lambda key: _on_gpu(decoder.init(key, ref_config), ref_config)), ref_config)
+    guide = ValueModel(abstract(lambda key: _guide_on_gpu(key, guide_config)), guide_config)
     settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=20, truncate=True
     )  # fmt: skip
@@ -74,6 +74,16 @@ def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
         "sorts of the vocabulary": len(sorts),
         "GiB of temporaries": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
     }
+
+
+def _on_gpu(params: Any, shape: Any) -> Any:
+    """A decoder's parameters in the form for a GPU, as of `decoding.for_decoding`."""
+    return gpu_form.fuse(decoder.unstack(params), shape)
+
+
+def _guide_on_gpu(key: jax.Array, shape: ValueConfig) -> Any:
+    params = value.init(key, shape)
+    return params | {"trunk": _on_gpu(params["trunk"], shape.trunk)}
 
 
 def _kinds(instructions: list[Any]) -> collections.Counter[str]:

@@ -22,7 +22,7 @@ from qsharp_jax.decoding.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.models import cpu_form, decoder, sharding, value
+from qsharp_jax.models import cpu_form, decoder, gpu_form, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
@@ -34,16 +34,15 @@ def for_decoding(model: Any) -> Any:
     """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through.
 
     The decoder's matrices, float32 after a fit, are cast to the dtype that it computes in; a value head stays float32.
-    On a CPU the weights are transposed as well, see `cpu_form.py`.
+    On a CPU the weights are transposed as well, see `cpu_form.py`, and on a GPU some are joined, see `gpu_form.py`.
     """
-    if isinstance(value.trunk(model).params["layers"], list):
-        return model
     if isinstance(model, ValueModel):
-        trunk = for_decoding(value.trunk(model))
-        return model.replace(params=model.params | {"trunk": trunk.params})
-    params = decoder.unstack(model.params, transposed=cpu_form.here())
-    dtype = model.config.compute_dtype
-    return model.replace(params=jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params))
+        return model.replace(params=model.params | {"trunk": for_decoding(value.trunk(model)).params})
+    params, dtype = model.params, model.config.compute_dtype
+    if not isinstance(params["layers"], list):
+        params = decoder.unstack(params, transposed=cpu_form.here())
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+    return model.replace(params=gpu_form.fuse(params, model.config) if gpu_form.here() else params)
 
 
 def generate(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from qsharp_jax.models import attention, cpu_form, leaves, lora, sharding
+from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.leaves import Leaf
@@ -169,9 +169,7 @@ def block(
     """
     batch, length = x.shape[:2]
     h = _norm(params, "attention_norm", config, x)
-    query = _project(params, "query", h).reshape(batch, length, config.heads, config.head_dim)
-    key = _project(params, "key", h).reshape(batch, length, config.kv_heads, config.head_dim)
-    value = _project(params, "value", h).reshape(batch, length, config.kv_heads, config.head_dim)
+    query, key, value = _attention_inputs(params, config, h)
     if config.qk_norm:
         query, key = _norm(params, "query_norm", config, query), _norm(params, "key_norm", config, key)
     if rotation is not None:
@@ -184,15 +182,36 @@ def block(
     x = x + (_norm(params, "attention_post_norm", config, h) if config.post_norms else h)
 
     h = _norm(params, "mlp_norm", config, x)
-    up = _project(params, "up", h)
+    gate, up = _mlp_inputs(params, h)
     if config.activation == "swiglu":
-        h = jax.nn.silu(_project(params, "gate", h)) * up
+        h = jax.nn.silu(gate) * up
     elif config.activation == "geglu":
-        h = jax.nn.gelu(_project(params, "gate", h), approximate=True) * up
+        h = jax.nn.gelu(gate, approximate=True) * up
     else:
         h = jax.nn.gelu(up, approximate=True)
     h = _project(params, "down", h)
     return x + (_norm(params, "mlp_post_norm", config, h) if config.post_norms else h), collected
+
+
+def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query [B, T, H, E], key and value [B, T, G, E] of the normed h [B, T, D]."""
+    if "qkv" in params:
+        shared = config.heads // config.kv_heads
+        query, key, value = jnp.split(gpu_form.product(params["qkv"], h), [shared, shared + 1], axis=3)
+    else:
+        query, key, value = (_project(params, name, h) for name in ("query", "key", "value"))
+    heads = config.heads, config.kv_heads, config.kv_heads
+    parts = zip((query, key, value), heads, strict=True)
+    query, key, value = (part.reshape(*h.shape[:2], count, config.head_dim) for part, count in parts)
+    return query, key, value
+
+
+def _mlp_inputs(params: Params, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """The gate, None without one, and the hidden units, [B, T, mlp] each, of the normed h [B, T, D]."""
+    if "gate_up" in params:
+        both = gpu_form.product(params["gate_up"], h)
+        return both[..., 0, :], both[..., 1, :]
+    return _project(params, "gate", h) if "gate" in params else None, _project(params, "up", h)
 
 
 def rotations(positions: jax.Array, config: DecoderConfig) -> dict[str, jax.Array | None]:

@@ -234,11 +234,18 @@ _KERNELS = {path.removesuffix("kernel"): leaf for path, leaf in BLOCK.items() if
 # The leaves of decoding on a CPU (`cpu_form.py`), which replace those that they are derived from.
 TRANSPOSED_BLOCK = {f"{module}weight": _transposed(kernel) for module, kernel in _KERNELS.items()}
 TRANSPOSED_OUTER = {"head_weight": _transposed(OUTER["head"])}
+# The leaves of decoding on a GPU (`gpu_form.py`).
+FUSED_BLOCK = {
+    "qkv/kernel": Leaf(("embed", "kv", None, None)),
+    "qkv/bias": Leaf(("kv", None, None)),
+    "gate_up/kernel": Leaf(("embed", None, "mlp")),
+    "gate_up/bias": Leaf((None, "mlp")),
+}
 # LoRA leaves beside a block's kernel: A has the kernel's input axis, B its output axis.
 _LORA_A = {f"{module}lora_a": Leaf((kernel.axes[0], None)) for module, kernel in _KERNELS.items()}
 _LORA_B = {f"{module}lora_b": Leaf((None, kernel.axes[1])) for module, kernel in _KERNELS.items()}
 _LORA = _LORA_A | _LORA_B | {f"{module}lora_scale": Leaf(()) for module in _KERNELS}
-_ALL = ChainMap(BLOCK, OUTER, V_HEAD, TRAINED_BESIDE, TRANSPOSED_BLOCK, TRANSPOSED_OUTER, _LORA)
+_ALL = ChainMap(BLOCK, OUTER, V_HEAD, TRAINED_BESIDE, TRANSPOSED_BLOCK, TRANSPOSED_OUTER, FUSED_BLOCK, _LORA)
 
 
 # --- Reading the table ----------------------------------------------------------------------------------------------

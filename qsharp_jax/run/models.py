@@ -24,7 +24,7 @@ from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import for_decoding
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, hf, lora, sharding, value
+from qsharp_jax.models import cpu_form, decoder, hf, lora, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
@@ -278,8 +278,10 @@ def load_ref(session: Session) -> LanguageModel:
     shape, mesh = ref_config(session), session.decode_mesh
     if ref := folder(session.config, "ref"):
         progress.tell(f"loading the reference {session.config.ref}")
-        read = jax.eval_shape(for_decoding, LanguageModel(decoder.abstract(shape, shape.dtype), shape))
-        return hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
+        unstack = functools.partial(decoder.unstack, transposed=cpu_form.here())
+        read = LanguageModel(jax.eval_shape(unstack, decoder.abstract(shape, shape.dtype)), shape)
+        loaded = hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
+        return for_decoding(loaded)
     checkpoints = _finished(session.workdir.ref, "reference model", "run")
     shapes = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
     return session.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))

@@ -10,9 +10,10 @@ import numpy_decoder
 import pytest
 from helpers import assert_trees_equal
 from hf_folders import GPT2, LLAMA
+from jax.sharding import PartitionSpec as P
 
 from qsharp_jax.models import config as configs
-from qsharp_jax.models import cpu_form, decoder, value
+from qsharp_jax.models import cpu_form, decoder, gpu_form, sharding, value
 from qsharp_jax.models.value import ValueConfig
 
 # As Llama 3.1's rotary positions: one of the three wavelengths is kept, one stretched, one between.
@@ -114,6 +115,30 @@ def test_the_first_layers_are_those_of_the_whole_model_in_window_and_rotary_posi
     want, _ = forward(unstacked | {"layers": unstacked["layers"][:2]}, cut, TOKENS, SEGMENTS, POSITIONS)
     got, _ = forward(decoder.first_layers(params, 2), cut, TOKENS, SEGMENTS, POSITIONS)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_joined_weights_give_the_same_hidden_states(family):
+    params, config = model(family)
+    unstacked = decoder.unstack(params)
+    fused = gpu_form.fuse(unstacked, config)
+    gated = {"gate", "up"} if config.gated else set()
+    assert unstacked["layers"][0].keys() - fused["layers"][0].keys() == {"query", "key", "value"} | gated
+    jax.tree.map(np.testing.assert_array_equal, gpu_form.fuse(fused, config), fused)
+    expected, _ = forward(unstacked, config, TOKENS, SEGMENTS, POSITIONS)
+    actual, _ = forward(fused, config, TOKENS, SEGMENTS, POSITIONS)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_joined_weights_are_divided_by_kv_head_and_hidden_unit():
+    config = dataclasses.replace(LLAMA, bias=True)
+    fused = gpu_form.fuse(decoder.unstack(decoder.init(jax.random.key(0), config)), config)
+    mesh = jax.sharding.AbstractMesh((config.kv_heads,), ("tensor",))
+    layer = sharding.of_model(decoder.LanguageModel(fused, config), mesh, sharding.DECODE).params["layers"][0]
+    assert layer["qkv"]["kernel"].spec == P(None, "tensor", None, None)
+    assert layer["qkv"]["bias"].spec == P("tensor", None, None)
+    assert layer["gate_up"]["kernel"].spec == P(None, None, "tensor")
+    assert layer["gate_up"]["bias"].spec == P(None, "tensor")
 
 
 @pytest.mark.parametrize("tied", [True, False])
