@@ -369,16 +369,19 @@ def _largest(
         return jax.lax.while_loop(lambda bounds: jnp.any(bounds[0] < bounds[1]), halve, (low, high))[0]
 
     def by_digits(low: jax.Array, high: jax.Array) -> jax.Array:
-        for shift in reversed(range(0, bits, DIGIT)):
-            digits = np.arange(1, 1 << min(DIGIT, bits - shift), dtype=np.uint32)
-            tried = [low + step for step in (digits << shift).astype(np.int32)]  # wraps around, as does the sum below
-            # One reduction of many arrays: XLA reads what they are made of once.
+        digits = -(-bits // DIGIT)
+
+        def find_digit(number: jax.Array, low: jax.Array) -> jax.Array:
+            shift = DIGIT * (digits - 1 - number)
+            tried = [low + (jnp.int32(digit) << shift) for digit in range(1, 1 << DIGIT)]  # int32 wraps around
+            # One reduction of many arrays: XLA reads what they are computed from once.
             sums = jax.lax.reduce(
                 [weights(x[:, None]) for x in tried], [np.float32(0)] * len(tried),
                 lambda one, other: [jnp.add(*pair) for pair in zip(one, other, strict=True)], (1,),
             )  # fmt: skip
             accepted = [accepts(mass) & (x <= high) for mass, x in zip(sums, tried, strict=True)]
-            low += jnp.sum(jnp.stack(accepted), axis=0, dtype=jnp.int32) << shift
-        return low
+            return low + (jnp.sum(jnp.stack(accepted), axis=0, dtype=jnp.int32) << shift)
+
+        return jax.lax.fori_loop(0, digits, find_digit, low, unroll=True)
 
     return jax.lax.platform_dependent(low, high, cpu=bisect, default=by_digits)

@@ -65,21 +65,22 @@ def attend(
     """
     form = dict(ring=cache.ring, positions_last=cache.positions_last, window=window)
     plain = functools.partial(kv_cache.attend, **form)
+    if cache.positions_last:  # the form for a CPU
+        return plain(query, key, value, *after, cache.start, cache.index)
     size, width = cache.values[0].shape[-2:]
-    whole = not window and not cache.positions_last
 
     def cpu(query, key, value, before, after, start, index, first):
         return plain(query, key, value, *after, start, index)
 
     def cuda(query, key, value, before, after, start, index, first):
-        if not whole or size % TILE or width not in (16, 32, 64, 128, 256):
+        if window or size % TILE or width not in (16, 32, 64, 128, 256):
             return plain(query, key, value, *after, start, index)
         return _by_kernel(query, key, value, *after, start, index)
 
     def tpu(query, key, value, before, after, start, index, first):
-        if not whole or size % (8 * BLOCKS):
+        if window or size % (8 * BLOCKS):
             return plain(query, key, value, *before, start, index)
-        return _by_blocks(query, key, value, *before, start, index, first, plain)
+        return _by_blocks(query, key, value, *before, start, index, first, ring=cache.ring)
 
     operands = query, key, value, before, after, cache.start, cache.index, first
     return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)
@@ -149,6 +150,7 @@ def _merged(parts: Sequence[Part], dtype: Any) -> jax.Array:
 # --- TPU ------------------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="ring")  # so that it is traced for one layer of many
 def _by_blocks(
     query: jax.Array,
     key: jax.Array,
@@ -158,12 +160,13 @@ def _by_blocks(
     start: jax.Array,
     index: jax.Array,
     first: jax.Array,
-    plain: Any,
+    *,
+    ring: bool,
 ) -> jax.Array:
     """Attention that reads the blocks from the one of position `first` to the one of `index` - 1.
 
     The program has a branch for each of `READ`, which XLA compiles to products with slices of the buffers, and one for
-    the whole buffers, which is `plain`.
+    the whole buffers.
     """
     buffers = [x[None] if x.ndim == 3 else x for x in (keys, values)]
     size = keys.shape[-2]
@@ -183,13 +186,14 @@ def _by_blocks(
 
     reached = (index - 1) // block - begin + 1
     branches = [functools.partial(read, count) for count in READ]
-    branches.append(lambda: plain(query, key, value, keys, values, start, index))
+    branches.append(lambda: kv_cache.attend(query, key, value, keys, values, start, index, ring))
     return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), branches)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
+@jax.jit
 def _by_kernel(
     query: jax.Array,
     key: jax.Array,
