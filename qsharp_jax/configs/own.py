@@ -2,7 +2,8 @@
 
     qsharp run --ref DIR --prompts prompts.jsonl --reward rewards.py:short --workdir runs/short
 
-What fits the model's size and the device (rows, learning rate, prompt format) is set by `run/fitting.py` and printed.
+What fits the model's size, the prompts and the device (the guide's layers, rows, learning rate, prompt format) is set
+by `run/fitting.py` and printed.
 """
 
 from ml_collections import ConfigDict
@@ -31,13 +32,13 @@ def get_config() -> ConfigDict:
 
     c.fit.epochs = 3
     c.fit.holdout = 0.1
-    c.fit.evaluate_every = 25
+    c.fit.evaluate_every = 50
     c.fit.patience = 4
     c.fit.length_bucket = 64
     c.fit.clip_rewards = True  # later rounds may leave the range of the first
     c.fit.optimizer.name = "adamw"
-    c.fit.optimizer.b2 = 0.999
-    c.fit.optimizer.warmup_steps = 10
+    c.fit.optimizer.b2 = 0.99
+    c.fit.optimizer.warmup_steps = 20
     c.fit.log_every = 10
 
     c.evaluate.problems = 100  # at most

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,8 @@ from repository import ROOT
 from qsharp_jax import cli
 from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import hf
+from qsharp_jax.run import own
+from qsharp_jax.run.own import OwnRun
 
 PROGRAM = """
 def short(prompts, completions, topic, **kwargs):
@@ -189,3 +192,18 @@ def test_a_run_does_not_go_on_with_another_reward(folder, finished, capsys):
         assert f"{folder / 'rewards.py'} changed since this run began" in sentence
     finally:
         (folder / "rewards.py").write_text(PROGRAM)
+
+
+def test_the_defaults_fit_the_model_and_the_longest_prompt(folder, tmp_path, capsys):
+    ref = shutil.copytree(folder / "ref", tmp_path / "ref")
+    shape = json.loads((ref / "config.json").read_text())
+    (ref / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 30, "max_position_embeddings": 1024}))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "How many eggs? " * (i + 1)}) + "\n" for i in range(40)))
+    longest = len(bpe.make().encode("How many eggs? " * 40))
+    named = OwnRun(ref=str(ref), prompts=str(prompts), rewards=[f"{folder / 'rewards.py'}:short"])
+    config = own.load(named, tmp_path / "w", ["--config.generate.max_new_tokens=100"])
+    assert (config.value.layers, config.fit.optimizer.learning_rate) == (5, 1e-3)
+    assert longest + 100 <= config.fit.pack_length < longest + 200 and config.fit.pack_length % 64 == 0
+    assert "  value.layers = 5\n" in capsys.readouterr().out
+    assert own.load(named, tmp_path / "w", ["--config.value.layers=12"]).value.layers == 12
