@@ -185,7 +185,7 @@ def test_columns_weights_and_several_rewards(executed):
 
 
 def test_what_cannot_work_is_refused(executed, tmp_path):
-    def train(prompts=("x",), reward=executed.no_commas, **changes):
+    def train(prompts=tuple("abcdefghijklmnop"), reward=executed.no_commas, **changes):
         return q.train_guide(executed.ref, prompts, reward, workdir=tmp_path / "new", **changes)
 
     assert "must be a function" in refusal(train, reward="short")
