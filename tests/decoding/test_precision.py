@@ -12,8 +12,8 @@ import pytest
 import scipy.special
 from numpy_decoder import random_params
 
-from qsharp_jax.decoding import generate
-from qsharp_jax.models import decoder, value
+from qsharp_jax.decoding import for_decoding, generate
+from qsharp_jax.models import cpu_form, decoder, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
@@ -113,3 +113,19 @@ def test_log_probabilities_and_kl_are_those_of_teacher_forcing(name, dtype):
     assert clear.mean() > 0.5
     assert got.tokens.shape == (8, N) and kl.mean() > 0.1, "the guide steers in this test"
     assert max(worst.values()) <= BOUNDS[dtype]
+
+
+def test_matrices_of_a_fit_are_cast_once_and_give_what_they_gave():
+    """Float32 weights that are computed in bfloat16: norms and the value head stay, and no response changes."""
+    ref, guide = models("llama", "float32")
+    config = dataclasses.replace(ref.config, dtype="bfloat16")
+    ref, guide = ref.replace(config=config), guide.replace(config=guide.config.computed_in("bfloat16"))
+    cast = for_decoding(guide)
+    layer = cast.params["trunk"]["layers"][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(layer["down"])} == {jnp.dtype("bfloat16")}
+    assert layer["mlp_norm"]["scale"].dtype == cast.params["head"]["kernel"].dtype == jnp.float32
+    as_fitted = guide.replace(params=value.unstack(guide.params, transposed=cpu_form.here()))
+    sampling = Sampling(eta=0.2, max_new_tokens=N, top_k_candidates=K)
+    got, want = (generate(ref, model, PROMPTS, sampling, rng=0) for model in (cast, as_fitted))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
