@@ -246,10 +246,8 @@ def truncate(logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None,
         chex.assert_type(top_k, int)
         count = jnp.where(top_k == 0, jnp.float32(jnp.inf), top_k)
         logits = jnp.where(_fewest(logits, jnp.ones_like(logits), count), logits, -jnp.inf)
-    mass = jnp.where((top_p >= 1) | (temperature == 0), jnp.inf, top_p)
-    kept = _fewest(logits, jax.nn.softmax(logits), mass)
-    largest = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
-    return jnp.where(jnp.where(temperature[:, None] == 0, largest, kept), logits, -jnp.inf)
+    mass = jnp.where(temperature == 0, 0, jnp.where(top_p >= 1, jnp.inf, top_p))  # at least one token reaches 0
+    return jnp.where(_fewest(logits, jax.nn.softmax(logits), mass), logits, -jnp.inf)
 
 
 def sample(logits: jax.Array, keys: jax.Array) -> jax.Array:
