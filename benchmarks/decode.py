@@ -1,23 +1,35 @@
-"""Milliseconds a decode step: our loop, guided and not, `transformers` with a LogitsProcessor, and the bound.
+"""Milliseconds a decode step: our loop, guided and not, `transformers` with a LogitsProcessor, vLLM, and the bound.
 
-    python benchmarks/decode.py [--models small] [--batch 1,16] [--rounds 5] [--new-tokens 256] [--without-torch]
-    python benchmarks/decode.py --models 8b --batch 1,16,64 --new-tokens 512          # on an accelerator
+    python benchmarks/decode.py [--models small] [--batch 1,16] [--rounds 5] [--settings run,bare] [--without-torch]
+    python benchmarks/decode.py --models 8b --batch 1,16,64          # on an accelerator, see h200.sh
 
-Random weights, the same in both programs. `small`: float32, a Llama-shaped reference of 110M parameters (768 x 12) and
-a guide of 23M (384 x 6), vocabulary 32,000, prompts of 128 tokens. `8b`: bfloat16, the shapes of Llama 3.1 8B and Llama
-3.2 1B, prompts of 512. 20 candidates, sampling at temperature 1. Steps are timed apart from prefill, for `transformers`
-as the difference to a run of one new token. All variants are measured in turn in each round, so that their ratios hold
-when the machine's speed drifts; the median over rounds is printed. The bound is that of the machine's own speed of
-reading and of multiplying matrices, both measured in the same run: see `bound`.
+Random weights, the same in all programs. `small`: float32, a Llama-shaped reference of 110M parameters (768 x 12) and a
+guide of 23M (384 x 6), vocabulary 32,000. `8b`: the shapes of Llama 3.1 8B and Llama 3.2 1B in bfloat16. `tiny` takes
+the same way in seconds. 20 candidates, eta 0.1. Two settings:
+
+  run    as a run of the paper decodes: T 0.8, top-p 0.9, log-probabilities, KL and values recorded; prompts of 60 to
+         660 tokens, room for 1,024 new ones, of which 168 are timed: rows hold 444 tokens on average, a quarter of the
+         cache, as with the lengths of MATH (`8b`; others smaller)
+  bare   T 1, nothing recorded, prompts and responses of 512 tokens
+
+The guide is float32, as it is after a fit, and brought into the decoding form as a run does.
+Steps are timed apart from prefill, for other programs as the difference to a run of one new token. These get prompts
+of equal lengths, with as many tokens on average. All programs are measured in turn in each round, so that their ratios
+hold when the machine's speed drifts; the median over rounds is printed. The bound is that of the machine's own speed of
+reading and of multiplying matrices, both measured in the same run, with what rows hold of their caches: see `bound`.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import os
 import platform
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,31 +44,72 @@ from qsharp_jax.sampling import Sampling
 
 CANDIDATES, ETA = 20, 0.1
 SLOTS = 4  # guide positions that a row has on average when candidates are packed
-PROMPT = {"small": 128, "8b": 512}
+PROGRAMS = ("unguided", "guided", "packed")
 
 
-def llama_shape(embed: int, layers: int, heads: int) -> DecoderConfig:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How to decode, and lengths in tokens."""
+
+    temperature: float
+    top_p: float
+    record: tuple[str, ...]
+    prompts: tuple[int, int]  # the shortest and the longest prompt
+    bucket: int  # shortest padded length of prompts
+    room: int  # new tokens that the caches have room for
+    steps: int  # new tokens that are timed
+
+    def sampling(self, slots: int | None) -> Sampling:
+        return Sampling(
+            eta=ETA, temperature=self.temperature, top_p=self.top_p, top_k_candidates=CANDIDATES, candidate_slots=slots,
+            max_new_tokens=self.room, prompt_bucket=self.bucket,
+        )  # fmt: skip
+
+
+_run = functools.partial(Setting, temperature=0.8, top_p=0.9, record=decoding.RECORDED)
+_bare = functools.partial(Setting, temperature=1.0, top_p=1.0, record=())
+SETTINGS = {
+    "tiny": {
+        "run": _run(prompts=(4, 40), bucket=16, room=64, steps=8),
+        "bare": _bare(prompts=(32, 32), bucket=16, room=16, steps=16),
+    },
+    "small": {
+        "run": _run(prompts=(15, 165), bucket=16, room=256, steps=40),
+        "bare": _bare(prompts=(128, 128), bucket=16, room=256, steps=256),
+    },
+    "8b": {
+        "run": _run(prompts=(60, 660), bucket=64, room=1024, steps=168),
+        "bare": _bare(prompts=(512, 512), bucket=16, room=512, steps=512),
+    },
+}
+
+
+def llama_shape(embed: int, layers: int, heads: int, vocab_size: int = 32_000) -> DecoderConfig:
     return config.make(
-        "tiny", vocab_size=32_000, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=embed // heads,
+        "tiny", vocab_size=vocab_size, embed=embed, layers=layers, heads=heads, kv_heads=heads, head_dim=embed // heads,
         mlp=4 * embed * 2 // 3, max_positions=1024, tied=True,
     )  # fmt: skip
 
 
 def shapes(name: str) -> tuple[DecoderConfig, DecoderConfig]:
     """Configs of the reference and of the guide's trunk."""
+    if name == "tiny":
+        return llama_shape(96, 2, 4, vocab_size=256), llama_shape(48, 2, 4, vocab_size=256)
     if name == "small":
         return llama_shape(768, 12, 12), llama_shape(384, 6, 6)
     return tuple(config.make(size, dtype="bfloat16") for size in ("llama3.1-8b", "llama3.2-1b"))
 
 
 def models(name: str) -> tuple[LanguageModel, ValueModel]:
+    """The reference, and the guide as fitted."""
+
     def in_dtype(params, config: DecoderConfig):
         return jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
 
     def make_guide(key: jax.Array, config: ValueConfig):
         params = value.init(key, config)
         params["head"]["kernel"] = jax.random.normal(key, params["head"]["kernel"].shape) * 0.05
-        return in_dtype(params, config.trunk)
+        return params
 
     ref_config, trunk = shapes(name)
     guide_config = ValueConfig(trunk)
@@ -67,27 +120,45 @@ def models(name: str) -> tuple[LanguageModel, ValueModel]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of every program: `batch` prompts of `prompt` tokens, `steps` new ones for each."""
+    """The work of every program: `batch` prompts."""
 
+    setting: Setting
     batch: int
-    prompt: int
-    steps: int
     vocabulary: int
 
-    def prompts(self) -> np.ndarray:
-        return np.random.default_rng(0).integers(self.vocabulary, size=(self.batch, self.prompt)).astype(np.int32)
+    @property
+    def lengths(self) -> np.ndarray:
+        shortest, longest = self.setting.prompts
+        even = np.linspace(shortest, longest, self.batch) if self.batch > 1 else np.asarray([(shortest + longest) / 2])
+        return even.round().astype(int)
+
+    @property
+    def held(self) -> float:
+        """Positions of its cache that a row reads in a step, on average over rows and steps."""
+        return self.lengths.mean() + self.setting.steps / 2
+
+    @property
+    def buffer(self) -> int:
+        """Positions of the caches."""
+        return decoding.cache_size(self.lengths.max(), self.setting.room, self.setting.bucket)
+
+    def prompts(self) -> list[list[int]]:
+        rng = np.random.default_rng(0)
+        return [rng.integers(self.vocabulary, size=length).tolist() for length in self.lengths]
+
+    def even_prompts(self) -> np.ndarray:
+        """Prompts of one length, [batch, T], with as many tokens in all."""
+        shape = self.batch, round(self.lengths.mean())
+        return np.random.default_rng(0).integers(self.vocabulary, size=shape).astype(np.int32)
 
 
 def ours(
     ref: LanguageModel, guide: ValueModel | None, work: Work, steps: int, slots: int | None = None
 ) -> tuple[float, float]:
     """Milliseconds of the prefill, and of one decode step, the mean of the first `steps` of the work."""
+    setting = work.setting
     began = time.perf_counter()
-    run = decoding.Run(
-        ref, guide, work.prompts().tolist(),
-        Sampling(eta=ETA, top_k_candidates=CANDIDATES, candidate_slots=slots, max_new_tokens=work.steps),
-        rng=0, record=(),
-    )  # fmt: skip
+    run = decoding.Run(ref, guide, work.prompts(), setting.sampling(slots), rng=0, record=setting.record)
     jax.block_until_ready(run.state)
     filled = time.perf_counter()
     jax.block_until_ready(
@@ -97,14 +168,16 @@ def ours(
 
 
 def bound(
-    ref: LanguageModel, guide: ValueModel | None, work: Work, slots: int | None, machine: tuple[float, float]
+    ref: LanguageModel, guide: ValueModel | None, work: Work, positions: float, slots: int | None, machine: np.ndarray
 ) -> float:
     """Milliseconds that a step takes at least: for each model the larger of reading and of computing.
 
-    Read are the weights and the whole cache buffers, once each; of an embedding that is not the head only a few rows.
-    Computed are the products with the weights for every token that goes through the model, and attention's two.
+    Read are the weights, in the dtype of the computation, and the caches, once each; of an embedding that is not the
+    head only a few rows. Computed are the products with the weights for every token that goes through the model, and
+    attention's two.
 
     Args:
+      positions: of its cache that a row reads.
       machine: bytes read a second, and floating-point operations a second.
     """
     candidates = CANDIDATES if slots is None else slots
@@ -113,9 +186,8 @@ def bound(
         decoders.append((guide.params["trunk"], guide.config.trunk, work.batch * (1 + candidates)))
     total = 0.0
     for params, shape, tokens in decoders:
-        unused = () if params is ref.params else ("embedding",)
+        unused = () if params is ref.params and shape.tied else ("embedding",)
         weights = sum(leaf.size for name in params if name not in unused for leaf in jax.tree.leaves(params[name]))
-        positions = work.prompt - 1 + work.steps
         cache = 2 * shape.layers * work.batch * shape.kv_heads * positions * shape.head_dim
         attention = 4 * shape.layers * tokens * shape.heads * positions * shape.head_dim
         reading = (weights + cache) * shape.compute_dtype.itemsize / machine[0]
@@ -143,8 +215,24 @@ def matmul_speed(dtype: jnp.dtype) -> float:
     return 2 * 4096**3 / (time.perf_counter() - began)
 
 
+class Compilations:
+    """Seconds to compile, by program, since the last `take`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **labels: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds[labels["fun_name"]].append(seconds)
+
+    def take(self) -> dict[str, list[float]]:
+        taken, self._seconds = self._seconds, defaultdict(list)
+        return taken
+
+
 class Torch:
-    """The same weights in `transformers`, through an export."""
+    """The same weights in `transformers`, through an export, in the dtypes of the computation."""
 
     def __init__(self, ref: LanguageModel, guide: ValueModel):
         import logits_processor
@@ -156,69 +244,137 @@ class Torch:
             hf.export_ref(ref, f"{folder}/ref")
             hf.export_guide(guide, f"{folder}/guide")
             self.ref = AutoModelForCausalLM.from_pretrained(f"{folder}/ref", dtype="auto").to(device).eval()
-            self.guide = (
-                AutoModelForTokenClassification.from_pretrained(f"{folder}/guide", dtype="auto").to(device).eval()
-            )
+            dtype = getattr(torch, guide.config.trunk.dtype)
+            classifier = AutoModelForTokenClassification.from_pretrained(f"{folder}/guide", dtype=dtype)
+            self.guide = classifier.to(device).eval()
         self.generate = functools.partial(logits_processor.generate, candidates=CANDIDATES, eta=ETA)
 
     def milliseconds(self, guided: bool, work: Work, steps: int) -> tuple[float, float]:
         """Time of a run of one new token, and of each further step (mean of `steps` - 1)."""
-        guide = self.guide if guided else None
-        _, first = self.generate(self.ref, guide, work.prompts(), 1)
-        _, all_ = self.generate(self.ref, guide, work.prompts(), steps)
+        setting, prompts = work.setting, work.even_prompts()
+        generate = functools.partial(
+            self.generate, self.ref, self.guide if guided else None, prompts, temperature=setting.temperature,
+            top_p=setting.top_p,
+        )  # fmt: skip
+        (_, first), (_, all_) = generate(1), generate(steps)
         return first * 1e3, (all_ - first) / (steps - 1) * 1e3
+
+
+class Vllm:
+    """The reference alone in vLLM, through an export."""
+
+    def __init__(self, ref: LanguageModel):
+        import vllm
+
+        self.vllm = vllm
+        with tempfile.TemporaryDirectory() as folder:
+            hf.export_ref(ref, folder)
+            # A third of the device's memory; JAX and PyTorch hold the rest.
+            self.model = vllm.LLM(folder, skip_tokenizer_init=True, max_model_len=2048, gpu_memory_utilization=0.33)
+
+    def milliseconds(self, work: Work, steps: int) -> tuple[float, float]:
+        """The same two times as in `Torch`."""
+        prompts = [{"prompt_token_ids": prompt} for prompt in work.even_prompts().tolist()]
+
+        def seconds(new_tokens: int) -> float:
+            sampling = self.vllm.SamplingParams(
+                temperature=work.setting.temperature, top_p=work.setting.top_p, max_tokens=new_tokens, ignore_eos=True,
+                detokenize=False,
+            )  # fmt: skip
+            began = time.perf_counter()
+            self.model.generate(prompts, sampling, use_tqdm=False)
+            return time.perf_counter() - began
+
+        first, all_ = seconds(1), seconds(steps)
+        return first * 1e3, (all_ - first) / (steps - 1) * 1e3
+
+
+def variants(options: argparse.Namespace, ref: LanguageModel, guide: ValueModel) -> dict:
+    """The programs by name: (work, steps) -> milliseconds of prefill and of a step."""
+    models = decoding.for_decoding(ref), decoding.for_decoding(guide)
+
+    def program(name: str) -> Callable[[Work, int], tuple[float, float]]:
+        def measured(work: Work, steps: int) -> tuple[float, float]:
+            slots = SLOTS if name == "packed" else None
+            return ours(models[0], None if name == "unguided" else models[1], work, steps, slots)
+
+        return measured
+
+    programs = {f"ours, {name}": program(name) for name in options.programs.split(",")}
+    if options.without_torch:
+        return programs
+    if not importlib.util.find_spec("torch"):
+        print("transformers is not measured: there is no PyTorch")
+        return programs
+    torch = Torch(ref, guide)
+    programs |= {
+        "transformers, unguided": functools.partial(torch.milliseconds, False),
+        "transformers, guided": functools.partial(torch.milliseconds, True),
+    }
+    if importlib.util.find_spec("vllm"):
+        programs["vLLM, unguided"] = Vllm(ref).milliseconds
+    return programs
+
+
+HEADS = (
+    "setting", "batch", "program               ", "prefill ms", "ms a step", "bound ms", "bound / measured",
+    "bound of whole buffers ms", "this / ours",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", choices=PROMPT, default="small")
+    parser.add_argument("--models", choices=SETTINGS, default="small")
+    parser.add_argument("--settings", default="run,bare")
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="ours, among " + ", ".join(PROGRAMS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", default="1,16")
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="new tokens that are timed, at most the setting's room")
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
-    stacked = models(options.models)
-    ref, guide = map(decoding.for_decoding, stacked)
-    works = {
-        int(batch): Work(int(batch), PROMPT[options.models], options.new_tokens, ref.config.vocab_size)
-        for batch in options.batch.split(",")
-    }
     print(f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
-    variants = {
-        "ours, unguided": lambda work, steps: ours(ref, None, work, steps),
-        "ours, guided": lambda work, steps: ours(ref, guide, work, steps),
-        "ours, packed": lambda work, steps: ours(ref, guide, work, steps, SLOTS),
-    }
-    if not options.without_torch:
-        torch = Torch(*stacked)
-        variants |= {
-            "transformers, unguided": lambda work, steps: torch.milliseconds(False, work, steps),
-            "transformers, guided": lambda work, steps: torch.milliseconds(True, work, steps),
-        }
-    times = {(batch, name): [] for batch in works for name in variants}
-    machine = []
+    ref, guide = models(options.models)
+    programs = variants(options, ref, guide)
+    works = {}
+    for name in options.settings.split(","):
+        setting = SETTINGS[options.models][name]
+        setting = dataclasses.replace(setting, steps=options.steps or setting.steps)
+        for batch in map(int, options.batch.split(",")):
+            works[name, batch] = Work(setting, batch, ref.config.vocab_size)
+    times = {(*key, program): [] for key in works for program in programs}
+    machine, compilations, compiled = [], Compilations(), {}
     for round_ in range(options.rounds + 1):
-        for batch, name in times:
-            steps = works[batch].steps if round_ else decoding.BLOCK  # the first round compiles
-            times[batch, name].append(variants[name](works[batch], steps))
+        for setting, batch, program in times:
+            work = works[setting, batch]
+            steps = work.setting.steps if round_ else decoding.BLOCK  # the first round compiles
+            times[setting, batch, program].append(programs[program](work, steps))
+            if not round_:
+                compiled[setting, batch, program] = compilations.take()
         machine.append((read_bandwidth(), matmul_speed(ref.config.compute_dtype)))
     machine = np.max(machine, axis=0)
     print(f"reading 1 GiB: {machine[0] / 1e9:.1f} GB/s; a product of matrices: {machine[1] / 1e9:.0f} GFLOP/s\n")
-    heads = ("batch", f"{'program':22s}", "prefill ms", "ms a step", "bound ms", "bound / measured", "this / ours")
-    heads += ("compiled in s",)
-    print(f"| {' | '.join(heads)} |\n| {' | '.join('-' * len(head) for head in heads)} |")
-    for (batch, name), (first, *measured) in times.items():
+    print(f"| {' | '.join(HEADS)} |\n| {' | '.join('-' * len(head) for head in HEADS)} |")
+    for (setting, batch, program), (_, *measured) in times.items():
         prefill, step = np.median(measured, axis=0)
-        guided = not name.endswith("unguided")
-        least = bound(ref, guide if guided else None, works[batch], SLOTS if "packed" in name else None, machine)
-        mine = np.asarray(times[batch, "ours, guided" if guided else "ours, unguided"])[1:, 1]
-        ratio = np.median(np.asarray(measured)[:, 1] / mine)
-        compiling = first[0] - prefill + decoding.BLOCK * (first[1] - step)
-        compiled = f"{compiling / 1e3:.1f}" if name.startswith("ours") else ""
+        guided = not program.endswith("unguided")
+        of_work = functools.partial(bound, ref, guide if guided else None, work := works[setting, batch])
+        slots = SLOTS if "packed" in program else None
+        least, whole = (of_work(positions, slots, machine) for positions in (work.held, work.buffer))
+        mine = times.get((setting, batch, "ours, guided" if guided else "ours, unguided"))
+        ratio = f"{np.median(np.asarray(measured)[:, 1] / np.asarray(mine)[1:, 1]):.2f}x" if mine else ""
         print(
-            f"| {batch:5d} | {name:22s} | {prefill:10.1f} | {step:9.2f} | {least:8.2f} | {least / step:16.2f} |"
-            f" {ratio:10.2f}x | {compiled:>13s} |"
+            f"| {setting:7s} | {batch:5d} | {program:22s} | {prefill:10.1f} | {step:9.2f} | {least:8.2f} |"
+            f" {least / step:16.2f} | {whole:25.2f} | {ratio:>11s} |"
         )
+    print("\nSeconds to compile each program, the first of those that a row shares with earlier ones:\n")
+    for (setting, batch, program), seconds in compiled.items():
+        parts = [
+            f"{name} {' + '.join(f'{s:.1f}' for s in seconds[f'jit({name})'])}"
+            for name in ("prefill", "decode")
+            if seconds.get(f"jit({name})")
+        ]
+        if parts:
+            print(f"- {setting}, batch {batch}, {program}: {'; '.join(parts)}")
 
 
 if __name__ == "__main__":

@@ -58,12 +58,15 @@ def generate(
     candidates: int,
     eta: float,
     sample: bool = True,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> tuple[np.ndarray, float]:
     """Exactly `new_tokens` for each of the prompts [B, P]; with the seconds that it took."""
     processors = LogitsProcessorList([] if guide is None else [Guidance(guide, candidates, eta)])
     config = GenerationConfig(
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=sample, top_k=0, pad_token_id=0
-    )
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=sample, top_k=0, pad_token_id=0,
+        temperature=temperature, top_p=top_p,
+    )  # fmt: skip
     began = time.perf_counter()
     tokens = ref.generate(
         torch.from_numpy(prompts).long().to(ref.device), generation_config=config, logits_processor=processors

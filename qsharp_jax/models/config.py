@@ -28,7 +28,7 @@ class DecoderConfig:
     heads: int
     kv_heads: int
     head_dim: int  # width of one head
-    mlp: int  # hidden width of the feed-forward part
+    mlp: int  # hidden width of the feed-forward part, or of each expert
     max_positions: int  # longest sequence, in tokens
     positions: str = "rope"  # "rope" or "learned"
     norm: str = "rms"  # "rms", "rms_plus_one" (its scale is stored minus 1, Gemma) or "layer"
@@ -39,6 +39,9 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm on the heads' queries and keys (Qwen 3)
     query_scalar: float = 0.0  # attention scores are divided by its square root; 0: head_dim (Gemma)
     scaled_embedding: bool = False  # embeddings are multiplied by the square root of their width (Gemma)
+    experts: int = 0  # feed-forward networks, of which a router chooses some for each token; 0: no router (Qwen 3 MoE)
+    experts_per_token: int = 0  # how many of them the router chooses
+    normalized_router: bool = False  # the weights of a token's experts are divided by their sum
     fused: bool = False  # checkpoints have query, key and value, and gate and up, in one matrix each (Phi-3)
     tied: bool = False  # the output head is the embedding's transpose
     # add a learned share of the previous token's embedding to every position's input. With it, a small model learns to
@@ -73,6 +76,13 @@ class DecoderConfig:
         rotated = "rope_dims" if self.rope_dims else "head_dim"
         if self.positions == "rope" and getattr(self, rotated) % 2:
             raise ValueError(f"model.{rotated} is {getattr(self, rotated)}; rotary positions need an even one")
+        if not min(self.experts, 1) <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"model.experts_per_token is {self.experts_per_token}; it must be from 1 to model.experts"
+                f" ({self.experts}), or 0 without experts"
+            )
+        if self.experts and (self.activation != "swiglu" or self.bias):
+            raise ValueError("model.experts needs model.activation swiglu, and model.bias false")
         if not 0 <= self.rope_dims <= self.head_dim:
             raise ValueError(f"model.rope_dims is {self.rope_dims}; it must be from 0 to model.head_dim")
         if self.window < 0 or self.window == 1 or (self.window == 0) != (not self.window_layers):
@@ -157,6 +167,11 @@ def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> dict:
     )  # fmt: skip
 
 
+def _qwen3_moe(embed: int, layers: int, heads: int, kv_heads: int, mlp: int) -> dict:
+    moe = dict(kv_heads=kv_heads, experts=128, experts_per_token=8, normalized_router=True)
+    return _qwen3(embed, layers, heads, mlp, tied=False) | moe
+
+
 def _gemma3(embed: int, layers: int, heads: int, mlp: int) -> dict:
     return dict(
         vocab_size=262_144, embed=embed, layers=layers, heads=heads, kv_heads=1, head_dim=256, mlp=mlp,
@@ -183,6 +198,8 @@ SIZES = {
     "qwen2.5-7b": _qwen25(152_064, 3584, 28, 28, 4, 18_944, tied=False),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 4, 768),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 4, 1536),
     "gemma3-270m": _gemma3(640, 18, 4, 2048),
     "gemma3-1b": _gemma3(1152, 26, 4, 6912),
 }

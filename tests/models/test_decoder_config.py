@@ -14,7 +14,8 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496, "llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824,
     "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
-    "qwen3-8b": 8_190_735_360, "gemma3-270m": 268_098_176, "gemma3-1b": 999_885_952,
+    "qwen3-8b": 8_190_735_360, "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560,
+    "gemma3-270m": 268_098_176, "gemma3-1b": 999_885_952,
 }  # fmt: skip
 
 
@@ -49,6 +50,9 @@ def guide(**changes):
         (tiny(rope_dims=26), r"model\.rope_dims is 26; it must be from 0 to model\.head_dim"),
         (tiny(window=1, window_layers=(0,)), r"model\.window is 1; it must be 0 with no model\.window_layers, or at"),
         (tiny(window=8), r"model\.window is 8; it must be 0 with no model\.window_layers"),
+        (tiny(experts=4), r"model\.experts_per_token is 0; it must be from 1 to model\.experts \(4\), or 0 without"),
+        (tiny(experts=4, experts_per_token=5), r"model\.experts_per_token is 5"),
+        (tiny(experts=4, experts_per_token=2, bias=True), r"model\.experts needs model\.activation swiglu"),
         (tiny(rope_factor=0.5), r"model\.rope_factor is 0.5; it must be at least 1"),
         (tiny(rope_low_freq=4.0), r"model\.rope_low_freq \(4.0\) must be above 0 and below model.rope_high_freq"),
         (guide(type="x"), r"value\.type is 'x'; it must be v or q"),

@@ -46,6 +46,10 @@ FAMILIES = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=SCALED),
     "qwen2": lambda: transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**LLAMA, head_dim=24),
+    # A decode step of three rows has fewer tokens' experts than experts.
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **LLAMA, head_dim=12, moe_intermediate_size=24, num_experts=12, num_experts_per_tok=3, norm_topk_prob=True
+    ),
     "mistral": lambda: transformers.MistralConfig(**LLAMA, head_dim=12, sliding_window=8),
     "gemma3_text": lambda: transformers.Gemma3TextConfig(
         **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
@@ -66,6 +70,9 @@ MORE = {
     ),
     "qwen3-tied": lambda: transformers.Qwen3Config(
         **LLAMA, head_dim=8, tie_word_embeddings=True, rope_parameters=SCALED
+    ),
+    "qwen3_moe-tied": lambda: transformers.Qwen3MoeConfig(
+        **LLAMA, head_dim=12, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=True
     ),
     "qwen3-window": lambda: transformers.Qwen3Config(
         **LLAMA, use_sliding_window=True, max_window_layers=1, sliding_window=8
@@ -93,7 +100,7 @@ MASK = np.int32(POSITIONS < np.array(LENGTHS)[:, None])
 
 every_config = pytest.mark.parametrize("name", EVERY)
 # What tests of one second each compute for more than logits: families that others do not stand for.
-DISTINCT = ("gpt2", "llama", "qwen2", "qwen3", "gemma3_text")
+DISTINCT = ("gpt2", "llama", "qwen2", "qwen3", "gemma3_text", "qwen3_moe")
 forward = jax.jit(decoder.forward, static_argnames="config")
 value_forward = jax.jit(value.forward, static_argnames="config")
 

@@ -25,10 +25,12 @@ GEMMA = dataclasses.replace(
     LLAMA, norm="rms_plus_one", activation="geglu", qk_norm=True, post_norms=True, scaled_embedding=True, window=8,
     window_layers=(0,), window_rope_theta=10.0, query_scalar=5.0,
 )  # fmt: skip
+QWEN3_MOE = dataclasses.replace(QWEN3, experts=6, experts_per_token=2, normalized_router=True)
 PHI3 = dataclasses.replace(LLAMA, fused=True, rope_dims=4)
 CONFIGS = {
     "llama": LLAMA, "llama-tied": TIED, "gpt2": UNTIED_GPT2, "gpt2-tied": GPT2, "qwen2": QWEN2, "qwen3": QWEN3,
     "mistral": dataclasses.replace(LLAMA, heads=3, kv_heads=3), "gemma3_text": GEMMA, "phi3": PHI3,
+    "qwen3_moe": QWEN3_MOE,
 }  # fmt: skip
 
 

@@ -261,6 +261,7 @@ def family_of(config: DecoderConfig) -> str:
         "gpt2": divided and (config.kv_heads, config.head_dim) == (config.heads, config.embed // config.heads),
         "llama": divided,  # required by its config class, as by Gemma's
         "gemma3_text": divided,
+        "qwen3_moe": config.experts > 0,
     }
     for name, family in FAMILIES.items():
         windows = {"none": config.window == 0, "all": len(config.window_layers) in (0, config.layers)}
@@ -269,7 +270,7 @@ def family_of(config: DecoderConfig) -> str:
             return name
     raise UserError(
         f"this model cannot be exported: no class of transformers computes it; it must match one of"
-        f" {', '.join(FAMILIES)} in its positions, norms, biases and windows"
+        f" {', '.join(FAMILIES)} in its positions, norms, biases, windows and experts"
     )
 
 

@@ -192,32 +192,35 @@ def _dtype(params: Params) -> str:
 # --- Weights --------------------------------------------------------------------------------------------------------
 
 
+# A leaf and its place; a tensor of the checkpoint holds the part of the leaf at an index of its first axes.
+_Part = tuple[Place, jax.Array, tuple[int, ...]]
+
+
 def _tensors(params: Params, table: Mapping[str, Place]) -> list[files.Tensor]:
     """Every tensor of the checkpoint, in the order of the layers; values are fetched when written."""
-    parts: dict[str, list[tuple[Place, jax.Array, int | None]]] = {}  # leaves, and the layer of stacked ones
+    parts: dict[str, list[_Part]] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         key, layer = names.split_layer(path)
         place = table[key]
-        if "{}" not in place.name or layer is not None:
-            parts.setdefault(place.name.format(layer), []).append((place, leaf, None))
-        else:
-            for i in range(leaf.shape[0]):
-                parts.setdefault(place.name.format(i), []).append((place, leaf, i))
+        stacked = "{}" in place.name and layer is None
+        for index in np.ndindex(leaf.shape[: stacked + ("{{}}" in place.name)]):
+            name = place.name.format(index[0] if stacked else layer).format(*index[-1:])
+            parts.setdefault(name, []).append((place, leaf, index))
 
     tensors = []
     for name, leaves in parts.items():
-        place, leaf, layer = leaves[0]
-        shape = place.stored_shape(leaf.shape if layer is None else leaf.shape[1:])
+        place, leaf, index = leaves[0]
+        shape = place.stored_shape(leaf.shape[len(index) :])
         tensors.append(files.Tensor(name, np.dtype(leaf.dtype), shape, functools.partial(_stored, leaves)))
     return tensors
 
 
-def _stored(leaves: Sequence[tuple[Place, jax.Array, int | None]]) -> np.ndarray:
+def _stored(leaves: Sequence[_Part]) -> np.ndarray:
     """One tensor of the checkpoint, from the leaves that it holds side by side."""
     values = []
-    for place, leaf, layer in sorted(leaves, key=lambda entry: entry[0].part):
+    for place, leaf, index in sorted(leaves, key=lambda entry: entry[0].part):
         # A copy is fetched: an array on several devices would keep the host array that its parts were joined in.
-        part = sharding.to_host(jnp.copy(leaf) if layer is None else leaf[layer])
+        part = sharding.to_host(leaf[index] if index else jnp.copy(leaf))
         values.append(part.T if place.transposed else part)
     return values[0] if len(values) == 1 else np.concatenate(values, axis=leaves[0][0].axis)
 

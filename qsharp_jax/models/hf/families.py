@@ -10,6 +10,7 @@ from typing import Any, Literal
 _LLAMA_FIXED: dict[str, Any] = dict(
     positions="rope", norm="rms", activation="swiglu", bias=False, qkv_bias=False, qk_norm=False, post_norms=False,
     scaled_embedding=False, fused=False, query_scalar=0.0, window_rope_theta=0.0, no_rope_layers=(), rope_dims=0,
+    experts=0,
 )  # fmt: skip
 _LLAMA_FIELDS = dict(
     vocab_size="vocab_size", hidden_size="embed", num_hidden_layers="layers", num_attention_heads="heads",
@@ -79,6 +80,17 @@ FAMILIES = {
         "Qwen3ForCausalLM", "Qwen3ForTokenClassification", fixed=_LLAMA_FIXED | dict(qk_norm=True),
         computed=_SILU | _NO_BIAS,
         written=dict(attention_bias=False, use_sliding_window=False, hidden_act="silu"), windows="layer_types",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "Qwen3MoeForTokenClassification", fixed=_without("experts") | dict(qk_norm=True),
+        fields={name: field for name, field in _LLAMA_FIELDS.items() if field != "mlp"} | dict(
+            moe_intermediate_size="mlp", num_experts="experts", num_experts_per_tok="experts_per_token",
+            norm_topk_prob="normalized_router",
+        ),
+        computed=_SILU | _NO_BIAS | dict(decoder_sparse_step=(1,), mlp_only_layers=([], None)),
+        written=dict(
+            attention_bias=False, use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu"
+        ),
     ),
     "mistral": Family("MistralForCausalLM", "MistralForTokenClassification", windows="all"),
     "gemma3_text": Family(

@@ -194,9 +194,10 @@ def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int
         key, _ = names.split_layer(path)
         place = table[key]
         if "{}" in place.name:
-            expected |= {place.name.format(i): place.stored_shape(leaf.shape[1:]) for i in range(leaf.shape[0])}
+            for layer in range(leaf.shape[0]):
+                expected |= place.tensors(leaf.shape[1:], layer)
         else:
-            expected[place.name] = place.stored_shape(leaf.shape)
+            expected |= place.tensors(leaf.shape)
     return expected
 
 
@@ -321,6 +322,10 @@ def _read_slice(
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:
     """Read a slice of a leaf, with bounds [start, stop) on each axis, in small pieces."""
+    if "{}" in name:
+        numbers, *bounds_of_each = bounds
+        parts = [name.format(number) for number in range(*numbers)]
+        return np.stack([_read_slice(tensors, place, part, tuple(bounds_of_each), dtype, pool) for part in parts])
     out = np.empty([stop - start for start, stop in bounds], dtype)
     by_row, where = out, list(bounds)
     if place.transposed:

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Measures on one NVIDIA H200; see --help.
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+usage() {
+    cat <<'HELP'
+On a machine with one NVIDIA H200 and this repository: sets up, checks decoding on the GPU against float32 numbers of the
+CPU, and measures decoding (Llama 3.1 8B with a guide of 1B, random weights, batch 1, 16 and 64) and a step of the
+guide's fit (1B, 2,048 tokens). It takes less than 15 minutes after the set-up. What is printed is appended to
+benchmarks/RESULTS.md, with the date and the device.
+
+  bash benchmarks/h200.sh
+  bash benchmarks/h200.sh --small    # the same way with tiny models, on any device, in a minute
+
+Options
+  --small          tiny models; appends nothing, unless --results is given
+  --results FILE   appends to this file instead
+  --help           this
+
+Environment
+  QSHARP_VENV      the virtual environment, made where it is missing (.venv in the repository)
+  QSHARP_PYTHON    a Python that has the package and its requirements; nothing is set up then
+
+With vLLM in that environment, its decoding is measured too.
+HELP
+}
+
+fail() {
+    echo "h200.sh: $*" >&2
+    exit 2
+}
+
+small="" results=""
+while (($#)); do
+    case $1 in
+        --small) small=yes ;;
+        --results) [[ $# -gt 1 ]] || fail "--results takes a file" && results=$2 && shift ;;
+        --help | -h) usage && exit ;;
+        *) fail "unknown option $1; see --help" ;;
+    esac
+    shift
+done
+[[ -n $small || -n $results ]] || results=$repo/benchmarks/RESULTS.md
+[[ -n $small ]] || nvidia-smi -L >/dev/null 2>&1 || fail "there is no NVIDIA GPU here (nvidia-smi -L fails); see --help"
+
+python=${QSHARP_PYTHON-}
+if [[ -z $python ]]; then
+    # shellcheck source=/dev/null
+    source "$repo/launch/setup.sh"
+    set_up bench
+    python=$QSHARP_VENV/bin/python
+fi
+if [[ -z $small ]]; then
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # the CPU computes what the GPU is compared with
+    export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false} # PyTorch shares the GPU
+fi
+
+cd "$repo"
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+failed=""
+
+say() { printf '%s\n' "$@" | tee -a "$report"; }
+
+# Runs a program of this folder, and shows what it prints as a section of the report.
+part() { # TITLE PROGRAM [ARGUMENT...]
+    local title=$1 began=$SECONDS
+    shift
+    say "" "### $title" "" "\`python benchmarks/$*\`" "" '```text'
+    "$python" "benchmarks/$1" "${@:2}" 2>&1 | tee -a "$report" || failed+=" $1"
+    say '```' "" "$((SECONDS - began)) s."
+}
+
+say "" "## Decoding and fitting on an accelerator ($(date -u +%F))" "" \
+    "\`bash benchmarks/h200.sh${small:+ --small}\`, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)." \
+    "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "No NVIDIA GPU.")"
+if [[ -n $small ]]; then
+    part "Parity with the CPU" parity.py --models tiny --rows 2 --new-tokens 16
+    part "Decoding" decode.py --models tiny --batch 1,2 --rounds 1 --programs unguided,guided --without-torch
+    part "Fitting" train.py --model tiny --rounds 1
+else
+    part "Parity with the CPU" parity.py
+    part "Decoding as a run does" decode.py --models 8b --batch 1,16,64 --rounds 3 --settings run --programs unguided,guided
+    part "Decoding, bare" decode.py --models 8b --batch 1,64 --rounds 3 --settings bare --programs guided --without-torch
+    part "Fitting, cuDNN's attention" train.py --model 1b --attention cudnn
+    part "Fitting, plain attention" train.py --model 1b --attention xla
+fi
+say "" "${SECONDS} s in all."
+[[ -z $results ]] || cat "$report" >>"$results"
+[[ -z $failed ]] || {
+    echo "h200.sh: failed:$failed" >&2
+    exit 1
+}
