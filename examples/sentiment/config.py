@@ -37,5 +37,6 @@ def get_config() -> ConfigDict:
     c.fit.remat = "none"
 
     c.evaluate.problems = 144  # all prompts for the test
-    c.evaluate.etas = (0.2, 0.1, 0.05)
+    c.evaluate.guided_samples = 2
+    c.evaluate.etas = (0.5, 0.2, 0.1)
     return c

@@ -1,10 +1,11 @@
 """Openings of reviews that are to go on kindly, by VADER's word list (Hutto and Gilbert, 2014).
 
     pip install vaderSentiment
-    qsharp run --ref MODEL --task examples/sentiment/task.py --prompt-format plain --workdir runs/sentiment
+    qsharp run --config examples/sentiment/config.py --config.ref=MODEL --workdir runs/sentiment
 
-`reward` is the compound score of opening and continuation, in [-1, 1]; with `--reward FILE:positive` it is 1
-where that is above 0.3, else 0. Things reviewed are split into those for training and those for the test.
+`reward` is the compound score of opening and continuation, in [-1, 1]. With `--config.task.rewards=FILE:positive
+--config.task.weights=1` it is 1 where that is above 0.3, else 0. Things reviewed are split into those for training and
+those for the test.
 """
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

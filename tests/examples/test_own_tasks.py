@@ -46,8 +46,11 @@ def test_sentiment():
     assert task["positive"](prompts, [" wonderful, and we loved it.", " a horrible, sad place."]) == [1, 0]
 
 
-def test_the_recipe_of_the_constraints():
-    config = configs.load(ROOT / "examples" / "constraints" / "config.py", [])
+@pytest.mark.parametrize("name", ["constraints", "sentiment"])
+def test_the_recipes_take_all_prompts(name):
+    if name == "sentiment":
+        pytest.importorskip("vaderSentiment", reason="sentiment's reward needs vaderSentiment")
+    config = configs.load(ROOT / "examples" / name / "config.py", [])
     checks.check_settings(config)
-    problems = program("constraints")["problems"]
+    problems = program(name)["problems"]
     assert (config.collect.prompts, config.evaluate.problems) == (len(problems("train")), len(problems("test")))
