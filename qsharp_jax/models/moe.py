@@ -30,12 +30,17 @@ def feed_forward(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Arr
     chex.assert_rank(x, 3)
     tokens = x.reshape(-1, x.shape[-1])
     weights, chosen = route(params, config, tokens)
-    mix = _few_tokens if chosen.size < config.experts else _all_experts
+    mix = _few_tokens if are_few(config, len(tokens)) else _all_experts
     kernels = [leaves.BLOCK[f"experts/{name}"].axes for name in KERNELS]
     mix = sharding.over_hidden_units(mix, *kernels, *((None, None),) * 3)
     with jax.named_scope("experts"):
         mixed = mix(*(params[name] for name in KERNELS), tokens, weights, chosen)
     return mixed.reshape(x.shape).astype(x.dtype)
+
+
+def are_few(config: DecoderConfig, tokens: int) -> bool:
+    """Return true if so many tokens have fewer experts than there are."""
+    return tokens * config.experts_per_token < config.experts
 
 
 def route(params: Params, config: DecoderConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,6 +91,6 @@ def _expert(gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array) -> ja
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
-def products(config: DecoderConfig) -> int:
-    """The number of weights that a token is multiplied with in all layers' mixtures; 0 without experts."""
-    return config.layers * config.embed * (config.experts + 3 * config.experts_per_token * config.mlp)
+def products(config: DecoderConfig, experts: int) -> int:
+    """The number of weights of all layers' mixtures that a token is multiplied with in so many experts."""
+    return config.layers * config.embed * (config.experts + 3 * experts * config.mlp)

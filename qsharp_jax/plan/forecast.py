@@ -77,7 +77,7 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
     memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
     saved = next(line.amount for line in memory if line.what == "activations")
-    products = _product_weights(params, part.trunk)
+    products = _product_weights(params, part.trunk, part.tokens)
     forward = 2 * products / tensor * part.tokens
     scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
     recomputed = {"none": 0, "dots": scores, "full": forward + scores}[config.remat]
@@ -283,8 +283,9 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     flops, brought, unread = 0.0, Counter(), 0.0
     for name, (params, trunk) in trunks.items():
         tokens = stream * queries[name]
-        unread += _unread_bytes(params, trunk, tokens)
-        products = _product_weights(params, trunk) + (name == "reference") * trunk.vocab_size * trunk.embed
+        experts = chip_bytes(params["layers"].get("experts", {}))
+        unread += experts * max(0.0, 1 - tokens * trunk.experts_per_token / trunk.experts) if experts else 0.0
+        products = _product_weights(params, trunk, tokens) + (name == "reference") * trunk.vocab_size * trunk.embed
         heads = _divided(trunk.heads, tensor)
         flops += 2 * products / tensor / beside * tokens
         flops += 4 * trunk.layers * heads * trunk.head_dim * job.cache_size * tokens / beside
@@ -355,21 +356,14 @@ def _shared(trunk: DecoderConfig, tensor: int) -> int:
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
-def _product_weights(params: Params, trunk: DecoderConfig) -> int:
-    """Count the weights that every token is multiplied with, over all chips."""
-    return moe.products(trunk) + sum(
+def _product_weights(params: Params, trunk: DecoderConfig, tokens: int) -> int:
+    """Count the weights that each of so many tokens is multiplied with, over all chips."""
+    experts = trunk.experts_per_token if moe.are_few(trunk, tokens) else trunk.experts
+    return moe.products(trunk, experts) + sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(params)
         if {"layers", "future"} & set(names := _names(path)) and names[-1] in ("kernel", "future")
     )
-
-
-def _unread_bytes(params: Params, trunk: DecoderConfig, tokens: int) -> float:
-    """Count the bytes on one chip of experts that so few tokens do not have."""
-    if not trunk.experts:
-        return 0.0
-    leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "experts" in _names(path)]
-    return chip_bytes(leaves) * max(0.0, 1 - tokens * trunk.experts_per_token / trunk.experts)
 
 
 def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:

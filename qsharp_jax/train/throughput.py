@@ -35,7 +35,8 @@ def guide_flops(config: ValueConfig, future_offsets: int = 0) -> Flops:
 
 def _flops(config: DecoderConfig, head: int) -> Flops:
     leaves = jax.tree.leaves_with_path(decoder.abstract(config)["layers"])
-    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel") + moe.products(config)
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    kernels += moe.products(config, config.experts_per_token)
     return functools.partial(
         step_flops, matmul_parameters=kernels + head, attention=config.layers * config.heads * config.head_dim
     )

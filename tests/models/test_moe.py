@@ -79,8 +79,9 @@ def test_experts_are_divided_by_their_hidden_units():
 def test_what_a_token_is_multiplied_with_is_counted():
     """Qwen 3 30B-A3B has 3.3e9 weights a token, of which the embedding and the head have 0.6e9."""
     shape = config.make("qwen3-30b-a3b")
-    kernels = forecast._product_weights(decoder.abstract(shape), shape)
-    assert kernels + 2 * shape.vocab_size * shape.embed == pytest.approx(3.35e9, rel=5e-3)
+    few, every = (forecast._product_weights(decoder.abstract(shape), shape, tokens) for tokens in (1, 16))
+    tables = 2 * shape.vocab_size * shape.embed
+    assert few + tables == pytest.approx(3.35e9, rel=5e-3) and every + tables == pytest.approx(30.53e9, rel=1e-3)
 
 
 @pytest.mark.slow
