@@ -8,7 +8,7 @@ queries that read one kv head.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -63,8 +63,7 @@ def attend(
     Returns:
       [B, Q, H, E] in the query's dtype.
     """
-    form = dict(ring=cache.ring, positions_last=cache.positions_last, window=window)
-    plain = functools.partial(kv_cache.attend, **form)
+    plain = functools.partial(kv_cache.attend, ring=cache.ring, positions_last=cache.positions_last, window=window)
     if cache.positions_last:  # the form for a CPU
         return plain(query, key, value, *after, cache.start, cache.index)
     size, width = cache.values[0].shape[-2:]
@@ -142,9 +141,9 @@ def _merged(parts: Sequence[Part], dtype: Any) -> jax.Array:
     """Attention over all parts, [B, G, N, E]."""
     largest = functools.reduce(jnp.maximum, [part.largest for part in parts])
     weights = [jnp.exp(part.largest - largest) for part in parts]
-    mixed = sum(weight[..., None] * part.mixed for weight, part in zip(weights, parts, strict=True))
-    total = sum(weight * part.total for weight, part in zip(weights, parts, strict=True))
-    return (mixed / total[..., None]).astype(dtype)
+    mixed = [weight[..., None] * part.mixed for weight, part in zip(weights, parts, strict=True)]
+    total = [weight * part.total for weight, part in zip(weights, parts, strict=True)]
+    return (functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, total)[..., None]).astype(dtype)
 
 
 # --- TPU ------------------------------------------------------------------------------------------------------------
@@ -180,12 +179,12 @@ def _by_blocks(
             position = (begin + number) * block
             positions = position + jnp.arange(block)
             seen = (positions >= start[:, None]) & (positions < index)
-            slices = (jax.lax.dynamic_slice_in_dim(x, position % size, block, axis=2) for x in buffers)
-            parts.append(_over_positions(rows, *slices, seen))
+            some_keys, some_values = (jax.lax.dynamic_slice_in_dim(x, position % size, block, axis=2) for x in buffers)
+            parts.append(_over_positions(rows, some_keys, some_values, seen))
         return _tokens(_merged(parts, query.dtype), query.shape[1])
 
     reached = (index - 1) // block - begin + 1
-    branches = [functools.partial(read, count) for count in READ]
+    branches: list[Callable[[], jax.Array]] = [functools.partial(read, count) for count in READ]
     branches.append(lambda: kv_cache.attend(query, key, value, keys, values, start, index, ring))
     return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), branches)
 
