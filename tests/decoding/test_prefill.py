@@ -35,3 +35,14 @@ def test_chunks_fill_the_cache_as_whole_prompts_do(form):
             for row, first in enumerate(chunked.start):
                 np.testing.assert_allclose(got[row, :, first:21], want[row, :, first:21], atol=1e-5)
                 assert np.abs(want[row, :, first:21]).max() > 0.1 and not got[row, :, 21:].any()
+
+
+def test_memory_beside_the_cache_does_not_grow_with_the_prompt():
+    """By the compiler; what is in proportion to the prompt are its ids and positions, a few bytes a token."""
+    model = random_model(17, layers=2)
+    beside = []
+    for length in (1024, 4096):
+        tokens, start = jax.ShapeDtypeStruct((2, length), int), jax.ShapeDtypeStruct((2,), int)
+        program = prefill.lower(model.params, model.config, tokens, start, size=length + 8, chunk=64).compile()
+        beside.append(program.memory_analysis().temp_size_in_bytes)
+    assert beside[1] - beside[0] < 2 * 3072 * 100 < beside[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import helpers
 import jax
@@ -31,7 +32,12 @@ def lowered_prefill(dtype, chunk):
 
 
 def lowered_decode(dtype):
-    run = decoding.Run(*models(dtype), [[1, 2]], Sampling(eta=0.1, max_new_tokens=2, top_k_candidates=3), rng=0)
+    def prefill(params, config, tokens, start, **sizes):
+        real = functools.partial(decoding.prefill, config=config, **sizes)
+        return jax.eval_shape(real, params, tokens=tokens, start=start)
+
+    with mock.patch.object(decoding.api, "prefill", prefill):
+        run = decoding.Run(*models(dtype), [[1, 2]], Sampling(eta=0.1, max_new_tokens=2, top_k_candidates=3), rng=0)
     return decoding.decode.lower(run.ref, run.guide, run.state, run.controls, settings=run.settings)
 
 
