@@ -23,7 +23,7 @@ from qsharp_jax.system.errors import UserError
 
 SHARE = 0.4  # of a device's memory that caches may take; weights and what else runs need the rest
 OF_FREE = 0.8  # of what the weights leave free
-STREAMS = 3  # arrays of the residual stream's size that exist at once in prefill
+STREAMS = 2  # arrays of the residual stream's size that exist at once in prefill, by the TPU compiler
 MOST_ROWS = {"cpu": 64}  # by platform
 MOST_ROWS_ELSEWHERE = 256
 
@@ -234,16 +234,15 @@ def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) ->
     """
     chunk = min(tokens, attention.CHUNK)
     keys = attention.KEYS if tokens > chunk else tokens
-    dtype, tokens_of_chunk = config.compute_dtype, ("stream", None, None)
-    array = functools.partial(sharding.abstract, mesh=mesh)
-    stream = array((prompts, chunk, config.embed), dtype, tokens_of_chunk)
-    scores = ("batch", "heads", None, None)
-    in_attention = [array((prompts, config.heads, chunk, keys), kind, scores) for kind in (jnp.float32, dtype)]
-    in_mlp = [array((prompts, chunk, config.mlp), dtype, ("stream", None, "mlp"))] * 2  # gate and up
+    dtype, array = config.compute_dtype, functools.partial(sharding.abstract, mesh=mesh)
+    stream = array((prompts, chunk, config.embed), dtype, ("stream", None, None))
+    scores = array((prompts, config.heads, chunk, keys), jnp.float32, ("batch", "heads", None, None))
+    hidden = array((prompts, chunk, config.mlp), dtype, ("stream", None, "mlp"))
     # Of whole prompts keys and values are kept beside the cache, of chunks they are written into it.
     kept = array((prompts, config.kv_heads, tokens, config.head_dim), dtype, sharding.CACHE)
-    whole = [kept] * 2 * config.layers if tokens <= chunk else []
-    return [stream] * STREAMS + max(in_attention, in_mlp, key=_bytes) + whole
+    of_whole = [kept] * 2 * config.layers if tokens <= chunk else []
+    # Scores and their exponentials, or what gate and up give.
+    return [stream] * STREAMS + [max(scores, hidden, key=_bytes)] * 2 + of_whole
 
 
 def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = None) -> int:
