@@ -166,7 +166,6 @@ def advance(
     stream = ("stream" if packing is None else None, None, None)
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turns = decoder.rotations(positions, config)
-    first = decode_attention.first_position(cache)
     new, written = [], []
     for layer, kind, *buffers in zip(params["layers"], config.kinds, cache.keys, cache.values, strict=True):
 
@@ -174,7 +173,7 @@ def advance(
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
             after = kv_cache.write_pair(buffers, pair, cache.slot, cache.axes)
-            attended = decode_attention.attend(query, key, value, buffers, after, cache, first, window)
+            attended = decode_attention.attend(query, key, value, buffers, after, cache, window)
             return pack(attended), (pair, after)
 
         x, (pair, after) = decoder.block(layer, config, x, turns[kind.rope], attend)

@@ -45,7 +45,6 @@ def attend(
     before: Buffers,
     after: Buffers,
     cache: KVCache,
-    first: jax.Array,
     window: int = 0,
 ) -> jax.Array:
     """Attention of one step's tokens over a layer's cache; up to rounding, the result of `kv_cache.attend`.
@@ -57,7 +56,6 @@ def attend(
         then read is updated in place on CPU and GPU; the other way round it is copied first. A TPU takes a buffer that
         is to be written to its fast memory, and moves all of it back: there reads come first.
       cache: the start, index and form of the buffers.
-      first: scalar, from `first_position`.
       window: as in `kv_cache.attend`.
 
     Returns:
@@ -66,28 +64,26 @@ def attend(
     plain = functools.partial(kv_cache.attend, ring=cache.ring, positions_last=cache.positions_last, window=window)
     if cache.positions_last:  # the form for a CPU
         return plain(query, key, value, *after, cache.start, cache.index)
-    size, width = cache.values[0].shape[-2:]
+    groups, size, width = cache.values[0].shape[-3:]
+    mesh = jax.sharding.get_abstract_mesh()
+    # Where a mesh has more devices than kv heads, the compiler divides the query heads.
+    whole = not window and (mesh.empty or groups % mesh.shape.get("tensor", 1) == 0)
 
-    def cpu(query, key, value, before, after, start, index, first):
+    def cpu(query, key, value, before, after, start, index):
         return plain(query, key, value, *after, start, index)
 
-    def cuda(query, key, value, before, after, start, index, first):
-        if window or size % TILE or width not in (16, 32, 64, 128, 256):
+    def cuda(query, key, value, before, after, start, index):
+        if not whole or size % TILE or width not in (16, 32, 64, 128, 256):
             return plain(query, key, value, *after, start, index)
         return _by_kernel(query, key, value, *after, start, index)
 
-    def tpu(query, key, value, before, after, start, index, first):
-        if window or size % (8 * BLOCKS):
+    def tpu(query, key, value, before, after, start, index):
+        if not whole or size % (8 * BLOCKS):
             return plain(query, key, value, *before, start, index)
-        return _by_blocks(query, key, value, *before, start, index, first, ring=cache.ring)
+        return _by_blocks(query, key, value, *before, start, index, ring=cache.ring)
 
-    operands = query, key, value, before, after, cache.start, cache.index, first
+    operands = query, key, value, before, after, cache.start, cache.index
     return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)
-
-
-def first_position(cache: KVCache) -> jax.Array:
-    """The first position that some row holds, a scalar."""
-    return jnp.maximum(cache.start.min(), cache.index - cache.values[0].shape[kv_cache.VALUE_AXIS])
 
 
 # --- Parts of the positions -----------------------------------------------------------------------------------------
@@ -146,6 +142,27 @@ def _merged(parts: Sequence[Part], dtype: Any) -> jax.Array:
     return (functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, total)[..., None]).astype(dtype)
 
 
+def _on_each_device(
+    attend: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    start: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """Compute attention [B, G, N, E] on each device of a mesh for its own rows and kv heads; returns [B, Q, H, E].
+
+    The compiler alone would divide masks otherwise than scores, and gather them.
+    """
+    of_step = ("batch", None, "kv", None)
+    axes = sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
+    rows = _rows(query, key.shape[2])
+    attended = sharding.on_each_device(attend, *axes)(rows, key, value, keys, values, start, index)
+    return _tokens(attended, query.shape[1])
+
+
 # --- TPU ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,35 +175,43 @@ def _by_blocks(
     values: jax.Array,
     start: jax.Array,
     index: jax.Array,
-    first: jax.Array,
     *,
     ring: bool,
 ) -> jax.Array:
-    """Attention that reads the blocks from the one of position `first` to the one of `index` - 1.
+    """Attention that reads the blocks from that of the first position that some row holds to that of `index` - 1.
 
     The program has a branch for each of `READ`, which XLA compiles to products with slices of the buffers, and one for
     the whole buffers.
     """
-    buffers = [x[None] if x.ndim == 3 else x for x in (keys, values)]
-    size = keys.shape[-2]
+    if keys.ndim == 3:
+        keys, values = keys[None], values[None]
+    size, tokens = keys.shape[2], query.shape[1]
     block = size // BLOCKS
-    begin = first // block  # blocks are counted from position 0 on, around a ring
 
-    def read(count: int) -> jax.Array:
-        rows = _rows(query, key.shape[2])
-        parts = [_over_pending(rows, key, value), _over_itself(rows, key, value)]
-        for number in range(count):
-            position = (begin + number) * block
-            positions = position + jnp.arange(block)
-            seen = (positions >= start[:, None]) & (positions < index)
-            some_keys, some_values = (jax.lax.dynamic_slice_in_dim(x, position % size, block, axis=2) for x in buffers)
-            parts.append(_over_positions(rows, some_keys, some_values, seen))
-        return _tokens(_merged(parts, query.dtype), query.shape[1])
+    def of_device(rows, key, value, keys, values, start, index):
+        # Blocks are counted from position 0 on, around a ring.
+        begin = jnp.maximum(start.min(), index - size) // block
 
-    reached = (index - 1) // block - begin + 1
-    branches: list[Callable[[], jax.Array]] = [functools.partial(read, count) for count in READ]
-    branches.append(lambda: kv_cache.attend(query, key, value, keys, values, start, index, ring))
-    return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), branches)
+        def read(count: int) -> jax.Array:
+            parts = [_over_pending(rows, key, value), _over_itself(rows, key, value)]
+            for number in range(count):
+                position = (begin + number) * block
+                positions = position + jnp.arange(block)
+                seen = (positions >= start[:, None]) & (positions < index)
+                some_keys = jax.lax.dynamic_slice_in_dim(keys, position % size, block, axis=2)
+                some_values = jax.lax.dynamic_slice_in_dim(values, position % size, block, axis=2)
+                parts.append(_over_positions(rows, some_keys, some_values, seen))
+            return _merged(parts, rows.dtype)
+
+        def read_all() -> jax.Array:
+            attended = kv_cache.attend(_tokens(rows, tokens), key, value, keys, values, start, index, ring)
+            return _rows(attended, key.shape[2])
+
+        reached = (index - 1) // block - begin + 1
+        branches: list[Callable[[], jax.Array]] = [functools.partial(read, count) for count in READ]
+        return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), [*branches, read_all])
+
+    return _on_each_device(of_device, query, key, value, keys, values, start, index)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
@@ -211,12 +236,7 @@ def _by_kernel(
         parts = [_over_buffers(rows, keys, values, start, index + 1), _over_itself(rows, key, value)]
         return _merged(parts, rows.dtype)
 
-    of_step = ("batch", None, "kv", None)
-    of_device = sharding.on_each_device(
-        of_device, sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
-    )
-    rows = of_device(_rows(query, key.shape[2]), key, value, keys, values, start, index)
-    return _tokens(rows, query.shape[1])
+    return _on_each_device(of_device, query, key, value, keys, values, start, index)
 
 
 def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> Part:
