@@ -96,7 +96,7 @@ class DecodeProgram(Program):
         total = 0
         for i in inside:  # in order: operands come first
             used = [place for place, name in enumerate(i.operands) if name in names]
-            if used and i.kind == "bitcast" and not i.text.startswith("ROOT"):
+            if used and i.kind == "bitcast":
                 names.add(i.name)
                 continue
             for place in used:

@@ -1,6 +1,7 @@
 """Seconds of a training step of the guide: ours, that of `transformers` in PyTorch, and the bare matrix products.
 
     python benchmarks/train.py [--rounds 5] [--profile]                # on a CPU: 24M parameters, float32
+    python benchmarks/train.py --length 128 --attention xla --beside blocks --without-torch
     python benchmarks/train.py --model 1b                              # on an accelerator: Llama 3.2 1B, bfloat16
 
 Random weights and tokens; binary cross-entropy at every token, AdamW, the global norm clipped. `24m`: a Llama-shaped
@@ -204,14 +205,21 @@ def main() -> None:
     parser.add_argument("--model", choices=("24m", "1b", "tiny"), default="24m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--attention", choices=("xla", "blocks", "cudnn", "splash"))
+    parser.add_argument("--beside", choices=("xla", "blocks", "cudnn", "splash"), help="another attention, in turn")
+    parser.add_argument("--length", type=int, help="of a row, with as many tokens in a batch")
     parser.add_argument("--remat", choices=("none", "dots", "full"))
     parser.add_argument("--peak", type=float, default=989e12, help="of the device, in FLOP/s; by default an H200's")
     parser.add_argument("--profile", action="store_true", help="say where our step's time goes")
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     work = works(options.model, options.attention, options.remat)
+    if options.length:
+        rows = work.rows * work.length // options.length
+        work = dataclasses.replace(work, rows=rows, length=options.length)
     ours = Ours(work)
     programs: dict[str, Callable[[], float]] = {"ours": ours}
+    if options.beside:
+        programs[options.beside] = Ours(dataclasses.replace(work, attend_by=options.beside))
     if options.model == "24m":
         programs["products"] = Products(work)
         if not options.without_torch:

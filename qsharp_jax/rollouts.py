@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.data.records import Rollout, shard_path, with_reward, with_variation, write_shard
+from qsharp_jax.data.records import Rollout, Rollouts, shard_path, with_reward, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
 from qsharp_jax.models import sharding
@@ -297,7 +297,7 @@ def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return 1 + draws.astype(np.int64) * np.maximum(lengths - 1, 1) // 2**32
 
 
-def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def statistics(rollouts: Rollouts) -> dict[str, float]:
     """Summarize one round.
 
     Returns:
@@ -306,15 +306,15 @@ def statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
       rollouts without one, if there are any. The mean reward is over the others.
     """
     judged = with_reward(rollouts)
-    problems, varied = (len({r.prompt_id for r in some}) for some in (rollouts, with_variation(judged)))
-    lengths = np.asarray([len(rollout.response_tokens) for rollout in rollouts])
-    labeled = lengths - np.asarray([max(rollout.first_label, 0) for rollout in rollouts])
+    problems, varied = (len({*some.prompt_ids}) for some in (rollouts, with_variation(judged)))
+    lengths = rollouts.columns["response_tokens"].lengths
+    labeled = lengths - np.maximum(rollouts.first_labels, 0)
     failed = {"no_reward": 1 - len(judged) / len(rollouts)} if len(judged) < len(rollouts) else {}
     return failed | {
         "rollouts": len(rollouts),
-        "reward": float(np.mean([rollout.reward for rollout in judged])) if judged else math.nan,
+        "reward": float(judged.rewards.astype(float).mean()) if judged else math.nan,
         "response_tokens": float(lengths.mean()),
-        "finished": float(np.mean([rollout.finished for rollout in rollouts])),
+        "finished": float(rollouts.columns["finished"].mean()),
         "labelled": float(labeled.sum() / lengths.sum()),
         "varied": varied / problems,
     }

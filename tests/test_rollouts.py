@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsharp_jax import rollouts
-from qsharp_jax.data.records import Rollout, read_rounds
+from qsharp_jax.data.records import Rollout, Rollouts, read_rounds
 from qsharp_jax.decoding import generate
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import judge, train_problems
@@ -49,7 +49,7 @@ def collected(run, tmp_path_factory):
 
 
 def read(folder, number) -> list[Rollout]:
-    return read_rounds(folder, [number])
+    return [*read_rounds(folder, [number])]
 
 
 def problem_of(run, row):
@@ -248,11 +248,13 @@ def test_statistics_by_hand():
     two that are alike: their rewards do not vary."""
     common = dict(round=2, prompt_tokens=[1], eta=0.1, seed=0, text="")
     figures = rollouts.statistics(
-        [
-            Rollout(prompt_id="p", response_tokens=[3] * 5, switch=3, reward=1.0, finished=False, **common),
-            Rollout(prompt_id="p", response_tokens=[3] * 3, switch=1, reward=0.0, finished=True, **common),
-            *[Rollout(prompt_id="q", response_tokens=[3] * 6, switch=1, reward=0.5, finished=True, **common)] * 2,
-        ]
+        Rollouts.of(
+            [
+                Rollout(prompt_id="p", response_tokens=[3] * 5, switch=3, reward=1.0, finished=False, **common),
+                Rollout(prompt_id="p", response_tokens=[3] * 3, switch=1, reward=0.0, finished=True, **common),
+                *[Rollout(prompt_id="q", response_tokens=[3] * 6, switch=1, reward=0.5, finished=True, **common)] * 2,
+            ]
+        )
     )
     labelled = (3 + 3 + 6 + 6) / (5 + 3 + 6 + 6)
     assert figures == dict(

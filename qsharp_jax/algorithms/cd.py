@@ -27,7 +27,7 @@ from qsharp_jax.system.settings import one_of, setting
 
 if TYPE_CHECKING:
     from qsharp_jax import train
-    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.data.records import Rollouts
     from qsharp_jax.models.decoder import LanguageModel
     from qsharp_jax.models.value import ValueModel
     from qsharp_jax.run.session import Session
@@ -64,11 +64,11 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
 
 
 def fit(
-    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+    session: Session, number: int, ref: LanguageModel | None, data: Rollouts, previous: ValueModel | None
 ) -> ValueModel:
     """Fit V by the loss of `config.cd.variant`."""
     from qsharp_jax.algorithms import value_based
-    from qsharp_jax.run import models
+    from qsharp_jax.run import attention, models
     from qsharp_jax.train import targets
 
     fitted = functools.partial(value_based.fit, session, number, ref, data, previous)
@@ -85,7 +85,7 @@ def fit(
         ref_config=ref.config,
         sampling={name: settings[name] for name in ("temperature", "top_k", "top_p")},
         vocab_size=models.tokenizer(session).vocab_size,
-        attend_by=session.config.fit.attention,
+        attend_by=attention.of_fit(session),
         packed=session.config.fit.pack_length > 0,
     )
     return fitted(error="squared", targets=backups, beside={"ref": ref.params}, flops=_flops(session))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import jax
 
     from qsharp_jax.algorithms.policy_scores import PolicyBatch
-    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.data.records import Rollouts
     from qsharp_jax.models.decoder import LanguageModel, Params
     from qsharp_jax.run.session import Session
 
@@ -60,11 +60,11 @@ def run(session: Session, ref: LanguageModel, after_round: Callable[[int, Langua
     """Train the policy; `after_round` is called with each round's number and policy."""
     from qsharp_jax.algorithms import policy_based, value_based
 
-    first = params = policy_based.start(session, ref)
+    params = None
     for number in range(1, session.config.rounds + 1):
         value_based.collect(session, number, ref, None)
         data = value_based.aggregate(session, number)
-        params = fit(session, number, first, params if session.config.fit.warm_start else first, data)
+        params = fit(session, number, ref, params if session.config.fit.warm_start else None, data)
         policy = policy_based.finish(session, params)
         after_round(number, policy)
     return policy
@@ -82,44 +82,45 @@ class Pair:
         return self.tokens
 
 
-def make_pairs(data: Sequence[Rollout]) -> tuple[list[Pair], int]:
+def make_pairs(data: Rollouts) -> tuple[list[Pair], int]:
     """Return all pairs of a prompt's rollouts with different rewards, and the number of prompts without a pair."""
-    from qsharp_jax.data.batches import from_rollout
-
     by_prompt: dict[str, list[int]] = {}
-    for index, rollout in enumerate(data):
-        by_prompt.setdefault(rollout.prompt_id, []).append(index)
+    for index, prompt_id in enumerate(data.prompt_ids):
+        by_prompt.setdefault(prompt_id, []).append(index)
+    rewards, lengths = data.rewards.tolist(), data.lengths.tolist()
     pairs, skipped = [], 0
     for indices in by_prompt.values():
-        places = [(w, l) for w, l in itertools.product(indices, repeat=2) if data[w].reward > data[l].reward]
-        pairs += [Pair(w, l, max(len(from_rollout(data[w])), len(from_rollout(data[l])))) for w, l in places]
+        places = [(w, l) for w, l in itertools.product(indices, repeat=2) if rewards[w] > rewards[l]]
+        pairs += [Pair(w, l, max(lengths[w], lengths[l])) for w, l in places]
         skipped += not places
     return pairs, skipped
 
 
-def epoch_rollouts(data: Sequence[Rollout]) -> list[Rollout]:
+def epoch_rollouts(data: Rollouts) -> Rollouts:
     """Return the rollouts of an epoch: both of every pair."""
+    import numpy as np
+
     pairs, _ = make_pairs(data)
-    return [data[place] for pair in pairs for place in (pair.chosen, pair.rejected)]
+    return data.select(np.asarray([place for pair in pairs for place in (pair.chosen, pair.rejected)], int))
 
 
-def fit(session: Session, number: int, first: Params, params: Params, data: Sequence[Rollout]) -> Params:
-    """Fit a round's policy to all pairs of the data, starting from `params`; a UserError if there is no pair.
+def fit(session: Session, number: int, ref: LanguageModel, params: Params | None, data: Rollouts) -> Params:
+    """Fit a round's policy to all pairs of the data; a UserError if there is no pair.
 
     Args:
-      first: pi_ref's parameters.
+      params: of the round before, which are donated; None to start from pi_ref.
     """
     from qsharp_jax.algorithms import policy_based
     from qsharp_jax.algorithms.policy_scores import make_batch, score, scorer
-    from qsharp_jax.data.batches import Batches, from_rollout
+    from qsharp_jax.data.batches import Batches, RolloutExamples
     from qsharp_jax.run import models
     from qsharp_jax.run.config import kl_weight
 
     if models.fitted_rounds(session.workdir) >= number:
-        return session.for_fitting(models.load_guide(session, number)).params
+        return session.for_fitting(models.load_guide(session, number, ref)).params
     config = session.config[session.config.algorithm]
     pairs, skipped = make_pairs(data)
-    prompts = len({rollout.prompt_id for rollout in data})
+    prompts = len({*data.prompt_ids})
     if not pairs:
         raise UserError(
             f"{session.config.algorithm} has no pairs to learn from: all {prompts} prompts were skipped, since the"
@@ -129,9 +130,12 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     counts = {"pairs": len(pairs), "prompts": prompts, "skipped_prompts": skipped}
     session.workdir.append_metrics({"phase": f"round {number}: pairs", **counts})
     print(f"round {number}: {len(pairs)} pairs; {skipped} of {prompts} prompts skipped, all rewards equal")
-    examples, rows = [from_rollout(rollout) for rollout in data], session.config.policy.batch_size
+    examples, rows = RolloutExamples(data), session.config.policy.batch_size
+    first = policy_based.start(session, ref)
     with session.fitting(scorer(session).config.dtype):
         _, ref_log_probs, _ = score(session, first, examples)
+    params = first if params is None else params
+    del first  # its memory is needed
 
     def make(groups: Sequence[Sequence[Pair]], most: int, width: int) -> PolicyBatch:
         """Put the chosen responses in the first half of the rows, the rejected in the second, in the same order."""
@@ -150,7 +154,7 @@ def fit(session: Session, number: int, first: Params, params: Params, data: Sequ
     with policy_based.training(session, number, params, objective, total_steps=steps, log_every=log_every) as trainer:
         while not trainer.done:
             trainer.update(batches[trainer.step])
-    return trainer.state.params
+    return trainer.state.model
 
 
 def loss(

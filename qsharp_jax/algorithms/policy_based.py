@@ -1,8 +1,9 @@
 """The steps of algorithms that train the policy itself: sample, score, update, and save.
 
-pi_theta starts as a copy of pi_ref. All methods maximize E reward - eta KL(pi_theta || pi_ref). An on-policy method
-repeats three steps: the policy answers a batch of problems, with pi_ref beside it in the decode loop; every token gets
-its targets; some updates follow. Several processes share the problems of a batch, and learn from all of its rollouts.
+pi_theta starts as a copy of pi_ref, or as pi_ref's own arrays with a LoRA beside them. All methods maximize
+E reward - eta KL(pi_theta || pi_ref). An on-policy method repeats three steps: the policy answers a batch of problems,
+with pi_ref beside it in the decode loop; every token gets its targets; some updates follow. Several processes share the
+problems of a batch, and learn from all of its rollouts.
 
 Arrays about rollouts are [N, M]: N rollouts, the samples of a prompt next to each other, M new tokens at most, 0 past
 a response's end. In a minibatch they are [B, T], each at the position of its token.
@@ -23,6 +24,8 @@ from qsharp_jax import rollouts, train
 from qsharp_jax.algorithms.policy_scores import VALUE_HEAD, Numbers, PolicyBatch, Scorer, make_batch, score, scorer
 from qsharp_jax.data.batches import Example, from_rollout
 from qsharp_jax.data.records import Rollout, write_shard
+from qsharp_jax.decoding import for_decoding
+from qsharp_jax.models import lora
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
@@ -101,7 +104,7 @@ def next_values(values: np.ndarray) -> np.ndarray:
 
 
 def start(session: Session, ref: LanguageModel, *, value_head: bool = False) -> Params:
-    """Return a copy of pi_ref's parameters to train, with a value head that is 0 everywhere if asked for."""
+    """Return `models.first_policy`'s parameters to train, with a value head that is 0 everywhere if asked for."""
     params = models.first_policy(session, ref)
     if value_head:
         width = models.ref_config(session).embed
@@ -113,9 +116,17 @@ def without_value_head(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != VALUE_HEAD}
 
 
+def split(session: Session, params: Params) -> tuple[Params, Params]:
+    """Return the parameters that are learned, and pi_ref's, of which there are none without a LoRA."""
+    return lora.split(params, (VALUE_HEAD,)) if session.config.fit.lora_rank else (params, {})
+
+
 def finish(session: Session, params: Params) -> LanguageModel:
-    """Return the policy in the form for decoding."""
-    return session.for_decoding(LanguageModel(without_value_head(params), models.ref_config(session)))
+    """Return the policy on the mesh for decoding, cast to the dtype of sampling; it outlives further updates."""
+    config = models.ref_config(session)
+    learned, base = split(session, without_value_head(params))
+    copy = jax.tree.map(lambda leaf: jnp.array(leaf, config.compute_dtype), learned)
+    return session.for_decoding(LanguageModel(lora.join(copy, base), config))
 
 
 # (log_probs [B, T], values [B, T], batch, whole batch) -> (loss, metrics); parts of a batch add up, as in `train`
@@ -128,11 +139,12 @@ def training(
 ) -> Iterator[Trainer]:
     """Yield the trainer of round `number`, starting from `params` or its last checkpoint; saves the policy at the end.
 
-    `save_unit` is as in `train.Loop`.
+    The first update donates what is learned of `params`. `save_unit` is as in `train.Loop`.
     """
     config, section = session.config.fit, session.config.policy
     optimizer, folder = train.make_optimizer(section.optimizer), session.workdir.guide_folder(number)
     with_value_head, by = VALUE_HEAD in params, scorer(session)
+    learned, base = split(session, params)
     loop = train.Loop(
         name=f"round {number}: {session.config.algorithm}",
         total_steps=total_steps,
@@ -146,7 +158,7 @@ def training(
     with (
         session.fitting(by.config.dtype),
         train.training(
-            train.init_state(params, optimizer),
+            train.init_state(learned, optimizer, base, donate=True),
             loss_fn=functools.partial(_loss, by=by, loss=loss),
             optimizer=optimizer,
             checkpoints=Checkpoints(folder / "training" if with_value_head else folder),
@@ -218,7 +230,7 @@ class OnPolicyTraining:
     @property
     def params(self) -> Params:
         """The policy's parameters after the last update."""
-        return self._trainer.state.params
+        return self._trainer.state.model
 
     def remaining(self) -> Iterator[int]:
         """Yield the numbers of the batches of rollouts after the last checkpoint."""
@@ -287,7 +299,7 @@ class OnPolicyTraining:
         """Sample and judge: the arrays of `DRAWN`, and "rewards" [N], of all processes."""
         multihost.stop_if_told()
         session, part = self.session, {}
-        policy = finish(session, params)
+        policy = for_decoding(finish(session, params))
         mine = multihost.share(range(len(problems)), session.hosts_per_group)
         with multihost.apart():
             if mine:  # there may be more processes than problems

@@ -17,7 +17,7 @@ from qsharp_jax.models import decoder, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
-from qsharp_jax.run import models
+from qsharp_jax.run import attention, models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system import multihost
 from qsharp_jax.train.chunked import at_labeled
@@ -94,6 +94,8 @@ class Scorer:
         )  # fmt: skip
         before, tokens, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.response_mask[:, 1:]
         heads = {name: params[name] for name in ("embedding", "head") if name in params}
+        if "head_weight" in params:  # of a CPU's form for decoding, on which a LoRA is trained
+            heads["head"] = params["head_weight"].T
         log_probs = at_labeled(self._log_probs, heads, before, tokens, mask, width=self.config.vocab_size)
         values = jnp.zeros(mask.shape)
         if VALUE_HEAD in params:
@@ -117,7 +119,7 @@ def scorer(session: Session) -> Scorer:
         vocab_size=models.tokenizer(session).vocab_size,
         detach_values=session.config.policy.detach_values,
         remat=fit.remat,
-        attend_by=fit.attention,
+        attend_by=attention.of_fit(session),
     )
 
 

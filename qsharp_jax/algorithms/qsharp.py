@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qsharp_jax.algorithms.base import Algorithm
 
 if TYPE_CHECKING:
-    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.data.records import Rollouts
     from qsharp_jax.models.decoder import LanguageModel
     from qsharp_jax.models.value import ValueModel
     from qsharp_jax.run.session import Session
@@ -45,7 +45,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
 
 
 def fit(
-    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+    session: Session, number: int, ref: LanguageModel | None, data: Rollouts, previous: ValueModel | None
 ) -> ValueModel:
     """Fit Z by maximum likelihood."""
     from qsharp_jax.algorithms import value_based

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from qsharp_jax import rollouts, train
-from qsharp_jax.data.batches import Batches, from_rollout
-from qsharp_jax.data.records import Rollout, is_held_out, read_rounds, with_reward, with_variation
+from qsharp_jax.data.batches import Batches, RolloutExamples, make_packed_batch
+from qsharp_jax.data.records import Rollouts, read_rounds, split_held_out, with_reward, with_variation
 from qsharp_jax.evaluation import score
-from qsharp_jax.models import lora
+from qsharp_jax.models import lora, sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.run import models
+from qsharp_jax.run import attention, models
 from qsharp_jax.run.problems import judge, task, train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
@@ -47,10 +47,11 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             shard_rows=session.config.collect.shard_rows,
             together=session.hosts_per_group,
         )
-    rollouts_ = read_rounds(session.workdir.path / "rollouts", [number])
-    statistics = rollouts.statistics(rollouts_)
-    if judge(session).has_answers:
-        answered = np.mean([task(session).parse(rollout.text) is not None for rollout in rollouts_])
+    has_answers = judge(session).has_answers
+    collected = read_rounds(session.workdir.path / "rollouts", [number], texts=has_answers)
+    statistics = rollouts.statistics(collected)
+    if has_answers:
+        answered = np.mean([task(session).parse(text) is not None for text in collected.columns["text"]])
         statistics["answered"] = float(answered)
     session.workdir.append_metrics(
         {"phase": f"round {number}: collect", **statistics, **decoded, "seconds": time.monotonic() - began}
@@ -58,21 +59,21 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
     return statistics
 
 
-def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> list[Rollout]:
-    """Return the rollouts to learn from, of this round and all before it; a UserError if there are none."""
+def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> Rollouts:
+    """Return the rollouts to learn from, of this round and all before it, without texts; a UserError if none."""
     folder = session.workdir.path / "rollouts"
-    data = with_reward(read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged))
+    data = with_reward(read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged, texts=False))
     if not data:
         raise UserError(f"none of the rollouts in {folder} has a reward; fix the reward function and begin a new run")
     if session.config.value.distribution == "auto" and session.workdir.read_distribution() is None:
-        choose_distribution(session.workdir, np.asarray([rollout.reward for rollout in data]))
+        choose_distribution(session.workdir, data.rewards.astype(float))
     if not session.config.collect.drop_no_variation:
         return data
     if varied := with_variation(data):
         return varied
     raise UserError(
         f"collect.drop_no_variation leaves none of {len(data)} rollouts: within every problem all rewards are"
-        f" {', '.join(f'{reward:g}' for reward in sorted({r.reward for r in data}))}; begin a run with more"
+        f" {', '.join(f'{reward:g}' for reward in np.unique(data.rewards))}; begin a run with more"
         " collect.samples, with other problems, or without it"
     )
 
@@ -109,7 +110,7 @@ def fit(
     session: Session,
     number: int,
     ref: LanguageModel | None,
-    data: list[Rollout],
+    data: Rollouts,
     previous: ValueModel | None,
     *,
     error: train.Error = "nll",
@@ -144,9 +145,8 @@ def fit(
     params, frozen = lora.split(params) if config.lora_rank else (params, {})
     beside = beside or {}
 
-    train.check_rewards(np.asarray([r.reward for r in data]), guide_config, clip=config.clip_rewards)
-    learned = [r for r in data if not is_held_out(r.prompt_id, config.holdout)]
-    held_out = [r for r in data if is_held_out(r.prompt_id, config.holdout)]
+    train.check_rewards(data.rewards.astype(float), guide_config, clip=config.clip_rewards)
+    learned, held_out = split_held_out(data, config.holdout)
     if not learned:
         raise UserError(f"all {len(data)} rollouts have prompts that fit.holdout holds out; lower it")
     if config.evaluate_every and not held_out:
@@ -154,27 +154,30 @@ def fit(
             f"fit.evaluate_every is {config.evaluate_every}, but none of {len(data)} rollouts has a held-out prompt;"
             " raise fit.holdout, or give 0"
         )
+    fitted_config = models.fit_config(session)
+    with session.fitting(fitted_config.trunk.dtype):
+        local = sharding.local_rows(config.batch_size)
     batches = Batches(
-        [from_rollout(r) for r in learned],
+        RolloutExamples(learned),
         rows=config.batch_size,
         bucket=config.length_bucket,
         pack_length=config.pack_length,
         seed=session.seed("fit"),
+        lengths=learned.lengths,
+        make=functools.partial(make_packed_batch, local=local),
     )
 
     def measure(params: train.Params) -> dict[str, float]:
         if not held_out:
             return {}
-        examples, ids = [from_rollout(r) for r in held_out], [r.prompt_id for r in held_out]
         guide = ValueModel(_without(params, beside), guide_config)
         return score.quality(
-            guide, examples, ids, rows=config.batch_size, bucket=config.length_bucket, projection=config.projection,
-            clip=config.clip_rewards,
+            guide, RolloutExamples(held_out), held_out.prompt_ids, rows=config.batch_size,
+            bucket=config.length_bucket, projection=config.projection, clip=config.clip_rewards,
         )  # fmt: skip
 
     total_steps = config.epochs * batches.steps_per_epoch
     optimizer = train.make_optimizer(config.optimizer)
-    fitted_config = models.fit_config(session)
     with session.fitting(fitted_config.trunk.dtype):
         state = train.fit(
             train.init_state(params, optimizer, frozen | beside),
@@ -188,7 +191,7 @@ def fit(
                 clip=config.clip_rewards,
                 future_weight=config.future_weight,
                 remat=config.remat,
-                attend_by=config.attention,
+                attend_by=attention.of_fit(session),
                 packed=config.pack_length > 0,
             ),
             optimizer=optimizer,
@@ -217,4 +220,3 @@ def fit(
 
 def _without(params: Params, names: Iterable[str]) -> Params:
     return {name: leaf for name, leaf in params.items() if name not in names}
-

@@ -21,7 +21,7 @@ from qsharp_jax.algorithms.base import Algorithm
 from qsharp_jax.system.settings import UNIT, setting
 
 if TYPE_CHECKING:
-    from qsharp_jax.data.records import Rollout
+    from qsharp_jax.data.records import Rollouts
     from qsharp_jax.models.decoder import LanguageModel
     from qsharp_jax.models.value import ValueModel
     from qsharp_jax.run.session import Session
@@ -55,7 +55,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
 
 
 def fit(
-    session: Session, number: int, ref: LanguageModel | None, data: list[Rollout], previous: ValueModel | None
+    session: Session, number: int, ref: LanguageModel | None, data: Rollouts, previous: ValueModel | None
 ) -> ValueModel:
     """Fit V to the lambda-returns of `config.vas.td_lambda`."""
     from qsharp_jax.algorithms import value_based

@@ -140,6 +140,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         options.settings = configs.load(options.config, rest)
         checks.check_settings(options.settings)
         return contextlib.nullcontext()
+    if options.workdir is None and getattr(options, "mesh", None) is not None:
+        options.mesh, rest = configs.mesh_section(options.mesh, rest), []
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
     if hasattr(options.command, "check_arguments"):  # before a workdir is opened or created

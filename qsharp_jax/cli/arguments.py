@@ -57,6 +57,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", metavar="DIR", help="a run's folder: its reference and its last guide")
     parser.add_argument("--ref", metavar="MODEL", help="the reference: a folder, a GGUF file, or an id on the hub")
     parser.add_argument(
+        "--mesh", metavar="NAME",
+        help="divide the models over this host's devices, by a preset of configs/meshes.py such as cuda_8;"
+        " --config.mesh.KEY=VALUE changes its numbers (default: one device; a run has its own mesh)",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"),
         help="dtype of weights and computation (default: bfloat16 if the model is stored so, else float32)",
     )  # fmt: skip

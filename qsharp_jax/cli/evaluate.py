@@ -35,5 +35,5 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
         return
     provenance.check_problems(session)
     ref = models.load_ref(session)
-    guides = {number: models.load_guide(session, number) for number in range(1, models.fitted_rounds(workdir) + 1)}
+    guides = {number: models.load_guide(session, number, ref) for number in range(1, models.fitted_rounds(workdir) + 1)}
     print(report.table(measure.evaluate(session, ref, guides, full=True), width=report.TERMINAL))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax.cli import arguments, json_lines
-from qsharp_jax.cli.models import check_source, open_models
+from qsharp_jax.cli.models import check_source, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
 from qsharp_jax.system import chat, files, settings, stop_strings
@@ -114,16 +114,29 @@ def option(name: str) -> str:
 
 def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     """Answer every prompt at every eta, as JSON lines, or one prompt as text while it is generated."""
-    import numpy as np
-
-    from qsharp_jax.cli import generated
-
     changes = _changes(options)
     prompts = _read_prompts(options)
     etas = _default_etas(workdir, options)
     if options.stream and (len(prompts), len(etas), options.samples, options.output) != (1, 1, 1, None):
         raise UserError("--stream prints one response: give one prompt, one eta, --samples 1, and no --output")
     models = open_models(workdir, options)
+    with on_mesh(models):
+        _answer(workdir, options, models, prompts, etas, changes)
+
+
+def _answer(
+    workdir: Workdir | None,
+    options: argparse.Namespace,
+    models: Any,
+    prompts: Sequence[tuple[Prompt, dict[str, Any]]],
+    etas: Sequence[float],
+    changes: dict[str, Any],
+) -> None:
+    """Generate and write the responses; `changes` are those of the sampling."""
+    import numpy as np
+
+    from qsharp_jax.cli import generated
+
     guided = not all(map(math.isinf, etas))
     sampling = dataclasses.replace(
         _sampling(models, workdir, changes),
@@ -327,11 +340,12 @@ def _rows(workdir: Workdir | None, models: Any, names: Sequence[str], longest: i
 def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
     """Check that the weights and caches of the models `names` fit, for `rows` prompts of up to `longest` tokens."""
     from qsharp_jax.decoding import cache_size, caches
-    from qsharp_jax.models import memory
+    from qsharp_jax.models import memory, sharding
 
     size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
     weights = {f"the {name}'s weights": models.weights[name] for name in names}
-    memory.check_memory(weights | caches({name: models.configs[name] for name in names}, rows, size))
+    rings = caches({name: models.configs[name] for name in names}, sharding.round_rows(rows), size)
+    memory.check_memory(weights | sharding.abstract_rows(rings))
 
 
 def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """The models that `generate` and `score` use: those of a run, or those in folders."""
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
@@ -15,18 +16,29 @@ def check_source(options: argparse.Namespace) -> None:
         raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")
     if options.workdir is None and not folders:
         raise UserError("there are no models; give a run by --workdir, or models' folders by --ref and --guide")
-    for name in ("dtype", "prompt_format", "stop_ids", "date"):
+    for name in ("mesh", "dtype", "prompt_format", "stop_ids", "date"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
 
 
+def on_mesh(models: Any) -> contextlib.AbstractContextManager:
+    """Return a context in which the models' mesh, if any, is set."""
+    import jax
+
+    return contextlib.nullcontext() if models.mesh is None else jax.set_mesh(models.mesh)
+
+
 def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
-    """Return `RunModels` or `Folders`, which have `tokenizer`, `configs`, `weights`, `load_ref` and `load_guide`."""
+    """Return `RunModels` or `Folders`.
+
+    Both have `mesh`, `tokenizer`, `configs`, `weights`, `load_ref` and `load_guide`.
+    """
     if workdir is not None:
-        from qsharp_jax.run.models import RunModels
+        from qsharp_jax.run.of_run import RunModels
         from qsharp_jax.run.session import Session
 
         return RunModels(Session(workdir))
+    from qsharp_jax.models import meshes
     from qsharp_jax.models.hf import hub
     from qsharp_jax.run.folders import Folders
 
@@ -38,6 +50,7 @@ def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
         prompt_format=options.prompt_format,
         stop_ids=getattr(options, "stop_ids", None),
         date=options.date,
+        mesh=meshes.preset_mesh(options.mesh, "decode"),
     )
     if options.prompt_format is None and folders.tokenizer.prompt_format == "chat":
         print(

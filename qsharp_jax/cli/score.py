@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qsharp_jax.cli import arguments, json_lines
-from qsharp_jax.cli.models import check_source, open_models
+from qsharp_jax.cli.models import check_source, on_mesh, open_models
 from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import chat, files
@@ -94,13 +94,14 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
     vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
     log_probs = means = None
-    if has_ref:
-        log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
-    if has_guide:
-        means = functools.partial(scoring.score, models.load_guide(), rows=rows)
-    write(
-        options.output, records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows
-    )  # fmt: skip
+    with on_mesh(models):
+        if has_ref:
+            log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
+        if has_guide:
+            means = functools.partial(scoring.score, models.load_guide(), rows=rows)
+        write(
+            options.output, records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows
+        )  # fmt: skip
 
 
 def read(path: str) -> list[dict]:

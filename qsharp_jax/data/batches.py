@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.system.errors import UserError
 
 
@@ -47,13 +47,38 @@ def from_rollout(rollout: Rollout) -> Example:
     return Example(rollout.prompt_tokens, rollout.response_tokens, rollout.reward, rollout.first_label)
 
 
+class RolloutExamples(Sequence[Example]):
+    """Rollouts as examples, each made when it is taken; its tokens are views."""
+
+    def __init__(self, rollouts: Rollouts):
+        self._rollouts = rollouts
+        self._prompts, self._responses = (rollouts.columns[name] for name in ("prompt_tokens", "response_tokens"))
+
+    def __len__(self) -> int:
+        return len(self._rollouts)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(
+            self._prompts[index],
+            self._responses[index],
+            self._rollouts.rewards[index].item(),
+            self._rollouts.first_labels[index].item(),
+        )
+
+
 def make_batch(examples: Sequence[Example], rows: int, width: int) -> Batch:
     """Lay out one example per row in a batch of `rows` x `width`; the remaining rows are padding."""
     return make_packed_batch([[example] for example in examples], rows, width)
 
 
-def make_packed_batch(groups: Sequence[Sequence[Example]], rows: int, width: int) -> Batch:
-    """Lay out one group per row, each example as a segment of it, in a batch of `rows` x `width`."""
+def make_packed_batch(
+    groups: Sequence[Sequence[Example]], rows: int, width: int, local: np.ndarray | None = None
+) -> Batch:
+    """Lay out one group per row, each example as a segment of it, in a batch of `rows` x `width`.
+
+    Args:
+      local: [rows] bool, the rows to fill in; the others have their segments alone. By default all.
+    """
     tokens, segments, positions = (np.zeros((rows, width), np.int32) for _ in range(3))
     response_mask, label_mask = np.zeros((rows, width), bool), np.zeros((rows, width), bool)
     reward_to_go = np.zeros((rows, width), np.float32)
@@ -61,8 +86,10 @@ def make_packed_batch(groups: Sequence[Sequence[Example]], rows: int, width: int
         end = 0
         for segment, example in enumerate(group, start=1):
             first, begin, end = end, end + len(example.prompt), end + len(example)
-            tokens[row, first:end] = [*example.prompt, *example.response]
             segments[row, first:end] = segment
+            if local is not None and not local[row]:
+                continue
+            tokens[row, first:begin], tokens[row, begin:end] = example.prompt, example.response
             positions[row, first:end] = np.arange(len(example))
             response_mask[row, begin:end] = True
             label_mask[row, begin + example.first_label : end] = True
@@ -127,6 +154,7 @@ class Batches:
         bucket: int,
         seed: int,
         pack_length: int = 0,
+        lengths: np.ndarray | None = None,
         make: Callable[[Sequence[Sequence[Any]], int, int], Any] = make_packed_batch,
     ):
         """Args:
@@ -134,10 +162,11 @@ class Batches:
         rows: B, of every batch.
         bucket: widths are multiples of it, in tokens.
         pack_length: width of every batch, in tokens, with several examples per row; 0: one example per row.
+        lengths: of the examples, [n], where they are known without making each of them.
         make: (groups of examples, rows, width) -> the batch.
         """
         self._examples, self._rows, self._bucket, self._seed, self._make = examples, rows, bucket, seed, make
-        self._lengths = np.asarray([len(example) for example in examples])
+        self._lengths = np.asarray([len(example) for example in examples]) if lengths is None else lengths
         self._pack_length = pack_length
         # Every epoch packs the same lengths together, but shuffles the examples of each length.
         self._groups = pack(-np.sort(-self._lengths), pack_length) if pack_length else None

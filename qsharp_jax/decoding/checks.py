@@ -246,7 +246,9 @@ def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) ->
 
 
 def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = None) -> int:
-    """Return the largest power of two of rows whose caches fit on the default device, at most 64 on a CPU, else 256.
+    """Return the largest power of two of rows whose caches fit on the devices, at most 64 on a CPU, else 256.
+
+    The devices are those of the mesh that is set, else the default device.
 
     Args:
       configs: of the decoders that run.
@@ -258,10 +260,15 @@ def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = No
     room = SHARE * memory.total(device)
     if weights is not None and (free := memory.available(device)) is not None:
         room = min(room, OF_FREE * (free - _bytes(weights)))
-    per_row = sum(_bytes(kv_cache.abstract(config, 1, size)) for config in configs)
-    rows = max(1, min(MOST_ROWS.get(device.platform, MOST_ROWS_ELSEWHERE), int(room / per_row)))
+    parts = sharding.round_rows(1)  # the fewest rows that the mesh divides
+    per_part = sum(_bytes(sharding.abstract_rows(kv_cache.abstract(config, parts, size))) for config in configs)
+    rows = max(1, min(MOST_ROWS.get(device.platform, MOST_ROWS_ELSEWHERE), parts * int(room / per_part)))
     return 1 << (rows.bit_length() - 1)
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes on each device."""
+    return sum(
+        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

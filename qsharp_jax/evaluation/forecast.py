@@ -25,8 +25,8 @@ import numpy as np
 
 from qsharp_jax import guidance, values
 from qsharp_jax.algorithms.registry import ALGORITHMS
-from qsharp_jax.data.batches import Batch, Example, from_rollout
-from qsharp_jax.data.records import is_held_out, read_rounds, with_reward
+from qsharp_jax.data.batches import Batch, Example, RolloutExamples
+from qsharp_jax.data.records import read_rounds, split_held_out, with_reward
 from qsharp_jax.evaluation.score import sequences
 from qsharp_jax.models import value
 from qsharp_jax.models.value import ValueModel
@@ -53,14 +53,13 @@ def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
     config, algorithm = session.config, ALGORITHMS[session.config.algorithm]
     if not config.fit.holdout:
         return []
-    rollouts = with_reward(read_rounds(session.workdir.path / "rollouts", [1]))  # of pi_ref alone
-    held_out = [rollout for rollout in rollouts if is_held_out(rollout.prompt_id, config.fit.holdout)]
+    rollouts = with_reward(read_rounds(session.workdir.path / "rollouts", [1], texts=False))  # of pi_ref alone
+    _, held_out = split_held_out(rollouts, config.fit.holdout)
     if not held_out:
         return []
     progress.tell(f"forecasting from {len(held_out)} held-out rollouts")
-    examples, etas = [from_rollout(rollout) for rollout in held_out], sorted({*config.evaluate.etas}, reverse=True)
-    rewards = np.asarray([rollout.reward for rollout in held_out], float)
-    prompt_ids = [rollout.prompt_id for rollout in held_out]
+    examples, etas = RolloutExamples(held_out), sorted({*config.evaluate.etas}, reverse=True)
+    rewards, prompt_ids = held_out.rewards.astype(float), held_out.prompt_ids
     powers = sorted({*POWERS, config.evaluate.power})
     rows = []
     for method in (algorithm.name, *algorithm.extra_modes):

@@ -22,8 +22,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import report, train
 from qsharp_jax.algorithms import value_based
 from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT
-from qsharp_jax.data.batches import from_rollout
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.records import Rollouts
 from qsharp_jax.evaluation import measure, statistics
 from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
@@ -107,7 +106,7 @@ def _share(shared: Session) -> tuple[float, dict[str, int]]:
     return budget(shared, value_based.aggregate(shared, 1))
 
 
-def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, int]]:
+def budget(shared: Session, data: Rollouts) -> tuple[float, dict[str, int]]:
     """Return the budget of gradient FLOPs, and by method the number of epochs whose cost is nearest to it.
 
     Args:
@@ -127,10 +126,9 @@ def budget(shared: Session, data: Sequence[Rollout]) -> tuple[float, dict[str, i
     return flops, epochs
 
 
-def _flops(of_batch: train.Flops, data: Sequence[Rollout]) -> float:
+def _flops(of_batch: train.Flops, data: Rollouts) -> float:
     """Return the FLOPs of one gradient of all the rollouts."""
-    lengths = np.asarray([len(from_rollout(rollout)) for rollout in data])
-    return of_batch(SimpleNamespace(segments=np.arange(lengths.max(initial=0)) < lengths[:, None]))
+    return of_batch(SimpleNamespace(segments=np.arange(data.lengths.max(initial=0)) < data.lengths[:, None]))
 
 
 def _run_method(session: Session, shared: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax import report
-from qsharp_jax.models import hf
+from qsharp_jax.models import hf, lora
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
@@ -46,8 +46,9 @@ def write(session: Session, what: str, folder: str | Path) -> None:
             models.load_guide(session), folder, tokenizer=text.for_export(), trained_on=trained_on, metrics=metrics
         )
         return
+    model = models.load_ref(session) if what == "ref" else models.load_guide(session)
     hf.export_ref(
-        models.load_ref(session) if what == "ref" else models.load_guide(session),
+        model.replace(params=lora.merged(model.params)),
         folder,
         tokenizer=text.for_export(),
         stop_ids=text.stop_ids,
@@ -64,6 +65,8 @@ def _base(session: Session) -> str:
             "this run's guide was fitted without LoRA (config.fit.lora_rank is 0), so there is no adapter; give --what"
             " guide"
         )
+    if configs.trains_policy(config):
+        raise UserError("adapters of policies are not written; give --what guide, which merges the LoRA into pi_ref")
     name = "ref" if config.guide == "ref" else "guide"
     base = models.folder(config, name)
     if base is None or hf.base_of(base) is not None:

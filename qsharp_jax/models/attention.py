@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from qsharp_jax.models import cpu_form, sharding
+from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.system.errors import UserError
 
 Attention = Literal["xla", "blocks", "cudnn", "splash", "chunks"]
@@ -23,6 +24,30 @@ CHUNK = 1024  # queries at a time in "chunks" and in prefill; shorter sequences 
 KEYS = 512  # whose scores with a chunk of queries exist at a time
 _MASKED = -1e30  # as a score; -inf would make a fully masked row nan
 SPLASH_TILES = (512, 256, 128)  # the first that divides the length is used
+LONG = 512  # tokens of a sequence from which on "blocks" is faster than "xla" on a CPU
+
+
+def choose(trunk: DecoderConfig, kind: str, *, multiple: int, tokens: int) -> Attention:
+    """Choose the implementation that is fastest for training a model.
+
+    Args:
+      trunk: in the dtype that it is computed in.
+      kind: of the devices, see `kind_of`.
+      multiple: the rows' lengths are multiples of it, in tokens.
+      tokens: of a long row.
+    """
+    if kind == "cuda" and trunk.dtype == "bfloat16" and trunk.head_dim <= 128 and trunk.head_dim % 8 == 0:
+        return "cudnn" if multiple % 2 == 0 else "xla"
+    if kind == "tpu" and not trunk.window and multiple % SPLASH_TILES[-1] == 0:
+        return "splash"
+    return "blocks" if kind == "cpu" and tokens >= LONG else "xla"
+
+
+def kind_of(device: jax.Device) -> str:
+    """Return "cpu", "tpu", "cuda" for a GPU that cuDNN's attention runs on, or "gpu" for another one."""
+    if device.platform == "gpu" and "cuda" in device.client.platform_version:
+        return "cuda" if float(device.compute_capability) >= 8 else "gpu"
+    return device.platform
 
 
 def make(implementation: Attention, segments: jax.Array, *, packed: bool = True) -> Attend:

@@ -355,14 +355,14 @@ def forward(
 ) -> tuple[jax.Array, Any]:
     """Normed hidden states of whole sequences under causal attention.
 
-    Stacked layers are scanned and rematerialized; a list of layers is unrolled.
+    Stacked layers are scanned; a list of layers is unrolled.
 
     Args:
       tokens: [B, T] ids.
       segments: [B, T], 0 at padding; tokens attend within their own segment only.
       positions: [B, T], counted from each segment's first token.
       keep_kv: also return every layer's keys and values.
-      remat: what stacked layers recompute for the gradient. "none": nothing; "dots": all but the products with weights;
+      remat: what layers recompute for the gradient. "none": nothing; "dots": all but the products with weights;
         "full": everything, from each block's input.
       attend_by, packed: see `attention.make`.
 
@@ -387,7 +387,9 @@ def forward(
     if isinstance(params["layers"], list):
         kv = []
         for layer, kind in zip(params["layers"], config.kinds, strict=True):
-            x, pair = run_block(x, layer, kind.window, turns[kind.rope])
+            step = functools.partial(run_block, window=kind.window, turn=turns[kind.rope])
+            # Only with a LoRA are layers in a list trained.
+            x, pair = (_rematerialized(step, remat) if "lora_a" in layer.get("query", {}) else step)(x, layer)
             kv.append(pair)
     else:
         step, scanned = _step(run_block, params["layers"], config, turns, tokens.shape[1])

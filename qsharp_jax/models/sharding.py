@@ -115,6 +115,17 @@ def place_rows(tree: Any) -> Any:
     return tree if mesh.empty else place(tree, of_rows(tree, mesh, rules_of(mesh)))
 
 
+def local_rows(rows: int) -> np.ndarray:
+    """[rows] bool: the rows of which `place_rows` puts a part on this process's devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return np.ones(rows, bool)
+    local = np.zeros(rows, bool)
+    for index in of_rows(local, mesh, rules_of(mesh)).addressable_devices_indices_map(local.shape).values():
+        local[index] = True
+    return local
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Lay out arrays that are on this process's devices (with the same values in every process) or on all devices.
 

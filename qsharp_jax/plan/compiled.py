@@ -22,7 +22,7 @@ from qsharp_jax import decoding, train
 from qsharp_jax.models import decoder, meshes, sharding, value
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.plan.job import Job, abstract_batch, learned
+from qsharp_jax.plan.job import Job, abstract_batch, attention_of, learned
 from qsharp_jax.system.errors import UserError
 
 
@@ -70,8 +70,8 @@ def fit(job: Job, section: Any, rows: int) -> Compiled:
     batch = abstract_batch(rows, job.fit_tokens)
     loss = functools.partial(
         train.value_loss, config=guide.computed_in(config.dtype), projection=config.projection,
-        clip=config.clip_rewards, future_weight=config.future_weight, remat=config.remat, attend_by=config.attention,
-        packed=config.pack_length > 0,
+        clip=config.clip_rewards, future_weight=config.future_weight, remat=config.remat,
+        attend_by=attention_of(job, section), packed=config.pack_length > 0,
     )  # fmt: skip
     step = functools.partial(train.train_step, loss_fn=loss, optimizer=optimizer, accumulate=config.accumulate)
     with jax.set_mesh(mesh):

@@ -6,6 +6,7 @@ formulas, each with a description that the table shows.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import qsharp_jax.plan.policies as policies
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.decoding.engine import PROMPTS
@@ -21,8 +23,8 @@ from qsharp_jax.models.attention import CHUNK
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.sharding import placed
-from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, chip_bytes, learned
+from qsharp_jax.models.value import ValueConfig
+from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +67,16 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     """
     config, guide = job.config.fit, job.guide.config.computed_in(job.config.fit.dtype)
     mesh, parts = abstract_mesh(section, "fit"), config.accumulate
-    rows = config.batch_size if rows is None else rows
-    params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
+    rows = job.fit_rows if rows is None else rows
+    params, changed, moments = fitted_state(job, section)
     sharding.of_rows(jax.ShapeDtypeStruct((rows // parts, job.fit_tokens), np.int32), mesh, sharding.FIT)
-    optimizer = train.make_optimizer(config.optimizer)
-    changed, _ = learned(job, params)
-    moments = placed(jax.eval_shape(optimizer.init, changed), train.state_shardings(changed, optimizer).opt_state)
     data, fsdp, tensor = (mesh.shape[axis] for axis in meshes.MESH_AXES["fit"])
-    part = _Part(guide, params, config, rows // parts // (data * fsdp), job.fit_tokens, data, fsdp, tensor)
+    words, per_chip = (attention_of(job, section), job.optimizer.name), rows // parts // (data * fsdp)
+    part = _Part(guide, params, config, *words, per_chip, job.fit_tokens, data, fsdp, tensor)
 
     weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
     memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
+    memory += tuple(itertools.starmap(Line, policies.beside_updates(job, section, part.rows, part.tokens)))
     saved = next(line.amount for line in memory if line.what == "activations")
     products = _product_weights(params, part.trunk, part.tokens)
     forward = 2 * products / tensor * part.tokens
@@ -106,6 +107,8 @@ class _Part:
     guide: ValueConfig
     params: Params
     config: Any  # the section `fit`
+    attention: str
+    optimizer: str
     rows: int
     length: int
     data: int
@@ -116,11 +119,12 @@ class _Part:
     tokens = property(lambda self: self.rows * self.length)
     heads = property(lambda self: _divided(self.trunk.heads, self.tensor))
     width = property(lambda self: self.trunk.compute_dtype.itemsize)
+    stored = property(lambda self: self.params["trunk"]["embedding"].dtype.itemsize)
 
     @property
     def layer(self) -> int:
         """Bytes of a layer's weights in the compute dtype, gathered over fsdp."""
-        return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // 4
+        return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // self.stored
 
 
 def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, vmem: int) -> tuple[Line, ...]:
@@ -128,10 +132,10 @@ def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, 
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
     saved = _saved(part.guide, config.remat, rows, length, part.tensor)
     # The compiler makes a narrow copy of the float32 weights of all layers at once, and gathers from that.
-    narrow = 0 if part.width == 4 else _layers_bytes(part.params, here=True) * part.width // 4
+    narrow = 0 if part.width == part.stored else _layers_bytes(part.params, here=True) * part.width // part.stored
     # What a block needs for its gradient and did not save is recomputed for one layer at a time.
     recomputed = max(0, _saved(part.guide, "dots", rows, length, part.tensor) - saved) // trunk.layers
-    scores = SCORES if config.attention == "xla" else 0  # others compute a part of them at a time
+    scores = SCORES if part.attention == "xla" else 0  # others compute a part of them at a time
     attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
     gathered = 2 * part.layer * (part.fsdp > 1)
     to_scatter = gathered * 4 // part.width
@@ -139,8 +143,8 @@ def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, 
     # A layer's gradient is at least two arrays, scores and their gradient; one too large for VMEM stays in HBM.
     fast = min(vmem, gathered + to_scatter + brief) if brief <= 2 * vmem else 0
     return (
-        Line("weights", weights, "float32, divided as sharding.of_model says"),
-        Line("optimizer", optimizer_state, f"{config.optimizer.name}: what it keeps of each weight, divided alike"),
+        Line("weights", weights, f"{part.params['trunk']['embedding'].dtype}, divided as sharding.of_model says"),
+        Line("optimizer", optimizer_state, f"{part.optimizer}: what it keeps of each weight, divided alike"),
         Line("gradients", gradient * min(parts, 2), "float32" + ", of the batch and of a part of it" * (parts > 1)),
         Line("copies of weights", narrow, f"of all layers, in {trunk.dtype}, divided alike"),
         Line("gathered weights", gathered, "of two layers, whole over fsdp"),
@@ -228,18 +232,22 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     rows = config.collect.batch_size if rows is None else rows
     rows = -(-rows // (data * beside)) * data * beside
     ref, guide = (placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide))
-    trunks = {"reference": (ref.params, ref.config), "guide": (guide.params["trunk"], guide.config.trunk)}
+    trunks = {"reference": (ref.params, ref.config), job.learner: (guide.params["trunk"], guide.config.trunk)}
     caches = {}
     for name, (_, trunk) in trunks.items():
         cache = kv_cache.abstract(trunk, rows, job.cache_size)
         caches[name] = chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
     # A V-type guide computes its candidates through the layers beside the pending token.
     candidates = config.generate.top_k_candidates
-    queries = {"reference": 1, "guide": 1 + candidates * (guide.config.type == "v")}
+    queries = {"reference": 1, job.learner: 1 + candidates * (guide.config.type == "v")}
     stream = rows // data
     memory = [
         Line("reference's weights", chip_bytes(ref), f"{_dtype(ref)}, divided as of_model says"),
-        Line("guide's weights", chip_bytes(guide), f"{_dtype(guide)}, divided alike"),
+        Line(
+            f"{job.learner}'s weights", 0 if policies.share_base(job, section) else chip_bytes(guide),
+            f"{_dtype(guide)}, divided alike",
+        ),
+        *itertools.starmap(Line, policies.beside_sampling(job, section)),
         *(
             Line(f"{name}'s cache", size, f"{rows} rows x {job.cache_size} positions x {trunks[name][1].layers} layers")
             for name, size in caches.items()
@@ -299,8 +307,8 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
     traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables - unread
     how = dict(
-        computing=f"{flops / 1e12:.4g} TFLOP: 2 x weights, for a token of the reference and {queries['guide']} of the"
-        " guide",
+        computing=f"{flops / 1e12:.4g} TFLOP: 2 x weights, for a token of the reference and {queries[job.learner]} of"
+        f" the {job.learner}",
         memory="weights and caches once, without tables that are only looked up in"
         + ", nor experts that no token has" * (unread > 0),
         collectives=f"two sums a layer over tensor {tensor}, the logits exchanged",

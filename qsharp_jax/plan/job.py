@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, lora, meshes, value
+from qsharp_jax.models import decoder, lora, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
+from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.run import models
+from qsharp_jax.run import attention, models
+from qsharp_jax.run.config import trains_policy
 from qsharp_jax.system.errors import UserError, nearest
 
 DTYPE_OF_SIZE = "bfloat16"  # dtype of models given by a size, unless the config sets one
@@ -34,12 +36,33 @@ class Job:
 
     config: ConfigDict
     # ref, guide: the models as decoded, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide has float32
-    # weights, as fitted, and is computed in its trunk's dtype.
+    # weights, as fitted, and is computed in its trunk's dtype. A policy stands there as a Q-type guide, whose head has
+    # the shape of its own, with weights in the dtype of sampling.
     ref: LanguageModel
     guide: ValueModel
-    fitted: Params  # the float32 parameters of a fit: the guide, the heads of the auxiliary loss, and a LoRA
+    # the parameters of a fit, in float32: the guide or policy, the heads of the auxiliary loss, and a LoRA; a policy
+    # below its LoRA has pi_ref's dtype
+    fitted: Params
     fit_tokens: int  # tokens per row of the fit
     cache_size: int  # positions of the caches in decoding
+
+    @property
+    def is_policy(self) -> bool:
+        """True if the run trains a policy, beside which pi_ref stays in memory."""
+        return trains_policy(self.config)
+
+    @property
+    def fit_rows(self) -> int:
+        """Rows of a step of the fit."""
+        return self.config.policy.batch_size if self.is_policy else self.config.fit.batch_size
+
+    @property
+    def optimizer(self) -> ConfigDict:
+        return self.config.policy.optimizer if self.is_policy else self.config.fit.optimizer
+
+    @property
+    def learner(self) -> str:
+        return "policy" if self.is_policy else "guide"
 
 
 def make(
@@ -66,19 +89,20 @@ def make(
                 f"prompts of {prompt} tokens with {new} new ones exceed the {name}'s {shape.max_positions} positions;"
                 " give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
-    bucket, fitted = config.fit.length_bucket, value.abstract(guide)
-    is_new = ref_size is None and models.folder(config, "ref") is None
+    bucket, is_new = config.fit.length_bucket, ref_size is None and models.folder(config, "ref") is None
+    stored = "float32" if is_new else ref.dtype
+    guide_params, is_policy = value.abstract(guide), trains_policy(config)
     job = Job(
         config=config,
-        ref=LanguageModel(decoder.abstract(ref, "float32" if is_new else ref.dtype), ref),
-        guide=ValueModel(fitted, guide),
-        fitted=fitted,
+        ref=LanguageModel(decoder.abstract(ref, stored), ref),
+        guide=ValueModel(_in_dtype(guide_params, ref.dtype) if is_policy else guide_params, guide),
+        fitted=_in_dtype(guide_params, stored) if is_policy and config.fit.lora_rank else guide_params,
         fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
         cache_size=decoding.cache_size(prompt, new, config.generate.prompt_bucket),
     )
     if offsets := config.fit.future_offsets:
         heads = jax.eval_shape(lambda key: train.init_future(key, offsets, guide.trunk), jax.random.key(0))
-        job = dataclasses.replace(job, fitted=fitted | {"future": heads})
+        job = dataclasses.replace(job, fitted=job.fitted | {"future": heads})
     if rank := config.fit.lora_rank:
         add = functools.partial(lora.add, rank=rank, alpha=config.fit.lora_alpha)
         job = dataclasses.replace(job, fitted=jax.eval_shape(add, jax.random.key(0), job.fitted))
@@ -87,7 +111,27 @@ def make(
 
 def learned(job: Job, params: Params) -> tuple[Params, Params]:
     """Split fitted parameters into those that the optimizer changes and those that a LoRA freezes."""
-    return lora.split(params) if job.config.fit.lora_rank else (params, {})
+    return lora.split(params, () if job.is_policy else None) if job.config.fit.lora_rank else (params, {})
+
+
+def fitted_state(job: Job, section: Any) -> tuple[Params, Params, Any]:
+    """Return the fit's parameters on a mesh's section, those of them that are learned, and the optimizer's state."""
+    mesh, guide = abstract_mesh(section, "fit"), job.guide.config
+    params = placed(job.fitted, sharding.of_model(ValueModel(job.fitted, guide), mesh, sharding.FIT).params)
+    changed, _ = learned(job, params)
+    optimizer = train.make_optimizer(job.optimizer)
+    moments = placed(jax.eval_shape(optimizer.init, changed), train.state_shardings(changed, optimizer).opt_state)
+    return params, changed, moments
+
+
+def _in_dtype(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
+
+
+def attention_of(job: Job, section: Any) -> str:
+    """Return the attention of the fit on the devices of a mesh's section, GPUs as new as cuDNN's attention needs."""
+    kind = {"gpu": "cuda", "any": "cpu"}.get(section["platform"], section["platform"])
+    return attention.of_config(job.config, job.guide.config.computed_in(job.config.fit.dtype).trunk, kind)
 
 
 def _with_folders(config: ConfigDict) -> ConfigDict:
@@ -107,6 +151,8 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         models.check_folders(config)
         vocab_size = None if models.folder(config, "ref") else models.make_tokenizer(config).vocab_size
         ref = models.ref_shape(config, vocab_size)
+    if trains_policy(config):
+        return ref, ValueConfig(ref, type="q")
     section = config.value
     distribution = "bernoulli" if section.distribution == "auto" else section.distribution  # a head is small
     kind = dict(type=section.type, distribution=distribution, atoms=tuple(section.atoms))

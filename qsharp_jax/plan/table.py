@@ -13,6 +13,7 @@ from qsharp_jax.models import meshes
 from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job
+from qsharp_jax.system.errors import UserError
 
 WIDTH = 100  # of a terminal
 
@@ -23,11 +24,13 @@ def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
     Raises:
       UserError: for a mesh that does not divide the models or the rows, or that cannot be compiled for.
     """
+    if compile and job.is_policy:
+        raise UserError("only fits of a guide are compiled; plan a policy without --compile")
     if compile:
         compiled.devices(section)  # fails early where there is no compiler
     yield from _head(job, section)
     fit = job.config.fit
-    tokens = fit.batch_size * job.fit_tokens
+    tokens = job.fit_rows * job.fit_tokens
     uses = {
         "fit": (forecast.fit, compiled.fit, fit.accumulate, f"{job.fit_tokens} tokens", tokens),
         "decode": (forecast.decode, compiled.decode, 1, f"{job.cache_size} positions", job.config.collect.batch_size),
@@ -53,7 +56,7 @@ def _head(job: Job, section: Any) -> Iterable[str]:
         + (f", each {chip}" if section["hbm_bytes"] else ", without known memory or speed"),
         WIDTH, subsequent_indent="  ",
     )  # fmt: skip
-    for name, model in {"Reference": job.ref, "Guide": job.guide}.items():
+    for name, model in {"Reference": job.ref, job.learner.capitalize(): job.guide}.items():
         trunk = getattr(model.config, "trunk", model.config)
         count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         yield (

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.data.records import is_held_out
+from qsharp_jax.run import attention, models, problems, schema
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models, problems, schema
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import loggers
@@ -91,8 +91,6 @@ def _check_policy(config: ConfigDict) -> None:
     name = config.algorithm
     if config.guide != "ref":
         raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
-    if config.fit.lora_rank:
-        raise UserError(f"config.fit.lora_rank is {config.fit.lora_rank}; {name} trains all weights, so give 0")
     if config.generate.temperature == 0:
         raise UserError(f"config.generate.temperature is 0; {name} samples the policy that it trains, so give more")
 
@@ -174,16 +172,21 @@ def check_problems(config: ConfigDict, rewards: Sequence[Callable[..., Any]] = (
 
 
 def check_devices(session: Session) -> None:
-    """Check that the meshes match the devices, and that the fit's attention runs on them (UserError)."""
+    """Check that the meshes match the devices, and that the fit's attention runs on them (UserError).
+
+    An attention that is chosen for them is printed.
+    """
     _ = session.fit_mesh, session.decode_mesh
-    attention, dtype = session.config.fit.attention, models.fit_config(session).trunk.dtype
+    by, dtype = session.config.fit.attention, models.fit_config(session).trunk.dtype
     platform = jax.default_backend()
-    if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)) != platform:
+    if by == "auto" and session.workdir.writes:
+        print(f"fit.attention: {attention.of_fit(session)}, chosen by the device, the model and the lengths")
+    if (needed := {"cudnn": "gpu", "splash": "tpu"}.get(by, platform)) != platform:
         raise UserError(
-            f"config.fit.attention is {attention}, which runs on a {needed}, but JAX has a {platform} here; give xla,"
+            f"config.fit.attention is {by}, which runs on a {needed}, but JAX has a {platform} here; give xla,"
             " or blocks for long sequences on a CPU"
         )
-    if attention == "cudnn" and dtype != "bfloat16":
+    if by == "cudnn" and dtype != "bfloat16":
         raise UserError(
             f"config.fit.attention cudnn computes in bfloat16, but the guide is fitted in {dtype}; give"
             " --config.fit.dtype=bfloat16, or xla"

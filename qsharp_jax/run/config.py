@@ -81,6 +81,13 @@ def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
     override(config, rest)
 
 
+def mesh_section(name: str, overrides: list[str]) -> ConfigDict:
+    """Return a preset of the package as a config's section `mesh`, changed by `--config.mesh.KEY=VALUE`."""
+    config = ConfigDict({"mesh": preset(RECIPES, name)}).lock()
+    override(config, overrides)
+    return config.mesh
+
+
 def presets(path: str | Path) -> dict[str, dict]:
     """Return the sections `mesh` by name, from the `meshes.py` beside a config file, or else of this package."""
     path = _presets_file(path)

@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.data.tokenizer_files import has_tokenizer
 from qsharp_jax.decoding import Guide, guide_names
-from qsharp_jax.models import decoder, hf, value
+from qsharp_jax.models import cpu_form, decoder, hf, sharding, value
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
+from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import progress
 from qsharp_jax.system.errors import UserError
@@ -36,6 +40,7 @@ class Folders:
     prompt_format: str | None = None  # "plain" or "chat", see `Tokenizer`; by default chat if there is a template
     stop_ids: Sequence[int] | None = None  # by default those of the reference's folder
     date: datetime.date | None = None  # today's date for a chat template that writes it; by default the current date
+    mesh: Mesh | None = None  # over which the weights are divided as for decoding
 
     def __post_init__(self):
         configs = self.configs  # first, since this checks that these are folders of models
@@ -57,25 +62,40 @@ class Folders:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The weights of the models in `configs` as `jax.ShapeDtypeStruct`s."""
-        weights = {}
-        if self.ref:
-            dtype = self._dtype(self.ref)
-            weights["reference"] = decoder.abstract(hf.read_config(self.ref, dtype), dtype)
-        for name, guide in self._named_guides():
-            dtype = self._dtype(guide)
-            weights[name] = value.abstract(hf.read_guide_config(guide, dtype), dtype)
-        return weights
+        """The weights of the models in `configs` as `jax.ShapeDtypeStruct`s, on the mesh if there is one."""
+        shapes = {"reference": self._ref_shapes()} if self.ref else {}
+        shapes |= {name: self._guide_shapes(guide) for name, guide in self._named_guides()}
+        return {name: sharding.move(model, self.mesh, sharding.DECODE).params for name, model in shapes.items()}
 
     def load_ref(self) -> LanguageModel:
         progress.tell(f"loading the reference {self.ref}")
-        return hf.load_ref(self.ref, dtype=self._dtype(self.ref))
+        return hf.load_ref(self.ref, dtype=self._dtype(self.ref), shardings=self._shardings(self._ref_shapes()))
 
     def load_guide(self) -> Guide:
         """The guide, or a tuple of several."""
         progress.tell(f"loading the guide {', '.join(map(str, self.guides))}")
-        guides = tuple(hf.load_guide(guide, dtype=self._dtype(guide)) for guide in self.guides)
+        guides = tuple(
+            hf.load_guide(guide, dtype=self._dtype(guide), shardings=self._shardings(self._guide_shapes(guide)))
+            for guide in self.guides
+        )
         return guides if len(guides) > 1 else guides[0]
+
+    def _ref_shapes(self) -> LanguageModel:
+        dtype = self._dtype(self.ref)
+        config = hf.read_config(self.ref, dtype)
+        return LanguageModel(decoder.abstract(config, dtype), config)
+
+    def _guide_shapes(self, guide: Path) -> ValueModel:
+        dtype = self._dtype(guide)
+        config = hf.read_guide_config(guide, dtype)
+        return ValueModel(value.abstract(config, dtype), config)
+
+    def _shardings(self, shapes: LanguageModel | ValueModel) -> Params | None:
+        if self.mesh is None:
+            return None
+        unstack = decoder.unstack if isinstance(shapes, LanguageModel) else value.unstack
+        params = jax.eval_shape(functools.partial(unstack, transposed=cpu_form.here()), shapes.params)
+        return sharding.of_model(shapes.replace(params=params), self.mesh, sharding.DECODE).params
 
     @property
     def _first(self) -> Path:

@@ -15,8 +15,10 @@ import itertools
 import os
 import typing
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -179,8 +181,12 @@ def weights(session: Session) -> dict[str, Params]:
     """Return the models' weights in the form for decoding, as `jax.ShapeDtypeStruct`s."""
     config, shape = session.config, ref_config(session)
     stored = shape.dtype if folder(config, "ref") else "float32"  # the dtype of training
-    learned = decoder.abstract(shape) if trains_policy(config) else value.abstract(guide_config(session))
-    return {"reference": decoder.abstract(shape, stored), "guide": learned}
+    if trains_policy(config):
+        learned: Any = LanguageModel(decoder.abstract(shape), shape)
+    else:
+        learned = ValueModel(value.abstract(guide_config(session)), guide_config(session))
+    ref = LanguageModel(decoder.abstract(shape, stored), shape)
+    return {name: session.for_decoding(model).params for name, model in {"reference": ref, "guide": learned}.items()}
 
 
 def sampling(session: Session) -> Sampling:
@@ -237,40 +243,13 @@ def check(session: Session) -> None:
         hf.check_weights(guide, "guide" if hf.is_guide(guide) else "trunk")
 
 
-@dataclasses.dataclass(frozen=True)
-class RunModels:
-    """The models of a run, with the interface of `Folders`."""
-
-    session: Session
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return tokenizer(self.session)
-
-    @property
-    def configs(self) -> dict[str, DecoderConfig]:
-        return trunk_configs(self.session)
-
-    @property
-    def weights(self) -> dict[str, Params]:
-        return weights(self.session)
-
-    @property
-    def sampling(self) -> Sampling:
-        return sampling(self.session)
-
-    def load_ref(self) -> LanguageModel:
-        return load_ref(self.session)
-
-    def load_guide(self) -> ValueModel | LanguageModel:
-        return load_guide(self.session)
-
-
 # --- Weights --------------------------------------------------------------------------------------------------------
 
 
 def load_ref(session: Session) -> LanguageModel:
     """Load the reference, from its folder or as pre-trained, in the form for decoding.
+
+    The base of a policy's LoRA has its modules apart, as they are trained.
 
     Raises:
       UserError: if its pre-training is not finished, or what is read is damaged.
@@ -281,14 +260,19 @@ def load_ref(session: Session) -> LanguageModel:
         unstack = functools.partial(decoder.unstack, transposed=cpu_form.here())
         read = LanguageModel(jax.eval_shape(unstack, decoder.abstract(shape, shape.dtype)), shape)
         loaded = hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
-        return for_decoding(loaded)
+        is_base = trains_policy(session.config) and session.config.fit.lora_rank > 0
+        return loaded if is_base else for_decoding(loaded)
     checkpoints = _finished(session.workdir.ref, "reference model", "run")
     shapes = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
     return session.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))
 
 
-def load_guide(session: Session, number: int | None = None) -> ValueModel | LanguageModel:
+def load_guide(
+    session: Session, number: int | None = None, ref: LanguageModel | None = None
+) -> ValueModel | LanguageModel:
     """Load the guide fitted in a round, or the policy trained in it; by default in the last fitted round.
+
+    A policy with a LoRA has the arrays of `ref`, which is loaded if it is not in memory.
 
     Raises:
       UserError: if there is none, or the checkpoint is damaged.
@@ -299,6 +283,11 @@ def load_guide(session: Session, number: int | None = None) -> ValueModel | Lang
     if trains_policy(session.config):
         checkpoints = _finished(workdir.guide_folder(number), f"policy of round {number}", "run")
         shape = ref_config(session)
+        if session.config.fit.lora_rank:
+            params = _add_lora(session, load_ref(session) if ref is None else ref)
+            learned, base = lora.split(params, ())
+            learned = checkpoints.restore_params(session.for_fitting(LanguageModel(learned, shape)).params)
+            return session.for_decoding(LanguageModel(lora.join(learned, base), shape))
         policy = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
         return session.for_decoding(policy.replace(params=checkpoints.restore_params(policy.params)))
     checkpoints = _finished(workdir.guide_folder(number), f"guide of round {number}", "fit")
@@ -352,16 +341,27 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
 
 
 def first_policy(session: Session, ref: LanguageModel) -> Params:
-    """Return float32 parameters, layers stacked and on `fit_mesh`, of the copy of the reference that is trained.
+    """Return the parameters that a policy starts from, on `fit_mesh`; those that are learned are not pi_ref's arrays.
 
-    `ref` is the reference; it is not used if it comes from a folder.
+    They are float32 with layers stacked; `ref` is not used if it comes from a folder. With `fit.lora_rank` they are
+    pi_ref's own arrays, with layers in a list, and a LoRA beside them in float32.
     """
+    if session.config.fit.lora_rank:
+        return session.for_fitting(ref.replace(params=_add_lora(session, ref))).params
     if start := folder(session.config, "ref"):
         progress.tell(f"loading the policy's first weights from {start}")
         shape = ref_config(session)
         shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), session.fit_mesh, sharding.FIT)
         return hf.load_ref(start, dtype="float32", unstacked=False, shardings=shardings).params
-    return session.for_fitting(ref).params
+    return jax.tree.map(jnp.copy, session.for_fitting(ref).params)
+
+
+def _add_lora(session: Session, ref: LanguageModel) -> Params:
+    """Return pi_ref's parameters, layers in a list and no modules fused, with a LoRA of zero effect."""
+    params = ref.params
+    if not isinstance(params["layers"], list):
+        params = decoder.unstack(params, transposed=cpu_form.here())
+    return lora.add(session.key("lora"), params, session.config.fit.lora_rank, session.config.fit.lora_alpha)
 
 
 def fitted_rounds(workdir: Workdir) -> int:

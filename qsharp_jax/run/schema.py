@@ -131,7 +131,10 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The fit of a guide. Policies take accumulate, remat, dtype, attention, length_bucket and save_every from here."""
+    """The fit of a guide.
+
+    Policies take accumulate, remat, dtype, attention, lora_rank, lora_alpha, length_bucket and save_every from here.
+    """
 
     epochs: int = setting(5, whole(1), "passes over the rollouts of all rounds")
     batch_size: int = setting(32, whole(1), "rollouts per step")
@@ -142,10 +145,10 @@ class Fit:
     )  # fmt: skip
     dtype: str | None = setting(None, FLOATS, "dtype of the fit's computation")
     attention: str = setting(
-        "xla", one_of("xla", "blocks", "cudnn", "splash"),
-        "blocks: for long sequences on a CPU; cudnn: on CUDA, in bfloat16; splash: on TPUs",
+        "auto", one_of("auto", "xla", "blocks", "cudnn", "splash"),
+        "auto: the fastest; xla: everywhere; blocks: long sequences on a CPU; cudnn: CUDA, bfloat16; splash: TPUs",
     )  # fmt: skip
-    lora_rank: int = setting(0, whole(0), "rank of learned updates of the trunk's kernels; 0: learn all weights")
+    lora_rank: int = setting(0, whole(0), "rank of learned updates of the blocks' kernels; 0: learn all weights")
     lora_alpha: float = setting(16.0, POSITIVE_FINITE, "the updates are multiplied by this over the rank")
     length_bucket: int = setting(24, whole(1), "batches are padded to multiples of this", unit="tokens")
     pack_length: int = setting(

@@ -7,7 +7,6 @@ loop over the `Trainer` that `training` yields.
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,10 +101,20 @@ class Trainer:
         if self.finished:
             return
         self.done = self.step >= loop.total_steps
-        step_fn = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate)
+
+        def step_fn(
+            learned: TrainState, frozen: Params, batch: Batch, rate: jax.Array
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, metrics = train_step(
+                learned.replace(frozen=frozen), batch, rate,
+                loss_fn=loss_fn, optimizer=optimizer, accumulate=accumulate,
+            )  # fmt: skip
+            return state.replace(frozen={}), metrics
+
         # Fixed shardings: if the compiler chose others for the new state, the next step would compile again.
         on_mesh = not jax.sharding.get_mesh().empty
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state) if on_mesh else None
+        learned = self.state.replace(frozen={})
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, learned) if on_mesh else None
         self._step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
         self._best, self._evaluated_at = checkpoints.best(), -1
         self._window: list[dict] = []  # metrics of the updates since the last log line
@@ -129,7 +138,11 @@ class Trainer:
             self._trace.before_step(self.state, self._clock.warm)
         with self._clock.step(batch, self._metrics), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             rate = np.float32(self._schedule(self.step))
-            self.state, self._metrics = self._step_fn(self.state, sharding.place_rows(batch), rate)
+            frozen = self.state.frozen
+            learned, self._metrics = self._step_fn(
+                self.state.replace(frozen={}), frozen, sharding.place_rows(batch), rate
+            )
+            self.state = learned.replace(frozen=frozen)
         self._window.append(self._metrics)
         self._unseen.append(self._metrics)
         self.step += 1

@@ -71,7 +71,7 @@ def _is_matrix(params: Params) -> Params:
 
 def _is_block_matrix(params: Params) -> Params:
     def which(path: Any, _: Any) -> bool:
-        keys = [entry.key for entry in path]
+        keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return "layers" in keys and keys[-1] == "kernel"
 
     return jax.tree.map_with_path(which, params)

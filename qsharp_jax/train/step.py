@@ -35,10 +35,17 @@ class TrainState:
         return lora.join(self.params, self.frozen)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None) -> TrainState:
-    """Step 0, on a copy of the parameters, since each step donates its state; moments as in `state_shardings`."""
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None, *, donate: bool = False
+) -> TrainState:
+    """Step 0, on a copy of the parameters, since each step donates its state; moments as in `state_shardings`.
+
+    Args:
+      frozen: model parameters that are not learned; they are neither copied nor donated.
+      donate: let the first step donate `params` themselves instead of a copy.
+    """
     shardings = state_shardings(params, optimizer)
-    params, frozen = jax.tree.map(jnp.copy, (params, frozen or {}))
+    params, frozen = params if donate else jax.tree.map(jnp.copy, params), frozen or {}
     if shardings is None:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
     make = jax.jit(lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)), out_shardings=(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qsharp_jax.algorithms import dpo
 from qsharp_jax.algorithms.policy_scores import PolicyBatch
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.records import Rollout, Rollouts
 
 BETA = 0.4
 
@@ -95,7 +95,7 @@ def test_at_pi_ref_the_loss_is_log_2_whatever_the_pair():
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=12))
 def test_pairs_are_all_of_one_prompt_with_different_rewards(made):
     data = [Rollout(f"p{p}", 1, [1], [2] * (i + 1), 0, r, True, 0.1, 0, "") for i, (p, r) in enumerate(made)]
-    pairs, skipped = dpo.make_pairs(data)
+    pairs, skipped = dpo.make_pairs(Rollouts.of(data))
     want = {(i, j) for i, (p, r) in enumerate(made) for j, (q, s) in enumerate(made) if p == q and r > s}
     assert {(pair.chosen, pair.rejected) for pair in pairs} == want and len(pairs) == len(want)
     assert all(len(pair) == 2 + max(pair.chosen, pair.rejected) for pair in pairs)

@@ -1,6 +1,7 @@
 """What the policy methods share: scores against a decoder in numpy, batches in parts, and runs on a task with an optimum."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import tempfile
@@ -20,8 +21,9 @@ from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, re
 from qsharp_jax.algorithms.policy_based import LIMITS, OnPolicyTraining, check_gaps
 from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.data.batches import Example
-from qsharp_jax.data.records import Rollout, read_rounds
+from qsharp_jax.data.records import Rollout, Rollouts, read_rounds
 from qsharp_jax.evaluation import measure
+from qsharp_jax.models import lora
 from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
@@ -243,6 +245,77 @@ def test_dpo_learns_from_pairs_of_two_rounds(tmp_path):
 def test_no_pairs_at_all_are_refused_with_how_many_prompts_were_skipped(tmp_path):
     session = bandit.session(tmp_path, "rpo", "collect.prompts=7")
     rollouts = [Rollout(f"p{i % 7}", 1, [1], [2], 0, float(i % 7 > 3), True, 1.0, 0, "") for i in range(28)]
-    params = bandit.reference(session).params
+    ref = bandit.reference(session)
     with pytest.raises(UserError, match="rpo has no pairs to learn from: all 7 prompts were skipped"):
-        dpo.fit(session, 1, params, params, rollouts)
+        dpo.fit(session, 1, ref, None, Rollouts.of(rollouts))
+
+
+# --- LoRA on pi_ref's own arrays, and bfloat16 ---------------------------------------------------------------------------
+
+
+def gradient(params, config=MODEL.config, **changes):
+    """Of the sum of log-probabilities."""
+    by, batch = scorer(config=config, **changes), policy_scores.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
+    return jax.jit(jax.grad(lambda params: by(params, batch)[0].sum()))(params)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_lora_as_wide_as_the_kernels_has_the_whole_gradient(remat):
+    """With A = 1 the gradient of scale * A B is the kernel's own, times the scale; the base is in the form for decoding."""
+    dense = gradient(MODEL.params)["layers"]
+    base = decoding.for_decoding(MODEL).params
+    width = MODEL.config.embed
+    params = lora.add(jax.random.key(0), base, rank=width, alpha=2.0 * width)
+    for layer in params["layers"]:
+        for module in layer.values():
+            if "lora_a" in module and module["lora_a"].shape == (width, width):
+                module["lora_a"] = jnp.eye(width)
+    learned, frozen = lora.split(params, ())
+    by_layer = gradient(lora.join(learned, frozen), remat=remat)["layers"]
+    for number, layer in enumerate(by_layer):
+        for name in ("query", "key", "value", "output", "gate", "up"):
+            whole = 2.0 * dense[name]["kernel"][number]
+            np.testing.assert_allclose(layer[name]["lora_b"], whole, atol=1e-4 * float(jnp.abs(whole).max()), err_msg=name)
+    assert frozen["layers"][0]["query"]["weight"] is base["layers"][0]["query"]["weight"]
+
+
+def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding():
+    """Of float32 masters, as float32 arrays."""
+    exact = gradient(MODEL.params)
+    rounded = gradient(MODEL.params, dataclasses.replace(MODEL.config, dtype="bfloat16"))
+    for path, leaf in jax.tree.leaves_with_path(exact):
+        other = functools.reduce(lambda tree, entry: tree[entry.key], path, rounded)
+        assert other.dtype == jnp.float32
+        cosine = jnp.vdot(leaf, other) / (jnp.linalg.norm(leaf) * jnp.linalg.norm(other))
+        assert cosine > 0.99, jax.tree_util.keystr(path)
+
+
+def test_a_policy_with_a_lora_learns_on_pi_ref_s_own_arrays(tmp_path):
+    settings = ("fit.lora_rank=4", "collect.prompts=128", "rounds=2", "policy.optimizer.learning_rate=0.03")
+    session = bandit.session(tmp_path, "reinforce", *settings)
+    ref = decoding.for_decoding(bandit.reference(session))
+    before = jax.tree.map(np.array, ref.params)
+    made = run(session, ref)
+    (first, best), (second, _) = bandit.exact_objective(session, ref, ref), bandit.exact_objective(session, ref, made)
+    assert first + 0.1 < second < best
+    helpers.assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
+    assert made.params["embedding"] is ref.params["embedding"]
+    assert made.params["layers"][0]["up"]["weight"] is ref.params["layers"][0]["up"]["weight"]
+    helpers.assert_trees_equal(models.load_guide(session, 2, ref).params, made.params)
+    assert max(line["log_prob_gap"] for line in session.workdir.read_metrics() if "objective" in line) < 1e-4
+    merged = made.replace(params=lora.merged(made.params))
+    assert bandit.exact_objective(session, ref, merged)[0] == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "klq", "dpo"])
+def test_methods_in_bfloat16_with_a_lora_come_near_to_float32(name, tmp_path):
+    """Sampling and training differ by rounding; what is learned is worth as much."""
+    settings = ("fit.lora_rank=4", "policy.log_prob_limit=1", "policy.optimizer.learning_rate=0.03")
+    worth = {}
+    for dtype in ("float32", "bfloat16"):
+        session = bandit.session(tmp_path / dtype, name, *settings, f"fit.dtype={dtype}")
+        ref = decoding.for_decoding(bandit.reference(session))
+        made = run(session, ref)
+        worth[dtype] = bandit.exact_objective(session, ref, made)[0] - bandit.exact_objective(session, ref, ref)[0]
+    assert worth["float32"] > 0.1 and worth["bfloat16"] > 0.7 * worth["float32"]

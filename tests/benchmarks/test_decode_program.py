@@ -88,13 +88,6 @@ BRANCHES = """%window (buffer.0: bf16[16,1,2048,128], begin.0: s32[]) -> bf16[16
 }
 
 %true (carry.1"""
-SEEN = "%seen = bf16[1,16,2048,128]{3,2,1,0:T(8,128)(2,1)S(1)} fusion(%cache), kind=kLoop, calls=%turn"
-TURN = """%turn (buffer.5: bf16[16,1,2048,128]) -> bf16[1,16,2048,128] {
-  %buffer.5 = bf16[16,1,2048,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %turned.5 = bf16[1,16,2048,128]{3,2,1,0:T(8,128)(2,1)} bitcast(%buffer.5)
-}
-
-"""
 BACK = (
     "%back = (bf16[16,1,2048,128]{3,2,0,1:T(8,128)(2,1)}, bf16[16,1,2048,128]{3,2,0,1:T(8,128)(2,1)S(1)}, u32[]{:S(2)})"
     " copy-start(%arrived)"
@@ -103,7 +96,7 @@ TURNED = "%turned = bf16[1,16,2048,128]{3,1,2,0:T(8,128)(2,1)} copy(%cache)"
 
 
 def read(extra=""):
-    return decode_program.DecodeProgram(TEXT.replace("BACK", extra).replace("%true (carry.1", TURN + BRANCHES))
+    return decode_program.DecodeProgram(TEXT.replace("BACK", extra).replace("%true (carry.1", BRANCHES))
 
 
 def test_a_step_is_the_loop_within_the_loop():
@@ -133,7 +126,6 @@ def test_bytes_count_what_is_in_hbm_once_a_read_and_once_a_write():
     assert read().hbm_bytes() == CACHE + kernel + gathered + rows, "of the table rows, of the rest all that is in HBM"
     assert read(BACK).hbm_bytes() - read().hbm_bytes() == CACHE
     assert read(TURNED).hbm_bytes() - read().hbm_bytes() == 2 * CACHE
-    assert read(SEEN).hbm_bytes() - read().hbm_bytes() == CACHE
 
 
 def test_bytes_of_a_conditional_are_those_of_one_branch_and_of_a_slice_its_own():

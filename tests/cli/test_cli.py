@@ -26,7 +26,7 @@ def run(workdir, *changes: str) -> int:
 
 
 def records(workdir: Path) -> list:
-    return read_rounds(workdir / "rollouts", [1, 2])
+    return [*read_rounds(workdir / "rollouts", [1, 2])]
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from helpers import assert_trees_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax.data.batches import Batches, Example, from_rollout, make_batch, make_packed_batch, pack
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.batches import Batches, Example, RolloutExamples, from_rollout, make_batch, make_packed_batch, pack
+from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.system.errors import UserError
 
 
@@ -156,6 +157,20 @@ def test_a_packed_batch_by_hand():
     assert batch.response_mask.astype(int).tolist() == [[0, 0, 1, 1, 1, 0, 1, 1, 0, 0], [0] * 10]
     assert batch.label_mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 1, 1, 0, 0], [0] * 10]
     assert batch.reward_to_go[0].tolist() == [0, 0, 0.5, 0.5, 0.5, 0, -2, -2, 0, 0]
+
+
+def test_rows_of_other_hosts_have_their_segments_alone():
+    """Each host's rows are those of the whole batch; the rest costs it no reading of tokens."""
+    rng = np.random.default_rng(0)
+    rollouts = Rollouts.of(
+        Rollout("p", 2, [5] * 3, rng.integers(3, 9, n).tolist(), 2, 0.5, True, 0.1, 0, "") for n in (4, 6, 2, 5, 7)
+    )
+    groups = [[example] for example in RolloutExamples(rollouts)]
+    whole, local = make_packed_batch(groups, 6, 10), np.asarray([False, True, True, False, False, True])
+    part = make_packed_batch(groups, 6, 10, local)
+    assert_trees_equal(part, make_packed_batch([[from_rollout(r)] for r in rollouts], 6, 10, local))
+    assert_trees_equal(*(jax.tree.map(lambda array: array[local], batch) for batch in (part, whole)))
+    assert (part.segments == whole.segments).all() and not part.tokens[~local].any()
 
 
 def test_padding_is_under_a_twentieth_of_packed_batches():

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +15,17 @@ from helpers import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsharp_jax.data.records import Rollout, read_rounds, read_shard, shard_path, write_shard
+from qsharp_jax.data.records import (
+    Rollout,
+    is_held_out,
+    read_rounds,
+    read_shard,
+    shard_path,
+    split_held_out,
+    with_reward,
+    with_variation,
+    write_shard,
+)
 from qsharp_jax.system.errors import UserError
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
@@ -78,6 +89,32 @@ def test_rounds_are_read_in_the_order_of_collection(tmp_path):
     assert read_rounds(tmp_path, range(2, 3)) == rollouts[24:]
 
 
+def test_choices_of_rollouts_are_those_of_a_loop(tmp_path):
+    """Rows of columns against a loop over the records, over shards, without texts, and with rewards that are missing."""
+    rng = np.random.default_rng(0)
+    rollouts = [
+        make_rollout(number % 17, round=1 + number // 40, reward=[None, 0.0, 1.0][rng.integers(3)]) for number in range(80)
+    ]
+    for shard in range(8):
+        part = rollouts[10 * shard : 10 * shard + 10]
+        write_shard(tmp_path / f"round_{part[0].round}", shard, part)
+    columns = read_rounds(tmp_path, [1, 2], texts=False)
+    rollouts = [dataclasses.replace(rollout, text="") for rollout in rollouts]
+    assert columns == rollouts
+    judged = [rollout for rollout in rollouts if rollout.reward is not None]
+    assert with_reward(columns) == judged
+    learned, held_out = split_held_out(with_reward(columns), 0.4)
+    assert held_out == [rollout for rollout in judged if is_held_out(rollout.prompt_id, 0.4)] != []
+    assert learned == [rollout for rollout in judged if not is_held_out(rollout.prompt_id, 0.4)] != []
+    assert held_out.lengths.tolist() == [len(r.prompt_tokens) + len(r.response_tokens) for r in held_out]
+
+    def rewards(like):
+        return {r.reward for r in learned if (r.round, r.prompt_id) == (like.round, like.prompt_id)}
+
+    assert 0 < len(with_variation(learned)) < len(learned)
+    assert with_variation(learned) == [rollout for rollout in learned if len(rewards(rollout)) > 1]
+
+
 @pytest.mark.parametrize("killed_at", ["write_table", "fsync", "replace"])
 def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch, killed_at):
     """A write that ends anywhere leaves no shard, or the old one; the next write does not mind what was left."""
@@ -134,13 +171,18 @@ def damaged(how, tmp_path):
         path.write_bytes(whole[:place] + b"\xf0" + whole[place + 1 :])
     elif how == "column missing":
         pyarrow.parquet.write_table(table.drop_columns(["seed"]), path)
+    elif how == "field missing":
+        numbers = pyarrow.array([None] * len(table), pyarrow.int32())
+        pyarrow.parquet.write_table(table.set_column(table.column_names.index("switch"), "switch", numbers), path)
     elif how == "column of another type":
         texts = pyarrow.array([str(reward) for reward in table["reward"].to_pylist()])
         pyarrow.parquet.write_table(table.set_column(table.column_names.index("reward"), "reward", texts), path)
     return path
 
 
-DAMAGES = ("empty", "no parquet", "truncated", "page", "footer", "column missing", "column of another type")
+DAMAGES = (
+    "empty", "no parquet", "truncated", "page", "footer", "column missing", "field missing", "column of another type",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("how", DAMAGES)

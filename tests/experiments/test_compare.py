@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from repository import CONFIGS
 
 from qsharp_jax.algorithms.policy_based import OnPolicyTraining
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.experiments import compare
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config, models, pretrain
@@ -74,10 +74,10 @@ def test_epochs_fill_the_budget(tmp_path):
     session = bandit.session(tmp_path, "qsharp", "rounds=2", "collect.prompts=5", "fit.epochs=7", "fit.holdout=0.1")
     lengths = [2, 3, 3, 3, 2, 3]
     rewards = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    data = [
+    data = Rollouts.of(
         Rollout(f"p{i // 3}", 1, [1], [2] * (n - 1), 0, r, True, 1.0, 0, "")
         for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
-    ]
+    )
     c: DecoderConfig = models.ref_config(session)
     kernels = c.layers * (4 * c.embed * c.heads * c.head_dim + 3 * c.embed * c.mlp)
 

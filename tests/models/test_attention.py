@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from qsharp_jax.models import attention
+from qsharp_jax.models import attention, config
 from qsharp_jax.system.errors import UserError
 
 
@@ -123,3 +123,25 @@ def test_blocks_in_bfloat16_lose_no_more_than_bfloat16_does():
     exact = plain(*(x.astype(jnp.float32) for x in half), segments)
     assert actual.dtype == jnp.bfloat16
     assert np.abs(np.float32(actual) - exact)[segments > 0].max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "multiple", "tokens", "chosen"),
+    [
+        ("cuda", {}, 24, 64, "cudnn"),
+        ("cuda", {"dtype": "float32"}, 24, 64, "xla"),  # cuDNN's has no float32
+        ("cuda", {"head_dim": 256}, 24, 64, "xla"),
+        ("cuda", {}, 25, 64, "xla"),  # nor packed rows of an odd length
+        ("gpu", {}, 24, 64, "xla"),
+        ("tpu", {}, 256, 64, "splash"),
+        ("tpu", {"dtype": "float32", "head_dim": 64}, 256, 64, "splash"),
+        ("tpu", {}, 64, 64, "xla"),
+        ("tpu", {"window": 8, "window_layers": (0,)}, 256, 64, "xla"),
+        ("cpu", {}, 256, 511, "xla"),
+        ("cpu", {}, 256, 512, "blocks"),
+    ],
+)
+def test_the_attention_that_is_chosen_runs_on_the_device(kind, changes, multiple, tokens, chosen):
+    trunk = config.make("tiny", **{"vocab_size": 11, "dtype": "bfloat16", "head_dim": 128} | changes)
+    assert attention.choose(trunk, kind, multiple=multiple, tokens=tokens) == chosen
+    assert attention.kind_of(jax.devices()[0]) == "cpu"

@@ -11,7 +11,7 @@ import pytest
 from qsharp_jax import train
 from qsharp_jax.algorithms import qsharp
 from qsharp_jax.data.batches import make_batch
-from qsharp_jax.data.records import Rollout
+from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.models import lora
 from qsharp_jax.run import models
 
@@ -78,7 +78,7 @@ def test_steps_change_what_is_learned_alone_and_moments_are_of_it_alone():
     optimizer = train.make_optimizer(helpers.optimizer_config())
     state = train.init_state(learned, optimizer, frozen)
     loss_fn = functools.partial(train.value_loss, config=GUIDE.config)
-    step = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0)
+    step = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer))
     first = None
     for _ in range(3):
         state, metrics = step(state, BATCH, np.float32(1))
@@ -114,10 +114,10 @@ def test_a_fit_with_lora_ends_in_an_ordinary_guide_and_resumes(tmp_path):
     session = helpers.session(tmp_path, "fit.lora_rank=2", "fit.epochs=3", "fit.holdout=0", "rounds=2")
     ref = helpers.random_model(models.tokenizer(session).vocab_size)
     rng = np.random.default_rng(0)
-    data = [
+    data = Rollouts.of(
         Rollout(f"{i}", 1, rng.integers(5, 9, 4).tolist(), rng.integers(5, 9, 3).tolist(), 0, i % 2, True, 1.0, 0, "")
         for i in range(16)
-    ]  # fmt: skip
+    )  # fmt: skip
     guide = qsharp.fit(session, 1, ref, data, None)
     loaded = models.load_guide(session, 1)
     helpers.assert_trees_equal(loaded.params, guide.params)

@@ -111,7 +111,7 @@ def test_the_step_compiles_once_for_a_shape(tmp_path, caplog):
     def compiled():
         messages = [record.getMessage() for record in caplog.records]
         caplog.clear()
-        return sum("Finished XLA compilation of jit(train_step)" in message for message in messages)
+        return sum("Finished XLA compilation of jit(step_fn)" in message for message in messages)
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         with pytest.raises(Killed):
@@ -205,7 +205,7 @@ def test_the_bar_counts_what_the_device_has_done_and_shows_the_first_loss(tmp_pa
     """A step takes 20 ms on the device and none to dispatch: the device never waits, and the bar never runs ahead."""
     losses, seen = [], []
 
-    def step(state, batch, rate):
+    def step(state, frozen, batch, rate):
         begins = max(time.monotonic(), losses[-1].time if losses else 0.0)
         losses.append(Later(begins + 0.02))
         return state, {"loss": losses[-1], "gradient_norm": losses[-1]}
