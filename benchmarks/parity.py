@@ -2,10 +2,10 @@
 
     python benchmarks/parity.py [--models small] [--rows 8] [--new-tokens 64]
 
-The models are those of `decode.py`, in float32 and rounded to bfloat16. Each decodes on the accelerator as a run does
-(T 0.8, top-p 0.9, eta 0.1, prompts of several lengths), once guided; then the CPU computes log-probabilities and
-values of the sampled tokens by teacher forcing, in float32 and without a cache. Prints how far the recorded numbers
-are from these, and exits with 1 where that is more than rounding explains.
+The models are those of `decode.py`, in float32 and rounded to bfloat16. Each decodes on the accelerator, guided (T 1,
+top-p 0.9, eta 0.1, prompts of several lengths); then the CPU computes the reference's log-probabilities and the guide's
+values of the sampled tokens by teacher forcing, in float32 and without a cache. Prints how far the recorded numbers are
+from these, and exits with 1 where that is more than rounding explains.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def differences(name: str, dtype: str, rows: int, new_tokens: int) -> dict[str, 
     cpu, device = jax.local_devices(backend="cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
         ref, guide = models(name, dtype)
-    setting = dataclasses.replace(decode.SETTINGS[name]["run"], room=new_tokens)
+    setting = dataclasses.replace(decode.SETTINGS[name]["run"], temperature=1.0, room=new_tokens)
     work = decode.Work(setting, rows, ref.config.vocab_size)
     with jax.default_device(device):
         on_device = [decoding.for_decoding(in_dtype(model, dtype, device)) for model in (ref, guide)]
@@ -87,7 +87,7 @@ def main() -> None:
             wrong |= not all(error <= limit for error, limit in zip(found, limits, strict=True))
             print(
                 f"| {dtype:8s} | {what:13s} | {found[0]:8.1e} | {found[1]:8.1e} | {of.max():8.1e} |"
-                f" {limits[0]:.0e}, {limits[1]:.0e} |"
+                f" {limits[0]:.0e}, {limits[1]:.0e}   |"
             )
     if wrong:
         sys.exit("\nThe device does not compute what the CPU does.")
