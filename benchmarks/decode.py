@@ -140,7 +140,7 @@ class Work:
     @property
     def buffer(self) -> int:
         """Positions of the caches."""
-        return decoding.cache_size(self.lengths.max(), self.setting.room, self.setting.bucket)
+        return decoding.cache_size(int(self.lengths.max()), self.setting.room, self.setting.bucket)
 
     def prompts(self) -> list[list[int]]:
         rng = np.random.default_rng(0)
