@@ -47,23 +47,15 @@ class DecodeProgram(Program):
             and _order(i.results[0].shape) in wanted
         ]
 
-    def hbm_bytes(self, branch: int | None = None) -> int:
+    def hbm_bytes(self) -> int:
         """Count the bytes read from and written to HBM in a step, from where its instructions' arrays are.
 
         Of what is written into a buffer in place, and of what is gathered or sliced, only that part is counted; inner
         loops are not counted.
-
-        Args:
-          branch: the one that each conditional takes; by default none is counted.
         """
-        return self._hbm_bytes(self.step, branch)
-
-    def _hbm_bytes(self, computation: str, branch: int | None) -> int:
-        within = {i.name: i for i in self.computations[computation]}
+        within = {i.name: i for i in self.computations[self.step]}
         total = 0
-        for i in self.computations[computation]:
-            if i.kind == "conditional" and branch is not None:
-                total += self._hbm_bytes(i.called[branch], branch)
+        for i in self.computations[self.step]:
             if i.kind in _NO_TRAFFIC or i.kind.endswith("-done"):
                 continue
             if i.kind.endswith("-start"):  # from one memory to the other, or within HBM
@@ -96,7 +88,7 @@ class DecodeProgram(Program):
         total = 0
         for i in inside:  # in order: operands come first
             used = [place for place, name in enumerate(i.operands) if name in names]
-            if used and i.kind == "bitcast":
+            if used and i.kind == "bitcast" and not i.text.startswith("ROOT"):
                 names.add(i.name)
                 continue
             for place in used:

@@ -6,7 +6,7 @@
 Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
 a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions, 20
 candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a quarter of the cache,
-bytes of a step and the bound are for these positions. `--layers N [M]` keeps so many layers of the reference and of the
+the bound is of these positions. `--layers N [M]` keeps so many layers of the reference and of the
 guide.
 """
 
@@ -29,7 +29,7 @@ from decode_program import REDUCTIONS, DecodeProgram, count, is_write_back  # no
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import decoding  # noqa: E402
-from qsharp_jax.models import config, decode_attention, decoder, meshes, sharding, value  # noqa: E402
+from qsharp_jax.models import config, decoder, meshes, sharding, value  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
 from qsharp_jax.plan.program import result_bytes  # noqa: E402
@@ -55,12 +55,6 @@ class Case:
     slots: int = 0
     rows: int = 16
     filled: float = 1.0
-
-    @property
-    def branch(self) -> int:
-        """The branch of `decode_attention` that a step takes."""
-        blocks = self.filled * decode_attention.BLOCKS + 1  # those that the positions touch, at most
-        return sum(blocks > count for count in decode_attention.READ)
 
 
 SMALL, LARGE = ("llama3.1-8b", "llama3.2-1b"), ("llama3.1-70b", "llama3.2-3b")
@@ -127,7 +121,7 @@ def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
         collective_bytes=sum(map(result_bytes, collectives)),
         outside_layers=collections.Counter(f"{i.kind} {i.source}" for i in collectives if "Block" not in i.source),
         repeated=len(read.repeated_collectives()),
-        hbm_bytes=read.hbm_bytes(case.branch),
+        hbm_bytes=read.hbm_bytes(),
         bound_bytes=bound,
         bound_ms=bound / BANDWIDTH[case.topology[:3]] * 1e3,
         trace_seconds=lowering - began,

@@ -19,7 +19,7 @@ from qsharp_jax.sampling import MODES
 from qsharp_jax.values import Distribution
 
 GROUP = 128  # tokens that `sample` and `top_k_by_groups` choose first as a group
-DIGIT = 4  # bits of a threshold that an accelerator finds in one pass over the vocabulary, with 15 sums
+DIGIT = 4  # bits of a threshold that CUDA finds in one pass over the vocabulary, with 15 sums
 
 
 def top_candidates(ref_logits: jax.Array, k: int) -> jax.Array:
@@ -347,7 +347,7 @@ def _largest(
 ) -> jax.Array:
     """The largest int32 in (low, high] whose weights have an accepted sum, if all smaller ones' have, else low: [B].
 
-    An accelerator takes several bits with each pass over the vocabulary, and waits for no loop's condition.
+    CUDA takes several bits with each pass over the vocabulary: there the host waits for a loop's condition.
 
     Args:
       weights: [B, 1] int32 -> [B, V].
@@ -382,4 +382,4 @@ def _largest(
 
         return jax.lax.fori_loop(0, digits, find_digit, low, unroll=True)
 
-    return jax.lax.platform_dependent(low, high, cpu=bisect, default=by_digits)
+    return jax.lax.platform_dependent(low, high, cuda=by_digits, default=bisect)

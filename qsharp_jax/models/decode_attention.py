@@ -1,8 +1,7 @@
 """Attention of a decoding step over the key-value cache, in the form for each kind of device.
 
-CPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions. TPU: the blocks of
-the buffers that hold some row's positions. The last two merge softmaxes over parts of the positions as FlashAttention
-does (Dao et al., arXiv 2205.14135).
+CPU and TPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions, merged with
+the candidates' attention to themselves as in FlashAttention (Dao et al., arXiv 2205.14135).
 Shapes: B batch, S positions of the buffers, Q tokens of the step, H heads, G kv heads, E head_dim; N = H/G * Q rows of
 queries that read one kv head.
 """
@@ -22,8 +21,6 @@ from qsharp_jax.models.kv_cache import KVCache
 
 Buffers = tuple[jax.Array, jax.Array]  # keys and values of one layer, as in `KVCache`
 
-BLOCKS = 8  # parts of a buffer on TPU
-READ = (3, 5)  # numbers of blocks that may be read, beside all: a quarter of the positions touches three, a half five
 TILE = 64  # positions that the CUDA kernel reads at once
 ROWS = 128  # of queries in one program of the kernel, at most; half as many if a head takes more than 256 bytes
 PROGRAMS = 264  # of the kernel that keep a GPU busy, two for each multiprocessor of an H200
@@ -78,9 +75,7 @@ def attend(
         return _by_kernel(query, key, value, *after, start, index)
 
     def tpu(query, key, value, before, after, start, index):
-        if not whole or size % (8 * BLOCKS):
-            return plain(query, key, value, *before, start, index)
-        return _by_blocks(query, key, value, *before, start, index, ring=cache.ring)
+        return plain(query, key, value, *before, start, index)
 
     operands = query, key, value, before, after, cache.start, cache.index
     return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)
@@ -107,24 +102,8 @@ def _scores(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
     return query.shape[-1] ** -0.5 * jnp.einsum(subscripts, query, key, preferred_element_type=jnp.float32)
 
 
-def _over_positions(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> Part:
-    """Attention of [B, G, N, E] over the positions of a slice of the buffers that are seen, [B, S] bool."""
-    seen = seen[:, None, None]
-    scores = jnp.where(seen, _scores("bgne,bgse->bgns", query, keys), MASKED)
-    largest = scores.max(-1)
-    weights = jnp.where(seen, jnp.exp(scores - largest[..., None]), 0)
-    mixed = jnp.einsum("bgns,bgse->bgne", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return Part(mixed, weights.sum(-1), largest)
-
-
-def _over_pending(query: jax.Array, key: jax.Array, value: jax.Array) -> Part:
-    """Attention over the pending token, which all tokens of the step see."""
-    scores = _scores("bgne,bge->bgn", query, key[:, 0])
-    return Part(value[:, 0, :, None].astype(jnp.float32), jnp.ones_like(scores), scores)
-
-
 def _over_itself(query: jax.Array, key: jax.Array, value: jax.Array) -> Part:
-    """Attention of each candidate over itself; the pending token has `_over_pending`."""
+    """Attention of each candidate over itself; the pending token is in the buffers."""
     tokens, groups = key.shape[1:3]
     shared = query.shape[2] // tokens
     key, value = (_rows(jnp.repeat(x, shared, axis=2), groups) for x in (key, value))  # [B, G, N, E]
@@ -161,57 +140,6 @@ def _on_each_device(
     rows = _rows(query, key.shape[2])
     attended = sharding.on_each_device(attend, *axes)(rows, key, value, keys, values, start, index)
     return _tokens(attended, query.shape[1])
-
-
-# --- TPU ------------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="ring")  # so that it is traced for one layer of many
-def _by_blocks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    start: jax.Array,
-    index: jax.Array,
-    *,
-    ring: bool,
-) -> jax.Array:
-    """Attention that reads the blocks from that of the first position that some row holds to that of `index` - 1.
-
-    The program has a branch for each of `READ`, which XLA compiles to products with slices of the buffers, and one for
-    the whole buffers.
-    """
-    if keys.ndim == 3:
-        keys, values = keys[None], values[None]
-    size, tokens = keys.shape[2], query.shape[1]
-    block = size // BLOCKS
-
-    def of_device(rows, key, value, keys, values, start, index):
-        # Blocks are counted from position 0 on, around a ring.
-        begin = jnp.maximum(start.min(), index - size) // block
-
-        def read(count: int) -> jax.Array:
-            parts = [_over_pending(rows, key, value), _over_itself(rows, key, value)]
-            for number in range(count):
-                position = (begin + number) * block
-                positions = position + jnp.arange(block)
-                seen = (positions >= start[:, None]) & (positions < index)
-                some_keys = jax.lax.dynamic_slice_in_dim(keys, position % size, block, axis=2)
-                some_values = jax.lax.dynamic_slice_in_dim(values, position % size, block, axis=2)
-                parts.append(_over_positions(rows, some_keys, some_values, seen))
-            return _merged(parts, rows.dtype)
-
-        def read_all() -> jax.Array:
-            attended = kv_cache.attend(_tokens(rows, tokens), key, value, keys, values, start, index, ring)
-            return _rows(attended, key.shape[2])
-
-        reached = (index - 1) // block - begin + 1
-        branches: list[Callable[[], jax.Array]] = [functools.partial(read, count) for count in READ]
-        return jax.lax.switch(jnp.sum(reached > jnp.array(READ)), [*branches, read_all])
-
-    return _on_each_device(of_device, query, key, value, keys, values, start, index)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
