@@ -66,7 +66,8 @@ def frontier(axes, rows: list[dict]) -> None:
         # Points gather where the tilt saturates, so only the ends of a line are labeled; lines that begin at the same
         # place have their labels on different sides.
         first = (6, -12) if method == GUIDED[0] else (-36, 5)
-        for row, offset in zip((line[0], line[-1]), (first, (6, -12)), strict=True):
+        ends = [(line[0], first), (line[-1], (6, -12))][: len(line)]  # one where there is one eta
+        for row, offset in ends:
             place, text = (row["kl"], row["reward"]), f"η={eta_of(row):g}"
             axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=COLORS[method])
     for row in rows:

@@ -7,6 +7,7 @@ import re
 import struct
 
 import helpers
+import matplotlib.figure
 import numpy as np
 import pytest
 from helpers import refusal
@@ -230,6 +231,13 @@ def test_a_report_of_what_there_is(tmp_path, rows):
     page = (tmp_path / "report.md").read_text()
     assert report.table(rows) in page and "calibration" not in page and "no samples" in page
     size_of_png(tmp_path / "frontier.png"), size_of_png(tmp_path / "rounds.png")
+
+
+def test_the_only_eta_of_a_method_is_labeled_once():
+    figure = matplotlib.figure.Figure()
+    axes = figure.subplots()
+    plots.frontier(axes, [make_row("pi_ref", 0.3, kl=0.0), make_row("cd", 0.9, eta=0.1, kl=3.7, round=1)])
+    assert [text.get_text() for text in axes.texts] == ["η=0.1"]
 
 
 def test_guidance_at_eta_inf_is_shown_as_such(tmp_path):
