@@ -1,7 +1,7 @@
-"""Compile prefill for a slice of TPUs on a machine that has none: its memory by the length of the prompts.
+"""Compile prefill for a slice of TPUs or an H200 on a machine that has none: its memory by the length of the prompts.
 
-    pip install ".[tpu]"
-    python benchmarks/prefill.py [--case ROWSxTOKENS ...] [--topology v5e:2x4] [--tensor 8] [--layers N]
+    pip install ".[tpu]"        # for an H200 what benchmarks/gpu.py names
+    python benchmarks/prefill.py [--case ROWSxTOKENS ...] [--topology v5e:2x4 | h200] [--tensor 8] [--layers N]
 
 Compiles `decoding.prefill` with abstract weights (none are ever made), in chunks and for the whole prompt at once, and
 prints a markdown table: bytes a chip of the arguments (weights and prompts), of the result (the cache), and of what the
@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX is loaded: there is no TPU to be found
@@ -21,10 +22,11 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import decoding  # noqa: E402
-from qsharp_jax.models import attention, config, decoder, meshes, sharding  # noqa: E402
+from qsharp_jax.models import attention, config, decoder, gpu_form, meshes, sharding  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 
 CASES = ("16x511", "16x1023", "16x2047", "16x4095", "16x8191", "1x131071")
+TARGET = Path(__file__).with_name("h200.txtpb")
 NEW = 1024  # positions of the cache beside the prompt's
 
 
@@ -33,9 +35,16 @@ def compile_prefill(
 ) -> dict[str, Any]:
     """Bytes a chip of arguments, cache and temporaries, and seconds to compile; or the compiler's words of refusal."""
     shape = config.make(model, dtype="bfloat16", **({} if layers is None else dict(layers=layers)))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:tensor]
+    on_gpu = topology == "h200"
+    target = dict(topology="1x1x1", target_config=TARGET.read_text()) if on_gpu else {}
+    platform = "cuda" if on_gpu else "tpu"
+    devices = topologies.get_topology_desc(platform=platform, topology_name=topology, **target).devices[:tensor]
     mesh = meshes.make_mesh({"data": 1, "tensor": tensor}, sharding.DECODE, devices)
-    ref = LanguageModel(jax.eval_shape(decoder.unstack, decoder.abstract(shape, "bfloat16")), shape)
+
+    def for_decoding(params: Any) -> Any:
+        return gpu_form.fuse(decoder.unstack(params), shape) if on_gpu else decoder.unstack(params)
+
+    ref = LanguageModel(jax.eval_shape(for_decoding, decoder.abstract(shape, "bfloat16")), shape)
     ref = sharding.move(ref, mesh, sharding.DECODE)
     prompts = jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     prompts = sharding.placed(prompts, sharding.of_rows(prompts, mesh, sharding.DECODE))

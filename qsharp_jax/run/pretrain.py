@@ -8,7 +8,7 @@ import functools
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example
-from qsharp_jax.models import decoder
+from qsharp_jax.models import attention, decoder
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import task
@@ -33,8 +33,9 @@ def run(session: Session) -> LanguageModel:
     texts = task(session).pretraining_texts(
         session.config.task, config.steps * config.batch_size, session.seed("pretraining texts")
     )
+    examples = [Example(text.encode_prompt(prompt), text.encode_response(response)) for prompt, response in texts]
     batches = Batches(
-        [Example(text.encode_prompt(prompt), text.encode_response(response)) for prompt, response in texts],
+        examples,
         rows=config.batch_size,
         bucket=config.length_bucket,
         seed=session.seed("pretrain"),
@@ -45,7 +46,11 @@ def run(session: Session) -> LanguageModel:
         state = train.fit(
             train.init_state(initial.params, optimizer),
             batches,
-            loss_fn=functools.partial(train.language_model_loss, config=model_config),
+            loss_fn=functools.partial(
+                train.language_model_loss,
+                config=model_config,
+                attend_by="blocks" if max(map(len, examples)) > attention.CHUNK else "xla",
+            ),
             optimizer=optimizer,
             schedule=train.make_schedule(config.optimizer, config.steps),
             checkpoints=checkpoints,

@@ -32,10 +32,15 @@ Targets = Callable[[Params, jax.Array, Batch], jax.Array]
 
 
 def language_model_loss(
-    params: Params, batch: Batch, whole: Batch | None = None, *, config: DecoderConfig
+    params: Params,
+    batch: Batch,
+    whole: Batch | None = None,
+    *,
+    config: DecoderConfig,
+    attend_by: Attention = "xla",
 ) -> tuple[jax.Array, dict]:
-    """Mean cross-entropy of the next token, in nats, over response tokens."""
-    hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions)
+    """Mean cross-entropy of the next token, in nats, over response tokens; `attend_by` as in `decoder.forward`."""
+    hidden, _ = decoder.forward(params, config, batch.tokens, batch.segments, batch.positions, attend_by=attend_by)
     sums = labeled_sum(
         functools.partial(_next_token, config=config),
         {name: params[name] for name in ("embedding", "head") if name in params},

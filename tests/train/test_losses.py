@@ -144,10 +144,12 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
         train.check_rewards(np.asarray([np.nan]), bernoulli, clip=False)
 
 
-def test_language_model_loss_is_cross_entropy_of_response_tokens():
+@pytest.mark.parametrize("attend_by", ["xla", "blocks"])
+def test_language_model_loss_is_cross_entropy_of_response_tokens(attend_by):
     """Each response token, the stop token and the first one among them, from the hidden state before it."""
     batch = make_batch(helpers.random_examples(np.random.default_rng(4)), rows=5, width=10)
-    loss, metrics = jax.jit(functools.partial(train.language_model_loss, config=LM.config))(LM.params, batch)
+    loss_fn = functools.partial(train.language_model_loss, config=LM.config, attend_by=attend_by)
+    loss, metrics = jax.jit(loss_fn)(LM.params, batch)
     hidden, _ = decoder.forward(LM.params, LM.config, batch.tokens, batch.segments, batch.positions)
     log_p = log_softmax(np.float64(hidden) @ np.float64(LM.params["head"]))
     places = list(zip(*np.nonzero(batch.response_mask)))
