@@ -83,8 +83,7 @@ else
     part "Parity with the CPU" parity.py
     part "Decoding as a run does" decode.py --models 8b --batch 1,16,64 --rounds 3 --settings run --programs unguided,guided
     part "Decoding, bare" decode.py --models 8b --batch 1,64 --rounds 3 --settings bare --programs guided --without-torch
-    part "Fitting, cuDNN's attention" train.py --model 1b --attention cudnn
-    part "Fitting, plain attention" train.py --model 1b --attention xla
+    part "Fitting" train.py --model 1b --attention cudnn --beside xla
 fi
 say "" "${SECONDS} s in all."
 [[ -z $results ]] || cat "$report" >>"$results"
