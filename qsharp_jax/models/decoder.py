@@ -188,12 +188,12 @@ def block(
 
 def _feed_forward(params: Params, config: DecoderConfig, h: jax.Array) -> jax.Array:
     gate, up = _mlp_inputs(params, h)
-    if config.activation == "swiglu":
-        h = jax.nn.silu(gate) * up
-    elif config.activation == "geglu":
-        h = jax.nn.gelu(gate, approximate=True) * up
-    else:
+    if gate is None:
         h = jax.nn.gelu(up, approximate=True)
+    elif config.activation == "swiglu":
+        h = jax.nn.silu(gate) * up
+    else:
+        h = jax.nn.gelu(gate, approximate=True) * up
     return _project(params, "down", h)
 
 
@@ -387,7 +387,7 @@ def forward(
     if isinstance(params["layers"], list):
         kv = []
         for layer, kind in zip(params["layers"], config.kinds, strict=True):
-            step = functools.partial(run_block, window=kind.window, turn=turns[kind.rope])
+            step: Callable = functools.partial(run_block, window=kind.window, turn=turns[kind.rope])
             # Only with a LoRA are layers in a list trained.
             x, pair = (_rematerialized(step, remat) if "lora_a" in layer.get("query", {}) else step)(x, layer)
             kv.append(pair)

@@ -49,9 +49,10 @@ def split(params: Params, heads: Collection[str] | None = None) -> tuple[Params,
     heads = params.keys() - {"trunk"} if heads is None else heads
     flat = _flatten(params)
     learned = {path for path in flat if path[0] in heads or path[-1] in LEARNED}
-    return tuple(
+    sides = [
         _unflatten({path: leaf for path, leaf in flat.items() if (path in learned) == side}) for side in (True, False)
-    )
+    ]
+    return sides[0], sides[1]
 
 
 def join(learned: Params, frozen: Params) -> Params:

@@ -79,8 +79,8 @@ def _all_experts(
 
     @jax.checkpoint  # else the gradient would keep the hidden units of all experts
     def add(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        *kernels, share = expert
-        return total + _expert(*kernels, x) * share[:, None], None
+        own_gate, own_up, own_down, share = expert
+        return total + _expert(own_gate, own_up, own_down, x) * share[:, None], None
 
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (gate, up, down, shares.T))[0]
 
