@@ -132,7 +132,8 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
 
 def without_ended(cache: KVCache, active: jax.Array) -> KVCache:
     """The cache in which rows that are not active, [B] bool, hold no positions: none are read for them."""
-    return cache.replace(start=jnp.where(active, cache.start, cache.index))
+    # On a mesh `active` is divided as the sampled tokens are, and what depends on `start` would be too.
+    return cache.replace(start=sharding.constrain(jnp.where(active, cache.start, cache.index), "batch"))
 
 
 def each(change: Callable[..., Any], *caches: Any) -> Any:
