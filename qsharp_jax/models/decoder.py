@@ -7,7 +7,7 @@ over a whole sequence here, over a cache in decoding.
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import chex
@@ -197,17 +197,14 @@ def _feed_forward(params: Params, config: DecoderConfig, h: jax.Array) -> jax.Ar
     return _project(params, "down", h)
 
 
-def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tuple[jax.Array, ...]:
     """Query [B, T, H, E], key and value [B, T, G, E] of the normed h [B, T, D]."""
     if "qkv" in params:
         shared = config.heads // config.kv_heads
-        query, key, value = jnp.split(gpu_form.product(params["qkv"], h), [shared, shared + 1], axis=3)
+        parts: Iterable = jnp.split(gpu_form.product(params["qkv"], h), [shared, shared + 1], axis=3)
     else:
-        query, key, value = (_project(params, name, h) for name in ("query", "key", "value"))
-    heads = config.heads, config.kv_heads, config.kv_heads
-    parts = zip((query, key, value), heads, strict=True)
-    query, key, value = (part.reshape(*h.shape[:2], count, config.head_dim) for part, count in parts)
-    return query, key, value
+        parts = (_project(params, name, h) for name in ("query", "key", "value"))
+    return tuple(part.reshape(*h.shape[:2], -1, config.head_dim) for part in parts)
 
 
 def _mlp_inputs(params: Params, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
@@ -215,7 +212,8 @@ def _mlp_inputs(params: Params, h: jax.Array) -> tuple[jax.Array | None, jax.Arr
     if "gate_up" in params:
         both = gpu_form.product(params["gate_up"], h)
         return both[..., 0, :], both[..., 1, :]
-    return _project(params, "gate", h) if "gate" in params else None, _project(params, "up", h)
+    up = _project(params, "up", h)
+    return _project(params, "gate", h) if "gate" in params else None, up
 
 
 def rotations(positions: jax.Array, config: DecoderConfig) -> dict[str, jax.Array | None]:
