@@ -299,7 +299,7 @@ class OnPolicyTraining:
         """Sample and judge: the arrays of `DRAWN`, and "rewards" [N], of all processes."""
         multihost.stop_if_told()
         session, part = self.session, {}
-        policy = for_decoding(finish(session, params))
+        policy = finish(session, params)
         mine = multihost.share(range(len(problems)), session.hosts_per_group)
         with multihost.apart():
             if mine:  # there may be more processes than problems
@@ -307,7 +307,7 @@ class OnPolicyTraining:
                 with session.decoding():
                     drawn = rollouts.sample(
                         self.ref,
-                        policy,
+                        for_decoding(policy),
                         prompts[mine.start : mine.stop],
                         dataclasses.replace(models.sampling(session), top_p=1.0, top_k=1 if self.greedy else 0),
                         samples=self.samples,

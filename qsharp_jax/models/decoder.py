@@ -204,7 +204,8 @@ def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tu
         parts: Iterable = jnp.split(gpu_form.product(params["qkv"], h), [shared, shared + 1], axis=3)
     else:
         parts = (_project(params, name, h) for name in ("query", "key", "value"))
-    return tuple(part.reshape(*h.shape[:2], -1, config.head_dim) for part in parts)
+    heads = zip(parts, (config.heads, config.kv_heads, config.kv_heads), strict=True)
+    return tuple(part.reshape(*h.shape[:2], count, config.head_dim) for part, count in heads)
 
 
 def _mlp_inputs(params: Params, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:

@@ -73,8 +73,8 @@ def test_changed_settings_prompts_and_seeds_recompile_nothing():
     programs = module.decode._cache_size(), module.prefill._cache_size()
     for i in range(4):
         prompts = [[i + 1] * (1 + (row + 3 * i) % 16) for row in range(6)]
-        run(prompts=prompts, rng=i, eta=0.1 * (i + 1), temperature=0.5 * i, top_p=0.9 - 0.1 * i, top_k=i, budget=N - i)
-    run(rng=7, eta=1, temperature=1, top_p=0.5)  # whole numbers for floats
+        run(prompts=prompts, rng=i, eta=0.1 * (i + 1), temperature=0.5 * i, top_p=0.9 - 0.1 * i, top_k=i + 1, budget=N - i)
+    run(rng=7, eta=1, temperature=1, top_p=0.5, top_k=3)  # whole numbers for floats
     run(rng=SEEDS.tolist(), **{name: jnp.asarray(x) for name, x in MIXED.items()})
     assert (module.decode._cache_size(), module.prefill._cache_size()) == programs
 
