@@ -254,7 +254,7 @@ def test_no_pairs_at_all_are_refused_with_how_many_prompts_were_skipped(tmp_path
 
 
 def gradient(params, config=MODEL.config, **changes):
-    """Of the sum of log-probabilities."""
+    """The gradient of the sum of log-probabilities."""
     by, batch = scorer(config=config, **changes), policy_scores.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
     return jax.jit(jax.grad(lambda params: by(params, batch)[0].sum()))(params)
 
@@ -280,7 +280,7 @@ def test_a_lora_as_wide_as_the_kernels_has_the_whole_gradient(remat):
 
 
 def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding():
-    """Of float32 masters, as float32 arrays."""
+    """Gradients of float32 masters, as float32 arrays."""
     exact = gradient(MODEL.params)
     rounded = gradient(MODEL.params, dataclasses.replace(MODEL.config, dtype="bfloat16"))
     for path, leaf in jax.tree.leaves_with_path(exact):

@@ -38,7 +38,7 @@ def test_chunks_fill_the_cache_as_whole_prompts_do(form):
 
 
 def test_memory_beside_the_cache_does_not_grow_with_the_prompt():
-    """By the compiler; what is in proportion to the prompt are its ids and positions, a few bytes a token."""
+    """Memory by the compiler; what is in proportion to the prompt are its ids and positions, a few bytes a token."""
     model = random_model(17, layers=2)
     beside = []
     for length in (1024, 4096):
