@@ -7,7 +7,7 @@ queries that read one kv head.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -121,27 +121,6 @@ def _merged(parts: Sequence[Part], dtype: Any) -> jax.Array:
     return (functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, total)[..., None]).astype(dtype)
 
 
-def _on_each_device(
-    attend: Callable[..., jax.Array],
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    start: jax.Array,
-    index: jax.Array,
-) -> jax.Array:
-    """Compute attention [B, G, N, E] on each device of a mesh for its own rows and kv heads; returns [B, Q, H, E].
-
-    The compiler alone would divide masks otherwise than scores, and gather them.
-    """
-    of_step = ("batch", None, "kv", None)
-    axes = sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
-    rows = _rows(query, key.shape[2])
-    attended = sharding.on_each_device(attend, *axes)(rows, key, value, keys, values, start, index)
-    return _tokens(attended, query.shape[1])
-
-
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +143,12 @@ def _by_kernel(
         parts = [_over_buffers(rows, keys, values, start, index + 1), _over_itself(rows, key, value)]
         return _merged(parts, rows.dtype)
 
-    return _on_each_device(of_device, query, key, value, keys, values, start, index)
+    # Each device computes its own rows and kv heads: the compiler does not divide a kernel.
+    of_step = ("batch", None, "kv", None)
+    axes = sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
+    rows = _rows(query, key.shape[2])
+    attended = sharding.on_each_device(of_device, *axes)(rows, key, value, keys, values, start, index)
+    return _tokens(attended, query.shape[1])
 
 
 def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> Part:

@@ -295,15 +295,15 @@ def test_a_policy_with_a_lora_learns_on_pi_ref_s_own_arrays(tmp_path):
     session = bandit.session(tmp_path, "reinforce", *settings)
     ref = decoding.for_decoding(bandit.reference(session))
     before = jax.tree.map(np.array, ref.params)
-    made = run(session, ref)
-    (first, best), (second, _) = bandit.exact_objective(session, ref, ref), bandit.exact_objective(session, ref, made)
+    policy = run(session, ref)
+    (first, best), (second, _) = bandit.exact_objective(session, ref, ref), bandit.exact_objective(session, ref, policy)
     assert first + 0.1 < second < best
     helpers.assert_trees_equal(jax.tree.map(np.asarray, ref.params), before)
-    assert made.params["embedding"] is ref.params["embedding"]
-    assert made.params["layers"][0]["up"]["weight"] is ref.params["layers"][0]["up"]["weight"]
-    helpers.assert_trees_equal(models.load_guide(session, 2, ref).params, made.params)
+    assert policy.params["embedding"] is ref.params["embedding"]
+    assert policy.params["layers"][0]["up"]["weight"] is ref.params["layers"][0]["up"]["weight"]
+    helpers.assert_trees_equal(models.load_guide(session, 2, ref).params, policy.params)
     assert max(line["log_prob_gap"] for line in session.workdir.read_metrics() if "objective" in line) < 1e-4
-    merged = made.replace(params=lora.merged(made.params))
+    merged = policy.replace(params=lora.merged(policy.params))
     assert bandit.exact_objective(session, ref, merged)[0] == pytest.approx(second, abs=1e-5)
 
 
@@ -316,6 +316,6 @@ def test_methods_in_bfloat16_with_a_lora_come_near_to_float32(name, tmp_path):
     for dtype in ("float32", "bfloat16"):
         session = bandit.session(tmp_path / dtype, name, *settings, f"fit.dtype={dtype}")
         ref = decoding.for_decoding(bandit.reference(session))
-        made = run(session, ref)
-        worth[dtype] = bandit.exact_objective(session, ref, made)[0] - bandit.exact_objective(session, ref, ref)[0]
+        policy = run(session, ref)
+        worth[dtype] = bandit.exact_objective(session, ref, policy)[0] - bandit.exact_objective(session, ref, ref)[0]
     assert worth["float32"] > 0.1 and worth["bfloat16"] > 0.7 * worth["float32"]

@@ -49,9 +49,9 @@ def compiled(platform):
 )
 def test_each_row_attends_to_its_own_positions(start, index):
     got, want = both(start, index, "cuda")
-    held = np.minimum(index - np.array(start), S)
-    np.testing.assert_allclose(got[held < S], want[held < S], atol=1e-5)
-    assert (held < S).sum() >= 2
+    lengths = np.minimum(index - np.array(start), S)
+    np.testing.assert_allclose(got[lengths < S], want[lengths < S], atol=1e-5)
+    assert (lengths < S).sum() >= 2
 
 
 def test_in_bfloat16_the_kernel_is_as_near_as_the_plain_form():
