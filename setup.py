@@ -34,6 +34,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]", "gcsfs>=2025.9"],
+        "torch": ["torch>=2.6"],  # for guides in transformers and vLLM
         "gcs": ["gcsfs>=2025.9"],  # for workdirs in buckets
         # PyTorch is the oracle of parity; libtpu compiles for TPUs on a machine that has none.
         "test": [

@@ -43,6 +43,7 @@ ALLOWED = {
         "system", "sampling", "models", "tasks", "data", "decoding", "rollouts", "run", "evaluation", "report", "experiments",
         "algorithms.registry",
     },
+    "integrations": set(),
     "cli": {
         "system", "sampling", "models", "tasks", "data", "decoding", "rollouts", "train", "run", "evaluation",
         "algorithms", "algorithms.registry", "report", "plan", "experiments",

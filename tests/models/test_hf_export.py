@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -114,9 +115,11 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     hf.export_guide(guide(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "notes.txt"
+        "README.md", "config.json", "custom_generate", "model.safetensors", "notes.txt"
     ]  # fmt: skip
     hf.load_guide(tmp_path, dtype="float32")
+    hf.export_ref(ref(), tmp_path)
+    assert not (tmp_path / "custom_generate" / "generate.py").exists()
 
     for name, content in [("notes.txt", "mine"), ("config.json", '{"model_type": "llama"}'), ("config.json", "[")]:
         other = tmp_path / f"{name}{len(content)}"
@@ -165,3 +168,22 @@ def test_a_model_without_a_class_in_transformers_is_refused_before_anything_is_w
     message = refusal(hf.export_guide, ValueModel({}, several), tmp_path / "new")
     assert message.startswith("transformers has no form for a Q-type guide with several outputs per token")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_code_of_a_guides_card_steers(tmp_path, monkeypatch):
+    """What the card shows of `transformers` runs as it stands, from the folder that has the card."""
+    pytest.importorskip("torch", reason="the code is PyTorch's, which the test extra installs")
+    folders = {"path/to/the/reference": tmp_path / "ref", "path/to/this/folder": tmp_path / "guide"}
+    hf.export_ref(ref(), tmp_path / "ref", tokenizer=tokenizer())
+    hf.export_guide(guide(), tmp_path / "guide", tokenizer=tokenizer())
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = (tmp_path / "guide" / "README.md").read_text()
+    for name, folder in folders.items():
+        code = code.replace(name, str(folder))
+    outputs = []
+    for eta in ("0.1", "1e6"):
+        names = {}
+        for block in re.findall(r"^```python\n(.*?)^```", code, re.MULTILINE | re.DOTALL):
+            exec(block.replace("eta=0.1", f"eta={eta}").replace("max_new_tokens=64", "max_new_tokens=20"), names)
+        outputs.append(names["output"].tolist())
+    assert outputs[0] != outputs[1]

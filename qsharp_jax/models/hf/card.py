@@ -28,10 +28,25 @@ distribution of the reward that follows once that token is appended there and th
 {meaning}.
 """
 _STEER = """\
-Steer the reference model with it, at any strength of guidance (a small eta is a strong one):
+Steer the reference model with it, at any strength of guidance (a small eta is a strong one), by `qsharp_jax`:
 
 ```
 qsharp generate --ref path/to/the/reference --guide path/to/this/folder --eta 0.1 "A prompt"
+```
+"""
+_STEER_TRANSFORMERS = """\
+By `transformers`, with the code in this folder's `custom_generate`, which runs in PyTorch:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/the/reference")
+tokenizer = AutoTokenizer.from_pretrained("path/to/the/reference")
+inputs = tokenizer("A prompt", return_tensors="pt")
+output = model.generate(
+    **inputs, custom_generate="path/to/this/folder", trust_remote_code=True, eta=0.1, max_new_tokens=64
+)
+print(tokenizer.decode(output[0]))
 ```
 """
 
@@ -59,7 +74,8 @@ def guide(config: ValueConfig, family: Family, trained_on: str, metrics: Mapping
             load = _load("AutoModelForTokenClassification", "guide", use)
     else:
         load, text = _load("AutoModelForCausalLM", "guide", _OUTPUTS.format(width="vocabulary")), _MEANING_Q
-    return _card("Guide", _what(config), [load, text.format(meaning=_meaning(config)), _STEER], trained_on, metrics)
+    sections = [load, text.format(meaning=_meaning(config)), _STEER, _STEER_TRANSFORMERS]
+    return _card("Guide", _what(config), sections, trained_on, metrics)
 
 
 def _load(model: str, name: str, use: str = "", *, definition: str = "") -> str:

@@ -1,10 +1,12 @@
 """Exporting weights: a folder with tokenizer and model card that `transformers` loads without this package.
 
 A reference and a Q-type guide are causal language models; a Q-type's logits are the guide's outputs. A V-type guide is
-a token classifier. The entry "qsharp" in config.json says what a guide's outputs parametrize.
+a token classifier. The entry "qsharp" in config.json says what a guide's outputs parametrize, and
+custom_generate/generate.py, a copy of integrations/transformers.py, steers `model.generate` with it.
 """
 
 import functools
+import importlib.resources
 import itertools
 import json
 import os
@@ -39,6 +41,7 @@ PARTIAL = ".partial"  # the folder of files being written
 _OURS = (
     "*.safetensors", files.INDEX, adapters.CONFIG, "generation_config.json", "README.md", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "custom_generate/generate.py",
 )  # fmt: skip
 
 
@@ -98,9 +101,14 @@ def export_guide(
     family, entries = _describe_guide(model.config, tokenizer)
     entries["dtype"] = _dtype(model.params)
     places = names.guide_places(family, model.config.trunk, model.config.type)
+    steering = importlib.resources.files("qsharp_jax.integrations").joinpath("transformers.py")
     _export(
         folder, files.split(_tensors(model.params, places), largest_file), tokenizer,
-        {"config.json": entries, "README.md": cards.guide(model.config, FAMILIES[family], trained_on, metrics or {})},
+        {
+            "config.json": entries,
+            "README.md": cards.guide(model.config, FAMILIES[family], trained_on, metrics or {}),
+            "custom_generate/generate.py": steering.read_text(encoding="utf-8"),
+        },
     )  # fmt: skip
 
 
@@ -248,6 +256,7 @@ def _export(
     files.write(partial, weights)
     for name, content in texts.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_text(text, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
@@ -255,9 +264,12 @@ def _export(
     (folder / configs.CONFIG).unlink(missing_ok=True)
     for old in {path for pattern in _OURS for path in folder.glob(pattern) if path.is_file()}:
         old.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == configs.CONFIG):
-        os.replace(path, folder / path.name)
-    partial.rmdir()
+    written = (path for path in partial.rglob("*") if path.is_file())
+    for path in sorted(written, key=lambda path: path.name == configs.CONFIG):
+        target = folder / path.relative_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(partial)
 
 
 def check_folder(folder: str | Path) -> None:

@@ -1,0 +1,1 @@
+from helpers import quick_compilation  # noqa: F401
