@@ -157,7 +157,7 @@ class GuideCache:
 
 
 def _mask(attention: Tensor, count: int, window: int | None) -> Tensor:
-    """The mask [B, 1, 1 + K, T + K] of the pending token and K = `count` candidates: they see the tokens, and themselves."""
+    """The mask [B, 1, 1 + K, T + K] of the pending token and `count` candidates, which see tokens and themselves."""
     length = attention.shape[1]
     keys = torch.arange(length, device=attention.device)
     queries = torch.arange(1 + count, device=attention.device).clamp(max=1)[:, None] + (length - 1)  # slots
