@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.data.batches import Example, length_batches, make_packed_batch
-from qsharp_jax.models import decoder, sharding
+from qsharp_jax.models import decoder, quantized, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
@@ -101,7 +101,7 @@ class Scorer:
         if VALUE_HEAD in params:
             head = params[VALUE_HEAD]
             state = jax.lax.stop_gradient(before) if self.detach_values else before
-            values = decoder.product(state, head["kernel"], jnp.float32)[..., 0] + head["bias"][0]
+            values = quantized.product(state, head["kernel"], jnp.float32)[..., 0] + head["bias"][0]
         return tuple(jnp.pad(jnp.where(mask, x, 0), ((0, 0), (1, 0))) for x in (log_probs, values))
 
     def _log_probs(self, heads: Params, hidden: jax.Array, tokens: jax.Array) -> jax.Array:

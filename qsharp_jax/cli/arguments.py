@@ -66,6 +66,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="dtype of weights and computation (default: bfloat16 if the model is stored so, else float32)",
     )  # fmt: skip
     parser.add_argument(
+        "--quantize", choices=("int8", "int4"),
+        help="weights in 8 bits, one scale per output channel, or mostly in 4, one per 128 inputs (or 32): reference"
+        " and guide are then these models (default: weights in --dtype)",
+    )  # fmt: skip
+    parser.add_argument(
         "--prompt-format", choices=("plain", "chat"),
         help="the prompt as it is, or in the tokenizer's chat template (default: chat, if there is a template)",
     )  # fmt: skip

@@ -314,6 +314,8 @@ def _described(
 
         guides = options.guide and [hub.pin(guide) for guide in options.guide]
         source = {"ref": hub.pin(options.ref), "guide": guides, "prompt_format": models.tokenizer.prompt_format}
+        if options.quantize:
+            source["quantize"] = options.quantize
         if models.tokenizer.writes_date:
             source["date"] = models.tokenizer.date.isoformat()
     else:

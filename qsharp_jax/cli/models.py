@@ -16,7 +16,7 @@ def check_source(options: argparse.Namespace) -> None:
         raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")
     if options.workdir is None and not folders:
         raise UserError("there are no models; give a run by --workdir, or models' folders by --ref and --guide")
-    for name in ("mesh", "dtype", "prompt_format", "stop_ids", "date"):
+    for name in ("mesh", "dtype", "quantize", "prompt_format", "stop_ids", "date"):
         if options.workdir is not None and getattr(options, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
 
@@ -47,6 +47,7 @@ def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
         options.ref and hub.find(options.ref),
         [hub.find(guide) for guide in guides],
         dtype=options.dtype,
+        quantize=options.quantize or "none",
         prompt_format=options.prompt_format,
         stop_ids=getattr(options, "stop_ids", None),
         date=options.date,

@@ -22,7 +22,7 @@ from qsharp_jax.decoding.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.models import cpu_form, decoder, gpu_form, sharding, value
+from qsharp_jax.models import cpu_form, decoder, gpu_form, quantized, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
@@ -33,7 +33,8 @@ CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps 
 def for_decoding(model: Any) -> Any:
     """The model with unstacked layers: do it once for many calls of `generate`. Models in that form pass through.
 
-    The decoder's matrices, float32 after a fit, are cast to the dtype that it computes in; a value head stays float32.
+    The decoder's matrices, float32 after a fit, are quantized as its config says, or cast to the dtype that it computes
+    in; a value head stays float32.
     On a CPU the weights are transposed as well, see `cpu_form.py`, and on a GPU some are joined, see `gpu_form.py`.
     """
     if isinstance(model, ValueModel):
@@ -41,7 +42,7 @@ def for_decoding(model: Any) -> Any:
     params, dtype = model.params, model.config.compute_dtype
     if not isinstance(params["layers"], list):
         params = decoder.unstack(params, transposed=cpu_form.here())
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+        params = quantized.cast(quantized.tree(params, model.config.quantize), dtype)
     return model.replace(params=gpu_form.fuse(params, model.config) if gpu_form.here() else params)
 
 

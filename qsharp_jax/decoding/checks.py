@@ -268,7 +268,9 @@ def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = No
 
 def _bytes(tree: Any) -> int:
     """Bytes on each device."""
-    return sum(
-        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    platform = memory.default_device().platform
+    return math.ceil(sum(
+        math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
+        * memory.item_bytes(leaf.dtype, platform)
         for leaf in jax.tree.leaves(tree)
-    )
+    ))  # fmt: skip

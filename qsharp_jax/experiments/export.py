@@ -46,7 +46,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
             models.load_guide(session), folder, tokenizer=text.for_export(), trained_on=trained_on, metrics=metrics
         )
         return
-    model = models.load_ref(session) if what == "ref" else models.load_guide(session)
+    model = session.for_decoding(models.pretrained(session)) if what == "ref" else models.load_guide(session)
     hf.export_ref(
         model.replace(params=lora.merged(model.params)),
         folder,

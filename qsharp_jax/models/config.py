@@ -62,6 +62,7 @@ class DecoderConfig:
     rope_original_positions: int = 8192  # the context, in tokens, before the scaling
     norm_eps: float = 1e-5  # added to the variance in the norms
     dtype: str = "float32"  # dtype of the computation, "float32" or "bfloat16"; parameters keep their own
+    quantize: str = "none"  # weights of decoding, see `quantized.py`: "none", "int8" or "int4"
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():
@@ -132,6 +133,7 @@ _CHOICES = {
     "activation": ("swiglu", "geglu", "gelu"),
     "rope_scaling": ("llama3", "linear"),
     "dtype": ("float32", "bfloat16"),
+    "quantize": ("none", "int8", "int4"),
 }
 
 

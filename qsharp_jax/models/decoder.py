@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, moe, sharding
+from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, moe, quantized, sharding
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.leaves import Leaf
+from qsharp_jax.models.quantized import Quantized
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -124,39 +125,14 @@ def _project(params: Params, name: str, x: jax.Array) -> jax.Array:
     module = params[name]
     with jax.named_scope(name):
         if "weight" in module:
-            y = cpu_form.product(module["weight"].astype(x.dtype), x, x.dtype)
+            y = cpu_form.product(quantized.dense(module["weight"], x.dtype), x, x.dtype)
         else:
-            y = checkpoint_name(product(x, module["kernel"], x.dtype), "product")
+            y = checkpoint_name(quantized.product(x, module["kernel"], x.dtype), "product")
         if "lora_a" in module:
             y = y + lora.part(x, module)
         if "bias" in module:
             y = y + module["bias"].astype(y.dtype)
     return y
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """x [..., D] @ kernel [D, N], computed in x's dtype, as [..., N] of the given dtype.
-
-    The gradient's products also have operands of x's dtype. The kernel's gradient has the kernel's dtype, in which it
-    is summed over devices and parts of a batch.
-    """
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple:
-    return product(x, kernel, dtype), (x, kernel)
-
-
-def _product_backward(dtype: Any, saved: tuple, cotangent: jax.Array) -> tuple:
-    x, kernel = saved
-    cotangent = cotangent.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    x_cotangent = jax.lax.dot_general(cotangent, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    return x_cotangent, jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 @jax.named_scope("block")
@@ -275,15 +251,21 @@ def embed(
       previous: [B, T] ids of the previous tokens, -1 where there is none (used by `token_shift` only).
       positions: [B, T] counted from each sequence's first token.
     """
-    x = params["embedding"][tokens]
+    x = _looked_up(params, tokens)
     if config.scaled_embedding:
         x = x * jnp.asarray(config.embed**0.5, config.compute_dtype)  # rounded to that dtype, as in `transformers`
     if config.token_shift:
-        shifted = params["embedding"][jnp.maximum(previous, 0)] * params["token_shift"]
+        shifted = _looked_up(params, jnp.maximum(previous, 0)) * params["token_shift"]
         x = x + jnp.where(previous[..., None] >= 0, shifted, 0)
     if config.positions == "learned":
         x = x + params["positions"][positions]
     return x.astype(config.compute_dtype)
+
+
+def _looked_up(params: Params, tokens: jax.Array) -> jax.Array:
+    """Rows [..., D] of the embedding, in its dtype; float32 if it is quantized."""
+    rows = params["embedding"][tokens]
+    return quantized.dense(rows, jnp.float32) if isinstance(rows, Quantized) else rows
 
 
 def final_norm(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
@@ -295,9 +277,10 @@ def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arra
     if cpu_form.is_transposed(params):
         head = params["embedding"] if config.tied else params["head_weight"]
         # With a single dimension of rows, XLA would swap the product's operands back.
-        return cpu_form.product(head.astype(config.compute_dtype), hidden[..., None, :], jnp.float32)[..., 0, :]
+        head = quantized.dense(head, config.compute_dtype)
+        return cpu_form.product(head, hidden[..., None, :], jnp.float32)[..., 0, :]
     head = params["embedding"].T if config.tied else params["head"]
-    return product(hidden, head, jnp.float32)
+    return quantized.product(hidden, head, jnp.float32)
 
 
 def previous_tokens(tokens: jax.Array, segments: jax.Array) -> jax.Array:

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import memory
+from qsharp_jax.models import memory, quantized
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.quantized import Weight
 
 Module = dict[str, Any]
 
@@ -55,17 +56,21 @@ def _join(layer: Module, names: Sequence[str], joined: str, shape: tuple[int, ..
     return {name: module for name, module in layer.items() if name not in names} | {joined: both}
 
 
-def _divided_alike(kernel: jax.Array, other: jax.Array) -> bool:
+def _divided_alike(kernel: Weight, other: Weight) -> bool:
     """Return true for matrices that are laid out alike over devices; traced ones are not laid out yet."""
-    return isinstance(kernel, jax.core.Tracer) or kernel.sharding.is_equivalent_to(other.sharding, 2)
+    pairs = zip(jax.tree.leaves(kernel), jax.tree.leaves(other), strict=True)
+    return all(isinstance(a, jax.core.Tracer) or a.sharding.is_equivalent_to(b.sharding, 2) for a, b in pairs)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _side_by_side(leaves: Sequence[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    return jnp.concatenate([leaf.reshape(*leaf.shape[:-1], *shape) for leaf in leaves], axis=-2)
+def _side_by_side(leaves: Sequence[Weight], shape: tuple[int, ...]) -> Weight:
+    def join(*parts: jax.Array) -> jax.Array:
+        return jnp.concatenate([part.reshape(*part.shape[:-1], *shape) for part in parts], axis=-2)
+
+    return jax.tree.map(join, *leaves)
 
 
 def product(module: Module, x: jax.Array) -> jax.Array:
     """x [..., D] times a fused kernel [D, ...], with its bias: [..., ...] in x's dtype."""
-    y = jnp.tensordot(x, module["kernel"].astype(x.dtype), axes=1, preferred_element_type=x.dtype)
+    y = quantized.product(x, module["kernel"], x.dtype)
     return y + module["bias"].astype(y.dtype) if "bias" in module else y

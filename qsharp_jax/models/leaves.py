@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from qsharp_jax.models import quantized
 from qsharp_jax.models.config import DecoderConfig
 
 Axes = tuple[str | None, ...]  # one logical axis per dimension; None is never divided
@@ -283,8 +284,13 @@ def tree(table: Mapping[str, Leaf], config: DecoderConfig) -> dict[str, Any]:
 
 
 def find(path: tuple) -> Leaf:
-    """The entry of a leaf, from a path whose last names are those of the table; raises a ValueError without one."""
+    """The entry of a leaf, from a path whose last names are those of the table; raises a ValueError without one.
+
+    The two parts of a quantized leaf have its entry.
+    """
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if names[-1] in quantized.PARTS:
+        names = names[:-1]
     for key in ("/".join(names[-2:]), names[-1]):
         if key in _ALL:
             return _ALL[key]

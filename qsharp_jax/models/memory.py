@@ -1,10 +1,12 @@
 """The memory that arrays will take, checked against what the devices have before any array is made."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qsharp_jax.system import machine
 from qsharp_jax.system.errors import UserError
@@ -69,12 +71,16 @@ def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> Counter[jax.Device]:
     """Bytes of one array on each device; those of CPU devices are all counted on the first."""
     sizes: Counter[jax.Device] = Counter()
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(default_device())
-    size = leaf.dtype.itemsize
-    for extent in sharding.shard_shape(leaf.shape):
-        size *= extent
+    count = math.prod(sharding.shard_shape(leaf.shape))
     for device in sharding.addressable_devices:
-        sizes[jax.local_devices(backend="cpu")[0] if device.platform == "cpu" else device] += size
+        own = jax.local_devices(backend="cpu")[0] if device.platform == "cpu" else device
+        sizes[own] += math.ceil(count * item_bytes(leaf.dtype, device.platform))
     return sizes
+
+
+def item_bytes(dtype: Any, platform: str) -> float:
+    """Bytes of a number in an array on a platform's devices: of two of 4 bits only CPUs use more than one."""
+    return 0.5 if dtype == jnp.int4 and platform != "cpu" else jnp.dtype(dtype).itemsize
 
 
 def default_device() -> jax.Device:

@@ -10,8 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import leaves, sharding
+from qsharp_jax.models import leaves, quantized, sharding
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.quantized import Weight
 
 Params = dict[str, Any]
 KERNELS = ("gate", "up", "down")
@@ -53,7 +54,7 @@ def route(params: Params, config: DecoderConfig, x: jax.Array) -> tuple[jax.Arra
 
 
 def _few_tokens(
-    gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array, weights: jax.Array, chosen: jax.Array
+    gate: Weight, up: Weight, down: Weight, x: jax.Array, weights: jax.Array, chosen: jax.Array
 ) -> jax.Array:
     """Compute the experts of each token, one after another; float32 [M, D].
 
@@ -71,11 +72,11 @@ def _few_tokens(
 
 
 def _all_experts(
-    gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array, weights: jax.Array, chosen: jax.Array
+    gate: Weight, up: Weight, down: Weight, x: jax.Array, weights: jax.Array, chosen: jax.Array
 ) -> jax.Array:
     """Compute one expert after another for all tokens, with the weight 0 where it was not chosen; float32 [M, D]."""
     rows = jnp.arange(len(x))[:, None]
-    shares = jnp.zeros((len(x), len(gate)), jnp.float32).at[rows, chosen].set(weights)
+    shares = jnp.zeros((len(x), gate.shape[0]), jnp.float32).at[rows, chosen].set(weights)
 
     @jax.checkpoint  # else the gradient would keep the hidden units of all experts
     def add(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -85,9 +86,9 @@ def _all_experts(
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (gate, up, down, shares.T))[0]
 
 
-def _expert(gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
+def _expert(gate: Weight, up: Weight, down: Weight, x: jax.Array) -> jax.Array:
     """E(x) [M, D] of one expert, in x's dtype."""
-    gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    gate, up, down = (quantized.dense(kernel, x.dtype) for kernel in (gate, up, down))
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 

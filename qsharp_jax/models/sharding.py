@@ -48,6 +48,7 @@ FIT: Rules = {
 # Axes that stay undivided on every device where the mesh does not divide them evenly. A kv head cut in two would have
 # its whole cache copied in every step.
 WHOLE_IF_UNEVEN = ("kv", "vocab", "outputs")
+_SCALES = jax.tree_util.GetAttrKey("scales")  # of a `Quantized`
 # Names in messages of the axes that must be divided evenly.
 _NAMES = {"heads": "query heads", "batch": "rows of the batch", "mlp": "hidden units of the mlp"}
 
@@ -290,7 +291,15 @@ def over_hidden_units(function: Callable[..., jax.Array], *axes: Axes) -> Callab
         divided = () if mesh.empty else tuple(a for a in rules_of(mesh)["mlp"] if mesh.shape.get(a, 1) > 1)
         if not divided:
             return function(*arguments)
-        specs = tuple(PartitionSpec(*(divided if axis == "mlp" else None for axis in names)) for names in axes)
+
+        def place(leaf: jax.Array, names: Axes) -> PartitionSpec:  # quantized over the units, scales have one for all
+            sizes = zip(names, leaf.shape, strict=True)
+            return PartitionSpec(*(divided if axis == "mlp" and size > 1 else None for axis, size in sizes))
+
+        specs = tuple(
+            jax.tree.map(lambda leaf, names=names: place(leaf, names), argument)
+            for argument, names in zip(arguments, axes, strict=True)
+        )
         part = lambda *own: jax.lax.psum(function(*own), divided)  # noqa: E731
         return jax.shard_map(
             part, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(divided), check_vma=False
@@ -321,6 +330,9 @@ def _specs_of_weights(tree: Any, mesh: Any, rules: Rules, units: Mapping[str, in
         axes = leaves.find(path).axes
         if "layers" in _names(path) and leaf.ndim == len(axes) + 1:
             axes = ("layers", *axes)
+        if path[-1] == _SCALES:  # those of whole channels, and groups that are not divided evenly, are on all devices
+            sizes = zip(axes, leaf.shape, strict=True)
+            axes = tuple(None if size % _parts(axis, rules, mesh) else axis for axis, size in sizes)
         return _fitting_spec(leaf.shape, axes, mesh, rules, units)
 
     return jax.tree.map_with_path(place, tree)

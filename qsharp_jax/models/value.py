@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import decoder, leaves, precision
+from qsharp_jax.models import decoder, leaves, precision, quantized
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 
@@ -105,7 +105,7 @@ def _without_head(trunk: Params) -> Params:
 
 def outputs(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
     """A V-type head's float32 outputs [..., M] from the tokens' own hidden states [..., D]."""
-    return decoder.product(hidden, params["head"]["kernel"], jnp.float32) + params["head"]["bias"]
+    return quantized.product(hidden, params["head"]["kernel"], jnp.float32) + params["head"]["bias"]
 
 
 def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def outputs_at(params: Params, config: ValueConfig, hidden: jax.Array, tokens: j
 
 def outputs_of_all(params: Params, config: ValueConfig, hidden: jax.Array) -> jax.Array:
     """A Q-type head's float32 outputs for the whole vocabulary, [..., V, M], from hidden states [..., D]."""
-    outputs = decoder.product(hidden, params["head"]["kernel"], jnp.float32)
+    outputs = quantized.product(hidden, params["head"]["kernel"], jnp.float32)
     return outputs.reshape(*hidden.shape[:-1], config.trunk.vocab_size, config.outputs)
 
 

@@ -86,6 +86,7 @@ def train_guide(
     changes = {
         "collect.eta": eta,
         "dtype": ref.ref.config.dtype,
+        "quantize": ref.ref.config.quantize,
         "task.weights": weights,
         "task.reward_workers": 0,
     } | dict(config or {})

@@ -91,7 +91,8 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     mesh = meshes.preset_mesh(section, "decode", devices(section))
     # Not `decoding.for_decoding`, which prepares models for the devices of this machine.
     ref = job.ref.replace(params=jax.eval_shape(decoder.unstack, job.ref.params))
-    guide = job.guide.replace(params=jax.eval_shape(value.unstack, job.guide.params))
+    guide = job.decoded_guide
+    guide = guide.replace(params=jax.eval_shape(value.unstack, guide.params))
     ref, guide = (placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
     vocabulary = job.ref.config.vocab_size
     settings = decoding.Settings(

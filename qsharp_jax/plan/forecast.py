@@ -18,13 +18,14 @@ import qsharp_jax.plan.policies as policies
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.decoding.engine import PROMPTS
-from qsharp_jax.models import kv_cache, meshes, moe, sharding, value
+from qsharp_jax.models import kv_cache, meshes, sharding, value
 from qsharp_jax.models.attention import CHUNK
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state
+from qsharp_jax.plan.weights import layers_bytes, turned_bytes, weights_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
     memory += tuple(itertools.starmap(Line, policies.beside_updates(job, section, part.rows, part.tokens)))
     saved = next(line.amount for line in memory if line.what == "activations")
-    products = _product_weights(params, part.trunk, part.tokens)
+    products = weights_per_token(params, part.trunk, part.tokens)
     forward = 2 * products / tensor * part.tokens
     scores = 4 * part.trunk.layers * part.heads * part.trunk.head_dim * part.length * part.tokens
     recomputed = {"none": 0, "dots": scores, "full": forward + scores}[config.remat]
@@ -124,7 +125,7 @@ class _Part:
     @property
     def layer(self) -> int:
         """Bytes of a layer's weights in the compute dtype, gathered over fsdp."""
-        return _layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // self.stored
+        return layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // self.stored
 
 
 def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, vmem: int) -> tuple[Line, ...]:
@@ -132,7 +133,7 @@ def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, 
     mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
     saved = _saved(part.guide, config.remat, rows, length, part.tensor)
     # The compiler makes a narrow copy of the float32 weights of all layers at once, and gathers from that.
-    narrow = 0 if part.width == part.stored else _layers_bytes(part.params, here=True) * part.width // part.stored
+    narrow = 0 if part.width == part.stored else layers_bytes(part.params, here=True) * part.width // part.stored
     # What a block needs for its gradient and did not save is recomputed for one layer at a time.
     recomputed = max(0, _saved(part.guide, "dots", rows, length, part.tensor) - saved) // trunk.layers
     scores = SCORES if part.attention == "xla" else 0  # others compute a part of them at a time
@@ -168,7 +169,7 @@ def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, 
 def _fit_collectives(part: _Part, weights: int) -> tuple[Counter[str], float]:
     """Count the bytes that arrive on a chip, by kind, and those of the sum over `data`."""
     parts, trunk = part.config.accumulate, part.trunk
-    gradient = _layers_bytes(part.params, axis="fsdp") // part.tensor  # float32
+    gradient = layers_bytes(part.params, axis="fsdp") // part.tensor  # float32
     stream = part.tokens * trunk.embed
     # Forward after attention and after the feed-forward, backward before them; with full remat, forward once more.
     sums = 4 + 2 * (part.config.remat == "full")
@@ -231,7 +232,9 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     data, beside, tensor = (mesh.shape[axis] for axis in meshes.MESH_AXES["decode"])
     rows = config.collect.batch_size if rows is None else rows
     rows = -(-rows // (data * beside)) * data * beside
-    ref, guide = (placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide))
+    ref, fitted, guide = (
+        placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide, job.decoded_guide)
+    )
     trunks = {"reference": (ref.params, ref.config), job.learner: (guide.params["trunk"], guide.config.trunk)}
     caches = {}
     for name, (_, trunk) in trunks.items():
@@ -241,11 +244,12 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     candidates = config.generate.top_k_candidates
     queries = {"reference": 1, job.learner: 1 + candidates * (guide.config.type == "v")}
     stream = rows // data
+    ref_dtype = ref.params["embedding"].dtype if ref.config.quantize == "none" else ref.config.quantize
     memory = [
-        Line("reference's weights", chip_bytes(ref), f"{_dtype(ref)}, divided as of_model says"),
+        Line("reference's weights", chip_bytes(ref), f"{ref_dtype}, divided as of_model says"),
         Line(
-            f"{job.learner}'s weights", 0 if policies.share_base(job, section) else chip_bytes(guide),
-            f"{_dtype(guide)}, divided alike",
+            f"{job.learner}'s weights", 0 if policies.share_base(job, section) else chip_bytes(fitted),
+            f"{fitted.params['trunk']['embedding'].dtype}, divided alike",
         ),
         *itertools.starmap(Line, policies.beside_sampling(job, section)),
         *(
@@ -254,18 +258,23 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         ),
     ]
     vocabulary = rows * ref.config.vocab_size * 4 / mesh.size
-    copies, wider = 0, 0  # bytes; layers wider than the compute dtype are read as narrow copies
+    is_quantized = job.guide.config.trunk.quantize != "none"
+    # Bytes; layers wider than the compute dtype are read as narrow copies, a quantized guide is one itself.
+    copies, wider = chip_bytes(guide) if is_quantized else 0, 0
     for params, trunk in trunks.values():
-        layers = _layers_bytes(params, here=True)
+        if trunk.quantize != "none":
+            copies += turned_bytes(params)
+            continue
+        layers = layers_bytes(params, here=True)
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
-        copies += narrow if narrow < layers else _turned_bytes(params)
+        copies += narrow if narrow < layers else turned_bytes(params)
         wider += layers - narrow
     relaid = [name for name, (_, trunk) in trunks.items() if queries[name] * _shared(trunk, tensor) == 1]
     memory += [
         Line(
             "copies of weights", copies,
             "made before the loop: of all layers where these are wider than the compute dtype, else query kernels and"
-            " head",
+            " head" + ", and the quantized guide" * is_quantized,
         ),
         Line(
             "copies of caches", sum(caches[name] for name in relaid) if section["platform"] == "tpu" else 0,
@@ -293,7 +302,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         tokens = stream * queries[name]
         experts = chip_bytes(params["layers"].get("experts", {}))
         unread += experts * max(0.0, 1 - tokens * trunk.experts_per_token / trunk.experts) if experts else 0.0
-        products = _product_weights(params, trunk, tokens) + (name == "reference") * trunk.vocab_size * trunk.embed
+        products = weights_per_token(params, trunk, tokens) + (name == "reference") * trunk.vocab_size * trunk.embed
         heads = _divided(trunk.heads, tensor)
         flops += 2 * products / tensor / beside * tokens
         flops += 4 * trunk.layers * heads * trunk.head_dim * job.cache_size * tokens / beside
@@ -362,38 +371,6 @@ def _shared(trunk: DecoderConfig, tensor: int) -> int:
     """Return the number of a chip's query heads per kv head."""
     heads = _divided(trunk.heads, tensor)
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
-
-
-def _product_weights(params: Params, trunk: DecoderConfig, tokens: int) -> int:
-    """Count the weights that each of so many tokens is multiplied with, over all chips."""
-    experts = trunk.experts_per_token if moe.are_few(trunk, tokens) else trunk.experts
-    return moe.products(trunk, experts) + sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if {"layers", "future"} & set(names := _names(path)) and names[-1] in ("kernel", "future")
-    )
-
-
-def _layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:
-    """Count the bytes of the layers, over all chips or on one (`here`), or of those leaves that a mesh axis divides."""
-    leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "layers" in _names(path)]
-    if axis:
-        leaves = [leaf for leaf in leaves if axis in jax.tree.leaves(tuple(leaf.sharding.spec))]
-    return chip_bytes(leaves) if here else sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _turned_bytes(params: Params) -> int:
-    """Count the bytes on one chip of weights that the decode loop reads in another order than they are stored in."""
-    leaves = jax.tree.leaves_with_path(params)
-    return chip_bytes([leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"])
-
-
-def _names(path: Any) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-
-
-def _dtype(model: Any) -> str:
-    return str(jax.tree.leaves(model.params)[0].dtype)
 
 
 def _whole(brought: Counter) -> Counter[str]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, lora, meshes, sharding, value
+from qsharp_jax.models import decoder, lora, memory, meshes, quantized, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
@@ -36,8 +36,8 @@ class Job:
 
     config: ConfigDict
     # ref, guide: the models as decoded, but with stacked layers, of `jax.ShapeDtypeStruct`s. The guide has float32
-    # weights, as fitted, and is computed in its trunk's dtype. A policy stands there as a Q-type guide, whose head has
-    # the shape of its own, with weights in the dtype of sampling.
+    # weights, as fitted, and is computed in its trunk's dtype, or in decoding as `decoded_guide`. A policy stands there
+    # as a Q-type guide, whose head has the shape of its own, with weights in the dtype of sampling.
     ref: LanguageModel
     guide: ValueModel
     # the parameters of a fit, in float32: the guide or policy, the heads of the auxiliary loss, and a LoRA; a policy
@@ -59,6 +59,11 @@ class Job:
     @property
     def optimizer(self) -> ConfigDict:
         return self.config.policy.optimizer if self.is_policy else self.config.fit.optimizer
+
+    @property
+    def decoded_guide(self) -> ValueModel:
+        """The guide with the weights of decoding: quantized if the config says so."""
+        return jax.eval_shape(quantized.model, self.guide)
 
     @property
     def learner(self) -> str:
@@ -94,7 +99,7 @@ def make(
     guide_params, is_policy = value.abstract(guide), trains_policy(config)
     job = Job(
         config=config,
-        ref=LanguageModel(decoder.abstract(ref, stored), ref),
+        ref=jax.eval_shape(quantized.model, LanguageModel(decoder.abstract(ref, stored), ref)),
         guide=ValueModel(_in_dtype(guide_params, ref.dtype) if is_policy else guide_params, guide),
         fitted=_in_dtype(guide_params, stored) if is_policy and config.fit.lora_rank else guide_params,
         fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
@@ -144,9 +149,9 @@ def _with_folders(config: ConfigDict) -> ConfigDict:
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
-    dtype = config.dtype or DTYPE_OF_SIZE
+    kind = dict(dtype=config.dtype or DTYPE_OF_SIZE, quantize=config.quantize)
     if ref_size:
-        ref = _sized("--ref-size", ref_size, dtype)
+        ref = _sized("--ref-size", ref_size, **kind)
     else:
         models.check_folders(config)
         vocab_size = None if models.folder(config, "ref") else models.make_tokenizer(config).vocab_size
@@ -155,18 +160,18 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         return ref, ValueConfig(ref, type="q")
     section = config.value
     distribution = "bernoulli" if section.distribution == "auto" else section.distribution  # a head is small
-    kind = dict(type=section.type, distribution=distribution, atoms=tuple(section.atoms))
+    head = dict(type=section.type, distribution=distribution, atoms=tuple(section.atoms))
     if guide_size:
-        return ref, ValueConfig(_sized("--guide-size", guide_size, dtype), **kind)
+        return ref, ValueConfig(_sized("--guide-size", guide_size, **kind), **head)
     if ref_size and config.guide == "ref":
-        return ref, ValueConfig(ref, **kind)
+        return ref, ValueConfig(ref, **head)
     return ref, models.guide_shape(config, ref.vocab_size)
 
 
-def _sized(option: str, size: str, dtype: str) -> DecoderConfig:
+def _sized(option: str, size: str, *, dtype: str, quantize: str) -> DecoderConfig:
     if size not in model_configs.SIZES:
         raise UserError(f"{option} {size} is not known; {nearest(size, model_configs.SIZES)}")
-    return model_configs.make(size, dtype=dtype)
+    return model_configs.make(size, dtype=dtype, quantize=quantize)
 
 
 # --- On a mesh ------------------------------------------------------------------------------------------------------
@@ -179,9 +184,12 @@ def abstract_mesh(section: Any, use: str) -> AbstractMesh:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Count the bytes of abstract arrays with shardings on each chip."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    """Count the bytes of abstract arrays with shardings on each chip, packed as on a GPU or TPU."""
+    sizes = (
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * memory.item_bytes(leaf.dtype, "tpu")
+        for leaf in jax.tree.leaves(tree)
+    )
+    return math.ceil(sum(sizes))
 
 
 def abstract_batch(rows: int, length: int) -> Batch:

@@ -9,7 +9,7 @@ import jax
 
 import qsharp_jax.plan.compiled as compiled
 import qsharp_jax.plan.forecast as forecast
-from qsharp_jax.models import meshes
+from qsharp_jax.models import meshes, quantized
 from qsharp_jax.plan.check import GIB
 from qsharp_jax.plan.forecast import Forecast
 from qsharp_jax.plan.job import Job
@@ -58,10 +58,12 @@ def _head(job: Job, section: Any) -> Iterable[str]:
     )  # fmt: skip
     for name, model in {"Reference": job.ref, job.learner.capitalize(): job.guide}.items():
         trunk = getattr(model.config, "trunk", model.config)
-        count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        leaves = jax.tree.leaves(model.params, is_leaf=quantized.is_quantized)
+        count = sum(math.prod(leaf.shape) for leaf in leaves)
+        decoded = f", decoded with weights in {trunk.quantize}" if trunk.quantize != "none" else ""
         yield (
             f"{name}: {count / 1e9:.3g}e9 weights ({trunk.layers} layers, {trunk.embed} wide, {trunk.heads} heads,"
-            f" {trunk.kv_heads} of keys), computed in {trunk.dtype}"
+            f" {trunk.kv_heads} of keys), computed in {trunk.dtype}{decoded}"
         )
 
 

@@ -91,6 +91,10 @@ def _check_policy(config: ConfigDict) -> None:
     name = config.algorithm
     if config.guide != "ref":
         raise UserError(f"config.guide is {config.guide}; {name} trains a copy of the reference, so give ref")
+    if config.quantize != "none":
+        raise UserError(
+            f"config.quantize is {config.quantize}, but {name} trains a copy of the reference's weights; give none"
+        )
     if config.generate.temperature == 0:
         raise UserError(f"config.generate.temperature is 0; {name} samples the policy that it trains, so give more")
 

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.data.tokenizer_files import has_tokenizer
 from qsharp_jax.decoding import Guide, guide_names
-from qsharp_jax.models import cpu_form, decoder, hf, sharding, value
+from qsharp_jax.models import cpu_form, decoder, hf, quantized, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
-from qsharp_jax.models.value import ValueModel
+from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import progress
 from qsharp_jax.system.errors import UserError
@@ -41,6 +41,7 @@ class Folders:
     stop_ids: Sequence[int] | None = None  # by default those of the reference's folder
     date: datetime.date | None = None  # today's date for a chat template that writes it; by default the current date
     mesh: Mesh | None = None  # over which the weights are divided as for decoding
+    quantize: str = "none"  # "int8" or "int4" for quantized weights
 
     def __post_init__(self):
         configs = self.configs  # first, since this checks that these are folders of models
@@ -55,47 +56,57 @@ class Folders:
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
         """The shapes of the "reference" and of the guides' trunks, named by `decoding.guide_names`."""
-        configs = {"reference": hf.read_config(self.ref, self._dtype(self.ref))} if self.ref else {}
-        return configs | {
-            name: hf.read_guide_config(guide, self._dtype(guide)).trunk for name, guide in self._named_guides()
-        }
+        configs = {"reference": self._ref_config()} if self.ref else {}
+        return configs | {name: self._guide_config(guide).trunk for name, guide in self._named_guides()}
 
     @property
     def weights(self) -> dict[str, Any]:
         """The weights of the models in `configs` as `jax.ShapeDtypeStruct`s, on the mesh if there is one."""
         shapes = {"reference": self._ref_shapes()} if self.ref else {}
         shapes |= {name: self._guide_shapes(guide) for name, guide in self._named_guides()}
-        return {name: sharding.move(model, self.mesh, sharding.DECODE).params for name, model in shapes.items()}
+        return {
+            name: sharding.move(jax.eval_shape(quantized.model, model), self.mesh, sharding.DECODE).params
+            for name, model in shapes.items()
+        }
 
     def load_ref(self) -> LanguageModel:
         progress.tell(f"loading the reference {self.ref}")
-        return hf.load_ref(self.ref, dtype=self._dtype(self.ref), shardings=self._shardings(self._ref_shapes()))
+        dtype, shardings = self._dtype(self.ref), self._shardings(self._ref_shapes())
+        return hf.load_ref(self.ref, dtype=dtype, quantize=self.quantize, shardings=shardings)
 
     def load_guide(self) -> Guide:
         """The guide, or a tuple of several."""
         progress.tell(f"loading the guide {', '.join(map(str, self.guides))}")
         guides = tuple(
-            hf.load_guide(guide, dtype=self._dtype(guide), shardings=self._shardings(self._guide_shapes(guide)))
+            hf.load_guide(
+                guide, dtype=self._dtype(guide), quantize=self.quantize,
+                shardings=self._shardings(self._guide_shapes(guide)),
+            )
             for guide in self.guides
         )
         return guides if len(guides) > 1 else guides[0]
 
     def _ref_shapes(self) -> LanguageModel:
-        dtype = self._dtype(self.ref)
-        config = hf.read_config(self.ref, dtype)
-        return LanguageModel(decoder.abstract(config, dtype), config)
+        config = self._ref_config()
+        return LanguageModel(decoder.abstract(config, config.dtype), config)
 
     def _guide_shapes(self, guide: Path) -> ValueModel:
-        dtype = self._dtype(guide)
-        config = hf.read_guide_config(guide, dtype)
-        return ValueModel(value.abstract(config, dtype), config)
+        config = self._guide_config(guide)
+        return ValueModel(value.abstract(config, config.trunk.dtype), config)
+
+    def _ref_config(self) -> DecoderConfig:
+        return hf.read_config(self.ref, self._dtype(self.ref), self.quantize)
+
+    def _guide_config(self, guide: Path) -> ValueConfig:
+        return hf.read_guide_config(guide, self._dtype(guide), self.quantize)
 
     def _shardings(self, shapes: LanguageModel | ValueModel) -> Params | None:
         if self.mesh is None:
             return None
         unstack = decoder.unstack if isinstance(shapes, LanguageModel) else value.unstack
         params = jax.eval_shape(functools.partial(unstack, transposed=cpu_form.here()), shapes.params)
-        return sharding.of_model(shapes.replace(params=params), self.mesh, sharding.DECODE).params
+        shapes = jax.eval_shape(quantized.model, shapes.replace(params=params))
+        return sharding.of_model(shapes, self.mesh, sharding.DECODE).params
 
     @property
     def _first(self) -> Path:
@@ -132,6 +143,7 @@ def load(
     guide: str | Path | Sequence[str | Path] | None = None,
     *,
     dtype: str | None = None,
+    quantize: str = "none",
     prompt_format: str | None = None,
 ) -> Loaded:
     """Load a reference, and a guide or several, by folder, by GGUF file, or by id on the Hugging Face hub.
@@ -140,6 +152,7 @@ def load(
       ref: a language model's folder as `transformers` keeps it, GGUF file, or id "OWNER/NAME" or "OWNER/NAME@REVISION".
       guide: folder or id of a guide that goes with it, or those of several.
       dtype: "float32" or "bfloat16", for weights and computation; by default each folder's own.
+      quantize: "int8" or "int4": the models are then those with weights of so many bits.
       prompt_format: "plain" for prompts as they are, or "chat" for prompts in the tokenizer's chat template; by default
         chat, if there is a template.
 
@@ -148,7 +161,10 @@ def load(
     """
     guides = [guide] if isinstance(guide, str | Path) else guide or []
     source = hub.pin(str(ref))
-    folders = Folders(hub.find(source), [hub.find(name) for name in guides], dtype=dtype, prompt_format=prompt_format)
+    folders = Folders(
+        hub.find(source), [hub.find(name) for name in guides],
+        dtype=dtype, prompt_format=prompt_format, quantize=quantize,
+    )  # fmt: skip
     tokenizer = folders.tokenizer
     candidates = min(Sampling.top_k_candidates, tokenizer.vocab_size)
     sampling = Sampling(top_k_candidates=candidates, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size)

@@ -26,7 +26,7 @@ from qsharp_jax import train
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import for_decoding
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import cpu_form, decoder, hf, lora, sharding, value
+from qsharp_jax.models import cpu_form, decoder, hf, lora, quantized, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
@@ -117,7 +117,7 @@ def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
       UserError: for a folder without a supported model.
     """
     if ref := folder(config, "ref"):
-        return hf.read_config(ref, _dtype(config, ref))
+        return hf.read_config(ref, _dtype(config, ref), config.quantize)
     return _model_section(config, vocab_size)
 
 
@@ -139,7 +139,7 @@ def guide_shape(
     """
     start = folder(config, "guide")
     if start:
-        trunk = hf.read_config(start, _dtype(config, start))
+        trunk = hf.read_config(start, _dtype(config, start), config.quantize)
     elif config.guide == "ref":
         trunk = ref_shape(config, vocab_size)
     else:
@@ -185,8 +185,8 @@ def weights(session: Session) -> dict[str, Params]:
         learned: Any = LanguageModel(decoder.abstract(shape), shape)
     else:
         learned = ValueModel(value.abstract(guide_config(session)), guide_config(session))
-    ref = LanguageModel(decoder.abstract(shape, stored), shape)
-    return {name: session.for_decoding(model).params for name, model in {"reference": ref, "guide": learned}.items()}
+    models = {"reference": LanguageModel(decoder.abstract(shape, stored), shape), "guide": learned}
+    return {name: session.for_decoding(jax.eval_shape(quantized.model, models[name])).params for name in models}
 
 
 def sampling(session: Session) -> Sampling:
@@ -203,8 +203,9 @@ def _dtype(config: ConfigDict, model: Path) -> str:
 
 def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
     changes = dict(config.model)
-    if "vocab_size" in changes:
-        raise ValueError("model.vocab_size is the tokenizer's; remove it from the config")
+    for name, owner in {"vocab_size": "the tokenizer's", "quantize": "config.quantize"}.items():
+        if name in changes:
+            raise ValueError(f"model.{name} is {owner}; remove it from the config")
     for field in dataclasses.fields(DecoderConfig):
         kind = typing.get_origin(field.type) or field.type
         value_ = changes.get(field.name, kind())
@@ -212,7 +213,7 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
             changes[field.name] = value_ = tuple(value_)
         if type(value_) is not kind and not (kind is float and type(value_) is int):
             raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {kind.__name__}")
-    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size)
+    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size, quantize=config.quantize)
 
 
 def check_folders(config: ConfigDict) -> None:
@@ -237,6 +238,8 @@ def check(session: Session) -> None:
     ref, guide = folder(session.config, "ref"), folder(session.config, "guide")
     whose = f"the tokenizer in {ref}" if ref else "the task's tokenizer"
     check_vocabulary(tokenizer(session), trunk_configs(session), [guide] if guide else [], whose)
+    for shape in trunk_configs(session).values():
+        jax.eval_shape(quantized.model, LanguageModel(decoder.abstract(shape), shape))
     if ref:
         hf.check_weights(ref, "ref")
     if guide:
@@ -259,12 +262,22 @@ def load_ref(session: Session) -> LanguageModel:
         progress.tell(f"loading the reference {session.config.ref}")
         unstack = functools.partial(decoder.unstack, transposed=cpu_form.here())
         read = LanguageModel(jax.eval_shape(unstack, decoder.abstract(shape, shape.dtype)), shape)
-        loaded = hf.load_ref(ref, dtype=shape.dtype, shardings=_shardings(read, mesh, sharding.DECODE))
+        shardings = _shardings(jax.eval_shape(quantized.model, read), mesh, sharding.DECODE)
+        loaded = hf.load_ref(ref, dtype=shape.dtype, quantize=shape.quantize, shardings=shardings)
         is_base = trains_policy(session.config) and session.config.fit.lora_rank > 0
         return loaded if is_base else for_decoding(loaded)
-    checkpoints = _finished(session.workdir.ref, "reference model", "run")
+    return session.for_decoding(quantized.model(pretrained(session)))
+
+
+def pretrained(session: Session) -> LanguageModel:
+    """Load the reference that was pre-trained in the workdir, in float32 on the mesh for fitting.
+
+    Raises:
+      UserError: if its pre-training is not finished, or the checkpoint is damaged.
+    """
+    checkpoints, shape = _finished(session.workdir.ref, "reference model", "run"), ref_config(session)
     shapes = session.for_fitting(LanguageModel(decoder.abstract(shape), shape))
-    return session.for_decoding(shapes.replace(params=checkpoints.restore_params(shapes.params)))
+    return shapes.replace(params=checkpoints.restore_params(shapes.params))
 
 
 def load_guide(
@@ -333,8 +346,10 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
     if start:
         progress.tell(f"loading the guide's first weights from {start}")
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
+    elif config.guide == "ref":
+        trunk = (ref if config.quantize == "none" else pretrained(session)).params
     else:
-        trunk = ref.params if config.guide == "ref" else None
+        trunk = None
     if trunk is not None:
         trunk = decoder.first_layers(trunk, shape.trunk.layers)
     return value.init(session.key("guide"), shape, trunk)

@@ -6,6 +6,7 @@ import functools
 from jax.sharding import Mesh
 
 from qsharp_jax.data.tokenizer import Tokenizer
+from qsharp_jax.models import quantized
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueModel
@@ -50,4 +51,4 @@ class RunModels:
 
     def load_guide(self) -> ValueModel | LanguageModel:
         is_policy = trains_policy(self.session.config)
-        return models.load_guide(self.session, ref=self._ref if is_policy else None)
+        return quantized.model(models.load_guide(self.session, ref=self._ref if is_policy else None))

@@ -8,7 +8,7 @@ import functools
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example
-from qsharp_jax.models import attention, decoder
+from qsharp_jax.models import attention, decoder, quantized
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.run import models
 from qsharp_jax.run.problems import task
@@ -65,4 +65,4 @@ def run(session: Session) -> LanguageModel:
                 profile=session.profile_folder("pretrain"),
             ),
         )
-    return session.for_decoding(initial.replace(params=state.params))
+    return session.for_decoding(quantized.model(initial.replace(params=state.params)))

@@ -270,6 +270,10 @@ class Run:
         " model or guide, given like ref",
     )  # fmt: skip
     dtype: str | None = setting(None, FLOATS, "dtype of models in folders")
+    quantize: str = setting(
+        "none", one_of("none", "int8", "int4"),
+        "weights of decoding: the reference is then the quantized model; guides are fitted in float32",
+    )  # fmt: skip
     prompt_format: str = setting(
         "plain", one_of("plain", "chat"), "chat: one turn in the chat template of the reference's folder"
     )

@@ -18,7 +18,7 @@ import optax
 
 from qsharp_jax import values
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import decoder, quantized, value
 from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
@@ -169,7 +169,7 @@ def _later_token(
     head: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[()]]:
     """The sum of the cross-entropy over the mask."""
-    logits = decoder.product(hidden, head, jnp.float32)
+    logits = quantized.product(hidden, head, jnp.float32)
     return jnp.where(mask, optax.softmax_cross_entropy_with_integer_labels(logits, targets), 0).sum(), ()
 
 

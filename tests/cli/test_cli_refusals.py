@@ -44,7 +44,7 @@ def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
         (("export", "--workdir", tmp_path, "--what", "both", "--out", tmp_path), "both"),
     ]:
         assert words in refused(capsys, *arguments)
-    for option in (("--dtype", "float32"), ("--prompt-format", "chat"), ("--stop-ids", "2")):
+    for option in (("--dtype", "float32"), ("--quantize", "int8"), ("--prompt-format", "chat"), ("--stop-ids", "2")):
         sentence = refused(capsys, "generate", PROMPT, "--workdir", tmp_path, *option)
         assert f"{option[0]} goes with --ref" in sentence
     assert not output.exists()

@@ -17,7 +17,7 @@ from processes import printed_on_fake_devices
 
 from qsharp_jax.models import config, decoder, meshes, moe, sharding
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.plan import forecast
+from qsharp_jax.plan import weights
 
 N, K, D, F = 12, 3, 8, 6
 CONFIG = dataclasses.replace(QWEN3_MOE, experts=N, experts_per_token=K, embed=D, mlp=F, heads=2, kv_heads=1)
@@ -79,7 +79,7 @@ def test_experts_are_divided_by_their_hidden_units():
 def test_what_a_token_is_multiplied_with_is_counted():
     """Qwen 3 30B-A3B has 3.3e9 weights a token, of which the embedding and the head have 0.6e9."""
     shape = config.make("qwen3-30b-a3b")
-    few, every = (forecast._product_weights(decoder.abstract(shape), shape, tokens) for tokens in (1, 16))
+    few, every = (weights.weights_per_token(decoder.abstract(shape), shape, tokens) for tokens in (1, 16))
     tables = 2 * shape.vocab_size * shape.embed
     assert few + tables == pytest.approx(3.35e9, rel=5e-3) and every + tables == pytest.approx(30.53e9, rel=1e-3)
 

@@ -3,6 +3,7 @@
 The devices are made by a process of its own, which is this file run as a script: XLA reads their number when it starts.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from processes import printed_on_fake_devices
 
 from qsharp_jax import decoding
-from qsharp_jax.models import config, cpu_form, decoder, memory, meshes, sharding, value
+from qsharp_jax.models import config, cpu_form, decoder, memory, meshes, quantized, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.sharding import DECODE, FIT
@@ -37,7 +38,7 @@ MESHES = {
     "data 2, tensor 4": {"data": 2, "tensor": 4},
     "caches apart, mlp together": {"attention_data": 2, "tensor": 2},
 }
-CASES = [("own", name) for name in MESHES] + [("packed", "data 2, tensor 4")]
+CASES = [("own", name) for name in MESHES] + [("packed", "data 2, tensor 4"), ("quantized", "data 2, tensor 4")]
 QUICK = [case for case in CASES if case[1] in ("data 2, tensor 4", "caches apart, mlp together")]
 SLOW = [case for case in CASES if case not in QUICK]
 
@@ -53,6 +54,14 @@ def models():
     return ref, random_guide(trunk, seed=1, scale=4.0)
 
 
+def in_8_bits(model):
+    """A reference with quantized weights, or a guide whose weights decoding quantizes."""
+    if isinstance(model, ValueModel):
+        trunk = dataclasses.replace(model.config.trunk, quantize="int8")
+        return model.replace(config=dataclasses.replace(model.config, trunk=trunk))
+    return quantized.model(model.replace(config=dataclasses.replace(model.config, quantize="int8")))
+
+
 def decoded(ref, guide, **changes):
     made = decoding.generate(ref, guide, PROMPTS, Sampling(**SETTINGS | changes), rng=3)
     names = ("tokens", "lengths", "dropped", "log_probs", "ref_log_probs", "kl", "kl_truncated", "values")
@@ -61,17 +70,19 @@ def decoded(ref, guide, **changes):
 
 def main(*names: str):
     """Prints a JSON object: by variant, what one device gives and what each mesh does."""
-    ref, guide = models()
-    variants = {"own": {}, "packed": dict(candidate_slots=2)}
-    results = {variant: {"one device": decoded(ref, guide, **changes)} for variant, changes in variants.items()}
+    of_variant = {"own": models(), "packed": models(), "quantized": [in_8_bits(model) for model in models()]}
+    variants = {"own": {}, "packed": dict(candidate_slots=2), "quantized": {}}
+    results = {
+        variant: {"one device": decoded(*of_variant[variant], **changes)} for variant, changes in variants.items()
+    }
     for name in names:
         sizes = MESHES[name]
         devices = jax.devices()[: np.prod(list(sizes.values()))]
         mesh = meshes.make_mesh(sizes, DECODE, devices)
-        placed = [jax.device_put(model, sharding.of_model(model, mesh, DECODE)) for model in (ref, guide)]
         with jax.set_mesh(mesh):
             for variant, changes in variants.items():
                 if (variant, name) in CASES:
+                    placed = [sharding.move(model, mesh, DECODE) for model in of_variant[variant]]
                     results[variant][name] = decoded(*placed, **changes)
     print(json.dumps(results))
 

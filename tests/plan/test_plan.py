@@ -113,6 +113,21 @@ def test_decoding_on_one_chip_of_eight():
     assert memory == pytest.approx(read / 819e9, rel=2e-3)
 
 
+@pytest.mark.parametrize(("quantize", "each"), [("int8", 1), ("int4", 0.5 + 4 / 128)])
+def test_quantized_weights_are_counted_in_their_bits(quantize, each):
+    """Scales are float32, in 4 bits one per 128 inputs; the tables stay in 8 bits; the guide's copy is beside it."""
+    job = job_of(f"quantize={quantize}")
+    found = plan.decode(job, job.config.mesh)
+    layers = 8.03e9 - TABLE * 2 * 2  # embedding and head are 4,096 wide
+    assert part(found, "reference's weights") == pytest.approx((layers * each + 2 * 2 * TABLE) / 8, rel=3e-3)
+    assert part(found, "guide's weights") == part(plan.decode(job_of(), job.config.mesh), "guide's weights")
+    assert part(found, "copies of weights") > (16 * MATRICES * each + TABLE) / 8
+    (memory,) = (line.amount for line in found.times if line.what == "memory")
+    read = (layers + 16 * MATRICES) * each / 8 + 2 * TABLE / 8 + 16 * 1024 * 4 * (32 * 128 + 16 * 64)
+    assert memory == pytest.approx(read / 819e9, rel=5e-3)
+    assert "decoded with weights in " + quantize in "".join(plan.lines(job, job.config.mesh))
+
+
 @pytest.mark.parametrize(("mesh", "kv_heads", "copied"), [("v5e_8", 32, 1), ("v5e_8", 8, 0), ("cuda_8", 32, 0)])
 def test_a_reference_without_grouped_queries_has_its_cache_copied_on_tpus(monkeypatch, mesh, kv_heads, copied):
     sizes = plan.job.model_configs.SIZES

@@ -34,6 +34,20 @@ def test_settings_that_do_not_go_together(tmp_path, bad, words, good):
     checks.check_problems(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "model", "words"),
+    [
+        (["quantize=int8", "algorithm=ppo"], {}, "quantize is int8, but ppo trains a copy of the reference's weights"),
+        (["quantize=int4"], {"mlp": 72}, "72 inputs of down, which groups of 32 do not divide"),
+        ([], {"quantize": "int8"}, "model.quantize is config.quantize; remove it"),
+    ],
+)  # fmt: skip
+def test_quantized_weights_where_they_cannot_be(tmp_path, changes, model, words):
+    config = helpers.session(tmp_path, *changes, model=helpers.TINY | model).config
+    with pytest.raises(UserError, match=words):
+        checks.check(config)
+
+
 def test_a_setting_that_is_not_there(tmp_path):
     """The sections of other algorithms are not needed."""
     config = helpers.session(tmp_path).config

@@ -19,7 +19,7 @@ from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import cli, train
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.models import hf, meshes, sharding, value
+from qsharp_jax.models import hf, meshes, quantized, sharding, value
 from qsharp_jax.run import checks, models
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.session import Session
@@ -116,7 +116,9 @@ def test_a_language_model_s_trunk_gets_a_head_of_zeros_and_float32_masters(folde
 @pytest.mark.parametrize("guide", ["ref", "guide"])
 def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
     """Every leaf where the rules have it (the meshes have one device), with the values that it has without."""
-    workdir = helpers.session(tmp_path, f"ref={folders / 'ref'}", f"guide={folders / guide}").workdir
+    quantize = {"ref": "none", "guide": "int8"}[guide]
+    changes = f"ref={folders / 'ref'}", f"guide={folders / guide}", f"quantize={quantize}"
+    workdir = helpers.session(tmp_path, *changes).workdir
     made = Session(workdir)
     decode = meshes.make_mesh({"tensor": 1}, sharding.DECODE, jax.devices()[:1])
     fit = meshes.make_mesh({"fsdp": 1}, sharding.FIT, jax.devices()[:1])
@@ -128,6 +130,20 @@ def test_folders_are_read_onto_meshes(folders, tmp_path, guide):
     first = [models.first_guide(session, None) for session in (meshed, made)]
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(first[0]["trunk"])} == {fit}
     helpers.assert_trees_equal(*first)
+
+
+@pytest.mark.slow
+def test_a_run_of_quantized_models(tmp_path, folders):
+    """A whole run whose reference is pre-trained: guides are fitted in float32 and start from its own weights."""
+    assert run(tmp_path / "run", "quantize=int4", "ref=pretrain", "guide=ref") == 0
+    with Workdir.open(tmp_path / "run") as workdir:
+        made = Session(workdir)
+        ref, guide = models.load_ref(made), models.load_guide(made)
+        trained = models.pretrained(made).params
+        first = models.first_guide(made, ref)
+    assert quantized.is_quantized(ref.params["layers"]["up"]["kernel"])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(guide.params)} == {"float32"}
+    helpers.assert_trees_equal(first["trunk"]["layers"], trained["layers"])
 
 
 def test_a_guide_from_scratch_has_the_shape_of_the_model_section(folders):

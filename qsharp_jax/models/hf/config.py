@@ -50,8 +50,8 @@ class FolderConfig:
 # --- In -------------------------------------------------------------------------------------------------------------
 
 
-def read(folder: str | Path, dtype: str) -> FolderConfig:
-    """Read a folder's config.json, for a model stored and computed in `dtype`.
+def read(folder: str | Path, dtype: str, quantize: str = "none") -> FolderConfig:
+    """Read a folder's config.json, for a model stored and computed in `dtype`, with weights as `quantize` says.
 
     Raises:
       UserError: if it is missing or damaged, or describes an unsupported model.
@@ -79,7 +79,7 @@ def read(folder: str | Path, dtype: str) -> FolderConfig:
     try:
         if reason := _unsupported(hf, family):
             raise UserError(f"{path}: {reason}, which is not supported")
-        decoder = _decoder(hf, family, dtype)
+        decoder = dataclasses.replace(_decoder(hf, family, dtype), quantize=quantize)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
     return FolderConfig(family, classifier, decoder, labels, ours)

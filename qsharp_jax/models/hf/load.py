@@ -20,7 +20,7 @@ import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.gguf as hf_gguf
 import qsharp_jax.models.hf.names as names
-from qsharp_jax.models import cpu_form, decoder, memory, value
+from qsharp_jax.models import cpu_form, decoder, memory, quantized, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf.files import Tensors
@@ -35,18 +35,21 @@ THREADS = 8
 AnyTensors = Tensors | hf_gguf.Tensors | adapters.Tensors
 
 
-def read_config(folder: str | Path, dtype: str) -> DecoderConfig:
+def read_config(folder: str | Path, dtype: str, quantize: str = "none") -> DecoderConfig:
     """The decoder config of a folder, to be stored and computed in "float32" or "bfloat16".
+
+    Args:
+      quantize: as of `DecoderConfig`.
 
     Raises:
       UserError: if its config.json is missing or damaged, or describes an unsupported model.
     """
-    return configs.read(folder, dtype).decoder
+    return configs.read(folder, dtype, quantize).decoder
 
 
-def read_guide_config(folder: str | Path, dtype: str) -> ValueConfig:
-    """The config of a folder's guide; errors as in `read_config`, and a UserError if the folder holds no guide."""
-    return configs.guide(configs.read(folder, dtype), folder)
+def read_guide_config(folder: str | Path, dtype: str, quantize: str = "none") -> ValueConfig:
+    """The config of a folder's guide; arguments and errors as in `read_config`, and a UserError without a guide."""
+    return configs.guide(configs.read(folder, dtype, quantize), folder)
 
 
 def is_guide(folder: str | Path) -> bool:
@@ -54,20 +57,23 @@ def is_guide(folder: str | Path) -> bool:
     return "type" in configs.read(folder, "float32").qsharp
 
 
-def load_ref(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> LanguageModel:
+def load_ref(
+    folder: str | Path, *, dtype: str, quantize: str = "none", unstacked: bool = True, shardings: Any = None
+) -> LanguageModel:
     """Load a causal language model.
 
     Args:
       folder: with config.json and safetensors; or a GGUF file, or a folder with one; or a PEFT adapter's.
       dtype: dtype of the loaded weights and of the computation, "float32" or "bfloat16".
+      quantize: "int8" or "int4" for weights that are quantized one by one as they are read, in float32.
       unstacked: layers as a list, for decoding; otherwise stacked, for training.
-      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a prefix of one; by default everything is put
+      shardings: a tree of `jax.sharding.Sharding` like the result, or a prefix of one; by default everything is put
         on the default device. Each process reads only its own slices.
 
     Raises:
       UserError: for a wrong config, wrong or damaged files, or too little memory.
     """
-    source = _ref(folder, dtype)
+    source = _ref(folder, dtype, quantize)
     return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
@@ -80,12 +86,14 @@ def load_trunk(folder: str | Path, *, dtype: str, unstacked: bool = False, shard
     return LanguageModel(_load(source, unstacked, shardings), source.config.decoder)
 
 
-def load_guide(folder: str | Path, *, dtype: str, unstacked: bool = True, shardings: Any = None) -> ValueModel:
+def load_guide(
+    folder: str | Path, *, dtype: str, quantize: str = "none", unstacked: bool = True, shardings: Any = None
+) -> ValueModel:
     """Load a guide: a token classifier (V-type) or a language model (Q-type) with our entry in its config.json.
 
     Arguments and errors are as in `load_ref`.
     """
-    source = _guide(folder, dtype)
+    source = _guide(folder, dtype, quantize)
     return ValueModel(_load(source, unstacked, shardings), configs.guide(source.config, folder))
 
 
@@ -123,8 +131,8 @@ class _Source:
     extra_heads: bool = False  # whether the folder may hold heads that the tree lacks
 
 
-def _ref(folder: str | Path, dtype: str) -> _Source:
-    config = configs.read(folder, dtype)
+def _ref(folder: str | Path, dtype: str, quantize: str = "none") -> _Source:
+    config = configs.read(folder, dtype, quantize)
     if config.classifier or "type" in config.qsharp:
         raise UserError(f"{folder} holds a guide or another token classifier; give the folder of a language model")
     places = names.decoder_places(config.family, config.decoder)
@@ -139,8 +147,8 @@ def _trunk(folder: str | Path, dtype: str) -> _Source:
     return _Source(Path(folder), config, shapes, places, extra_heads=True)
 
 
-def _guide(folder: str | Path, dtype: str) -> _Source:
-    config = configs.read(folder, dtype)
+def _guide(folder: str | Path, dtype: str, quantize: str = "none") -> _Source:
+    config = configs.read(folder, dtype, quantize)
     guide = configs.guide(config, folder)
     places = names.guide_places(config.family, config.decoder, guide.type)
     # An adapter's base may be a language model.
@@ -173,6 +181,7 @@ def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
         if unstacked:
             unstack = value.unstack if "trunk" in target else decoder.unstack
             target = jax.eval_shape(functools.partial(unstack, transposed=cpu_form.here()), target)
+        target = jax.eval_shape(functools.partial(quantized.tree, how=source.config.decoder.quantize), target)
         if shardings is not None:
             target = jax.tree.map(
                 lambda sharding, tree: jax.tree.map(
@@ -184,7 +193,14 @@ def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
             )
         memory.check_memory({"the weights": target})
         with ThreadPoolExecutor(THREADS) as pool:
-            return jax.tree.map_with_path(lambda path, leaf: _read_leaf(tensors, table, path, leaf, pool), target)
+
+            def read(path: tuple, leaf: Any) -> Any:
+                if not quantized.is_quantized(leaf):
+                    return _read_leaf(tensors, table, path, leaf, pool)
+                whole = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.values.sharding)
+                return quantized.quantize_like(leaf, _read_leaf(tensors, table, path, whole, pool))
+
+            return jax.tree.map_with_path(read, target, is_leaf=quantized.is_quantized)
 
 
 def _expected(shapes: Params, table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
