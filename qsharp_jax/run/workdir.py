@@ -226,7 +226,6 @@ def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | No
     """Return the settings, the name of the workdir with the reference, and the date of the prompts, if stored."""
     stored = _read_json(path)
     settings = {name: item for name, item in stored.items() if name not in ("hashes", "ref_in", "date")}
-    settings.setdefault("quantize", "none")  # which workdirs of older versions lack
     try:
         date = datetime.date.fromisoformat(stored["date"]) if "date" in stored else None
     except (TypeError, ValueError):
