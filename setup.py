@@ -54,5 +54,8 @@ setup(
         "mlflow": ["mlflow-skinny>=2.20"],
         "bench": ["torch==2.13.0", "vaderSentiment>=3.3"],
     },
-    entry_points={"console_scripts": ["qsharp = qsharp_jax.cli:console"]},
+    entry_points={
+        "console_scripts": ["qsharp = qsharp_jax.cli:console"],
+        "vllm.logits_processors": ["qsharp = qsharp_jax.integrations.vllm:GuidanceLogitsProcessor"],
+    },
 )

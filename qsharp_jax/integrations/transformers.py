@@ -30,24 +30,22 @@ class Guide:
     position before it: logits of the distribution ("bernoulli", "categorical" on atoms [M]), or its mean ("scalar").
     """
 
-    def __init__(self, trunk: torch.nn.Module, head: torch.nn.Linear, type: str, distribution: str, atoms: list[float]):
-        self.trunk, self.head, self.type, self.distribution = trunk, head, type, distribution
-        self.atoms = torch.tensor(atoms, device=head.weight.device)
+    def __init__(self, trunk: torch.nn.Module, head: torch.nn.Linear, meaning: dict):
+        self.trunk, self.head, self.meaning = trunk, head, meaning
+        self.type, self.distribution = meaning["type"], meaning["distribution"]
         self.device, self.vocab_size = head.weight.device, trunk.config.vocab_size
+        self.atoms = torch.tensor(meaning["atoms"], device=self.device)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: Any = "auto", device: Any = "cpu") -> "Guide":
         """Load a guide that `qsharp export` wrote, from a folder or the hub; a ValueError for another model."""
-        config = transformers.AutoConfig.from_pretrained(folder)
-        meaning = getattr(config, "qsharp", None)
-        if not meaning:
-            raise ValueError(f'{folder} is not a guide: its config.json has no entry "qsharp"; give an exported guide')
-        q_type = meaning["type"] == "q"
+        config = read_config(folder)
+        q_type = config.qsharp["type"] == "q"
         kind = transformers.AutoModelForCausalLM if q_type else _classifier(config.model_type)
         model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
         model.eval().requires_grad_(False)
         head = model.get_output_embeddings() if q_type else getattr(model, "score", None) or model.classifier
-        return cls(model.base_model, head, meaning["type"], meaning["distribution"], meaning["atoms"])
+        return cls(model.base_model, head, config.qsharp)
 
     def outputs(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
         """Float32 outputs [B, N, M] for hidden [B, N, D]; of a Q-type [B, K, 1] of tokens [B, K], or all [B, V, 1]."""
@@ -71,6 +69,14 @@ class Guide:
         else:
             log_mgf, mean, log_mean = single / eta, single, single.clamp(min=0).log()
         return {"qsharp": log_mgf, "cd": mean / eta, "expectation": torch.where(eta.isinf(), 0, log_mean)}[mode]
+
+
+def read_config(folder: str | os.PathLike) -> Any:
+    """Return a guide's config.json, whose entry "qsharp" says what the outputs mean; a ValueError for another model."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not getattr(config, "qsharp", None):
+        raise ValueError(f'{folder} is not a guide: its config.json has no entry "qsharp"; give an exported guide')
+    return config
 
 
 def _classifier(model_type: str) -> Any:
@@ -128,12 +134,9 @@ class GuideCache:
         self._forward(tokens, attention, positions[:, -tokens.shape[1] :])
 
     def score(self, pending: Tensor, attention: Tensor, candidates: Tensor) -> Tensor:
-        """Append the pending tokens [B], and return hidden states [B, 1, D], of a V-type [B, 1 + K, D].
+        """Append the pending tokens [B], with the mask [B, T + 1] of all; return hidden states [B, 1, D].
 
-        A V-type sees the candidates [B, K] for the position after in the same pass; they are not kept.
-
-        Args:
-          attention: [B, T + 1], the mask of all tokens, the pending one included.
+        A V-type sees the candidates [B, K] for the position after in the same pass, [B, 1 + K, D]; they are not kept.
         """
         pending, attention, candidates = (x.to(self.guide.device) for x in (pending, attention, candidates))
         place = attention.sum(1, keepdim=True) - 1
@@ -171,7 +174,7 @@ def _mask(attention: Tensor, count: int, window: int | None) -> Tensor:
 def steer(
     ref_logits: Tensor,
     caches: Sequence[GuideCache],
-    tokens: Tensor,
+    pending: Tensor,
     attention: Tensor,
     *,
     eta: Tensor,
@@ -185,12 +188,12 @@ def steer(
 
     Args:
       ref_logits: [B, V] of the reference, for the next token.
-      caches: one per guide, all V-types or all Q-types, with the first T - 1 tokens; the last is appended.
-      tokens, attention: [B, T] ids, padded on the left, and their mask.
+      caches: one per guide, all V-types or all Q-types, with all tokens but the last.
+      pending: [B], the last token of every row, which is appended to the caches.
+      attention: [B, T], the mask of all tokens, padded on the left.
       eta, temperature: [B]; the temperature that will divide the logits, 1 for greedy decoding.
       weights: [B, G], what each guide's log-weights are multiplied by.
-      mode, others: of `MODES` and `OTHERS`.
-      count: K.
+      mode, others, count: as in `check`; K is `count`.
     """
     size = ref_logits.shape[1]
     known = min(size, *(cache.guide.vocab_size for cache in caches))
@@ -200,7 +203,7 @@ def steer(
     scores, rest = 0, 0
     for g, cache in enumerate(caches):
         guide, weight = cache.guide, weights[:, g : g + 1]
-        hidden = cache.score(tokens[:, -1], attention, candidates)
+        hidden = cache.score(pending, attention, candidates)
         scored = None if others == "prefix" else candidates.to(guide.device)
         new = guide.log_weights(guide.outputs(hidden, scored), eta.to(guide.device), mode).to(ref_logits)
         of_others = torch.where(eta.isfinite(), zero, 0.0)[:, None]
@@ -220,10 +223,7 @@ def steer(
 
 
 def _mass(ref_logits: Tensor, log_weights: Tensor, temperature: Tensor) -> Tensor:
-    """The log-weight [B, 1] of all other tokens with which the scored ones, [B, K], keep their mass under pi_ref:
-
-    T log E exp(log_weights / T) over pi_ref at the temperature T, restricted to the scored tokens.
-    """
+    """T log E exp(log_weights / T), [B, 1], over pi_ref at T of the scored tokens [B, K], which keep their mass."""
     temperature = temperature[:, None]
     probs = (ref_logits / temperature).softmax(-1)
     possible = ref_logits > -math.inf
@@ -236,19 +236,29 @@ def _mass(ref_logits: Tensor, log_weights: Tensor, temperature: Tensor) -> Tenso
     return largest + temperature * torch.where(mean > 0.5, difference.log1p(), mean.log())
 
 
-def check(guides: Sequence[Guide], mode: str, others: str) -> None:
-    """Raise a ValueError for guides that cannot be composed, or names that are not known."""
+def check(guides: Sequence[dict], weights: Sequence[float] | None, mode: str, others: str, count: int) -> list[float]:
+    """Return the weights of guides, or raise a ValueError that names the first setting out of range.
+
+    `guides` are the entries "qsharp" of their config.json; the rest is as in `GuidanceLogitsProcessor`.
+    """
     for name, value, choices in (("mode", mode, MODES), ("others", others, OTHERS)):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    if len({guide.type for guide in guides}) != 1:
+    if len({guide["type"] for guide in guides}) != 1:
         raise ValueError("guides that are composed must be V-types, or Q-types, all of them, and at least one")
-    for guide in guides:
-        if mode == "expectation" and (guide.distribution == "scalar" or (guide.atoms < 0).any()):
-            raise ValueError(
-                'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
-                " bernoulli guide, or a categorical one with atoms of 0 and more"
-            )
+    negative = any(guide["distribution"] == "scalar" or min(guide["atoms"], default=0) < 0 for guide in guides)
+    if mode == "expectation" and negative:
+        raise ValueError(
+            'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'
+            " bernoulli guide, or a categorical one with atoms of 0 and more"
+        )
+    weights = [1.0] if weights is None and len(guides) == 1 else list(weights or [])
+    least = 0 if mode == "expectation" else -math.inf
+    if len(weights) != len(guides) or not all(least < weight < math.inf for weight in weights):
+        raise ValueError(f"weights are {weights}; give {len(guides)} numbers above {least} and below inf")
+    if count < 1:
+        raise ValueError(f"top_k_candidates is {count}; it must be at least 1")
+    return weights
 
 
 class GuidanceLogitsProcessor(transformers.LogitsProcessor):
@@ -287,19 +297,13 @@ class GuidanceLogitsProcessor(transformers.LogitsProcessor):
     ):
         listed = guides if isinstance(guides, list | tuple) else [guides]
         loaded = [Guide.from_pretrained(one) if isinstance(one, str | os.PathLike) else one for one in listed]
-        check(loaded, mode, others)
+        self.weights = check([guide.meaning for guide in loaded], weights, mode, others, top_k_candidates)
         self.eta = torch.as_tensor(eta, dtype=torch.float32)
         if self.eta.dim() > 1 or not (self.eta >= LEAST_ETA).all():
             raise ValueError(f"eta is {eta}; it must be a number of at least {LEAST_ETA:g}, or one for each prompt")
-        weights = [1.0] if weights is None and len(loaded) == 1 else list(weights or [])
-        least = 0 if mode == "expectation" else -math.inf
-        if len(weights) != len(loaded) or not all(least < weight < math.inf for weight in weights):
-            raise ValueError(f"weights are {weights}; give {len(loaded)} numbers above {least} and below inf")
-        if top_k_candidates < 1:
-            raise ValueError(f"top_k_candidates is {top_k_candidates}; it must be at least 1")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it must be above 0, and 1 for greedy decoding")
-        self.weights, self.mode, self.others, self.count = weights, mode, others, top_k_candidates
+        self.mode, self.others, self.count = mode, others, top_k_candidates
         self.temperature, self.mask = temperature, attention_mask
         self.caches = [GuideCache(guide) for guide in loaded]
         self._seen: Tensor | None = None  # [B, T], the tokens in the caches
@@ -320,10 +324,10 @@ class GuidanceLogitsProcessor(transformers.LogitsProcessor):
             if common < length - 1:
                 cache.extend(input_ids[:, common:-1], attention[:, :-1])
         self._seen = input_ids.clone()
+        weights = torch.tensor([self.weights], device=scores.device).expand(rows, -1)
         return steer(
-            scores, self.caches, input_ids, attention, eta=eta, temperature=torch.full_like(eta, self.temperature),
-            weights=torch.tensor([self.weights], device=scores.device).expand(rows, -1), mode=self.mode,
-            others=self.others, count=self.count,
+            scores, self.caches, input_ids[:, -1], attention, eta=eta, weights=weights, mode=self.mode,
+            temperature=torch.full_like(eta, self.temperature), others=self.others, count=self.count,
         ).to(scores.dtype)  # fmt: skip
 
     def _per_row(self, name: str, values: Tensor, rows: int) -> Tensor:
@@ -364,11 +368,8 @@ def generate(
 ) -> Any:
     """Run `model.generate` with a guide: `model.generate(**inputs, custom_generate=DIR, trust_remote_code=True)`.
 
-    Args:
-      guide: a folder, a hub id or a `Guide`, or a list of them; by default that of the folder or id `custom_generate`.
-      eta, weights, mode, others, top_k_candidates: as in `GuidanceLogitsProcessor`.
-      logits_processor: further ones, which come first.
-      arguments: of `model.generate`.
+    `guide` is by default that of the folder or hub id `custom_generate`. It and the settings are as in
+    `GuidanceLogitsProcessor`; the other arguments are those of `model.generate`.
     """
     if guide is None:
         # transformers runs a copy of this file and does not pass on where it comes from: its local variable says it.

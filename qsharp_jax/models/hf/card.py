@@ -34,7 +34,7 @@ Steer the reference model with it, at any strength of guidance (a small eta is a
 qsharp generate --ref path/to/the/reference --guide path/to/this/folder --eta 0.1 "A prompt"
 ```
 """
-_STEER_TRANSFORMERS = """\
+_STEER_ELSEWHERE = """\
 By `transformers`, with the code in this folder's `custom_generate`, which runs in PyTorch:
 
 ```python
@@ -47,6 +47,24 @@ output = model.generate(
     **inputs, custom_generate="path/to/this/folder", trust_remote_code=True, eta=0.1, max_new_tokens=64
 )
 print(tokenizer.decode(output[0]))
+```
+
+By a server of `qsharp_jax`, or by vLLM with `qsharp_jax` installed beside it:
+
+```
+qsharp serve --ref path/to/the/reference --guide mine=path/to/this/folder --port 8000
+QSHARP_GUIDES=mine=path/to/this/folder vllm serve path/to/the/reference --port 8000 --no-async-scheduling
+```
+
+```py
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+client.chat.completions.create(
+    model="path/to/the/reference",
+    messages=[{"role": "user", "content": "A prompt"}],
+    extra_body={"eta": 0.1, "guide": "mine"},  # of vLLM: {"vllm_xargs": {"eta": 0.1, "guide": "mine"}}
+)
 ```
 """
 
@@ -74,7 +92,7 @@ def guide(config: ValueConfig, family: Family, trained_on: str, metrics: Mapping
             load = _load("AutoModelForTokenClassification", "guide", use)
     else:
         load, text = _load("AutoModelForCausalLM", "guide", _OUTPUTS.format(width="vocabulary")), _MEANING_Q
-    sections = [load, text.format(meaning=_meaning(config)), _STEER, _STEER_TRANSFORMERS]
+    sections = [load, text.format(meaning=_meaning(config)), _STEER, _STEER_ELSEWHERE]
     return _card("Guide", _what(config), sections, trained_on, metrics)
 
 
