@@ -268,7 +268,7 @@ class GuidanceLogitsProcessor(transformers.LogitsProcessor):
     has seen: one processor serves one batch of prompts, or the turns of one conversation.
 
     Args:
-      guides: a folder, a hub id or a `Guide`, or a list of them, whose tilts are multiplied.
+      guides: a `Guide`, or a folder or hub id to load on the CPU, or a list of them, whose tilts are multiplied.
       eta: weight of the KL, in the unit of the rewards: small is strong guidance, inf the reference alone. One number,
         or one for each prompt.
       weights: [G], what each guide's log-weights are multiplied by; needed for several guides.
@@ -373,16 +373,15 @@ def generate(
     """
     if guide is None:
         # transformers runs a copy of this file and does not pass on where it comes from: its local variable says it.
-        guide = inspect.currentframe().f_back.f_locals["custom_generate"]
+        guide = inspect.currentframe().f_back.f_locals.get("custom_generate")
+    if guide is None:
+        raise ValueError("give guide, the folder or hub id of a guide")
     guides = [
         _loaded(os.fspath(member), model.device) if isinstance(member, str | os.PathLike) else member
         for member in (guide if isinstance(guide, list | tuple) else [guide])
     ]
-    configs = [
-        arguments,
-        vars(arguments["generation_config"] or model.generation_config),
-        vars(model.generation_config),
-    ]
+    chosen = arguments.get("generation_config") or model.generation_config
+    configs = [arguments, vars(chosen), vars(model.generation_config)]
     sampled, temperature = (
         next((config[name] for config in configs if config.get(name) is not None), None)
         for name in ("do_sample", "temperature")

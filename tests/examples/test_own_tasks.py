@@ -29,6 +29,15 @@ def test_a_constraint(constraint, kept, broken):
     assert reward([""] * 3, completions, names, finished=[True, True, False]) == [1, 0, 0]
 
 
+def test_the_constraints_in_the_evaluation_harness_are_those_of_the_task():
+    """The functions that lm_eval.yaml names."""
+    harness = runpy.run_path(str(ROOT / "examples" / "constraints" / "lm_eval_functions.py"))
+    (split,) = harness["dataset"]().items()
+    assert split[0] == "test" and split[1].to_list() == program("constraints")["problems"]("test")
+    doc = {"prompt": "", "constraint": "Do not use any commas."}
+    assert [harness["score"](doc, [text]) for text in ("Salt is white.", "Salt, it is.")] == [{"kept": 1}, {"kept": 0}]
+
+
 @pytest.mark.parametrize("name", ["constraints", "sentiment"])
 def test_the_splits_share_no_prompt(name):
     if name == "sentiment":

@@ -61,7 +61,7 @@ from openai import OpenAI
 
 client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 client.chat.completions.create(
-    model="path/to/the/reference",
+    model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": "A prompt"}],
     extra_body={"eta": 0.1, "guide": "mine"},  # of vLLM: {"vllm_xargs": {"eta": 0.1, "guide": "mine"}}
 )
