@@ -126,6 +126,14 @@ def log_weights(distribution: Distribution, eta: jax.Array, mode: str) -> jax.Ar
     raise ValueError(f"unknown guidance mode {mode!r}: known are {', '.join(MODES)}")
 
 
+def of_each_mode(function: Callable[[str], jax.Array], modes: jax.Array) -> jax.Array:
+    """A function of the mode, [B, ...], with a mode for each row: `modes` [B] are places in `MODES`."""
+    chex.assert_rank(modes, 1)
+    each = [function(mode) for mode in MODES]
+    modes = modes.reshape(-1, *(1,) * (each[0].ndim - 1))
+    return jax.lax.select_n(jnp.broadcast_to(modes, each[0].shape), *each)
+
+
 def zero_log_weight(eta: jax.Array, mode: str) -> jax.Array:
     """The log-weight of a certain reward-to-go of 0, [B]: `others="zero"`, as in the paper's program.
 
@@ -181,13 +189,14 @@ def compose(parts: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
     """sum_g weights[:, g] parts[g] over guides: G arrays [B, ...], [B, G] -> [B, ...].
 
     For log-weights this is a product of tilts, each to the power of its guide's weight; for CD and VAS it is the tilt
-    by the weighted sum of rewards.
+    by the weighted sum of rewards. A guide of weight 0 adds nothing, even where it says -inf or nan.
     """
     chex.assert_rank(weights, 2)
     chex.assert_shape(weights, (len(parts[0]), len(parts)))
     chex.assert_equal_shape(parts)
-    across = (-1, *(1,) * (parts[0].ndim - 1))
-    return jnp.asarray(sum(weights[:, g].reshape(across) * part for g, part in enumerate(parts)))
+    weights = weights.reshape(*weights.shape, *(1,) * (parts[0].ndim - 1))
+    used = [jnp.where(weights[:, g] == 0, 0, weights[:, g] * part) for g, part in enumerate(parts)]
+    return jnp.asarray(sum(used))
 
 
 def tilt(

@@ -168,10 +168,10 @@ def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | Non
         if atoms is None:
             raise ValueError("a categorical value needs atoms: the rewards-to-go that it distinguishes")
         _check_atoms(atoms)
-        atoms = jnp.asarray(atoms, jnp.float32)
-        if outputs.shape[-1:] != atoms.shape:
-            raise ValueError(f"expected one output per atom: got outputs {outputs.shape} for atoms {atoms.shape}")
-        return Categorical(outputs, atoms)
+        support = jnp.asarray(atoms, jnp.float32)
+        if outputs.shape[-1:] != support.shape:
+            raise ValueError(f"expected one output per atom: got outputs {outputs.shape} for atoms {support.shape}")
+        return Categorical(outputs, support)
     chex.assert_axis_dimension(outputs, -1, 1)
     return Bernoulli(outputs[..., 0]) if kind == "bernoulli" else Scalar(outputs[..., 0])
 
@@ -207,9 +207,9 @@ def project(
     _check_atoms(atoms)
     if not clip:
         _check_range(reward_to_go, atoms)
-    atoms = jnp.asarray(atoms, float)
-    reward_to_go = jnp.clip(jnp.asarray(reward_to_go, atoms.dtype), atoms[0], atoms[-1])
-    return _PROJECTIONS[method](reward_to_go, atoms)
+    support = jnp.asarray(atoms, float)
+    reward_to_go = jnp.clip(jnp.asarray(reward_to_go, support.dtype), support[0], support[-1])
+    return _PROJECTIONS[method](reward_to_go, support)
 
 
 def check_rewards(rewards: np.typing.ArrayLike, low: float, high: float) -> None:

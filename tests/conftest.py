@@ -24,7 +24,17 @@ hypothesis.settings.load_profile("without deadlines")
 
 
 def pytest_collection_finish():
-    """Leave the modules' own objects out of later collections of garbage, which readers of checkpoints ask for."""
+    leave_out_of_later_collections()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def later_files_do_not_look_through_this_one_s_objects():
+    yield
+    leave_out_of_later_collections()
+
+
+def leave_out_of_later_collections():
+    """Readers of checkpoints collect garbage many times: each takes a second once the tests before have left much."""
     gc.collect()
     gc.freeze()
 

@@ -20,13 +20,16 @@ report. Repeated with the same workdir it resumes where it stopped. The other co
 models of your own, each a folder of `transformers`, a GGUF file, or an id on the Hugging Face hub:
 
   qsharp generate --ref MODEL --guide MODEL "a prompt"
-  qsharp score --ref MODEL --guide MODEL --input FILE --output FILE"""
+  qsharp score --ref MODEL --guide MODEL --input FILE --output FILE
+  qsharp serve --ref MODEL --guide NAME=MODEL"""
 
-_NAMES = "run", "compare", "collect", "fit", "generate", "score", "judge", "evaluate", "report", "plan", "export"
+_NAMES = (
+    "run", "compare", "collect", "fit", "generate", "score", "serve", "judge", "evaluate", "report", "plan", "export"
+)  # fmt: skip
 COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}
 
 # Options with a path; --guide may be a list.
-_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data")
+_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data", "api_key_file")
 _PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
 
 
@@ -60,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def paths(options: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
     """List the files and folders that the user named, in options or config changes (`rest`), as (option, path)."""
-    named = [(f"--{name}", getattr(options, name, None)) for name in _PATHS]
+    named = [(f"--{name.replace('_', '-')}", getattr(options, name, None)) for name in _PATHS]
     if options.name == "run":  # prompts of `generate` are texts
         named += [("--prompts", options.prompts), ("--task", options.task)]
     guides = getattr(options, "guide", None)

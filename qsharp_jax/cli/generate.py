@@ -141,7 +141,7 @@ def _answer(
     sampling = dataclasses.replace(
         _sampling(models, workdir, changes),
         weights=options.weights if guided else None,
-        mode=options.mode or _mode(workdir),
+        mode=options.mode or mode_of(workdir),
     )
     if options.system is not None and models.tokenizer.prompt_format == "plain":
         raise UserError("--system is a message of a chat, and the prompt format is plain; leave --system out")
@@ -240,7 +240,7 @@ def _sampling(models: Any, workdir: Workdir | None, changes: dict[str, Any]) -> 
     return dataclasses.replace(sampling, **{"top_k_candidates": candidates} | changes)
 
 
-def _mode(workdir: Workdir | None) -> str:
+def mode_of(workdir: Workdir | None) -> str:
     """Return the guidance mode of a run's algorithm; it has no effect on a policy."""
     if workdir is None:
         return "qsharp"

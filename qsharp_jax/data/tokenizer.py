@@ -165,19 +165,11 @@ class Tokenizer:
         return self.hf_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_stream(self, blocks: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> Iterator[str]:
-        """Decode ids that come in blocks; yields the new text after each block, and the rest at the end.
-
-        An incomplete character is held back until its last byte has arrived, and what may be the beginning of a stop
-        string until that is known. The text ends before the first stop string.
-        """
-        tokens, shown, whole = [], 0, ""
+        """Decode ids that come in blocks by a `TextStream`; yields the new text after each block, and the rest."""
+        text = TextStream(self, stop)
         for block in blocks:
-            tokens += block
-            whole = stop_strings.cut(self.decode(tokens), stop)
-            certain = len(stop_strings.certain(whole.rstrip("\ufffd"), stop))
-            yield whole[shown:certain]
-            shown = max(shown, certain)
-        yield whole[shown:]
+            yield text.add(block)
+        yield text.end()
 
     def for_export(self) -> "PreTrainedTokenizerBase":
         """Return a `transformers` tokenizer to save, which itself puts `prefix_ids` before a text."""
@@ -248,6 +240,51 @@ class Tokenizer:
                 f" {kind} {text[:60]!r}; write the {kind} in the words of its task"
             )
         return tokens
+
+
+class TextStream:
+    """The text of ids that come one after the other, up to the first stop string.
+
+    An incomplete character is held back until its last byte has come, and what may be the beginning of a stop string
+    until that is known. The work does not grow with the length of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._before: list[int] = []  # ids whose text has come: what the next ones look like depends on them
+        self._new: list[int] = []  # ids after them, whose text may end within a character
+        self._taken = 0  # characters of the new ids' text that have come
+        self._text = ""  # that has come, but may begin a stop string
+        self._ended = False
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Return the text that is certain now and was not before."""
+        self._new += tokens
+        piece = self._piece()
+        sure = piece.rstrip("\ufffd")
+        self._text += sure[self._taken :]
+        self._taken = len(sure)
+        if piece and piece == sure:
+            self._before, self._new, self._taken = self._new, [], 0
+        return self._cut(final=False)
+
+    def end(self) -> str:
+        """Return the rest."""
+        self._text += self._piece()[self._taken :]
+        return self._cut(final=True)
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode([*self._before, *self._new])[len(before) :]
+
+    def _cut(self, *, final: bool) -> str:
+        if self._ended:
+            return ""
+        self._ended = stop_strings.contains(self._text, self._stop)
+        whole = stop_strings.cut(self._text, self._stop)
+        certain = whole if final or self._ended else stop_strings.certain(whole, self._stop)
+        self._text = whole[len(certain) :]
+        return certain
 
 
 def check_same_tokens(ref: Tokenizer, guide: Tokenizer) -> None:

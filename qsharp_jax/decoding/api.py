@@ -74,7 +74,7 @@ def generate(
       prompts: B lists of token ids, each of at least one token.
       rng: one seed per row, or an integer from which they are drawn.
       samples: responses to each prompt; they share one prefill.
-      record: which of log-probabilities, KL and values to keep; what is not kept costs nothing.
+      record: which of log-probabilities, KL, values and top_log_probs to keep; what is not kept costs nothing.
       tokenizer: needed for `sampling.stop`, which is looked for in the text that it decodes, once per `BLOCK` steps. A
         response's tokens end with the one that completes a stop string; its text is `stop_strings.cut` of theirs.
 
@@ -181,7 +181,12 @@ def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarra
 def to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Generation:
     """Convert a loop's state, on the host, to a `Generation`, with everything past the end of a row cleared."""
     within = np.arange(max_new_tokens) < state.length[:, None]
-    record = jax.tree.map(lambda leaf: np.where(within, leaf[:, :max_new_tokens], 0), state.record)
+
+    def clear(leaf: np.ndarray) -> np.ndarray:
+        kept = within.reshape(*within.shape, *(1,) * (leaf.ndim - 2))
+        return np.where(kept, leaf[:, :max_new_tokens], 0)
+
+    record = jax.tree.map(clear, state.record)
     return Generation(
         tokens=record.token,
         lengths=state.length,
@@ -192,6 +197,8 @@ def to_generation(state: State, max_new_tokens: int, *, guided: bool) -> Generat
         kl=record.kl,
         kl_truncated=record.kl_truncated,
         values=None if record.value is None else _values(record, state.length, guided),
+        top_tokens=record.top_token,
+        top_log_probs=record.top_log_prob,
     )
 
 

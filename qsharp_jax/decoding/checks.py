@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qsharp_jax.decoding.state import RECORDED, Controls, Guide, Settings
+from qsharp_jax.decoding.state import RECORDS, Controls, Guide, Settings
 from qsharp_jax.models import attention, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
@@ -58,7 +58,7 @@ def checked(
         guide = None
     for member in members(guide):
         if isinstance(member, ValueModel):
-            _check_guide(member.config, sampling, vocab_size)
+            check_guide(member.config, sampling, vocab_size)
         _check_vocabulary(ref, member, vocab_size)
     if guide is not None:
         controls = controls.replace(weights=weights)
@@ -103,7 +103,7 @@ def split(
         others=sampling.others,
         truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
         top_k=bool((controls.top_k > 0).any()),
-        record=tuple(name for name in RECORDED if name in record),
+        record=tuple(name for name in RECORDS if name in record),
     )
     return controls, settings
 
@@ -201,7 +201,7 @@ def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, voc
         )
 
 
-def _check_guide(guide: ValueConfig, sampling: Sampling, vocab_size: int) -> None:
+def check_guide(guide: ValueConfig, sampling: Sampling, vocab_size: int) -> None:
     never_negative = guide.distribution == "bernoulli" or (guide.distribution == "categorical" and guide.atoms[0] >= 0)
     if sampling.mode == "expectation" and not never_negative:
         raise UserError(

@@ -84,24 +84,71 @@ def _in_chunks(
     segments_of_buffer = jnp.pad(segments, ((0, 0), (0, size - segments.shape[1])))
 
     def step(begin: jax.Array, count: int, buffers: list) -> list:
-        parts = (jax.lax.dynamic_slice_in_dim(x, begin, count, 1) for x in (tokens, before, positions))
-        tokens_, before_, positions_ = parts
-        x = decoder.embed(params, config, tokens_, before_, positions_)
-        turns, written = decoder.rotations(positions_, config), []
-        for layer, kind, pair in zip(params["layers"], config.kinds, buffers, strict=True):
-
-            def attend(query, key, value, pair=pair, window=kind.window):
-                pair = kv_cache.write_pair(pair, (key, value), begin)
-                return attention.of_chunk(query, *pair, segments_of_buffer, begin, window), pair
-
-            x = sharding.constrain(x, "stream", None, None)
-            x, pair = decoder.block(layer, config, x, turns[kind.rope], attend)
-            written.append(pair)
-        return written
+        tokens_, before_, positions_ = (
+            jax.lax.dynamic_slice_in_dim(x, begin, count, 1) for x in (tokens, before, positions)
+        )
+        return _chunk(params, config, buffers, tokens_, before_, positions_, segments_of_buffer, begin)
 
     buffers = attention.over_chunks(tokens.shape[1], chunk, step, list(zip(cache.keys, cache.values, strict=True)))
     keys, values = map(list, zip(*buffers, strict=True))
     return keys, values
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def prefill_chunk(
+    params: Any, config: DecoderConfig, cache: KVCache, tokens: jax.Array, previous: jax.Array
+) -> KVCache:
+    """Go on with prompts whose beginnings are in a cache: prefill that the host can interrupt.
+
+    Args:
+      params: a decoder's parameters, layers as a list.
+      cache: with the positions of keys and values in the same place, not a ring.
+      tokens: [B, C], for the positions from `cache.index` on; those before a row's start are padding.
+      previous: [B], the tokens before them, read by models with `token_shift` only.
+    """
+    chex.assert_rank([tokens, previous], [2, 1])
+    chex.assert_equal_shape_prefix([tokens, previous, cache.start], 1)
+    places = cache.index + jnp.arange(tokens.shape[1]) - cache.start[:, None]
+    before = jnp.concatenate([previous[:, None], tokens[:, :-1]], axis=1)
+    before = jnp.where(places > 0, before, -1)
+    size = cache.values[0].shape[kv_cache.VALUE_AXIS]
+    segments = (jnp.arange(size) >= cache.start[:, None]).astype(jnp.int32)
+    buffers = list(zip(cache.keys, cache.values, strict=True))
+    with precision.of(config.dtype):
+        buffers = _chunk(params, config, buffers, tokens, before, jnp.maximum(places, 0), segments, cache.index)
+    keys, values = map(list, zip(*buffers, strict=True))
+    return sharding.constrain_rows(cache.replace(keys=keys, values=values, index=cache.index + tokens.shape[1]))
+
+
+def _chunk(
+    params: Any,
+    config: DecoderConfig,
+    buffers: list,
+    tokens: jax.Array,
+    before: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    begin: jax.Array,
+) -> list:
+    """Write keys and values of a chunk [B, C] to each layer's pair of buffers [B, G, S, E], at positions `begin` on.
+
+    Args:
+      before: [B, C], the token before each; -1 for none.
+      positions: [B, C], of the tokens in their own prompts.
+      segments: [B, S], 0 at the buffers' padding.
+    """
+    x = decoder.embed(params, config, tokens, before, positions)
+    turns, written = decoder.rotations(positions, config), []
+    for layer, kind, pair in zip(params["layers"], config.kinds, buffers, strict=True):
+
+        def attend(query, key, value, pair=pair, window=kind.window):
+            pair = kv_cache.write_pair(pair, (key, value), begin)
+            return attention.of_chunk(query, *pair, segments, begin, window), pair
+
+        x = sharding.constrain(x, "stream", None, None)
+        x, pair = decoder.block(layer, config, x, turns[kind.rope], attend)
+        written.append(pair)
+    return written
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "block"), donate_argnames=("state",))
@@ -132,7 +179,7 @@ def decode(
         state, new = jax.lax.scan(
             lambda state, _: decode_one_token(ref, guide, state, controls, settings), state, length=block
         )
-        new = sharding.constrain_rows(jax.tree.map(jnp.transpose, new))  # [B, block]
+        new = sharding.constrain_rows(jax.tree.map(lambda x: x.swapaxes(0, 1), new))  # [B, block, ...]
         return sharding.constrain_rows(state.replace(record=written(state.record, new, begin, state.length)))
 
     def of_caches(change: Callable[[KVCache], KVCache], state: State) -> State:
@@ -146,13 +193,17 @@ def decode(
 
 
 def written(record: Record, new: Record, begin: jax.Array, end: jax.Array) -> Record:
-    """Write a block's results [B, block] to the columns begin .. end - 1 [B] of each row's record [B, N].
+    """Write a block's results [B, block, ...] to the columns begin .. end - 1 [B] of each row's record [B, N, ...].
 
     Rows of a continuous batch began at different steps, so each has columns of its own.
     """
     columns = jnp.arange(record.token.shape[1])
     step = jnp.clip(columns - begin[:, None], 0, new.token.shape[1] - 1)  # [B, N]
     of_block = (begin[:, None] <= columns) & (columns < end[:, None])
-    return jax.tree.map(
-        lambda kept, block: jnp.where(of_block, jnp.take_along_axis(block, step, axis=1), kept), record, new
-    )
+
+    def write(kept: jax.Array, block: jax.Array) -> jax.Array:
+        inner = (1,) * (kept.ndim - 2)
+        moved = jnp.take_along_axis(block, step.reshape(*step.shape, *inner), axis=1)
+        return jnp.where(of_block.reshape(*step.shape, *inner), moved, kept)
+
+    return jax.tree.map(write, record, new)

@@ -12,7 +12,9 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel
 
-RECORDED = ("log_probs", "kl", "values")  # what can be kept of each step, beside the token
+RECORDED = ("log_probs", "kl", "values")  # what is kept of each step, beside the token
+RECORDS = (*RECORDED, "top_log_probs")  # what can be kept
+TOP = 20  # tokens of "top_log_probs", if the vocabulary has so many
 
 Array = Any  # of jax in the loop, of numpy on the host; None for what is not there
 # Value models may be several, which are composed; a policy of its own may be in their place. See `generate`.
@@ -37,7 +39,7 @@ class Settings:
       others: log-weight of the tokens that the guide does not score, of `sampling.OTHERS`.
       truncate: some row has top_p < 1, top_k > 0 or temperature 0.
       top_k: some row has top_k > 0.
-      record: which of `RECORDED` are kept; what is not is not computed.
+      record: which of `RECORDS` are kept; what is not is not computed.
     """
 
     stop_ids: tuple[int, ...]
@@ -49,6 +51,11 @@ class Settings:
     truncate: bool = False
     top_k: bool = False
     record: tuple[str, ...] = RECORDED
+
+    @property
+    def top(self) -> int:
+        """Number of tokens of "top_log_probs"."""
+        return min(TOP, self.vocab_size)
 
 
 class Controls(flax.struct.PyTreeNode):
@@ -62,10 +69,11 @@ class Controls(flax.struct.PyTreeNode):
     budget: Array  # tokens that the row may have
     seed: Array
     weights: Array = None  # [B, G], of G guides that are composed; None where there is one
+    mode: Array = None  # places in `sampling.MODES`; None where all rows have that of `Settings`
 
 
 class Record(flax.struct.PyTreeNode):
-    """Results of the steps, [B] in one step and [B, N] over the loop; None for what is not recorded.
+    """Results of the steps, [B, ...] in one step and [B, N, ...] over the loop; None for what is not recorded.
 
     `value` is the guide's mean at the new token (nan where it scored only other tokens), `pending_value` at the token
     before it.
@@ -78,6 +86,8 @@ class Record(flax.struct.PyTreeNode):
     kl_truncated: Array = None
     value: Array = None
     pending_value: Array = None
+    top_token: Array = None  # [..., T], see `Settings.top`
+    top_log_prob: Array = None  # [..., T]
 
 
 class State(flax.struct.PyTreeNode):
@@ -112,11 +122,6 @@ def first_state(
       start: [B], position of each prompt's first token.
     """
     rows, width = prompts.shape
-    names = {
-        "log_probs": ("log_prob", "ref_log_prob"),
-        "kl": ("kl", "kl_truncated"),
-        "values": ("value", "pending_value"),
-    }
     return State(
         ref_cache=ref_cache,
         guide_cache=guide_cache,
@@ -126,11 +131,25 @@ def first_state(
         stopped=jnp.zeros(rows, bool),
         dropped=jnp.zeros(rows, jnp.int32),
         step=jnp.zeros((), jnp.int32),
-        record=Record(
-            token=jnp.zeros((rows, steps), jnp.int32),
-            **{name: jnp.zeros((rows, steps), jnp.float32) for kept in settings.record for name in names[kept]},
-        ),
+        record=empty_record(rows, steps, settings),
     )
+
+
+def empty_record(rows: int, steps: int, settings: Settings) -> Record:
+    """Room for the results of `steps` steps, as of `settings.record`."""
+    names = {
+        "log_probs": ("log_prob", "ref_log_prob"),
+        "kl": ("kl", "kl_truncated"),
+        "values": ("value", "pending_value"),
+    }
+    record = Record(
+        token=jnp.zeros((rows, steps), jnp.int32),
+        **{name: jnp.zeros((rows, steps), jnp.float32) for kind in settings.record for name in names.get(kind, ())},
+    )
+    if "top_log_probs" in settings.record:
+        shape = (rows, steps, settings.top)
+        record = record.replace(top_token=jnp.zeros(shape, jnp.int32), top_log_prob=jnp.zeros(shape, jnp.float32))
+    return record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +167,8 @@ class Generation:
       kl_truncated: [B, N] nats, the same with pi after top-k and top-p; pi_ref is never truncated.
       values: [B, N], mean reward-to-go that the guide gives each token, of several guides the sum by their weights; nan
         without a guide.
+      top_tokens, top_log_probs: [B, N, 20], the most probable tokens of the guided policy at each position, before
+        truncation, best first; None unless asked for.
     """
 
     tokens: np.ndarray
@@ -159,6 +180,8 @@ class Generation:
     kl: np.ndarray | None
     kl_truncated: np.ndarray | None
     values: np.ndarray | None
+    top_tokens: np.ndarray | None = None
+    top_log_probs: np.ndarray | None = None
 
     def response(self, row: int) -> list[int]:
         """Return the row's tokens, the stop token included."""

@@ -75,6 +75,11 @@ def decode_one_token(
             pending_value=none if scores is None else scores.pending_value,
         )
 
+    if "top_log_probs" in settings.record:
+        top = guidance.top_candidates(policy, settings.top)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(policy), top, axis=1)
+        new = new.replace(top_token=top, top_log_prob=log_probs)
+
     stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
     state = state.replace(
         ref_cache=ref_cache,
@@ -251,9 +256,15 @@ def score(
         return composed(parts, controls.weights)
     params, config = guide.params, guide.config
     distribution = functools.partial(values.from_outputs, config.distribution, atoms=config.atoms)
-    weigh = functools.partial(guidance.log_weights, eta=controls.eta, mode=settings.mode)
+
+    def of_mode(function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+        if controls.mode is None:
+            return function(*arguments, controls.eta, settings.mode)
+        return guidance.of_each_mode(lambda mode: function(*arguments, controls.eta, mode), controls.mode)
+
+    weigh = functools.partial(of_mode, guidance.log_weights)
     see = functools.partial(advance, params["trunk"], config.trunk, state.guide_cache, state.pending, state.previous)
-    others = guidance.zero_log_weight(controls.eta, settings.mode)
+    others = of_mode(guidance.zero_log_weight)
     if config.type == "q":
         hidden, cache = see()
         scored = distribution(value.outputs_at(params, config, hidden, candidates))

@@ -96,27 +96,30 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
 
     Args:
       cache: the ring, of S positions.
-      prompts: a cache of U prompts and W positions; each prompt ends at the last one and is at most S long.
+      prompts: a cache of U prompts and W positions, of which those before the last S are not read.
       source: [B], the index of the row's new prompt; -1 for a row that continues.
     """
     size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
+    first = max(width - size, 0)  # position of the prompts' that is read first
+    axes_of_prompts = prompts.axes
     chex.assert_shape(source, cache.start.shape)
 
-    def write_rows(buffers, prompts, source, index):
+    def write_rows(buffers, prompts, source, offset):
         rows = jnp.argsort(source < 0)  # rows with a new prompt come first
 
         def write_row(count, buffers):
             row = rows[count]
 
-            def write(buffer, prompts, axis):
+            def write(buffer, prompts, axis, axis_of_prompts):
                 new = jax.lax.dynamic_slice_in_dim(prompts, source[row], 1)
-                new = jax.lax.slice_in_dim(new, max(width - size, 0), width, axis=axis)
-                new = jnp.roll(_pad(new, max(size - width, 0), 0, axis), index % size, axis)
+                new = jnp.moveaxis(new, axis_of_prompts, axis)
+                new = jax.lax.slice_in_dim(new, first, width, axis=axis)
+                new = jnp.roll(_pad(new, 0, max(size - width, 0), axis), offset, axis)
                 return jax.lax.dynamic_update_slice_in_dim(buffer, new, row, 0)
 
             return tuple(
-                [write(*pair, axis) for pair in zip(old, new, strict=True)]
-                for old, new, axis in zip(buffers, prompts, cache.axes, strict=True)
+                [write(*pair, *axes) for pair in zip(old, new, strict=True)]
+                for old, new, *axes in zip(buffers, prompts, cache.axes, axes_of_prompts, strict=True)
             )
 
         return jax.lax.fori_loop(0, jnp.sum(source >= 0), write_row, buffers)
@@ -125,8 +128,9 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
     write_rows = sharding.on_each_device(
         write_rows, sharding.CACHE, (None, *sharding.CACHE[1:]), sharding.CACHE[:1], ()
     )
-    keys, values = write_rows((cache.keys, cache.values), (prompts.keys, prompts.values), source, cache.index)
-    start = cache.index - (width - prompts.start[source])
+    offset = (cache.index - prompts.index + first) % size
+    keys, values = write_rows((cache.keys, cache.values), (prompts.keys, prompts.values), source, offset)
+    start = cache.index - (prompts.index - prompts.start[source])
     return cache.replace(keys=keys, values=values, start=jnp.where(source >= 0, start, cache.start))
 
 

@@ -55,7 +55,7 @@ def test_lambda_returns_are_the_sums_written_out(seed, decay):
 
 
 def test_lambda_1_is_the_regression_on_the_reward_and_other_targets_have_no_gradient():
-    """The same loss and gradient, bit for bit; and for lambda 0.5 those of the same numbers put in by hand."""
+    """The same loss and gradient; and for lambda 0.5 those of the same numbers put in by hand."""
     guide = random_guide(LM.config, type="q", distribution="scalar")
     rng = np.random.default_rng(1)
     batch = make_batch(random_examples(rng, rewards=(-3.0, 0.5, 7.0)), rows=4, width=10)
@@ -65,12 +65,11 @@ def test_lambda_1_is_the_regression_on_the_reward_and_other_targets_have_no_grad
     def returns(decay):
         return functools.partial(targets.td_lambda, config=guide.config, decay=decay)
 
-    with jax.disable_jit():  # two programs may be fused, and so rounded, differently
-        for got, want in zip(
-            jax.tree.leaves(gradient(guide.params, batch, targets=returns(1.0))),
-            jax.tree.leaves(gradient(guide.params, batch)),
-        ):
-            np.testing.assert_array_equal(got, want)
+    for got, want in zip(
+        jax.tree.leaves(gradient(guide.params, batch, targets=returns(1.0))),
+        jax.tree.leaves(gradient(guide.params, batch)),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)  # two programs may round differently
     hidden, _ = decoder.forward(guide.params["trunk"], LM.config, batch.tokens, batch.segments, batch.positions)
     numbers = returns(0.5)(guide.params, hidden, batch)
     (got, metrics), got_gradient = gradient(guide.params, batch, targets=returns(0.5))

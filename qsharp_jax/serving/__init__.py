@@ -1,0 +1,1 @@
+"""Serving: requests over HTTP to rows of one decode loop."""

@@ -1,0 +1,546 @@
+"""Requests that arrive while others run: the rows of one decode loop, given to the next request as they end.
+
+One thread owns the devices: that of `Engine.run`. It alternates between a piece of a waiting prompt and a few steps of
+all rows, and hands on what each look at the rows brought. `submit`, `cancel` and `close` may be called from any thread.
+
+Shapes: R rows, S positions of the rings, G guides.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qsharp_jax.decoding import stops
+from qsharp_jax.decoding.api import for_decoding
+from qsharp_jax.decoding.checks import check_guide, check_memory
+from qsharp_jax.decoding.engine import Waiting, empty_state, refill
+from qsharp_jax.decoding.loop import decode, prefill_chunk
+from qsharp_jax.decoding.state import RECORDED, RECORDS, Controls, Record, Settings, empty_record
+from qsharp_jax.models import cpu_form, kv_cache, sharding, value
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.value import ValueModel
+from qsharp_jax.sampling import MODES, Sampling
+from qsharp_jax.system.errors import UserError
+
+PIECES = 4  # lengths of a prompt's first piece, up to a whole chunk: each is a program
+MOST_STEPS = 16  # between two looks at the rows
+LOOK_SECONDS = 0.05  # that the steps between two looks are to take
+LAST_STEP = 2**30  # positions are int32; the rings begin anew when no row is in use after so many
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, and how to answer it.
+
+    Attributes:
+      prompt: token ids, at least one.
+      sampling: with one number for each field; `weights` has one for each of the engine's guides. The candidates, what
+        tokens get that are not scored, and the vocabulary's size are the engine's.
+      seeds: of each response to the prompt.
+      top_log_probs: whether to keep the most probable tokens at each position.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    seeds: Sequence[int]
+    top_log_probs: bool = False
+
+    @property
+    def is_guided(self) -> bool:
+        return math.isfinite(self.sampling.eta) and bool(np.any(self.sampling.weights))
+
+
+@dataclasses.dataclass
+class Update:
+    """New tokens of a response, with what is known of each, and how the response ended, if it has.
+
+    Attributes:
+      sample: which response to the request's prompt.
+      log_probs, ref_log_probs, kl, values: one number per token, as in `Generation`; a value is nan where the guide did
+        not score the token.
+      top: (token, log-probability) pairs per token, if asked for.
+      finish: "stop", "length", "error", or None while it goes on.
+    """
+
+    request: Request
+    sample: int
+    tokens: list[int]
+    log_probs: list[float]
+    ref_log_probs: list[float]
+    kl: list[float]
+    values: list[float]
+    top: list[list[tuple[int, float]]]
+    finish: str | None = None
+
+    def cut(self, count: int) -> None:
+        """Leave out all tokens but the first `count`, with which the response ends."""
+        for name in ("tokens", "log_probs", "ref_log_probs", "kl", "values", "top"):
+            del getattr(self, name)[count:]
+        self.finish = "stop"
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A row's response."""
+
+    request: Request
+    sample: int
+    stops: stops.StopStrings | None
+    length: int = 0  # tokens so far
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Prompt:
+    """A prompt on its way into the caches, and its responses that have no row yet."""
+
+    request: Request
+    tokens: np.ndarray  # [1, T], what is still to be prefilled
+    previous: int  # the token before them, -1 for none
+    caches: dict[str, Any]  # of the reference, and of the guides that are to see it
+    samples: collections.deque[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What the engine is doing."""
+
+    queued: int
+    rows: int
+    rows_in_use: int
+    steps: int
+    row_steps: int  # rows in use, summed over steps
+
+
+@functools.partial(jax.jit, static_argnames=("count",))
+def _columns(record: Record, begin: jax.Array, *, count: int) -> Record:
+    """`count` columns of each row's record, from `begin` [R] on."""
+    columns = jnp.minimum(begin[:, None] + jnp.arange(count), record.token.shape[1] - 1)
+    return jax.tree.map(
+        lambda leaf: jnp.take_along_axis(leaf, columns.reshape(*columns.shape, *(1,) * (leaf.ndim - 2)), axis=1), record
+    )
+
+
+class Engine:
+    """Rows of a decode loop, and a bounded queue of requests for them.
+
+    A response is the one that `generate` gives for the same prompt, settings and seed, in float32 up to a draw within
+    rounding of the border between two tokens.
+    """
+
+    def __init__(
+        self,
+        ref: LanguageModel,
+        guides: Sequence[ValueModel],
+        sampling: Sampling,
+        *,
+        rows: int,
+        context: int,
+        queue: int,
+        chunk: int,
+        deliver: Callable[[list[Update]], None],
+        tokenizer: stops.Decodes | None = None,
+    ):
+        """Prepare the models and the rows.
+
+        Args:
+          guides: V-types, or Q-types, all of them; none for the reference alone.
+          sampling: what all requests share: candidates, what other tokens get, vocabulary and stop ids.
+          rows: responses decoded at once, rounded to what the mesh that is set divides.
+          context: longest prompt with its response, in tokens.
+          queue: requests that may wait.
+          chunk: tokens of a prompt that are prefilled between two looks, a multiple of `PIECES`.
+          deliver: called on the engine's thread with the updates of a look.
+          tokenizer: for requests with stop strings.
+
+        Raises:
+          UserError: for guides that do not go together, a context longer than a model's, or too little memory.
+        """
+        self._sampling, self.context, self.chunk = sampling, context, chunk
+        self._deliver_updates, self._tokenizer, self._most_queued = deliver, tokenizer, queue
+        if len({guide.config.type for guide in guides}) > 1:
+            raise UserError("the guides are a V-type and a Q-type; serve those of one type together")
+        self.vocab_size = ref.config.vocab_size if sampling.vocab_size is None else sampling.vocab_size
+        for model in (ref, *guides):
+            if (longest := value.trunk(model).config.max_positions) < context:
+                raise UserError(f"the context is {context}, but a model has {longest} positions; give a smaller one")
+        self.guides = tuple(map(for_decoding, guides))
+        self._ref = for_decoding(ref)
+        self.rows = sharding.round_rows(rows)
+        self._size = context + chunk // PIECES  # a prompt's first piece may begin with padding
+        at_once = sharding.round_rows(1)
+        check_memory(self._ref, self.guides or None, self.rows + at_once, self._size, prompts=at_once, tokens=chunk)
+        self._trunks = {"reference": ref.config} | {
+            f"guide {place}": value.trunk(guide).config for place, guide in enumerate(self.guides)
+        }
+        self._params = {"reference": self._ref.params} | {
+            f"guide {place}": value.trunk(guide).params for place, guide in enumerate(self.guides)
+        }
+        self._none = {name: self._empty_cache(name) for name in self._trunks}  # of a prompt that a model does not see
+        self._state = self._empty_state()
+        self._row: list[_Row | None] = [None] * self.rows
+        self._controls = self._free_controls()
+        self._prompt: _Prompt | None = None
+        self._steps = 1
+        self._queue: collections.deque[Request] = collections.deque()
+        self._cancelled: set[Request] = set()
+        self._closed = self._failed = False
+        self._changed = threading.Condition()
+        self._done = self._row_steps = 0
+
+    # --- From any thread --------------------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise a UserError for a request that the engine cannot answer."""
+        prompt, new = request.prompt, request.sampling.max_new_tokens
+        if not len(prompt):
+            raise UserError("the prompt has no tokens; write at least one word")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise UserError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}")
+        if len(prompt) + new > self.context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, which with {new} new ones is more than the context of"
+                f" {self.context}; shorten the prompt or the response"
+            )
+        if request.is_guided:
+            weights = zip(self.guides, np.asarray(request.sampling.weights), strict=True)
+            for guide in (guide for guide, weight in weights if weight != 0):
+                check_guide(guide.config, request.sampling, self.vocab_size)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its updates come to `deliver`.
+
+        Raises:
+          UserError: as of `check`.
+          Busy: if the queue is full.
+          Closed: after `close`, or after an error of the engine's thread.
+        """
+        self.check(request)
+        with self._changed:
+            if self._closed or self._failed:
+                raise Closed
+            if len(self._queue) >= self._most_queued:
+                raise Busy
+            self._queue.append(request)
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """End a request: its rows are free from the next look on, and no more updates come."""
+        with self._changed:
+            if request in self._queue:
+                self._queue.remove(request)
+            else:
+                self._cancelled.add(request)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more requests; `run` returns when those that are there are answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error ended the engine's thread."""
+        return self._failed
+
+    @property
+    def load(self) -> Load:
+        in_use = sum(row is not None for row in self._row)
+        return Load(len(self._queue), self.rows, in_use, self._done, self._row_steps)
+
+    # --- On the engine's thread -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer requests until the engine is closed and none is left.
+
+        After an error all requests end with `finish` "error", and it is raised.
+        """
+        try:
+            updates: list[tuple[_Row, Update]] = []
+            while self._wait(updates):
+                self._free_cancelled()
+                self._admit()
+                begun = time.monotonic()
+                steps = self._dispatch()
+                self._deliver(updates)  # while the devices go on
+                updates = self._look(steps, begun) if steps else []
+        except BaseException:
+            self._fail()
+            raise
+
+    def warm_up(self) -> None:
+        """Compile the programs that most requests need, by answering a few before `run`.
+
+        Those of `top_log_probs` are compiled at the first request for them.
+        """
+        weights = np.ones(len(self.guides)) if self.guides else None
+        plain = dataclasses.replace(self._sampling, max_new_tokens=min(3, self.context - 1), weights=None)
+        kinds = [plain, dataclasses.replace(plain, top_p=0.9)]
+        kinds += [dataclasses.replace(kind, eta=1.0, weights=weights) for kind in kinds if self.guides]
+        lengths = [1 + self.chunk * piece // PIECES for piece in range(1, PIECES + 1)]
+        requests = [Request([0], kind, [0]) for kind in kinds]
+        requests += [Request([0] * length, kinds[-1], [0]) for length in lengths if length + 3 <= self.context]
+        for request in requests:
+            self._queue.append(request)
+            while self._queue or self._prompt or any(self._row):
+                self._admit()
+                self._look(self._dispatch(), time.monotonic())
+        self._done = self._row_steps = 0
+
+    def _wait(self, updates: list) -> bool:
+        """Wait until there is something to do; False at the end."""
+        with self._changed:
+            while not (updates or self._queue or self._prompt or any(self._row)):
+                if self._closed:
+                    return False
+                if self._done > LAST_STEP:
+                    self._state, self._done = self._empty_state(), 0
+                self._changed.wait()
+        return True
+
+    def _free_cancelled(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+        for place, row in enumerate(self._row):
+            if row is not None and row.request in cancelled:
+                self._free(place)
+        if self._prompt is not None and self._prompt.request in cancelled:
+            self._prompt = None
+
+    def _free(self, place: int) -> None:
+        self._row[place] = None
+        self._controls.budget[place] = 0
+
+    def _admit(self) -> None:
+        """Prefill pieces of waiting prompts, and give free rows to those that are ready.
+
+        While rows decode, there are as many pieces as there are waiting requests for each of these rows, at least one.
+        """
+        pieces = 0
+        while True:
+            in_use = sum(row is not None for row in self._row)
+            waiting = min(len(self._queue) + 1, self.rows - in_use)
+            if in_use and pieces >= max(1, waiting // in_use):
+                return
+            if self._prompt is None:
+                with self._changed:
+                    if not self._queue:
+                        return
+                    request = self._queue.popleft()
+                self._prompt = self._begin(request)
+            if self._prompt.tokens.size:
+                self._prefill_piece(self._prompt)
+                pieces += 1
+            if not self._prompt.tokens.size:
+                self._give_rows(self._prompt)
+                if self._prompt.samples:  # no row is free
+                    return
+                self._prompt = None
+
+    def _begin(self, request: Request) -> _Prompt:
+        """The prompt's tokens but the last, which decoding begins with, padded so that pieces have few lengths."""
+        tokens, piece = np.asarray(request.prompt[:-1], np.int32), self.chunk // PIECES
+        padding = -len(tokens) % piece
+        names = [name for name in self._trunks if name == "reference" or request.is_guided]
+        return _Prompt(
+            request=request,
+            tokens=np.pad(tokens, (padding, 0))[None],
+            previous=-1,
+            caches={name: self._empty_cache(name, padding) for name in names},
+            samples=collections.deque(range(len(request.seeds))),
+        )
+
+    def _prefill_piece(self, prompt: _Prompt) -> None:
+        """The first piece is what whole chunks leave over."""
+        count = prompt.tokens.shape[1] % self.chunk or self.chunk
+        piece, prompt.tokens = prompt.tokens[:, :count], prompt.tokens[:, count:]
+        at_once = sharding.round_rows(1)
+        tokens = sharding.place_rows(np.repeat(piece, at_once, axis=0))
+        previous = sharding.place_rows(np.full(at_once, prompt.previous, np.int32))
+        for name, cache in prompt.caches.items():
+            prompt.caches[name] = prefill_chunk(self._params[name], self._trunks[name], cache, tokens, previous)
+        prompt.previous = int(piece[0, -1])
+
+    def _give_rows(self, prompt: _Prompt) -> None:
+        """Give free rows to responses that have none."""
+        source = np.full(self.rows, -1, np.int32)
+        request, sampling = prompt.request, prompt.request.sampling
+        for place, row in enumerate(self._row):
+            if row is None and prompt.samples:
+                sample = prompt.samples.popleft()
+                source[place] = 0
+                self._row[place] = _Row(request, sample, stops.of(sampling, self._tokenizer))
+                self._set_controls(place, request, sample)
+        if (source < 0).all():
+            return
+        caches = self._none | prompt.caches
+        at_once = sharding.round_rows(1)
+        before = request.prompt[-2] if len(request.prompt) > 1 else -1
+        waiting = Waiting(
+            ref_cache=caches.pop("reference"),
+            guide_cache=tuple(caches.values()) or None,
+            pending=sharding.place_rows(np.full(at_once, request.prompt[-1], np.int32)),
+            previous=sharding.place_rows(np.full(at_once, before, np.int32)),
+        )
+        self._state = refill(self._state, waiting, sharding.place_rows(source))
+
+    def _dispatch(self) -> int:
+        """Begin steps of all rows in use; returns how many."""
+        rows = [row for row in self._row if row is not None]
+        if not rows:
+            return 0
+        requests = [row.request for row in rows]
+        guided = any(request.is_guided for request in requests)
+        truncate = any(r.sampling.top_p < 1 or r.sampling.top_k or r.sampling.temperature == 0 for r in requests)
+        settings = Settings(
+            stop_ids=tuple(self._sampling.stop_ids),
+            vocab_size=self.vocab_size,
+            candidates=self._sampling.top_k_candidates,
+            others=self._sampling.others,
+            truncate=truncate,
+            top_k=truncate,
+            record=RECORDS if any(request.top_log_probs for request in requests) else RECORDED,
+        )
+        record = self._state.record
+        if (record.top_token is None) == ("top_log_probs" in settings.record):
+            top = empty_record(self.rows, record.token.shape[1], settings)
+            record = record.replace(top_token=top.top_token, top_log_prob=top.top_log_prob)
+        controls = jax.tree.map(np.copy, self._controls)  # the devices may read it after it has changed
+        state, guide_cache = self._state.replace(record=record), self._state.guide_cache
+        if not guided:
+            state, controls = state.replace(guide_cache=None), controls.replace(weights=None, mode=None)
+        steps = 1 if any(row.length == 0 for row in rows) else self._steps
+        state = decode(
+            self._ref, self.guides if guided else None, state, sharding.place_rows(controls),
+            settings=settings, block=1, steps=np.int32(steps),
+        )  # fmt: skip
+        self._state = state if guided else state.replace(guide_cache=guide_cache)
+        return steps
+
+    def _look(self, steps: int, begun: float) -> list[tuple[_Row, Update]]:
+        """Wait for the devices, and collect each row's new tokens; rows that have ended become free."""
+        begin = np.asarray([0 if row is None else row.length for row in self._row], np.int32)
+        columns = _columns(self._state.record, sharding.place_rows(begin), count=MOST_STEPS)
+        length, stopped, record = sharding.to_host((self._state.length, self._state.stopped, columns))
+        self._steps = int(np.clip(LOOK_SECONDS * steps / (time.monotonic() - begun), 1, MOST_STEPS))
+        self._done += steps
+        updates = []
+        for place, row in enumerate(self._row):
+            if row is None:
+                continue
+            finish = None
+            if stopped[place] or length[place] >= self._controls.budget[place]:
+                finish = "stop" if stopped[place] else "length"
+                self._free(place)
+            count, row.length = int(length[place]) - row.length, int(length[place])
+            self._row_steps += count
+            new = jax.tree.map(lambda leaf, at=(place, slice(count)): leaf[at], record)
+            updates.append((row, _update(row, new, finish)))
+        return updates
+
+    def _deliver(self, updates: list[tuple[_Row, Update]]) -> None:
+        """Hand on the updates, cut at stop strings and a request's own stop ids, for which only the host looks."""
+        for row, update in updates:
+            before = len(row.tokens)
+            row.tokens += update.tokens
+            own = [at for at, token in enumerate(update.tokens) if token in row.request.sampling.stop_ids]
+            ends = [before + at + 1 for at in own[:1]]
+            if row.stops is not None and (end := row.stops.end(row.tokens, before)) is not None:
+                ends.append(end)
+            if ends:
+                update.cut(min(ends) - before)
+                if row in self._row:  # else the row ended by itself, and may have another response
+                    self._free(self._row.index(row))
+        if updates:
+            self._deliver_updates([update for _, update in updates])
+
+    def _fail(self) -> None:
+        """End all requests with an error."""
+        with self._changed:
+            self._failed = True
+            queued = [*self._queue]
+            self._queue.clear()
+        waiting = [(request, sample) for request in queued for sample in range(len(request.seeds))]
+        if self._prompt is not None:
+            waiting += [(self._prompt.request, sample) for sample in self._prompt.samples]
+        waiting += [(row.request, row.sample) for row in self._row if row is not None]
+        self._deliver_updates([Update(*one, [], [], [], [], [], [], finish="error") for one in waiting])
+
+    # --- Data ---------------------------------------------------------------------------------------------------------
+
+    def _empty_cache(self, name: str, padding: int = 0) -> KVCache:
+        """Return a cache for one prompt, which begins after padding."""
+        at_once = sharding.round_rows(1)
+        cache = kv_cache.empty(self._trunks[name], at_once, self._size)
+        return sharding.place_rows(cache.replace(start=np.full(at_once, padding, np.int32)))
+
+    def _empty_state(self) -> Any:
+        guides = tuple(trunk for name, trunk in self._trunks.items() if name != "reference")
+        settings = Settings(self._sampling.stop_ids, self.vocab_size, self._sampling.top_k_candidates)
+        return empty_state(
+            self._trunks["reference"], guides or None, self.rows, self._size, self.context, settings,
+            positions_last=cpu_form.positions_last(self._ref.params, self.rows),
+        )  # fmt: skip
+
+    def _free_controls(self) -> Controls:
+        rows = self.rows
+        return Controls(
+            eta=np.full(rows, np.inf, np.float32),
+            temperature=np.ones(rows, np.float32),
+            top_p=np.ones(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            threshold=np.zeros(rows, np.float32),
+            budget=np.zeros(rows, np.int32),
+            seed=np.zeros(rows, np.uint32),
+            weights=np.zeros((rows, len(self.guides)), np.float32),
+            mode=np.zeros(rows, np.int32),
+        )
+
+    def _set_controls(self, place: int, request: Request, sample: int) -> None:
+        sampling, controls = request.sampling, self._controls
+        controls.eta[place] = sampling.eta if request.is_guided else np.inf
+        controls.weights[place] = sampling.weights if request.is_guided else 0
+        for name in ("temperature", "top_p", "top_k"):
+            getattr(controls, name)[place] = getattr(sampling, name)
+        controls.budget[place] = sampling.max_new_tokens
+        controls.seed[place] = request.seeds[sample]
+        controls.mode[place] = MODES.index(sampling.mode)
+
+
+def _update(row: _Row, record: Record, finish: str | None) -> Update:
+    """The update of a row's new tokens; `record` has their columns [N, ...]."""
+    top: list[list[tuple[int, float]]] = []
+    if row.request.top_log_probs:
+        pairs = zip(record.top_token.tolist(), record.top_log_prob.tolist(), strict=True)
+        top = [[*zip(*pair, strict=True)] for pair in pairs]
+    is_guided = row.request.is_guided
+    return Update(
+        request=row.request,
+        sample=row.sample,
+        tokens=record.token.tolist(),
+        log_probs=record.log_prob.tolist(),
+        ref_log_probs=record.ref_log_prob.tolist(),
+        kl=record.kl.tolist(),
+        values=record.value.tolist() if is_guided else [math.nan] * len(record.token),
+        top=top,
+        finish=finish,
+    )

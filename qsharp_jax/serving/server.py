@@ -1,0 +1,121 @@
+"""The process of a server: the engine on a thread of its own, HTTP on the main thread, and an orderly end."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from qsharp_jax.data.tokenizer import Tokenizer
+from qsharp_jax.serving.app import Limits, Server
+from qsharp_jax.serving.broker import Broker
+from qsharp_jax.serving.engine import Engine, Update
+from qsharp_jax.serving.steering import Served
+from qsharp_jax.system.errors import UserError
+
+# Makes the engine, given its `deliver`; called on the engine's thread, which owns the devices.
+MakeEngine = Callable[[Callable[[list[Update]], None]], Engine]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound; port 0 is any that is free. Raises a UserError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from None
+    return listening
+
+
+def run(
+    make_engine: MakeEngine, on_mesh: contextlib.AbstractContextManager, served: Served, tokenizer: Tokenizer,
+    limits: Limits, listening: socket.socket,
+) -> int:  # fmt: skip
+    """Serve until SIGTERM or Ctrl-C, then answer what has been asked, and return the exit code.
+
+    Args:
+      on_mesh: in which the engine's thread makes and runs the engine.
+    """
+    return asyncio.run(_run(make_engine, on_mesh, served, tokenizer, limits, listening))
+
+
+async def _run(
+    make_engine: MakeEngine, on_mesh: contextlib.AbstractContextManager, served: Served, tokenizer: Tokenizer,
+    limits: Limits, listening: socket.socket,
+) -> int:  # fmt: skip
+    loop = asyncio.get_running_loop()
+    broker = Broker(loop)
+    engine_made: asyncio.Future[Engine] = loop.create_future()
+    warm, ended = asyncio.Event(), asyncio.Event()
+    errors: list[BaseException] = []
+
+    def own_the_devices() -> None:
+        try:
+            with on_mesh:
+                engine = make_engine(broker.deliver)
+                loop.call_soon_threadsafe(engine_made.set_result, engine)
+                engine.warm_up()
+                loop.call_soon_threadsafe(warm.set)
+                engine.run()
+        except BaseException as error:
+            errors.append(error)
+            loop.call_soon_threadsafe(lambda: engine_made.done() or engine_made.set_exception(errors[0]))
+        finally:
+            loop.call_soon_threadsafe(ended.set)
+
+    thread = threading.Thread(target=own_the_devices, name="engine", daemon=True)
+    thread.start()
+    engine = await engine_made
+    server = Server(served, engine, broker, tokenizer, limits)
+    http = _Http(
+        uvicorn.Config(
+            server.app(), log_level="warning", access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=int(limits.seconds) + 1,
+        )
+    )  # fmt: skip
+
+    def stop() -> None:
+        http.force_exit = http.should_exit  # a second signal does not wait for answers
+        http.should_exit, server.is_ready = True, False
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+    async def follow_the_engine() -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (warm, ended)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if warm.is_set():
+            server.is_ready = not http.should_exit
+            print("ready", file=sys.stderr, flush=True)
+        await ended.wait()
+        http.should_exit = True
+
+    host, port = listening.getsockname()[:2]
+    names = ", ".join(served.names)
+    print(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    following = asyncio.create_task(follow_the_engine())
+    await http.serve(sockets=[listening])
+    engine.close()
+    following.cancel()
+    if not http.force_exit:
+        await ended.wait()
+    if errors:
+        traceback.print_exception(errors[0])
+        return 1
+    return 0
+
+
+class _Http(uvicorn.Server):
+    """A server that leaves signals to its caller: uvicorn's own would end the process by them once more."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,234 @@
+"""The engine of the server: whatever else is in the rows, a response is the one that `generate` gives alone."""
+
+import collections
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+from brute_force import CASES, COMMON, PROMPTS, N, V, decoding_models
+
+from qsharp_jax.decoding import generate, row_seeds
+from qsharp_jax.sampling import Sampling
+from qsharp_jax.serving import engine as module
+from qsharp_jax.serving.engine import Busy, Closed, Engine, Request
+from qsharp_jax.system.errors import UserError
+
+REF, BERNOULLI = decoding_models("v-bernoulli")
+_, CATEGORICAL = decoding_models("v-categorical")
+GUIDES = BERNOULLI, CATEGORICAL
+CONTEXT = 26
+
+
+class Letters:
+    """A tokenizer in which every token is a letter."""
+
+    def decode(self, tokens):
+        return "".join(chr(ord("a") + token) for token in tokens)
+
+
+class Received:
+    """The updates of each response, put together."""
+
+    def __init__(self):
+        self.parts = collections.defaultdict(list)
+        self.finish = {}
+
+    def __call__(self, updates):
+        for update in updates:
+            place = update.request, update.sample
+            assert place not in self.finish
+            self.parts[place].append(update)
+            if update.finish:
+                self.finish[place] = update.finish
+
+    def joined(self, request, sample, name):
+        return [x for update in self.parts[request, sample] for x in getattr(update, name)]
+
+
+def start(received, *, rows=3, queue=100, guides=GUIDES, chunk=8):
+    return Engine(
+        REF, guides, Sampling(**COMMON), rows=rows, context=CONTEXT, queue=queue, chunk=chunk, deliver=received,
+        tokenizer=Letters(),
+    )  # fmt: skip
+
+
+def request(prompt, *, weights=None, seed=0, n=1, top_log_probs=False, **changes):
+    return Request(prompt, Sampling(**COMMON | changes, weights=weights), row_seeds(seed, n).tolist(), top_log_probs)
+
+
+def answer(engine, requests):
+    for one in requests:
+        engine.submit(one)
+    engine.close()
+    engine.run()
+
+
+def alone(one, guide):
+    sampling = one.sampling if isinstance(guide, tuple) else dataclasses.replace(one.sampling, weights=None)
+    return generate(
+        REF, guide, [one.prompt], sampling, rng=one.seeds, samples=len(one.seeds), tokenizer=Letters(),
+        record=("log_probs", "kl", "values", "top_log_probs"),
+    )  # fmt: skip
+
+
+def assert_as_alone(received, one, guide):
+    want = alone(one, guide)
+    for sample in range(len(one.seeds)):
+        length = want.lengths[sample]
+        assert received.joined(one, sample, "tokens") == want.response(sample)
+        assert received.finish[one, sample] == ("stop" if want.finished[sample] else "length")
+        for name in ("log_probs", "ref_log_probs", "kl"):
+            expected = getattr(want, name)[sample, :length]
+            np.testing.assert_allclose(received.joined(one, sample, name), expected, atol=1e-4, err_msg=name)
+        values = np.asarray(received.joined(one, sample, "values"))
+        scored = ~np.isnan(values)
+        np.testing.assert_allclose(values[scored], want.values[sample, :length][scored], atol=1e-4)
+        assert one.is_guided or not scored.any()
+
+
+# Settings, and the guide that `generate` has for them.
+BOTH = np.asarray([0.7, 0.3])
+KINDS = [
+    (dict(), None),
+    (dict(temperature=0.7, top_p=0.8), None),
+    (dict(eta=0.2, weights=[1, 0]), BERNOULLI),
+    (dict(eta=0.05, weights=[1, 0], mode="cd", top_k=3), BERNOULLI),
+    (dict(eta=0.5, weights=[1, 0], mode="expectation"), BERNOULLI),
+    (dict(eta=1.0, weights=[0, 1], temperature=0), CATEGORICAL),
+    (dict(eta=0.1, weights=BOTH, budget=None, stop=["cd", "q"]), GUIDES),
+    (dict(eta=0.1, weights=BOTH, stop_ids=(2, 5, 7, 11)), GUIDES),
+]
+
+
+def test_mixed_requests_are_answered_as_each_alone():
+    received = Received()
+    engine = start(received)
+    places = [(i, (i + 4 * j) % len(KINDS)) for i in range(len(PROMPTS)) for j in range(2)]
+    kinds = [(request(PROMPTS[i], seed=i, n=2, **KINDS[k][0]), KINDS[k][1]) for i, k in places]
+    answer(engine, [one for one, _ in kinds])
+    assert len(received.finish) == sum(len(one.seeds) for one, _ in kinds)
+    for one, guide in kinds:
+        assert_as_alone(received, one, guide)
+
+
+def test_top_log_probs_come_with_those_who_ask_for_them():
+    received = Received()
+    plain, asking = request(PROMPTS[1], n=2), request(PROMPTS[2], n=2, eta=0.2, weights=[1, 0], top_log_probs=True)
+    answer(start(received), [plain, asking])
+    want = alone(asking, BERNOULLI)
+    assert received.joined(plain, 0, "top") == []
+    for sample in range(2):
+        tops = received.joined(asking, sample, "top")
+        assert len(tops) == want.lengths[sample]
+        for place, top in enumerate(tops):
+            assert [token for token, _ in top] == want.top_tokens[sample, place].tolist()
+            assert sum(np.exp(log_prob) for _, log_prob in top) == pytest.approx(1, abs=1e-5)  # all of the vocabulary
+            drawn = dict(top)[received.joined(asking, sample, "tokens")[place]]
+            assert drawn == pytest.approx(want.log_probs[sample, place], abs=1e-5)
+
+
+def test_a_prompt_longer_than_a_chunk_does_not_hold_up_the_rows(monkeypatch):
+    """Between two pieces of a long prompt, rows that decode get their steps."""
+    received, events = Received(), []
+    engine = start(received, rows=2, chunk=4)
+    monkeypatch.setattr(module, "decode", recorded(events, "steps", module.decode))
+    monkeypatch.setattr(module, "prefill_chunk", recorded(events, "piece", module.prefill_chunk))
+    first, long = request([7], n=1, stop_ids=()), request(PROMPTS[1], n=1)
+    answer(engine, [first, long])
+    # 15 tokens after the padding of the first piece: 3 + 4 + 4 + 4, two models only where there is a guide.
+    pieces = [place for place, event in enumerate(events) if event == "piece"]
+    assert len(pieces) == 4
+    assert all("steps" in events[a:b] for a, b in zip(pieces, pieces[1:], strict=False))
+    for one in (first, long):
+        assert_as_alone(received, one, None)
+
+
+def recorded(events, name, function):
+    def wrapped(*arguments, **options):
+        events.append(name)
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+def test_requests_come_and_go_while_others_run():
+    """From another thread: a cancelled request frees its rows, one in the queue is dropped, the others are answered."""
+    received = Received()
+    engine = start(received, rows=2)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    kept = [request(prompt, seed=i, n=2, eta=0.2, weights=[1, 0]) for i, prompt in enumerate(PROMPTS)]
+    dropped = [request(PROMPTS[5], seed=50 + i, n=4, stop_ids=()) for i in range(4)]
+    for one, other in zip(kept, [*dropped, None, None], strict=True):
+        if other is not None:
+            engine.submit(other)
+            engine.cancel(other)
+        engine.submit(one)
+    engine.close()
+    thread.join(timeout=120)
+    assert not thread.is_alive()
+    for one in kept:
+        assert_as_alone(received, one, BERNOULLI)
+    assert not any((one, sample) in received.finish and sample > 1 for one in dropped for sample in range(4))
+    assert engine.load == module.Load(0, 2, 0, engine.load.steps, engine.load.row_steps)
+
+
+def test_a_full_queue_and_a_closed_engine_refuse():
+    engine = start(Received(), queue=2)
+    engine.submit(request([1]))
+    engine.submit(request([1]))
+    with pytest.raises(Busy):
+        engine.submit(request([1]))
+    engine.close()
+    with pytest.raises(Closed):
+        engine.submit(request([1]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "words"),
+    [
+        ([], {}, "no tokens"),
+        ([V], {}, f"vocabulary of {V}"),
+        ([1] * 17, {}, f"context of {CONTEXT}"),
+        ([1], dict(eta=0.1, weights=[0, 1], mode="expectation"), "negative"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused(prompt, changes, words):
+    with pytest.raises(UserError, match=words):
+        start(Received()).submit(request(prompt, **changes))
+
+
+def test_an_error_on_the_devices_ends_all_requests(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    received = Received()
+    engine = start(received, rows=1)
+    monkeypatch.setattr(module, "decode", fail)
+    requests = [request([1], n=2), request([2])]
+    for one in requests:
+        engine.submit(one)
+    with pytest.raises(RuntimeError):
+        engine.run()
+    assert received.finish == {(requests[0], 0): "error", (requests[0], 1): "error", (requests[1], 0): "error"}
+    with pytest.raises(Closed):
+        engine.submit(requests[0])
+
+
+def test_warming_up_leaves_nothing_behind():
+    received = Received()
+    engine = start(received)
+    engine.warm_up()
+    assert not received.parts and engine.load.row_steps == 0
+    one = request(PROMPTS[3], eta=0.2, weights=[1, 0])
+    answer(engine, [one])
+    assert_as_alone(received, one, BERNOULLI)
+    assert max(len(update.tokens) for update in received.parts[one, 0]) <= module.MOST_STEPS
+    assert len(received.joined(one, 0, "tokens")) <= N
+
+
+def test_all_cases_are_v_types_or_q_types():
+    assert {guide.type for _, guide, _ in CASES.values()} == {"v", "q"}
+    with pytest.raises(UserError, match="Q-type"):
+        start(Received(), guides=(BERNOULLI, decoding_models("q-bernoulli")[1]))
