@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide", metavar="NAME=MODEL", action=_NamedGuide,
         help="a guide, a folder or an id on the hub, and what requests call it; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--name", metavar="NAME", help="what requests call the reference (default: its folder's or id)")
+    parser.add_argument(
+        "--name", dest="ref_name", metavar="NAME",
+        help="what requests call the reference (default: the last part of its path or id)",
+    )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=arguments.whole(0), default=8000, help="(default: 8000; 0: any that is free)")
     parser.add_argument(
@@ -133,7 +136,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     platform = memory.default_device().platform
     chunk = CHUNKS.get(platform, CHUNK_ELSEWHERE)
     guides = options.guide_names if workdir is None else ["guide"]
-    ref_name = options.name or _name(workdir, options)
+    ref_name = options.ref_name or _name(workdir, options)
     if ref_name in guides:
         raise UserError(f"the reference and a guide are both called {ref_name!r}; give the reference another --name")
     served = Served(ref_name, tuple(guides), sampling, eta, mode, int(time.time()))

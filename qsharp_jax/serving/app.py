@@ -251,7 +251,7 @@ class Server:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _page(self, request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         page = resources.files("qsharp_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
@@ -260,8 +260,8 @@ class Server:
     def _check_key(self, request: Request) -> None:
         if self._limits.api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._limits.api_key.encode()):
+        given = request.headers.get("authorization", "").encode("latin-1")  # as it came
+        if not hmac.compare_digest(given, f"Bearer {self._limits.api_key}".encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _body(self, request: Request) -> Any:

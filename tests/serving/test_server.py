@@ -1,0 +1,271 @@
+"""A server as its clients see it: OpenAI's client, clients that leave, too many of them, nonsense, and the end."""
+
+import concurrent.futures
+import dataclasses
+import json
+import re
+import socket
+import time
+import urllib.parse
+
+import httpx
+import hypothesis
+import numpy as np
+import openai
+import pytest
+from conftest import CONTEXT, QUEUE, ROWS
+from hypothesis import strategies as st
+
+from qsharp_jax.data.tokenizer import Tokenizer
+from qsharp_jax.decoding import generate
+from qsharp_jax.run.folders import load
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many eggs?"}]
+LONG = dict(model="good", messages=[{"role": "user", "content": "eggs"}], max_tokens=40)
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def alone(server, prompt, *, seed=7, n=1, prompt_format="chat", **changes):
+    """Texts and the `Generation` that `generate` gives."""
+    loaded = load(server.ref, server.guide, dtype="float32", prompt_format=prompt_format)
+    sampling = dataclasses.replace(loaded.sampling, **changes)
+    tokens = loaded.tokenizer.encode_prompt(prompt)
+    guide = loaded.guide if np.isfinite(sampling.eta) else None
+    part = generate(loaded.ref, guide, [tokens], sampling, rng=seed, samples=n)
+    return [loaded.tokenizer.decode(part.response(row)) for row in range(n)], part
+
+
+def rows_in_use(server):
+    text = httpx.get(f"{server.url}/metrics").text
+    return int(float(re.search(r"^qsharp_rows_in_use (\S+)", text, re.M)[1]))
+
+
+def test_answers_are_those_of_generate(client, server):
+    for model, eta in (("good", 0.2), ("small", np.inf)):
+        extra = {"eta": eta} if np.isfinite(eta) else {}
+        answer = client.chat.completions.create(
+            model=model, messages=CHAT, seed=7, n=2, max_tokens=12, temperature=0.7, top_p=0.9, extra_body=extra
+        )
+        texts, part = alone(server, CHAT, n=2, max_new_tokens=12, temperature=0.7, top_p=0.9, eta=eta)
+        assert [choice.message.content for choice in answer.choices] == texts
+        finish = ["stop" if finished else "length" for finished in part.finished]
+        assert [choice.finish_reason for choice in answer.choices] == finish
+        assert answer.usage.completion_tokens == part.lengths.sum()
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    settings = dict(model="good", messages=CHAT, seed=3, max_tokens=15, logprobs=True, top_logprobs=3)
+    whole = client.chat.completions.create(**settings)
+    chunks = [*client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True})]
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+    deltas = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert deltas[0].delta.role == "assistant"
+    assert "".join(choice.delta.content or "" for choice in deltas) == whole.choices[0].message.content
+    assert len(deltas) >= 3 and deltas[-1].finish_reason == whole.choices[0].finish_reason
+    entries = [entry for choice in deltas if choice.logprobs for entry in choice.logprobs.content]
+    assert [entry.token for entry in entries] == [entry.token for entry in whole.choices[0].logprobs.content]
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].logprob >= max(x.logprob for x in entry.top_logprobs)
+
+
+def test_completions_take_texts_and_ids_and_tell_what_steers(client, server):
+    prompt, settings = "How many eggs does", dict(seed=7, max_tokens=10, temperature=0.9)
+    texts, part = alone(
+        server, prompt, prompt_format="plain", max_new_tokens=10, temperature=0.9, eta=0.1, weights=[2.0]
+    )
+    ids = Tokenizer.load(server.ref).encode_prompt(prompt)
+    for given in (prompt, ids):
+        answer = client.completions.create(
+            model="small", prompt=given, **settings, logprobs=2,
+            extra_body={"guide": "good", "eta": 0.1, "weights": 2.0, "return_guidance": True},
+        )  # fmt: skip
+        choice = answer.choices[0]
+        assert choice.text == texts[0]
+        told = choice.logprobs.model_dump()
+        length = part.lengths[0]
+        for name, want in (("kl", part.kl), ("ref_logprob", part.ref_log_probs), ("token_logprobs", part.log_probs)):
+            np.testing.assert_allclose(told[name], want[0, :length], atol=1e-4)
+        assert [len(top) for top in told["top_logprobs"]] == [2] * length
+
+
+def test_several_prompts_with_several_answers_keep_their_order(client, server):
+    answer = client.completions.create(model="small", prompt=["eggs", "Sam"], n=2, seed=7, max_tokens=6)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    loaded = load(server.ref, dtype="float32", prompt_format="plain")
+    tokens = [loaded.tokenizer.encode_prompt(prompt) for prompt in ("eggs", "Sam")]
+    part = generate(loaded.ref, None, tokens, dataclasses.replace(loaded.sampling, max_new_tokens=6), rng=7, samples=2)
+    assert [choice.text for choice in answer.choices] == [loaded.tokenizer.decode(part.response(i)) for i in range(4)]
+
+
+def test_a_stop_string_ends_an_answer_and_is_left_out(client):
+    settings = dict(model="small", messages=CHAT, seed=5, max_tokens=20)
+    whole = client.chat.completions.create(**settings).choices[0].message.content
+    stop = whole[4:6]
+    for stream in (False, True):
+        answer = client.chat.completions.create(**settings, stop=[stop, "never"], stream=stream)
+        if stream:
+            pieces = [chunk.choices[0] for chunk in answer]
+            text, finish = "".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason
+        else:
+            text, finish = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (text, finish) == (whole.partition(stop)[0], "stop")
+
+
+def test_models_are_the_reference_and_the_guides(client):
+    assert [model.id for model in client.models.list()] == ["small", "good"]
+    assert client.models.retrieve("good").eta == 0.1
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+REFUSED = [
+    (dict(temperature=-1), 400, "temperature", "invalid_value"),
+    (dict(temperature="hot"), 400, "temperature", "invalid_value"),
+    (dict(top_p=0), 400, "top_p", "invalid_value"),
+    (dict(max_tokens=0), 400, "max_tokens", "invalid_value"),
+    (dict(max_tokens=CONTEXT), 400, "messages", "context_length_exceeded"),
+    (dict(n=1000), 400, "n", "invalid_value"),
+    (dict(seed=-3), 400, "seed", "invalid_value"),
+    (dict(logit_bias={"5": 3}), 400, "logit_bias", "unsupported_parameter"),
+    (dict(tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter"),
+    (dict(wrong=1), 400, "wrong", "unknown_parameter"),
+    (dict(top_logprobs=3), 400, "top_logprobs", "invalid_value"),
+    (dict(messages=[]), 400, "messages", "invalid_value"),
+    (dict(messages=[{"role": "assistant", "content": "x"}]), 400, "messages", "invalid_value"),
+    (dict(messages="text"), 400, "messages", "invalid_value"),
+    (dict(model="other"), 404, "model", "model_not_found"),
+    (dict(eta=0), 400, "eta", "invalid_value"),
+    (dict(guide="bad", eta=0.1), 400, "guide", "invalid_value"),
+    (dict(guide="good", weights=[1.0, 2.0]), 400, "weights", "invalid_value"),
+    (dict(mode="loud"), 400, "mode", "invalid_value"),
+    (dict(stop=[""]), 400, "stop", "invalid_value"),
+]
+
+
+@pytest.mark.parametrize(("changes", "status", "param", "code"), REFUSED, ids=lambda x: str(x)[:40])
+def test_what_cannot_be_is_refused_by_the_field_s_name(server, changes, status, param, code):
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=LONG | changes)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
+    assert param in error["message"] or code == "context_length_exceeded"
+    assert error["type"] == "invalid_request_error"
+
+
+def test_neutral_values_and_what_openai_s_client_adds_are_taken(client):
+    answer = client.chat.completions.create(
+        **LONG | dict(max_tokens=2), frequency_penalty=0, presence_penalty=0.0, logit_bias={}, user="me", metadata={"a": "b"},
+        response_format={"type": "text"}, store=False, tools=[],
+    )  # fmt: skip
+    again = [
+        *LONG["messages"],
+        answer.choices[0].message,
+        {"role": "user", "content": [{"type": "text", "text": "so"}]},
+    ]
+    client.chat.completions.create(**LONG | dict(messages=again, max_tokens=2))
+
+
+def test_a_client_that_leaves_frees_its_rows(server):
+    """In the middle of a stream, and while it waits for a whole answer."""
+    address = urllib.parse.urlsplit(server.url)
+    for stream in (True, False):
+        body = json.dumps(LONG | dict(stream=stream, n=3)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        clients = [socket.create_connection((address.hostname, address.port)) for _ in range(8)]
+        for one in clients:
+            one.sendall(head + body)
+        for one in clients:
+            one.close()
+    halves = [socket.create_connection((address.hostname, address.port)) for _ in range(10)]
+    for half in halves[:5]:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")  # and no more
+    deadline = time.monotonic() + 20
+    while rows_in_use(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3), timeout=20)
+    assert answer.status_code == 200
+    for half in halves:
+        half.close()
+
+
+def test_of_too_many_requests_each_is_answered_or_told_to_come_again(server):
+    def ask(seed):
+        body = LONG | dict(seed=seed)
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        answers = [*pool.map(ask, range(40))]
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= ROWS + QUEUE
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1" and answer.json()["error"]["code"] == "queue_full"
+
+
+NAMES = [
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options",
+    "temperature", "top_p", "eta", "guide", "weights", "mode", "top_k", "return_guidance", "logprobs", "top_logprobs",
+    "logit_bias", "tools", "echo",
+]  # fmt: skip
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["good", "small", "user", "qsharp", 1, 2, 0.5])
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from([*NAMES, "role", "content", "type"]), x)
+)
+RIGHT = st.fixed_dictionaries(dict(model=st.sampled_from(["good", "small"]), messages=st.just(CHAT)))
+BODIES = st.tuples(RIGHT | st.just({}), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4)).map(
+    lambda pair: pair[0] | dict(max_tokens=2) | pair[1]
+)
+
+
+def test_nonsense_is_refused_and_the_server_lives(server):
+    refused = 0
+
+    @hypothesis.settings(max_examples=200, deadline=None, database=None)
+    @hypothesis.given(body=BODIES, path=st.sampled_from(["chat/completions", "completions"]))
+    def ask(body, path):
+        nonlocal refused
+        answer = httpx.post(f"{server.url}/v1/{path}", content=json.dumps(body), timeout=60)
+        assert answer.status_code in (200, 400, 404)
+        if answer.status_code != 200:
+            refused += 1
+            assert answer.json()["error"]["message"]
+
+    ask()
+    assert refused > 100
+    for body in (b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000):
+        assert httpx.post(f"{server.url}/v1/completions", content=body).status_code == 400
+    assert httpx.post(f"{server.url}/v1/completions", content=b"x" * 2_000_000).status_code == 413
+    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_the_log_has_a_line_for_each_request(server):
+    httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3, eta=0.3))
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    last = lines[-1]
+    want = dict(method="POST", path="/v1/chat/completions", status=200, model="good", eta=pytest.approx(0.3))
+    assert {name: last[name] for name in want} == want
+    assert last["prompt"] == LONG["messages"] and last["completion_tokens"] <= 3 and last["first_token_seconds"] > 0
+
+
+def test_sigterm_ends_the_server_when_all_is_answered(server):
+    chunks = []
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=LONG | dict(stream=True, seed=1), timeout=60
+    ) as answer:
+        lines = answer.iter_lines()
+        chunks.append(next(lines))
+        server.process.terminate()
+        chunks += lines
+    assert "data: [DONE]" in chunks
+    assert server.process.wait(timeout=60) == 0
