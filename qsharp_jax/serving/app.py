@@ -43,7 +43,7 @@ GONE = 499  # in the log: the client left before its answer
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one client may take.
+    """Limits of what one client may take, and the key that it needs.
 
     Attributes:
       seconds: for an answer.

@@ -121,7 +121,7 @@ class _Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What the engine is doing."""
+    """Counts of what the engine is doing."""
 
     queued: int
     rows: int
@@ -259,7 +259,7 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an error ended the engine's thread."""
+        """True after an error of the engine's thread."""
         return self._failed
 
     @property

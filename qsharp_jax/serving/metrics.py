@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""Numbers for Prometheus, the text of /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 

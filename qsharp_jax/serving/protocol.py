@@ -91,7 +91,7 @@ class ChatMessage(_Strict):
 
 
 class _Body(_Strict):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -142,7 +142,7 @@ class _Body(_Strict):
 
     @property
     def counts_usage(self) -> bool:
-        """Whether a stream's last chunk says how many tokens there were."""
+        """True if a stream's last chunk says how many tokens there were."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -168,7 +168,7 @@ class ChatBody(_Body):
 
     @property
     def alternatives(self) -> int | None:
-        """How many of the most probable tokens to tell; None for no log-probabilities."""
+        """Number of the most probable tokens to tell; None for no log-probabilities."""
         return self.top_logprobs if self.logprobs or self.return_guidance else None
 
 

@@ -74,7 +74,7 @@ class Reply:
     # --- In chunks ----------------------------------------------------------------------------------------------------
 
     def first(self) -> list[str]:
-        """What comes before any token: the role of a chat's answers."""
+        """Events before any token: the role of a chat's answers."""
         if not self._is_chat:
             return []
         return [self._chunk(index, {"role": "assistant", "content": ""}, None) for index in range(len(self._texts))]
@@ -88,7 +88,7 @@ class Reply:
         return [self._chunk(index, content, self._shape(index, entries), update.finish)]
 
     def last(self) -> list[str]:
-        """What comes after all tokens."""
+        """Events after all tokens."""
         usage = [self._event({"choices": [], "usage": self.usage.body()})] if self._body.counts_usage else []
         return [*usage, DONE]
 

@@ -14,7 +14,7 @@ _PARAMS = {"max_new_tokens": "max_tokens"}  # fields of `Sampling` that a body c
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What the server has: a reference, guides, and what is done without being asked.
+    """The models of a server, and the settings that it has for all requests.
 
     Attributes:
       ref: the reference's name; as the `model` of a request it is sampled as it is.
