@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what requests call the reference (default: the last part of its path or id)",
     )  # fmt: skip
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine alone)"
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="(default: 127.0.0.1, this machine alone)"
     )
     parser.add_argument(
         "--port", type=arguments.whole(0), default=8000, metavar="N", help="(default: 8000; 0: any that is free)"

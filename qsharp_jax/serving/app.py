@@ -38,6 +38,10 @@ from qsharp_jax.system.errors import UserError
 
 BODY_SECONDS = 30  # that a client may take to send a body
 RETRY_SECONDS = 1  # after which a client may ask again when the queue was full
+# The page takes nothing from elsewhere.
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 GONE = 499  # in the log: the client left before its answer
 
 
@@ -251,9 +255,8 @@ class Server:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _page(self, request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         page = resources.files("qsharp_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     # --- Requests -----------------------------------------------------------------------------------------------------
 

@@ -294,7 +294,7 @@ class Engine:
         """
         weights = np.ones(len(self.guides)) if self.guides else None
         plain = dataclasses.replace(self._sampling, max_new_tokens=min(3, self.context - 1), weights=None)
-        kinds = [plain, dataclasses.replace(plain, top_p=0.9)]
+        kinds = [plain, dataclasses.replace(plain, top_p=0.9), dataclasses.replace(plain, top_k=1)]
         kinds += [dataclasses.replace(kind, eta=1.0, weights=weights) for kind in kinds if self.guides]
         lengths = [1 + self.chunk * piece // PIECES for piece in range(1, PIECES + 1)]
         requests = [Request([0], kind, [0]) for kind in kinds]
@@ -333,13 +333,12 @@ class Engine:
     def _admit(self) -> None:
         """Prefill pieces of waiting prompts, and give free rows to those that are ready.
 
-        While rows decode, there are as many pieces as there are waiting requests for each of these rows, at least one.
+        While rows decode, there are as many pieces as there are free rows with a request for them, at least one.
         """
-        pieces = 0
+        free = self._row.count(None)
+        most, pieces = max(1, min(len(self._queue) + 1, free)), 0
         while True:
-            in_use = sum(row is not None for row in self._row)
-            waiting = min(len(self._queue) + 1, self.rows - in_use)
-            if in_use and pieces >= max(1, waiting // in_use):
+            if any(self._row) and pieces >= most:
                 return
             if self._prompt is None:
                 with self._changed:
@@ -417,7 +416,7 @@ class Engine:
             candidates=self._sampling.top_k_candidates,
             others=self._sampling.others,
             truncate=truncate,
-            top_k=truncate,
+            top_k=any(request.sampling.top_k for request in requests),
             record=RECORDS if any(request.top_log_probs for request in requests) else RECORDED,
         )
         record = self._state.record
