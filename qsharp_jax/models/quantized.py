@@ -7,7 +7,7 @@ Shapes: D inputs, N outputs, G groups of S inputs each.
 """
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import flax.struct
@@ -43,7 +43,7 @@ class Quantized(flax.struct.PyTreeNode):
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Weight = jax.Array | Quantized
+Weight: TypeAlias = jax.Array | Quantized
 PARTS = ("values", "scales")  # of a `Quantized`, the last name of their paths
 
 
