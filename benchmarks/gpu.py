@@ -1,12 +1,12 @@
 """Compile guided decoding for an H200 on a machine that has none.
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     # that of jax; no CUDA is needed
-    python benchmarks/gpu.py [--rows 1 16 64] [--layers N [M]]
+    python benchmarks/gpu.py [--rows 1 16 64] [--layers N [M]] [--models REF GUIDE] [--quantize int8]
 
-XLA compiles `decoding.decode` with abstract weights of Llama 3.1 8B and of a 1B guide. The program is read, not run:
-kernels and bytes of one step, and what makes a step wait for the host. 1,792 positions, of which each row holds a
-quarter, 20 candidates, top-p and all records on, bfloat16. Kernels are not tuned without a device: where cuBLAS is
-faster than the kernel here, a GPU's program has it instead.
+XLA compiles `decoding.decode` with abstract weights, by default of Llama 3.1 8B and of a 1B guide. The program is read,
+not run: kernels and bytes of one step, and what makes a step wait for the host. 1,792 positions, of which each row
+holds a quarter, 20 candidates, top-p and all records on, bfloat16, or weights in 8 or 4 bits. Kernels are not tuned
+without a device: where cuBLAS is faster than the kernel here, a GPU's program has it instead.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from qsharp_jax import decoding
-from qsharp_jax.models import config, decoder, gpu_form, value
+from qsharp_jax.models import config, decoder, gpu_form, memory, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
@@ -33,16 +33,18 @@ BANDWIDTH = 4.3e12  # bytes a second of a copy on the device
 ATTENTION = "decode_attention"  # the name of our kernel
 
 
-def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
+def compile_step(rows: int, layers: list[int] | None, models: list[str], quantize: str) -> dict[str, Any]:
     """The table's entries for one number of rows, by column."""
     device = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
     ).devices[0]
     kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
-    ref_config = config.make("llama3.1-8b", dtype="bfloat16", **kept[0])
-    guide_config = ValueConfig(config.make("llama3.2-1b", dtype="bfloat16", **kept[1]))
-    ref = LanguageModel(abstract(lambda key: _on_gpu(decoder.init(key, ref_config), ref_config)), ref_config)
-    guide = ValueModel(abstract(lambda key: _guide_on_gpu(key, guide_config)), guide_config)
+    kind = dict(dtype="bfloat16", quantize=quantize)
+    ref_config, trunk = (config.make(name, **kind, **few) for name, few in zip(models, kept, strict=True))
+    guide_config = ValueConfig(trunk)
+    ref = _fused(abstract(lambda key: LanguageModel(decoder.unstack(decoder.init(key, ref_config)), ref_config)))
+    guide = abstract(lambda key: ValueModel(value.unstack(value.init(key, guide_config)), guide_config))
+    guide = guide.replace(params=guide.params | {"trunk": _fused(value.trunk(guide)).params})
     settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=20, truncate=True
     )  # fmt: skip
@@ -55,11 +57,9 @@ def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
 
     program = DecodeProgram(compiled.as_text())
     step = program.computations[program.step]
-    buffers = [cache.keys + cache.values for cache in ring.values()]
-    caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffers))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((ref, guide)))
+    caches = _bytes([cache.keys + cache.values for cache in ring.values()])
     tables = [guide.params["trunk"]["embedding"], ref.params["embedding"]]  # only a few rows are read
-    bound = weights - sum(leaf.size * leaf.dtype.itemsize for leaf in tables) + FILLED * caches
+    bound = _bytes((ref, guide)) - _bytes(tables) + FILLED * caches
     # The kernel's operands are whole buffers; it reads the filled part.
     by_kernel = any(i.kind == "custom-call" and ATTENTION in i.text for i in step)
     loops = [i for name in program.loop for i in program.computations[name] if i.kind == "while"]
@@ -72,18 +72,18 @@ def compile_step(rows: int, layers: list[int] | None) -> dict[str, Any]:
         "bound ms": round(bound / BANDWIDTH * 1e3, 2),
         "loops without a count": sum("known_trip_count" not in i.text for i in loops),
         "sorts of the vocabulary": len(sorts),
+        "GiB of arguments": round(compiled.memory_analysis().argument_size_in_bytes / 2**30, 2),
         "GiB of temporaries": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
     }
 
 
-def _on_gpu(params: Any, shape: Any) -> Any:
-    """A decoder's parameters in the form for a GPU, as of `decoding.for_decoding`."""
-    return gpu_form.fuse(decoder.unstack(params), shape)
+def _fused(model: LanguageModel) -> LanguageModel:
+    """An abstract decoder in the form for a GPU, as of `decoding.for_decoding`."""
+    return model.replace(params=jax.eval_shape(lambda params: gpu_form.fuse(params, model.config), model.params))
 
 
-def _guide_on_gpu(key: jax.Array, shape: ValueConfig) -> Any:
-    params = value.init(key, shape)
-    return params | {"trunk": _on_gpu(params["trunk"], shape.trunk)}
+def _bytes(tree: Any) -> int:
+    return round(sum(leaf.size * memory.item_bytes(leaf.dtype, "gpu") for leaf in jax.tree.leaves(tree)))
 
 
 def _kinds(instructions: list[Any]) -> collections.Counter[str]:
@@ -94,9 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--layers", type=int, nargs="+", help="of the reference and of the guide; by default all")
+    parser.add_argument("--models", nargs=2, default=["llama3.1-8b", "llama3.2-1b"], metavar="SIZE")
+    parser.add_argument("--quantize", choices=("int8", "int4"), default="none")
     options = parser.parse_args()
     for number, rows in enumerate(options.rows):
-        entries = compile_step(rows, options.layers)
+        entries = compile_step(rows, options.layers, options.models, options.quantize)
         if number == 0:
             print("| " + " | ".join(entries) + " |\n|" + " --- |" * len(entries))
         print("| " + " | ".join(map(str, entries.values())) + " |", flush=True)

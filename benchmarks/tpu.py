@@ -1,13 +1,13 @@
 """Compile guided decoding for a slice of TPUs on a machine that has none.
 
     pip install ".[tpu]"
-    python benchmarks/tpu.py [--only NAME ...] [--layers N] [--json]
+    python benchmarks/tpu.py [--only NAME ...] [--layers N] [--quantize int8] [--json]
 
 Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
 a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions, 20
 candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a quarter of the cache,
 the bound is of these positions. `--layers N [M]` keeps so many layers of the reference and of the
-guide.
+guide, `--quantize` has the weights of both in 8 or 4 bits.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from decode_program import REDUCTIONS, DecodeProgram, count, is_write_back  # no
 from jax.experimental import topologies  # noqa: E402
 
 from qsharp_jax import decoding  # noqa: E402
-from qsharp_jax.models import config, decoder, meshes, sharding, value  # noqa: E402
+from qsharp_jax.models import config, decoder, memory, meshes, quantized, sharding, value  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
 from qsharp_jax.plan.program import result_bytes  # noqa: E402
@@ -58,6 +58,7 @@ class Case:
 
 
 SMALL, LARGE = ("llama3.1-8b", "llama3.2-1b"), ("llama3.1-70b", "llama3.2-3b")
+MIXED = ("llama3.1-70b", "llama3.2-1b")
 CASES = {
     "8b-v5e": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL),
     "8b-v5e-packed": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL, slots=4),
@@ -68,21 +69,23 @@ CASES = {
     "8b-v5e-16-quarter": Case("v5e:4x4", {"data": 4, "tensor": 4}, *SMALL, rows=64, filled=0.25),
     # More chips than kv heads: two groups of eight have half of the rows' caches each, and share the rest.
     "70b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *LARGE),
+    "70b-1b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *MIXED),
 }
 
 
-def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
+def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "none") -> dict[str, Any]:
     """The table's entries for a case, by column, and the facts that the tests check."""
     began = time.monotonic()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = meshes.make_mesh(case.mesh, sharding.DECODE, devices)
     kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
     ref_config, trunk = (
-        config.make(name, dtype="bfloat16", **few) for name, few in zip((case.ref, case.guide), kept, strict=True)
+        config.make(name, dtype="bfloat16", quantize=quantize, **few)
+        for name, few in zip((case.ref, case.guide), kept, strict=True)
     )
     guide_config = ValueConfig(trunk)
-    ref = LanguageModel(abstract(lambda key: decoder.unstack(decoder.init(key, ref_config))), ref_config)
-    guide = ValueModel(abstract(lambda key: value.unstack(value.init(key, guide_config))), guide_config)
+    ref = abstract(lambda key: LanguageModel(decoder.unstack(decoder.init(key, ref_config)), ref_config))
+    guide = abstract(lambda key: ValueModel(value.unstack(value.init(key, guide_config)), guide_config))
     settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=CANDIDATES, slots=case.slots * case.rows,
         truncate=True,
@@ -96,7 +99,7 @@ def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
         compiled = lowered.compile()
     done = time.monotonic()
 
-    memory = compiled.memory_analysis()
+    usage = compiled.memory_analysis()
     read = DecodeProgram(compiled.as_text())
     caches = [cache.keys + cache.values for cache in (carry.ref_cache, carry.guide_cache)]
     kernels = [leaf for leaf in jax.tree.leaves((ref, guide)) if leaf.ndim == 2 and min(_shard(leaf)) > 1]
@@ -106,11 +109,11 @@ def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
     bound = _bytes((ref, guide)) - _bytes(embeddings) + round(case.filled * _bytes(caches))
     return dict(
         hbm=HBM[case.topology[:3]],
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
+        arguments=usage.argument_size_in_bytes,
+        temporaries=usage.temp_size_in_bytes,
+        peak=usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
+        + usage.temp_size_in_bytes + usage.generated_code_size_in_bytes,
+        aliased=usage.alias_size_in_bytes,
         cache=_bytes(caches),
         copies=[i.text[:200] for i in copies if not is_write_back(i)],
         write_backs=[i.text[:200] for i in copies if is_write_back(i)],
@@ -130,9 +133,10 @@ def compile_case(case: Case, layers: list[int] | None = None) -> dict[str, Any]:
 
 
 def abstract(init: Any) -> Any:
-    """The bfloat16 shapes of what `init` makes from a key."""
+    """The bfloat16 shapes of the model that `init` makes from a key, or those of its quantized weights."""
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+    return jax.eval_shape(quantized.model, shapes)
 
 
 def state(
@@ -170,7 +174,7 @@ def _shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _bytes(tree: Any) -> int:
     """On one chip."""
-    return sum(math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return round(sum(math.prod(_shard(leaf)) * memory.item_bytes(leaf.dtype, "tpu") for leaf in jax.tree.leaves(tree)))
 
 
 def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
@@ -208,14 +212,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layers", type=int, nargs="+", help="of the reference and of the guide; by default all")
+    parser.add_argument("--quantize", choices=("int8", "int4"), default="none")
     parser.add_argument("--json", action="store_true", help="print one JSON object of facts by case")
     options = parser.parse_args()
     if options.json:
-        print(json.dumps({name: compile_case(CASES[name], options.layers) for name in options.only}))
+        facts = {name: compile_case(CASES[name], options.layers, options.quantize) for name in options.only}
+        print(json.dumps(facts))
         return
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER))
     for name in options.only:
-        facts = compile_case(CASES[name], options.layers)
+        facts = compile_case(CASES[name], options.layers, options.quantize)
         print("| " + " | ".join(row(name, CASES[name], facts)) + " |", flush=True)
 
 

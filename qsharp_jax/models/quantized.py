@@ -1,8 +1,9 @@
 """Weights of decoding in 8 or 4 bits: whole numbers, and a scale for each output channel or for groups of its inputs.
 
 W[d, n] is approximated by values[d, n] * scales[g, n], with g the group of input d; the largest |W| of a group has the
-largest value, 127 or 7. "int8" has one group per output channel. "int4" has groups of `GROUPS` inputs; the embedding,
-the head and the kernels of experts stay in 8 bits. Norms, biases, routers and a guide's head are not quantized.
+value 127, or in 4 bits -8, and the scale its sign. "int8" has one group per output channel. "int4" has groups of `GROUPS` inputs; the
+embedding, the head and the kernels of experts stay in 8 bits. Norms, biases, routers and a guide's head are not
+quantized.
 Shapes: D inputs, N outputs, G groups of S inputs each.
 """
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from qsharp_jax.system.errors import UserError
 
 GROUPS = (128, 32)  # inputs that share a scale in 4 bits: the first that divides them
+_EXTREME = {8: 127, 4: -8}  # the value of a group's largest weight; 4 bits would have 15 values without -8
 _OF_EXPERTS = ("gate", "up", "down")
 
 
@@ -66,9 +68,10 @@ def quantize(weight: jax.Array, *, bits: int, axis: int = -2, group: int | None 
     group = size if group is None else group
     chex.assert_is_divisible(size, group)
     parts = weight.astype(jnp.float32).reshape(*weight.shape[:axis], size // group, group, *weight.shape[axis + 1 :])
-    largest = 2 ** (bits - 1) - 1
-    scales = jnp.abs(parts).max(axis + 1, keepdims=True) / largest
+    low, high = parts.min(axis + 1, keepdims=True), parts.max(axis + 1, keepdims=True)
+    scales = jnp.where(-low > high, low, high) / _EXTREME[bits]
     values = jnp.round(parts / jnp.where(scales == 0, 1, scales)).reshape(weight.shape)
+    values = jnp.clip(values, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return Quantized(values.astype(f"int{bits}"), scales.squeeze(axis + 1))
 
 
