@@ -1,9 +1,9 @@
 """Weights of decoding in 8 or 4 bits: whole numbers, and a scale for each output channel or for groups of its inputs.
 
 W[d, n] is approximated by values[d, n] * scales[g, n], with g the group of input d; the largest |W| of a group has the
-value 127, or in 4 bits -8, and the scale its sign. "int8" has one group per output channel. "int4" has groups of `GROUPS` inputs; the
-embedding, the head and the kernels of experts stay in 8 bits. Norms, biases, routers and a guide's head are not
-quantized.
+value 127, or in 4 bits -8, and the scale its sign. "int8" has one group per output channel. "int4" has groups of
+`GROUPS` inputs; the embedding, the head and the kernels of experts stay in 8 bits. Norms, biases, routers and a guide's
+head are not quantized.
 Shapes: D inputs, N outputs, G groups of S inputs each.
 """
 

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: `load_ref`, `load_guide`, `load_trunk`, `export_ref`, `export_guide`.
 
 Files: families.py (what each family's class calls things), config.py (config.json), names.py (the tensor of each leaf),
-files.py (safetensors), gguf.py, adapter.py (PEFT's), hub.py, load.py, export.py, card.py.
+files.py (safetensors), packed.py (quantized), gguf.py, adapter.py (PEFT's), hub.py, load.py, export.py, card.py.
 """
 
 from qsharp_jax.models.hf.config import stored_dtype

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.gguf as hf_gguf
+import qsharp_jax.models.hf.packed as packed
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.hf.families import FAMILIES
 from qsharp_jax.models.value import ValueConfig
@@ -45,6 +46,7 @@ class FolderConfig:
     decoder: DecoderConfig  # its shape
     labels: int  # number of outputs of a token classifier
     qsharp: dict[str, Any]  # our entry, {} without one
+    quantization: dict[str, Any] | None  # how the folder's weights are quantized, see packed.py
 
 
 # --- In -------------------------------------------------------------------------------------------------------------
@@ -66,8 +68,8 @@ def read(folder: str | Path, dtype: str, quantize: str = "none") -> FolderConfig
     family, classifier = ARCHITECTURES[architecture]
     if model_type != family:
         raise UserError(f"{path} says {architecture} and model_type {model_type!r}; it should be {family!r}")
-    if entries.get("quantization_config") is not None:
-        raise UserError(f"{path}: the weights are quantized; give the folder of the model before quantization")
+    if (quantization := entries.pop("quantization_config", None)) is not None:
+        packed.check(quantization, path)
     if name := next((name for name in _LAYERS_DIFFER if entries.get(name)), None):
         raise UserError(f"{path}: {name} is set, which is not supported")
     try:
@@ -82,7 +84,7 @@ def read(folder: str | Path, dtype: str, quantize: str = "none") -> FolderConfig
         decoder = dataclasses.replace(_decoder(hf, family, dtype), quantize=quantize)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
-    return FolderConfig(family, classifier, decoder, labels, ours)
+    return FolderConfig(family, classifier, decoder, labels, ours, quantization)
 
 
 def stored_dtype(folder: str | Path) -> str:

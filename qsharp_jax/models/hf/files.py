@@ -19,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from qsharp_jax.system.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("float16")}
+FLOATS = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("float16")}
+# Of quantized weights, see packed.py.
+PACKED = {"I32": np.dtype("int32"), "I8": np.dtype("int8"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+DTYPES = FLOATS | PACKED
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -29,13 +32,13 @@ class Tensors(contextlib.AbstractContextManager):
     Attributes:
       shapes: shape of every tensor, by name.
       stored: dtype of every tensor as the format names it, such as "BF16".
-      readable: dtypes that can be read.
+      readable: dtypes of weights.
 
     Raises:
       UserError: for a missing, damaged or truncated file, and for weights that are not safetensors.
     """
 
-    readable = tuple(DTYPES)
+    readable = tuple(FLOATS)
 
     def __init__(self, folder: Path, name: str | None = None):
         """Read the headers of the folder's weights, or of the one file of this name."""
@@ -69,11 +72,14 @@ class Tensors(contextlib.AbstractContextManager):
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Read a slice of a tensor of one or two axes, in the dtype of the file; only its bytes are read.
 
+        A tensor without axes is read like one of one number.
+
         The file is not memory-mapped, because mapped pages would count as this process's memory; and `safetensors`
         (0.8) without a map reads the whole tensor for each slice.
         """
         file, place = self._places[name]
-        shape, dtype = self.shapes[name], DTYPES[self.stored[name]]
+        shape, dtype = self.shapes[name] or (1,), DTYPES[self.stored[name]]
+        index = index or (slice(None),)
         (row, stop), *others = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         begin, end = others[0] if others else (0, 1)
         width = shape[1] if others else 1

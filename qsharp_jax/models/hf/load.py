@@ -20,6 +20,7 @@ import qsharp_jax.models.hf.adapter as adapters
 import qsharp_jax.models.hf.config as configs
 import qsharp_jax.models.hf.gguf as hf_gguf
 import qsharp_jax.models.hf.names as names
+import qsharp_jax.models.hf.packed as packed
 from qsharp_jax.models import cpu_form, decoder, memory, quantized, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
@@ -32,7 +33,7 @@ from qsharp_jax.system.errors import UserError
 CHUNK = 4_000_000  # bytes read at once; small enough to be transposed within the processor's cache
 THREADS = 8
 
-AnyTensors = Tensors | hf_gguf.Tensors | adapters.Tensors
+AnyTensors = Tensors | hf_gguf.Tensors | packed.Tensors | adapters.Tensors
 
 
 def read_config(folder: str | Path, dtype: str, quantize: str = "none") -> DecoderConfig:
@@ -162,7 +163,9 @@ def _open(source: _Source) -> Iterator[tuple[AnyTensors, Mapping[str, Place]]]:
     folder = source.folder if adapter is None else adapter.base
     file = gguf.find(folder)
     prefix = names.prefix(source.config.family)
-    with Tensors(folder) if file is None else hf_gguf.Tensors(file) as base:
+    quantization = source.config.quantization
+    with Tensors(folder) if file is None else hf_gguf.Tensors(file) as opened:
+        base = opened if quantization is None else packed.Tensors(opened, quantization, folder)
         tensors = base if adapter is None else adapters.Tensors(adapter, base, prefix)
         # Checkpoints of the base model alone leave out its name.
         strip = "" if any(name.startswith(prefix) for name in tensors.shapes) else prefix
