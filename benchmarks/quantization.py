@@ -1,4 +1,4 @@
-"""What weights in 8 or 4 bits lose: KL(unquantized || quantized) per token of real responses, and reward.
+"""Quality lost by weights in 8 or 4 bits: KL(unquantized || quantized) per token of real responses, and reward.
 
     python benchmarks/quantization.py --ref MODEL --prompts gsm8k        # QSHARP_DATA: the folder of gsm8k/test.jsonl
     python benchmarks/quantization.py --ref MODEL --prompts constraints --reward

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from qsharp_jax.models.hf import files
+import qsharp_jax.models.hf.files as files
 from qsharp_jax.system.errors import UserError
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the outputs in an int32, from its lowest bits
