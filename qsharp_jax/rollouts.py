@@ -6,7 +6,7 @@ arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens.
 import dataclasses
 import functools
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from qsharp_jax.data.records import Rollout, Rollouts, shard_path, with_reward, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
-from qsharp_jax.models import sharding
+from qsharp_jax.models import memory, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
@@ -66,8 +66,7 @@ def sample(
         for places, part in batch:
             if sharding.anywhere(sigterm.requested()):
                 raise Stopped
-            recorded = {key: array for key, array in vars(part).items() if array is not None}
-            for key, array in recorded.items():
+            for key, array in part.arrays.items():
                 rows.setdefault(key, np.zeros((count, *array.shape[1:]), array.dtype))[places] = array
             bar.update(len(places))
     return Generation(**{field.name: rows.get(field.name) for field in dataclasses.fields(Generation)})
@@ -135,7 +134,8 @@ def collect(
       sampling: of roll-in and roll-out alike; the eta is the roll-in's.
       number: of the round, from 1.
       shard_rows: rollouts in a shard, rounded down to whole problems.
-      batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, with half of them each.
+      batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, see `in_one_loop`: else each
+        has a loop of half of them.
       together: processes that decode as one, on the mesh that is set; one of them writes.
 
     Returns:
@@ -245,48 +245,79 @@ def responses(
     if not prompts:
         return
     ref, begun = for_decoding(ref), {}
+    batch = functools.partial(ContinuousBatch, ref, samples=samples, record=(), tokenizer=tokenizer)
+    if guide is not None and in_one_loop():
+        yield from _in_one_loop(batch, guide, prompts, sampling, draws, batches, rows=rows)
+        return
 
     def roll_in() -> Iterator[tuple[int, list[int]]]:
         for indices, part in batches[0]:
-            switches = draw_switches(part.lengths, draws[indices, 2])
-            for row, index in enumerate(indices.tolist()):
-                begun[index] = part.response(row)[: switches[row]]
-                yield index, begun[index]
+            for index, start in _starts(indices, part, draws):
+                begun[index] = start
+                yield index, start
 
     starts = None
     if guide is not None:
         rows, starts = max(rows // 2, 1), roll_in()
-        batches.append(
-            ContinuousBatch(
-                ref,
-                guide,
-                prompts,
-                sampling,
-                rng=draws[:, 0],
-                rows=rows,
-                samples=samples,
-                record=(),
-                tokenizer=tokenizer,
-            )
-        )
-    batches.append(
-        ContinuousBatch(
-            ref,
-            None,
-            prompts,
-            sampling,
-            rng=draws[:, 1],
-            rows=rows,
-            samples=samples,
-            starts=starts,
-            record=(),
-            tokenizer=tokenizer,
-        )
-    )
+        batches.append(batch(guide, prompts, sampling, rng=draws[:, 0], rows=rows))
+    batches.append(batch(None, prompts, sampling, rng=draws[:, 1], rows=rows, starts=starts))
     for indices, part in batches[-1]:
         for row, index in enumerate(indices.tolist()):
             prefix = begun.pop(index, [])
             yield index, len(prefix), [*prefix, *part.response(row)], bool(part.finished[row])
+
+
+def in_one_loop() -> bool:
+    """Return true if roll-in and roll-out share a loop, so that a step reads the reference once.
+
+    A CPU waits for arithmetic rather than for memory, and the guide would run for the rows that roll out, too.
+    """
+    return memory.default_device().platform != "cpu"
+
+
+def _in_one_loop(
+    batch: Callable[..., ContinuousBatch],
+    guide: ValueModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    draws: np.ndarray,
+    batches: list[ContinuousBatch],
+    *,
+    rows: int,
+) -> Iterator[tuple[int, int, list[int], bool]]:
+    """`responses` with roll-ins at places 0 .. N - 1 of one loop, and roll-outs, of eta inf, at N .. 2 N - 1."""
+    count = len(draws)
+    ready: deque[tuple[int, list[int]]] = deque()  # roll-outs whose roll-in has ended
+    begun: dict[int, list[int]] = {}
+
+    def starts() -> Iterator[tuple[int, Sequence[int]] | None]:
+        to_begin = iter(range(count))
+        for _ in range(2 * count):
+            while not ready and (index := next(to_begin, None)) is None:
+                yield None
+            yield ready.popleft() if ready else (index, ())
+
+    eta = np.concatenate([np.full(count, sampling.eta), np.full(count, math.inf)])
+    both = dataclasses.replace(sampling, eta=eta)
+    batches.append(batch(guide, [*prompts] * 2, both, rng=draws[:, :2].T.reshape(-1), rows=rows, starts=starts()))
+    for places, part in batches[-1]:
+        rolled_in = places < count
+        for index, start in _starts(places, part, draws, rolled_in):
+            begun[index] = start
+            ready.append((count + index, start))
+        for row in np.flatnonzero(~rolled_in).tolist():
+            index = int(places[row]) - count
+            prefix = begun.pop(index)
+            yield index, len(prefix), [*prefix, *part.response(row)], bool(part.finished[row])
+
+
+def _starts(
+    indices: np.ndarray, part: Generation, draws: np.ndarray, chosen: np.ndarray | None = None
+) -> Iterator[tuple[int, list[int]]]:
+    """The index of each roll-in that has ended (of those `chosen`), and its tokens up to the switch."""
+    for row in np.arange(len(indices)) if chosen is None else np.flatnonzero(chosen):
+        (switch,) = draw_switches(part.lengths[[row]], draws[indices[[row]], 2])
+        yield int(indices[row]), part.response(row)[:switch]
 
 
 def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:

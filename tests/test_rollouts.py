@@ -48,6 +48,13 @@ def collected(run, tmp_path_factory):
     return folder
 
 
+def test_in_one_loop_rollouts_are_those_of_two(run, collected, tmp_path, monkeypatch):
+    """Roll-ins and roll-outs as rows of one batch, as on an accelerator."""
+    monkeypatch.setattr(rollouts, "in_one_loop", lambda: True)
+    collect(run, tmp_path / "round_2", 2)
+    assert read(tmp_path, 2) == read(collected, 2)
+
+
 def read(folder, number) -> list[Rollout]:
     return [*read_rounds(folder, [number])]
 
@@ -236,7 +243,7 @@ def test_samples_come_in_the_callers_order_whatever_the_batch_size(run):
         )
         for size in (8, 3)
     )
-    for name, array in vars(eights).items():
+    for name, array in eights.arrays.items():
         equal = np.testing.assert_array_equal if array.dtype.kind != "f" else np.testing.assert_allclose
         equal(getattr(threes, name), array, **({} if array.dtype.kind != "f" else {"atol": 2e-5}), err_msg=name)
     assert (eights.lengths <= budget).all() and eights.lengths[7] == 0

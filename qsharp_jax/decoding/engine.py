@@ -111,7 +111,7 @@ class ContinuousBatch:
         rng: Any,
         rows: int,
         samples: int = 1,
-        starts: Iterable[tuple[int, Sequence[int]]] | None = None,
+        starts: Iterable[tuple[int, Sequence[int]] | None] | None = None,
         record: Collection[str] = RECORDED,
         tokenizer: stops.Decodes | None = None,
     ):
@@ -120,8 +120,9 @@ class ContinuousBatch:
         Args:
           rows: of the loop, rounded to what the mesh that is set divides.
           starts: in the order in which they are begun, the place of each response and the tokens that it begins with,
-            which come out of its budget. It is read as rows become free. By default all places, with none. A response
-            that begins with its end gets no more tokens, and has finished.
+            which come out of its budget. It is read as rows become free; None is a pause, after which it is read again
+            when other responses have ended. By default all places, with none. A response that begins with its end gets
+            no more tokens, and has finished.
         """
         self._rows = rows = sharding.round_rows(rows)
         self._guide, controls, self._settings = checked(
@@ -150,9 +151,10 @@ class ContinuousBatch:
         self._over: set[int] = set()  # places of responses that begin with their end
         self._budget = np.zeros(rows, np.int32)
         starts = ((place, ()) for place in range(len(prompts) * samples)) if starts is None else starts
-        begun = ((place, (*prompts[place // samples], *start), self._left(place, start)) for place, start in starts)
-        # Responses that begin alike and follow each other share a prefill.
-        self._groups = ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
+        self._begun = (
+            one and (one[0], (*prompts[one[0] // samples], *one[1]), self._left(*one)) for one in starts
+        )
+        self._groups = self._until_a_pause()
         self._queue: collections.deque[tuple[int, int, int]] = collections.deque()  # place, budget, prompt [U]
         self._waiting: Waiting | None = None
         self.row_steps = self.tokens = 0
@@ -165,7 +167,11 @@ class ContinuousBatch:
                 # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
                 enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
             if (self._place < 0).all():
-                break
+                if ended is None:
+                    break
+                yield ended  # after which there may be others to begin
+                ended, enough = None, 0
+                continue
             controls = self._row_controls()
             self._state = decode(
                 self._ref, self._guide, self._state, controls,
@@ -174,8 +180,11 @@ class ContinuousBatch:
             if ended is not None:  # while the devices go on
                 yield ended
             ended = self._ended()
-        if ended is not None:
-            yield ended
+
+    def _until_a_pause(self) -> Iterator[list[tuple[int, tuple[int, ...], int]]]:
+        """Responses to begin, up to a pause; those that begin alike and follow each other share a prefill."""
+        begun = itertools.takewhile(lambda one: one is not None, self._begun)
+        return ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
 
     def _left(self, place: int, start: Sequence[int]) -> int:
         """Number of tokens that a response may still have."""
@@ -200,6 +209,8 @@ class ContinuousBatch:
         """Prefill the next prompts; return False if there are none."""
         self._waiting = None
         groups = list(itertools.islice(self._groups, self._prompts_at_once))
+        if len(groups) < self._prompts_at_once:
+            self._groups = self._until_a_pause()
         if not groups:
             return False
         prompts = [group[0][1] for group in groups]

@@ -183,6 +183,11 @@ class Generation:
     top_tokens: np.ndarray | None = None
     top_log_probs: np.ndarray | None = None
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
     def response(self, row: int) -> list[int]:
         """Return the row's tokens, the stop token included."""
         return self.tokens[row, : self.lengths[row]].tolist()

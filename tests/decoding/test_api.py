@@ -53,7 +53,7 @@ def test_eta_infinite_for_all_rows_is_pi_ref_and_runs_no_guide(eta):
     programs = module.decode._cache_size(), module.prefill._cache_size()
     got = generate(ref, broken, PROMPTS, Sampling(eta=eta, **COMMON, **UNGUIDED), rng=SEEDS)
     assert (module.decode._cache_size(), module.prefill._cache_size()) == programs
-    for name, array in vars(want).items():
+    for name, array in want.arrays.items():
         np.testing.assert_array_equal(getattr(got, name), array, err_msg=name)
 
 
@@ -92,7 +92,7 @@ def test_a_row_depends_on_neither_its_neighbours_nor_its_place():
     )  # fmt: skip
     pairs = [(moved, place, row) for place, row in enumerate(order)] + [(others, row, row) for row in (0, 2, 3)]
     for got, place, row in pairs:
-        for name in vars(want):
+        for name in want.arrays:
             np.testing.assert_allclose(getattr(got, name)[place], getattr(want, name)[row], atol=1e-5, err_msg=name)
 
 
@@ -114,7 +114,7 @@ def test_models_may_come_with_stacked_layers():
     ref, guide = models("v-bernoulli")
     got = generate(ref, guide, PROMPTS, Sampling(**COMMON, **MIXED), rng=SEEDS)
     want = run(rng=SEEDS, **MIXED)
-    for name in vars(want):
+    for name in want.arrays:
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
 
 
@@ -131,7 +131,7 @@ def test_the_samples_of_a_prompt_are_rows_of_their_own_after_one_prefill():
     controls = {name: [x[0], x[1], x[2], x[0], x[4], x[5]] for name, x in MIXED.items()}
     got = run(prompts=prompts, samples=2, rng=SEEDS, **controls)
     want = run(prompts=[prompts[row // 2] for row in range(6)], rng=SEEDS, **controls)
-    for name in vars(want):
+    for name in want.arrays:
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5, err_msg=name)
 
 
@@ -166,7 +166,7 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come():
         except StopIteration as stop:
             got = stop.value
             break
-    for name in vars(want):
+    for name in want.arrays:
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     for row in range(len(PROMPTS)):
         assert [token for block in blocks for token in block[row]] == want.response(row)

@@ -45,7 +45,7 @@ def run(*arguments, **options):
     for places, part in batch_of(*arguments, **options):
         for row, place in enumerate(places.tolist()):
             assert place not in found
-            found[place] = {name: array[row] for name, array in vars(part).items() if array is not None}
+            found[place] = {name: array[row] for name, array in part.arrays.items()}
     return found
 
 
@@ -99,7 +99,7 @@ def test_responses_are_those_of_generate_whatever_the_rows(rows):
     found = {}
     for places, part in batch:
         for row, place in enumerate(places.tolist()):
-            found[place] = {name: array[row] for name, array in vars(part).items()}
+            found[place] = {name: array[row] for name, array in part.arrays.items()}
     want = plain()
     assert_same(found, want)
     assert batch.tokens == want.lengths.sum() <= batch.row_steps

@@ -131,8 +131,8 @@ def test_responses_do_not_depend_on_the_process_s_defaults(option):
     jax.config.update(name, changed)
     try:
         got = run(rng=SEEDS, **MIXED)
-        assert {array.dtype.itemsize for array in vars(got).values()} <= {1, 4}
+        assert {array.dtype.itemsize for array in got.arrays.values()} <= {1, 4}
     finally:
         jax.config.update(name, before)
-    for name, array in vars(want).items():
+    for name, array in want.arrays.items():
         np.testing.assert_allclose(getattr(got, name), array, atol=1e-5, err_msg=name)

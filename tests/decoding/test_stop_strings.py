@@ -76,7 +76,7 @@ def test_generate_and_stream_end_where_the_text_has_the_first_stop_string(stop):
 
     def run():
         streamed = yield from stream(*arguments, rng=SEEDS_OF_ALL, samples=SAMPLES, tokenizer=Bytes())
-        for name in vars(got):
+        for name in got.arrays:
             np.testing.assert_array_equal(getattr(streamed, name), getattr(got, name), err_msg=name)
 
     blocks.extend(run())
