@@ -37,7 +37,8 @@ import psutil
 
 from qsharp_jax.decoding import ContinuousBatch, row_seeds
 from qsharp_jax.run.folders import Loaded, load
-from qsharp_jax.serving.engine import Engine, Request
+from qsharp_jax.serving.engine import Engine
+from qsharp_jax.serving.requests import Request
 
 NEW_TOKENS, CONTEXT, ETA = 64, 256, 0.1
 PROMPTS = (20, 120)  # tokens

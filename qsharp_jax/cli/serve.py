@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"longest prompt with its response, in tokens (default: {CONTEXT}, or the models' positions if fewer)",
     )  # fmt: skip
     parser.add_argument(
-        "--queue", type=arguments.whole(0), default=64, metavar="N",
+        "--queue", type=arguments.whole(1), default=64, metavar="N",
         help="prompts that may wait for a row; more are refused with status 429 (default: 64)",
     )  # fmt: skip
     parser.add_argument(

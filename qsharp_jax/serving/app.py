@@ -28,8 +28,9 @@ from starlette.routing import Route
 
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import row_seeds
-from qsharp_jax.serving import engine as rows
+from qsharp_jax.serving import requests
 from qsharp_jax.serving.broker import Broker
+from qsharp_jax.serving.engine import Engine
 from qsharp_jax.serving.metrics import Metrics
 from qsharp_jax.serving.protocol import ApiError, ChatBody, CompletionBody, parse
 from qsharp_jax.serving.replies import Reply, event
@@ -68,7 +69,7 @@ class Server:
     def __init__(
         self,
         served: Served,
-        engine: rows.Engine,
+        engine: Engine,
         broker: Broker,
         tokenizer: Tokenizer,
         limits: Limits,
@@ -137,7 +138,7 @@ class Server:
         seed = time.time_ns() if body.seed is None else body.seed
         seeds = row_seeds(seed, body.n * len(prompts)).reshape(len(prompts), body.n).tolist()
         asked = [
-            rows.Request(prompt, sampling, own, top_log_probs=bool(body.alternatives))
+            requests.Request(prompt, sampling, own, top_log_probs=bool(body.alternatives))
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
         for one in asked:
@@ -157,7 +158,7 @@ class Server:
             return await self._stream(request, asked, reply, body.n)
         return await _unless_gone(request, self._whole(request, asked, reply, body.n))
 
-    async def _whole(self, request: Request, asked: Sequence[rows.Request], reply: Reply, samples: int) -> Response:
+    async def _whole(self, request: Request, asked: Sequence[requests.Request], reply: Reply, samples: int) -> Response:
         try:
             async with asyncio.timeout(self._limits.seconds):
                 with self._answers(request, asked) as answers:
@@ -170,7 +171,9 @@ class Server:
             self._log_end(request, reply)
         return JSONResponse(reply.whole())
 
-    async def _stream(self, request: Request, asked: Sequence[rows.Request], reply: Reply, samples: int) -> Response:
+    async def _stream(
+        self, request: Request, asked: Sequence[requests.Request], reply: Reply, samples: int
+    ) -> Response:
         stack = contextlib.ExitStack()
         answers = stack.enter_context(self._answers(request, asked))  # refusals come before the answer begins
         stack.callback(self._log_end, request, reply)
@@ -194,13 +197,13 @@ class Server:
         return _Events(events(), stack)
 
     @contextlib.contextmanager
-    def _answers(self, request: Request, asked: Sequence[rows.Request]):
+    def _answers(self, request: Request, asked: Sequence[requests.Request]):
         """The updates of requests, counted; what is not finished at the end is cancelled."""
         begun, is_first = time.monotonic(), True
         try:
             with self._broker.answers(self._engine, asked) as answers:
 
-                async def counted() -> AsyncIterator[tuple[int, rows.Update]]:
+                async def counted() -> AsyncIterator[tuple[int, requests.Update]]:
                     nonlocal is_first
                     async for place, update in answers:
                         if is_first and update.tokens:
@@ -211,11 +214,11 @@ class Server:
                         yield place, update
 
                 yield counted()
-        except rows.Busy:
+        except requests.Busy:
             words = f"the queue is full; ask again in {RETRY_SECONDS} s"
             headers = {"Retry-After": str(RETRY_SECONDS)}
             raise ApiError(429, words, code="queue_full", headers=headers) from None
-        except rows.Closed:
+        except requests.Closed:
             raise ApiError(503, "the server is shutting down", code="shutting_down") from None
 
     def _log_end(self, request: Request, reply: Reply) -> None:
@@ -299,7 +302,7 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _check(update: rows.Update) -> None:
+def _check(update: requests.Update) -> None:
     if update.finish == "error":
         raise ApiError(500, "the engine failed; see the server's log", code="engine_failed")
 

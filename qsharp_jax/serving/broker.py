@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from qsharp_jax.serving.engine import Engine, Request, Update
+from qsharp_jax.serving.engine import Engine
+from qsharp_jax.serving.requests import Request, Update
 
 
 class Broker:

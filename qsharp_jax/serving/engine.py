@@ -9,7 +9,6 @@ Shapes: R rows, S positions of the rings, G guides.
 import collections
 import dataclasses
 import functools
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,79 +21,20 @@ import numpy as np
 from qsharp_jax.decoding import stops
 from qsharp_jax.decoding.api import for_decoding
 from qsharp_jax.decoding.checks import check_guide, check_memory
-from qsharp_jax.decoding.engine import Waiting, empty_state, refill
-from qsharp_jax.decoding.loop import decode, prefill_chunk
+from qsharp_jax.decoding.engine import empty_state, refill
+from qsharp_jax.decoding.loop import decode
 from qsharp_jax.decoding.state import RECORDED, RECORDS, Controls, Record, Settings, empty_record
-from qsharp_jax.models import cpu_form, kv_cache, sharding, value
+from qsharp_jax.models import cpu_form, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import MODES, Sampling
+from qsharp_jax.serving.prompts import PIECES, Prefill, Prompt
+from qsharp_jax.serving.requests import Busy, Closed, Load, Request, Update
 from qsharp_jax.system.errors import UserError
 
-PIECES = 4  # lengths of a prompt's first piece, up to a whole chunk: each is a program
 MOST_STEPS = 16  # between two looks at the rows
 LOOK_SECONDS = 0.05  # that the steps between two looks are to take
 LAST_STEP = 2**30  # positions are int32; the rings begin anew when no row is in use after so many
-
-
-class Busy(Exception):
-    """The queue is full."""
-
-
-class Closed(Exception):
-    """The engine takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt, and how to answer it.
-
-    Attributes:
-      prompt: token ids, at least one.
-      sampling: with one number for each field; `weights` has one for each of the engine's guides. The candidates, what
-        tokens get that are not scored, and the vocabulary's size are the engine's.
-      seeds: of each response to the prompt.
-      top_log_probs: whether to keep the most probable tokens at each position.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    seeds: Sequence[int]
-    top_log_probs: bool = False
-
-    @property
-    def is_guided(self) -> bool:
-        return math.isfinite(self.sampling.eta) and bool(np.any(self.sampling.weights))
-
-
-@dataclasses.dataclass
-class Update:
-    """New tokens of a response, with what is known of each, and how the response ended, if it has.
-
-    Attributes:
-      sample: which response to the request's prompt.
-      log_probs, ref_log_probs, kl, values: one number per token, as in `Generation`; a value is nan where the guide did
-        not score the token.
-      top: (token, log-probability) pairs per token, if asked for.
-      finish: "stop", "length", "error", or None while it goes on.
-    """
-
-    request: Request
-    sample: int
-    tokens: list[int]
-    log_probs: list[float]
-    ref_log_probs: list[float]
-    kl: list[float]
-    values: list[float]
-    top: list[list[tuple[int, float]]]
-    finish: str | None = None
-
-    def cut(self, count: int) -> None:
-        """Leave out all tokens but the first `count`, with which the response ends."""
-        for name in ("tokens", "log_probs", "ref_log_probs", "kl", "values", "top"):
-            del getattr(self, name)[count:]
-        self.finish = "stop"
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,28 +46,6 @@ class _Row:
     stops: stops.StopStrings | None
     length: int = 0  # tokens so far
     tokens: list[int] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(eq=False)
-class _Prompt:
-    """A prompt on its way into the caches, and its responses that have no row yet."""
-
-    request: Request
-    tokens: np.ndarray  # [1, T], what is still to be prefilled
-    previous: int  # the token before them, -1 for none
-    caches: dict[str, Any]  # of the reference, and of the guides that are to see it
-    samples: collections.deque[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """Counts of what the engine is doing."""
-
-    queued: int
-    rows: int
-    rows_in_use: int
-    steps: int
-    row_steps: int  # rows in use, summed over steps
 
 
 @functools.partial(jax.jit, static_argnames=("count",))
@@ -174,7 +92,7 @@ class Engine:
         Raises:
           UserError: for guides that do not go together, a context longer than a model's, or too little memory.
         """
-        self._sampling, self.context, self.chunk = sampling, context, chunk
+        self._sampling, self.context, self._chunk = sampling, context, chunk
         self._deliver_updates, self._tokenizer, self._most_queued = deliver, tokenizer, queue
         if len({guide.config.type for guide in guides}) > 1:
             raise UserError("the guides are a V-type and a Q-type; serve those of one type together")
@@ -185,20 +103,14 @@ class Engine:
         self.guides = tuple(map(for_decoding, guides))
         self._ref = for_decoding(ref)
         self.rows = sharding.round_rows(rows)
-        self._size = context + chunk // PIECES  # a prompt's first piece may begin with padding
+        size = context + chunk // PIECES  # a prompt's first piece may begin with padding
         at_once = sharding.round_rows(1)
-        check_memory(self._ref, self.guides or None, self.rows + at_once, self._size, prompts=at_once, tokens=chunk)
-        self._trunks = {"reference": ref.config} | {
-            f"guide {place}": value.trunk(guide).config for place, guide in enumerate(self.guides)
-        }
-        self._params = {"reference": self._ref.params} | {
-            f"guide {place}": value.trunk(guide).params for place, guide in enumerate(self.guides)
-        }
-        self._none = {name: self._empty_cache(name) for name in self._trunks}  # of a prompt that a model does not see
+        check_memory(self._ref, self.guides or None, self.rows + at_once, size, prompts=at_once, tokens=chunk)
+        self._prefill = Prefill(self._ref, self.guides, size, chunk)
         self._state = self._empty_state()
         self._row: list[_Row | None] = [None] * self.rows
         self._controls = self._free_controls()
-        self._prompt: _Prompt | None = None
+        self._prompt: Prompt | None = None
         self._steps = 1
         self._queue: collections.deque[Request] = collections.deque()
         self._cancelled: set[Request] = set()
@@ -296,7 +208,7 @@ class Engine:
         plain = dataclasses.replace(self._sampling, max_new_tokens=min(3, self.context - 1), weights=None)
         kinds = [plain, dataclasses.replace(plain, top_p=0.9), dataclasses.replace(plain, top_k=1)]
         kinds += [dataclasses.replace(kind, eta=1.0, weights=weights) for kind in kinds if self.guides]
-        lengths = [1 + self.chunk * piece // PIECES for piece in range(1, PIECES + 1)]
+        lengths = [1 + self._chunk * piece // PIECES for piece in range(1, PIECES + 1)]
         requests = [Request([0], kind, [0]) for kind in kinds]
         requests += [Request([0] * length, kinds[-1], [0]) for length in lengths if length + 3 <= self.context]
         for request in requests:
@@ -345,41 +257,17 @@ class Engine:
                     if not self._queue:
                         return
                     request = self._queue.popleft()
-                self._prompt = self._begin(request)
-            if self._prompt.tokens.size:
-                self._prefill_piece(self._prompt)
+                self._prompt = self._prefill.begin(request)
+            if not self._prompt.is_ready:
+                self._prefill.go_on(self._prompt)
                 pieces += 1
-            if not self._prompt.tokens.size:
+            if self._prompt.is_ready:
                 self._give_rows(self._prompt)
                 if self._prompt.samples:  # no row is free
                     return
                 self._prompt = None
 
-    def _begin(self, request: Request) -> _Prompt:
-        """The prompt's tokens but the last, which decoding begins with, padded so that pieces have few lengths."""
-        tokens, piece = np.asarray(request.prompt[:-1], np.int32), self.chunk // PIECES
-        padding = -len(tokens) % piece
-        names = [name for name in self._trunks if name == "reference" or request.is_guided]
-        return _Prompt(
-            request=request,
-            tokens=np.pad(tokens, (padding, 0))[None],
-            previous=-1,
-            caches={name: self._empty_cache(name, padding) for name in names},
-            samples=collections.deque(range(len(request.seeds))),
-        )
-
-    def _prefill_piece(self, prompt: _Prompt) -> None:
-        """The first piece is what whole chunks leave over."""
-        count = prompt.tokens.shape[1] % self.chunk or self.chunk
-        piece, prompt.tokens = prompt.tokens[:, :count], prompt.tokens[:, count:]
-        at_once = sharding.round_rows(1)
-        tokens = sharding.place_rows(np.repeat(piece, at_once, axis=0))
-        previous = sharding.place_rows(np.full(at_once, prompt.previous, np.int32))
-        for name, cache in prompt.caches.items():
-            prompt.caches[name] = prefill_chunk(self._params[name], self._trunks[name], cache, tokens, previous)
-        prompt.previous = int(piece[0, -1])
-
-    def _give_rows(self, prompt: _Prompt) -> None:
+    def _give_rows(self, prompt: Prompt) -> None:
         """Give free rows to responses that have none."""
         source = np.full(self.rows, -1, np.int32)
         request, sampling = prompt.request, prompt.request.sampling
@@ -391,16 +279,7 @@ class Engine:
                 self._set_controls(place, request, sample)
         if (source < 0).all():
             return
-        caches = self._none | prompt.caches
-        at_once = sharding.round_rows(1)
-        before = request.prompt[-2] if len(request.prompt) > 1 else -1
-        waiting = Waiting(
-            ref_cache=caches.pop("reference"),
-            guide_cache=tuple(caches.values()) or None,
-            pending=sharding.place_rows(np.full(at_once, request.prompt[-1], np.int32)),
-            previous=sharding.place_rows(np.full(at_once, before, np.int32)),
-        )
-        self._state = refill(self._state, waiting, sharding.place_rows(source))
+        self._state = refill(self._state, self._prefill.waiting(prompt), sharding.place_rows(source))
 
     def _dispatch(self) -> int:
         """Begin steps of all rows in use; returns how many."""
@@ -453,7 +332,7 @@ class Engine:
             count, row.length = int(length[place]) - row.length, int(length[place])
             self._row_steps += count
             new = jax.tree.map(lambda leaf, at=(place, slice(count)): leaf[at], record)
-            updates.append((row, _update(row, new, finish)))
+            updates.append((row, Update.of_record(row.request, row.sample, new, finish)))
         return updates
 
     def _deliver(self, updates: list[tuple[_Row, Update]]) -> None:
@@ -482,21 +361,15 @@ class Engine:
         if self._prompt is not None:
             waiting += [(self._prompt.request, sample) for sample in self._prompt.samples]
         waiting += [(row.request, row.sample) for row in self._row if row is not None]
-        self._deliver_updates([Update(*one, [], [], [], [], [], [], finish="error") for one in waiting])
+        self._deliver_updates([Update.failed(*one) for one in waiting])
 
     # --- Data ---------------------------------------------------------------------------------------------------------
 
-    def _empty_cache(self, name: str, padding: int = 0) -> KVCache:
-        """Return a cache for one prompt, which begins after padding."""
-        at_once = sharding.round_rows(1)
-        cache = kv_cache.empty(self._trunks[name], at_once, self._size)
-        return sharding.place_rows(cache.replace(start=np.full(at_once, padding, np.int32)))
-
     def _empty_state(self) -> Any:
-        guides = tuple(trunk for name, trunk in self._trunks.items() if name != "reference")
+        guides = tuple(value.trunk(guide).config for guide in self.guides)
         settings = Settings(self._sampling.stop_ids, self.vocab_size, self._sampling.top_k_candidates)
         return empty_state(
-            self._trunks["reference"], guides or None, self.rows, self._size, self.context, settings,
+            self._ref.config, guides or None, self.rows, self._prefill.size, self.context, settings,
             positions_last=cpu_form.positions_last(self._ref.params, self.rows),
         )  # fmt: skip
 
@@ -523,23 +396,3 @@ class Engine:
         controls.budget[place] = sampling.max_new_tokens
         controls.seed[place] = request.seeds[sample]
         controls.mode[place] = MODES.index(sampling.mode)
-
-
-def _update(row: _Row, record: Record, finish: str | None) -> Update:
-    """The update of a row's new tokens; `record` has their columns [N, ...]."""
-    top: list[list[tuple[int, float]]] = []
-    if row.request.top_log_probs:
-        pairs = zip(record.top_token.tolist(), record.top_log_prob.tolist(), strict=True)
-        top = [[*zip(*pair, strict=True)] for pair in pairs]
-    is_guided = row.request.is_guided
-    return Update(
-        request=row.request,
-        sample=row.sample,
-        tokens=record.token.tolist(),
-        log_probs=record.log_prob.tolist(),
-        ref_log_probs=record.ref_log_prob.tolist(),
-        kl=record.kl.tolist(),
-        values=record.value.tolist() if is_guided else [math.nan] * len(record.token),
-        top=top,
-        finish=finish,
-    )

@@ -2,7 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from qsharp_jax.serving.engine import Engine, Update
+from qsharp_jax.serving.engine import Engine
+from qsharp_jax.serving.requests import Update
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 

@@ -8,8 +8,8 @@ import uuid
 from typing import Any
 
 from qsharp_jax.data.tokenizer import TextStream, Tokenizer
-from qsharp_jax.serving.engine import Update
 from qsharp_jax.serving.protocol import ChatBody, CompletionBody
+from qsharp_jax.serving.requests import Update
 
 LEAST_LOG_PROB = -9999.0  # JSON has no -inf; OpenAI's value for it
 

@@ -14,7 +14,8 @@ import uvicorn
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.serving.app import Limits, Server
 from qsharp_jax.serving.broker import Broker
-from qsharp_jax.serving.engine import Engine, Update
+from qsharp_jax.serving.engine import Engine
+from qsharp_jax.serving.requests import Update
 from qsharp_jax.serving.steering import Served
 from qsharp_jax.system.errors import UserError
 

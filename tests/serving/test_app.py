@@ -17,7 +17,7 @@ from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.serving.app import Limits, Server
 from qsharp_jax.serving.broker import Broker
-from qsharp_jax.serving.engine import Busy, Closed, Load, Update
+from qsharp_jax.serving.requests import Busy, Closed, Load, Update
 from qsharp_jax.serving.steering import Served
 
 BODY = dict(model="small", messages=[{"role": "user", "content": "eggs"}], max_tokens=3)

@@ -11,7 +11,9 @@ from brute_force import CASES, COMMON, PROMPTS, N, V, decoding_models
 from qsharp_jax.decoding import generate, row_seeds
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.serving import engine as module
-from qsharp_jax.serving.engine import Busy, Closed, Engine, Request
+from qsharp_jax.serving import prompts
+from qsharp_jax.serving.engine import Engine
+from qsharp_jax.serving.requests import Busy, Closed, Load, Request
 from qsharp_jax.system.errors import UserError
 
 REF, BERNOULLI = decoding_models("v-bernoulli")
@@ -129,17 +131,17 @@ def test_top_log_probs_come_with_those_who_ask_for_them():
 
 
 def test_a_prompt_longer_than_a_chunk_does_not_hold_up_the_rows(monkeypatch):
-    """Between two pieces of a long prompt, rows that decode get their steps."""
+    """Between two pieces of a long prompt, rows that decode get their steps; at first, as both rows are free, two go."""
     received, events = Received(), []
     engine = start(received, rows=2, chunk=4)
     monkeypatch.setattr(module, "decode", recorded(events, "steps", module.decode))
-    monkeypatch.setattr(module, "prefill_chunk", recorded(events, "piece", module.prefill_chunk))
+    monkeypatch.setattr(prompts, "prefill_chunk", recorded(events, "piece", prompts.prefill_chunk))
     first, long = request([7], n=1, stop_ids=()), request(PROMPTS[1], n=1)
     answer(engine, [first, long])
     # 15 tokens after the padding of the first piece: 3 + 4 + 4 + 4, two models only where there is a guide.
     pieces = [place for place, event in enumerate(events) if event == "piece"]
     assert len(pieces) == 4
-    assert all("steps" in events[a:b] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert ["steps" in events[a:b] for a, b in zip(pieces, pieces[1:], strict=False)] == [False, True, True]
     for one in (first, long):
         assert_as_alone(received, one, None)
 
@@ -171,7 +173,7 @@ def test_requests_come_and_go_while_others_run():
     for one in kept:
         assert_as_alone(received, one, BERNOULLI)
     assert not any((one, sample) in received.finish and sample > 1 for one in dropped for sample in range(4))
-    assert engine.load == module.Load(0, 2, 0, engine.load.steps, engine.load.row_steps)
+    assert engine.load == Load(0, 2, 0, engine.load.steps, engine.load.row_steps)
 
 
 def test_a_full_queue_and_a_closed_engine_refuse():
