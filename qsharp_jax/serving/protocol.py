@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qsharp_jax.sampling import LEAST_ETA, LEAST_TEMPERATURE
+from qsharp_jax.sampling import LEAST_ETA, LEAST_TEMPERATURE, MODES
 from qsharp_jax.system.chat import Message
 
 MOST_CHOICES = 64  # of `n`
@@ -107,7 +107,7 @@ class _Body(_Strict):
     eta: Annotated[float, Field(ge=LEAST_ETA, allow_inf_nan=False)] | None = None
     guide: str | list[str] | None = None
     weights: _Finite | list[_Finite] | None = None
-    mode: Literal["qsharp", "cd", "expectation"] | None = None
+    mode: str | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     return_guidance: bool = False
 
@@ -128,6 +128,13 @@ class _Body(_Strict):
         if not all(stop) or len(stop) > MOST_STOPS:
             raise ValueError(f"give at most {MOST_STOPS} texts that are not empty")
         return stop
+
+    @field_validator("mode")
+    @classmethod
+    def _check_mode(cls, mode: str | None) -> str | None:
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"must be one of {', '.join(MODES)}")
+        return mode
 
     @field_validator("temperature")
     @classmethod

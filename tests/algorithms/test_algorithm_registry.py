@@ -12,7 +12,10 @@ from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT, RECORDS
 
 PACKAGE = ROOT / "qsharp_jax"
 HOMES = {name: line.partition(":")[0] for name, line in zip(ALGORITHMS, RECORDS, strict=True)}
-MODES = {"cd": {"sampling.py", "guidance.py", "algorithms/qsharp.py", "algorithms/vas.py"}}  # also a mode of guidance
+# "cd" is also a mode of guidance; the file for `transformers` stands alone.
+MODES = {
+    "cd": {"sampling.py", "guidance.py", "algorithms/qsharp.py", "algorithms/vas.py", "integrations/transformers.py"}
+}
 ADVICE = {"vas": {"algorithms/cd.py"}}  # a refusal that advises another algorithm
 
 

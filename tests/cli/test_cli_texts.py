@@ -409,5 +409,5 @@ def test_a_template_s_date_is_given_or_today_s(models, tmp_path, capfd, command)
     ],
 )  # fmt: skip
 def test_a_run_s_guide_tilts_as_its_algorithm_does(tmp_path, changes, mode):
-    assert generate._mode(Workdir(tmp_path, ConfigDict(changes))) == mode
-    assert generate._mode(None) == "qsharp"
+    assert generate.mode_of(Workdir(tmp_path, ConfigDict(changes))) == mode
+    assert generate.mode_of(None) == "qsharp"

@@ -1,34 +1,14 @@
-import dataclasses
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import bpe
 import pytest
 from repository import PYTHONPATH, ROOT
+from small_server import CONTEXT, QUEUE, ROWS, Running, wait_until_ready
 from text_models import make_guide, make_ref
 
 from qsharp_jax.models import hf
-
-CONTEXT, ROWS, QUEUE = 64, 4, 6
-
-
-@dataclasses.dataclass
-class Running:
-    """A server of its own process."""
-
-    process: subprocess.Popen
-    url: str
-    log: Path
-    ref: Path
-    guide: Path
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +31,7 @@ def server(tmp_path_factory):
             [sys.executable, "-m", "qsharp_jax.cli", *words], env=environment, cwd=ROOT, stderr=file
         )
     try:
-        yield Running(process, _wait(process, log), log, ref, guide)
+        yield Running(process, wait_until_ready(process, log), log, ref, guide)
     finally:
         process.kill()
         process.wait()
-
-
-def _wait(process: subprocess.Popen, log: Path) -> str:
-    """Wait until the server is ready, and return its address."""
-    deadline = time.monotonic() + 300
-    while "\nready\n" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return next(line for line in log.read_text().splitlines() if line.startswith("serving ")).rpartition(" at ")[2]

@@ -13,8 +13,8 @@ import hypothesis
 import numpy as np
 import openai
 import pytest
-from conftest import CONTEXT, QUEUE, ROWS
 from hypothesis import strategies as st
+from small_server import CONTEXT, QUEUE, ROWS
 
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import generate
