@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qsharp_jax.run import schema
 from qsharp_jax.run.config import differences, from_json, to_json
 from qsharp_jax.system import files, loggers
 from qsharp_jax.system import lock as locks
@@ -230,7 +231,20 @@ def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | No
         date = datetime.date.fromisoformat(stored["date"]) if "date" in stored else None
     except (TypeError, ValueError):
         raise UserError(f"{path} has the date {stored['date']!r}; write it as YYYY-MM-DD") from None
+    if "algorithm" in settings:
+        settings = _with_defaults(settings, to_json(schema.default_config()))
     return from_json(settings), stored.get("ref_in"), date
+
+
+def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings that are newer than a run, to the sections that it has; defaults leave all as it was before."""
+    filled = dict(settings)
+    for name, default in defaults.items():
+        if not isinstance(default, dict):
+            filled.setdefault(name, default)
+        elif isinstance(settings.get(name), dict):
+            filled[name] = _with_defaults(settings[name], default)
+    return filled
 
 
 def _read_json(path: Path) -> dict:

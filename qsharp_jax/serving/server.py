@@ -58,19 +58,23 @@ async def _run(
     warm, ended = asyncio.Event(), asyncio.Event()
     errors: list[BaseException] = []
 
+    def tell(function: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, after a second signal
+            loop.call_soon_threadsafe(function, *arguments)
+
     def own_the_devices() -> None:
         try:
             with on_mesh:
                 engine = make_engine(broker.deliver)
-                loop.call_soon_threadsafe(engine_made.set_result, engine)
+                tell(engine_made.set_result, engine)
                 engine.warm_up()
-                loop.call_soon_threadsafe(warm.set)
+                tell(warm.set)
                 engine.run()
         except BaseException as error:
             errors.append(error)
-            loop.call_soon_threadsafe(lambda: engine_made.done() or engine_made.set_exception(errors[0]))
+            tell(lambda: engine_made.done() or engine_made.set_exception(errors[0]))
         finally:
-            loop.call_soon_threadsafe(ended.set)
+            tell(ended.set)
 
     thread = threading.Thread(target=own_the_devices, name="engine", daemon=True)
     thread.start()

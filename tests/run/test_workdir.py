@@ -17,6 +17,8 @@ from helpers import refusal
 from ml_collections import ConfigDict
 from repository import ROOT
 
+from qsharp_jax.configs import arithmetic
+from qsharp_jax.run.config import differences
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError, explain_os_error
 from qsharp_jax.system.files import write_atomic
@@ -41,6 +43,18 @@ def test_a_new_workdir_keeps_its_config(tmp_path):
     with Workdir.open(path) as workdir:  # as `qsharp evaluate --workdir DIR`
         assert workdir.config.fit.epochs == 4 and workdir.config.is_locked
     Workdir.open(path, make_config()).close()  # the same settings again: a run that resumes
+
+
+def test_settings_that_are_newer_than_a_run_have_their_defaults(tmp_path):
+    config = arithmetic.get_config()
+    Workdir.open(tmp_path, config).close()
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["quantize"], stored["fit"]["attention"], stored["fit"]["optimizer"]["schedule"]
+    path.write_text(json.dumps(stored))
+    for given in (None, config):
+        with Workdir.open(tmp_path, given) as workdir:
+            assert not differences(workdir.config, config)
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path):
@@ -112,6 +126,8 @@ def test_a_damaged_config_is_named(tmp_path):
 HOLD = """
 import sys
 from ml_collections import ConfigDict
+from qsharp_jax.configs import arithmetic
+from qsharp_jax.run.config import differences
 from qsharp_jax.run.workdir import Workdir
 workdir = Workdir.open(sys.argv[1], ConfigDict({"seed": 0}))
 print("held", flush=True)
