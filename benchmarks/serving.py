@@ -1,6 +1,6 @@
 """The server under load, beside `ContinuousBatch` on the same requests: throughput, time to first token, overload.
 
-    python benchmarks/serving.py --ref MODEL --guide DIR [--clients 16] [--requests 64] [--minutes 5] [--out FILE]
+    python benchmarks/serving.py --ref MODEL --guide DIR [--clients 16] [--requests 64] [--minutes 5] [--parts first]
 
 Starts `qsharp serve` with as many rows as clients, and asks by HTTP, one request after the other from each client:
 prompts of 20 to 120 tokens cut from a text, at most 64 new tokens, T 0.8, top-p 0.9, eta 0.1, streamed.
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -44,6 +44,8 @@ NEW_TOKENS, CONTEXT, ETA = 64, 256, 0.1
 PROMPTS = (20, 120)  # tokens
 TEXT = Path(__file__).with_name("RESULTS.md")  # what prompts are cut from
 ROUNDS = 3
+PARTS = ["throughput", "first", "overload"]
+CHUNK = 64  # as of `qsharp serve` on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +125,8 @@ def offline(models: Loaded, asked: Sequence[Asked], rows: int, guided: bool) -> 
     return batch.tokens / (time.monotonic() - begun)
 
 
-def first_token_bound(models: Loaded, one: Asked, rows: int, chunk: int) -> float:
-    """Seconds of the prefill of a prompt and of one step of all rows, by the engine's own programs; median of 9."""
+def first_token_bound(models: Loaded, one: Asked, rows: int, chunk: int) -> Callable[[], float]:
+    """A function that times the prefill of a prompt and one step of all rows, by the engine's programs; median of 5."""
     sampling = dataclasses.replace(
         models.sampling, max_new_tokens=2, temperature=0.8, top_p=0.9, eta=ETA, weights=[1.0]
     )
@@ -132,16 +134,18 @@ def first_token_bound(models: Loaded, one: Asked, rows: int, chunk: int) -> floa
         models.ref, [models.guide], dataclasses.replace(models.sampling, eta=np.inf), rows=rows, context=CONTEXT,
         queue=1, chunk=chunk, deliver=lambda updates: None,
     )  # fmt: skip
-    seconds = []
-    for _ in range(10):
+
+    def once() -> float:
         begun = time.monotonic()
         engine._queue.append(Request(one.prompt, sampling, [0]))
         engine._admit()
         engine._dispatch()
         jax.block_until_ready(engine._state)
-        seconds.append(time.monotonic() - begun)
         engine._free(0)
-    return float(np.median(seconds[1:]))
+        return time.monotonic() - begun
+
+    once()  # compiles
+    return lambda: float(np.median([once() for _ in range(5)]))
 
 
 async def overload(url: str, process: psutil.Process, clients: int, seconds: float, asked: Sequence[Asked]) -> dict:
@@ -191,7 +195,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=5.0, help="of overload; 0 leaves it out")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of overload")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--out", type=Path, help="where the figures go as JSON, besides the terminal")
     options = parser.parse_args()
     models = load(options.ref, options.guide, dtype=options.dtype, prompt_format="plain")
@@ -205,8 +210,8 @@ def main() -> None:
         figures[name] = value
         print(f"{name}: {value}", flush=True)
 
-    with server(options, options.clients, options.clients) as (url, _):
-        for guided in (True, False):
+    with server(options, options.clients, options.clients) as (url, process):
+        for guided in (True, False) if "throughput" in options.parts else ():
             offline(models, asked[: options.clients], options.clients, guided)  # compiles
             ratios, rates = [], []
             for _ in range(ROUNDS):
@@ -217,14 +222,16 @@ def main() -> None:
             name = "guided" if guided else "unguided"
             show(f"{name}, tokens per second", [round(rate, 1) for rate in rates])
             show(f"{name}, server / ContinuousBatch", [round(ratio, 3) for ratio in ratios])
-        _, alone = asyncio.run(from_clients(url, [asked[0]] * 9, 1, True))
-        first = float(np.median([first for _, _, first in alone]))
-    bound = first_token_bound(models, asked[0], options.clients, 64)
-    show("first token of one client, seconds", round(first, 4))
-    show("prefill and a step, seconds", round(bound, 4))
-    show("their ratio", round(first / bound, 3))
-    if options.minutes:
-        with server(options, options.clients, options.clients) as (url, process):
+        if "first" in options.parts:
+            bound = first_token_bound(models, asked[0], options.clients, CHUNK)
+            ratios = []
+            for _ in range(ROUNDS):
+                _, alone = asyncio.run(from_clients(url, [asked[0]] * 5, 1, True))
+                seconds = float(np.median([first for _, _, first in alone]))
+                ratios.append((round(seconds, 4), round(bound(), 4)))
+            show("first token of one client, and a prefill and a step, seconds", ratios)
+            show("their ratios", [round(one / other, 3) for one, other in ratios])
+        if "overload" in options.parts:
             show(
                 f"{4 * options.clients} clients for {options.minutes:g} minutes",
                 asyncio.run(overload(url, process, 4 * options.clients, 60 * options.minutes, asked)),

@@ -35,7 +35,6 @@ def later_files_do_not_look_through_this_one_s_objects():
 
 def leave_out_of_later_collections():
     """Readers of checkpoints collect garbage many times: each takes a second once the tests before have left much."""
-    gc.unfreeze()  # what is garbage by now
     gc.collect()
     gc.freeze()
 

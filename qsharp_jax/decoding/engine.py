@@ -183,8 +183,14 @@ class ContinuousBatch:
 
     def _until_a_pause(self) -> Iterator[list[tuple[int, tuple[int, ...], int]]]:
         """Responses to begin, up to a pause; those that begin alike and follow each other share a prefill."""
-        begun = itertools.takewhile(lambda one: one is not None, self._begun)
-        return ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
+
+        def begun() -> Iterator[tuple[int, tuple[int, ...], int]]:
+            for one in self._begun:
+                if one is None:
+                    return
+                yield one
+
+        return ([*group] for _, group in itertools.groupby(begun(), key=lambda one: one[1]))
 
     def _left(self, place: int, start: Sequence[int]) -> int:
         """Number of tokens that a response may still have."""

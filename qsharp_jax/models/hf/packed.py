@@ -194,7 +194,7 @@ def _scaled(
         weight = base.read(f"{module}.weight", (rows, columns)).astype(np.float32)
         return weight * scales()[np.ix_(*places)]
 
-    return shape, read
+    return (shape[0], shape[1]), read
 
 
 def _zeros_and_scales(
