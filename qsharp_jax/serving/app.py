@@ -332,7 +332,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Of the routes: an unknown path, or a method that it does not have."""
+    """Answer for an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
     words = f"{request.method} {request.url.path}: {error.detail.lower()}"
     return JSONResponse(ApiError(error.status_code, words).body, error.status_code, headers=error.headers)

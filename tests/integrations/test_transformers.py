@@ -134,7 +134,7 @@ def test_generate_with_the_folder_of_a_guide_is_greedy_as_in_jax(folder, ref, tm
 
 @pytest.mark.parametrize("name", ["v-scalar", "q-bernoulli"])
 def test_tokens_that_are_taken_back_or_replaced_leave_nothing_behind(name, folder, ref):
-    """As where drafts are rejected, beams change places, or another batch begins."""
+    """Tokens change where drafts are rejected, beams change places, or another batch begins."""
     inputs = padded(PROMPTS)
     tokens = torch.cat([inputs["input_ids"], torch.arange(30).reshape(3, 10) % 23], 1)
     other = tokens.clone()

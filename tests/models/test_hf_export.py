@@ -171,7 +171,7 @@ def test_a_model_without_a_class_in_transformers_is_refused_before_anything_is_w
 
 
 def test_the_code_of_a_guides_card_steers(tmp_path, monkeypatch):
-    """What the card shows of `transformers` runs as it stands, from the folder that has the card."""
+    """The card's code for `transformers` runs as it stands, from the folder that has the card."""
     pytest.importorskip("torch", reason="the code is PyTorch's, which the test extra installs")
     folders = {"path/to/the/reference": tmp_path / "ref", "path/to/this/folder": tmp_path / "guide"}
     hf.export_ref(ref(), tmp_path / "ref", tokenizer=tokenizer())

@@ -91,7 +91,7 @@ def serving(does, *, is_ready=True, **limits):
 
 
 def all_cancelled(engine):
-    """Whether all requests are cancelled, within some seconds."""
+    """True if all requests are cancelled, within some seconds."""
     deadline = time.monotonic() + 10
     while engine.cancelled != engine.asked and time.monotonic() < deadline:
         time.sleep(0.01)
