@@ -49,7 +49,7 @@ CHUNK = 64  # as of `qsharp serve` on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Item:
     """A request, for both ways."""
 
     prompt: list[int]
@@ -78,7 +78,7 @@ def server(options: argparse.Namespace, rows: int, queue: int) -> Iterator[tuple
             assert "Traceback" not in log.read_text()
 
 
-async def ask(client: httpx.AsyncClient, one: Asked, guided: bool) -> tuple[int, int, float]:
+async def ask(client: httpx.AsyncClient, one: Item, guided: bool) -> tuple[int, int, float]:
     """Send a request; returns the status, how many tokens came, and the seconds to the first."""
     body = dict(
         model="guide" if guided else "ref", prompt=one.prompt, max_tokens=NEW_TOKENS, seed=one.seed, temperature=0.8,
@@ -95,10 +95,10 @@ async def ask(client: httpx.AsyncClient, one: Asked, guided: bool) -> tuple[int,
 
 
 async def from_clients(
-    url: str, asked: Sequence[Asked], clients: int, guided: bool
+    url: str, items: Sequence[Item], clients: int, guided: bool
 ) -> tuple[float, list[tuple[int, int, float]]]:
     """Send requests, one after the other from each client; returns the seconds, and what came of each."""
-    waiting, results = iter(asked), []
+    waiting, results = iter(items), []
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as http:
 
         async def one_client() -> None:
@@ -110,22 +110,22 @@ async def from_clients(
         return time.monotonic() - begun, results
 
 
-def offline(models: Loaded, asked: Sequence[Asked], rows: int, guided: bool) -> float:
+def offline(models: Loaded, items: Sequence[Item], rows: int, guided: bool) -> float:
     """Tokens per second of `ContinuousBatch`."""
     sampling = dataclasses.replace(
         models.sampling, max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=0.9, eta=ETA if guided else np.inf
     )
-    seeds = np.concatenate([row_seeds(one.seed, 1) for one in asked])
+    seeds = np.concatenate([row_seeds(one.seed, 1) for one in items])
     begun = time.monotonic()
     batch = ContinuousBatch(
-        models.ref, models.guide if guided else None, [one.prompt for one in asked], sampling, rng=seeds, rows=rows
+        models.ref, models.guide if guided else None, [one.prompt for one in items], sampling, rng=seeds, rows=rows
     )
     for _ in batch:
         pass
     return batch.tokens / (time.monotonic() - begun)
 
 
-def first_token_bound(models: Loaded, one: Asked, rows: int, chunk: int) -> Callable[[], float]:
+def first_token_bound(models: Loaded, one: Item, rows: int, chunk: int) -> Callable[[], float]:
     """A function that times the prefill of a prompt and one step of all rows, by the engine's programs; median of 5."""
     sampling = dataclasses.replace(
         models.sampling, max_new_tokens=2, temperature=0.8, top_p=0.9, eta=ETA, weights=[1.0]
@@ -148,7 +148,7 @@ def first_token_bound(models: Loaded, one: Asked, rows: int, chunk: int) -> Call
     return lambda: float(np.median([once() for _ in range(5)]))
 
 
-async def overload(url: str, process: psutil.Process, clients: int, seconds: float, asked: Sequence[Asked]) -> dict:
+async def overload(url: str, process: psutil.Process, clients: int, seconds: float, items: Sequence[Item]) -> dict:
     """Ask from `clients` without a pause, until so many seconds have passed."""
     counts, firsts, memory = {"answered": 0, "refused": 0, "lost": 0}, [], [process.memory_info().rss]
     end = time.monotonic() + seconds
@@ -159,7 +159,7 @@ async def overload(url: str, process: psutil.Process, clients: int, seconds: flo
                 if time.monotonic() > end:
                     return
                 try:
-                    status, tokens, first = await ask(http, asked[(number + turn * clients) % len(asked)], True)
+                    status, tokens, first = await ask(http, items[(number + turn * clients) % len(items)], True)
                 except httpx.HTTPError:
                     counts["lost"] += 1
                     continue
@@ -203,7 +203,7 @@ def main() -> None:
     rng, text = np.random.default_rng(0), models.tokenizer.encode_prompt(TEXT.read_text()[:200_000])
     lengths = rng.integers(*PROMPTS, size=options.requests)
     begins = rng.integers(0, len(text) - PROMPTS[1], size=options.requests)
-    asked = [Asked(text[b : b + n], int(i)) for i, (b, n) in enumerate(zip(begins, lengths, strict=True))]
+    items = [Item(text[b : b + n], int(i)) for i, (b, n) in enumerate(zip(begins, lengths, strict=True))]
     figures: dict = {"clients": options.clients, "requests": options.requests}
 
     def show(name: str, value: object) -> None:
@@ -212,21 +212,21 @@ def main() -> None:
 
     with server(options, options.clients, options.clients) as (url, process):
         for guided in (True, False) if "throughput" in options.parts else ():
-            offline(models, asked[: options.clients], options.clients, guided)  # compiles
+            offline(models, items[: options.clients], options.clients, guided)  # compiles
             ratios, rates = [], []
             for _ in range(ROUNDS):
-                seconds, results = asyncio.run(from_clients(url, asked, options.clients, guided))
+                seconds, results = asyncio.run(from_clients(url, items, options.clients, guided))
                 assert all(status == 200 for status, _, _ in results)
                 rates.append(sum(tokens for _, tokens, _ in results) / seconds)
-                ratios.append(rates[-1] / offline(models, asked, options.clients, guided))
+                ratios.append(rates[-1] / offline(models, items, options.clients, guided))
             name = "guided" if guided else "unguided"
             show(f"{name}, tokens per second", [round(rate, 1) for rate in rates])
             show(f"{name}, server / ContinuousBatch", [round(ratio, 3) for ratio in ratios])
         if "first" in options.parts:
-            bound = first_token_bound(models, asked[0], options.clients, CHUNK)
+            bound = first_token_bound(models, items[0], options.clients, CHUNK)
             ratios = []
             for _ in range(ROUNDS):
-                _, alone = asyncio.run(from_clients(url, [asked[0]] * 5, 1, True))
+                _, alone = asyncio.run(from_clients(url, [items[0]] * 5, 1, True))
                 seconds = float(np.median([first for _, _, first in alone]))
                 ratios.append((round(seconds, 4), round(bound(), 4)))
             show("first token of one client, and a prefill and a step, seconds", ratios)
@@ -234,7 +234,7 @@ def main() -> None:
         if "overload" in options.parts:
             show(
                 f"{4 * options.clients} clients for {options.minutes:g} minutes",
-                asyncio.run(overload(url, process, 4 * options.clients, 60 * options.minutes, asked)),
+                asyncio.run(overload(url, process, 4 * options.clients, 60 * options.minutes, items)),
             )
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -137,31 +137,31 @@ class Server:
         sampling = sampling_of(self._served, body, new_tokens)
         seed = time.time_ns() if body.seed is None else body.seed
         seeds = row_seeds(seed, body.n * len(prompts)).reshape(len(prompts), body.n).tolist()
-        asked = [
+        batch = [
             requests.Request(prompt, sampling, own, top_log_probs=bool(body.alternatives))
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
-        for one in asked:
+        for one in batch:
             try:
                 self._engine.check(one)
             except UserError as error:
                 raise ApiError(400, str(error), param=name, code="invalid_value") from None
         reply = Reply(body, self._tokenizer, sum(map(len, prompts)), len(prompts) * body.n)
         request.state.log |= {
-            "model": body.model, "eta": float(sampling.eta) if asked[0].is_guided else None,
+            "model": body.model, "eta": float(sampling.eta) if batch[0].is_guided else None,
             "prompt_tokens": reply.usage.prompt, "stream": body.stream,
         }  # fmt: skip
         if self._limits.log_prompts:
             request.state.log["prompt"] = shown
         self.metrics.prompt_tokens.inc(reply.usage.prompt)
         if body.stream:
-            return await self._stream(request, asked, reply, body.n)
-        return await _unless_gone(request, self._whole(request, asked, reply, body.n))
+            return await self._stream(request, batch, reply, body.n)
+        return await _unless_gone(request, self._whole(request, batch, reply, body.n))
 
-    async def _whole(self, request: Request, asked: Sequence[requests.Request], reply: Reply, samples: int) -> Response:
+    async def _whole(self, request: Request, batch: Sequence[requests.Request], reply: Reply, samples: int) -> Response:
         try:
             async with asyncio.timeout(self._limits.seconds):
-                with self._answers(request, asked) as answers:
+                with self._answers(request, batch) as answers:
                     async for place, update in answers:
                         _check(update)
                         reply.add(place * samples + update.sample, update)
@@ -172,10 +172,10 @@ class Server:
         return JSONResponse(reply.whole())
 
     async def _stream(
-        self, request: Request, asked: Sequence[requests.Request], reply: Reply, samples: int
+        self, request: Request, batch: Sequence[requests.Request], reply: Reply, samples: int
     ) -> Response:
         stack = contextlib.ExitStack()
-        answers = stack.enter_context(self._answers(request, asked))  # refusals come before the answer begins
+        answers = stack.enter_context(self._answers(request, batch))  # refusals come before the answer begins
         stack.callback(self._log_end, request, reply)
 
         async def events() -> AsyncIterator[str]:
@@ -197,11 +197,11 @@ class Server:
         return _Events(events(), stack)
 
     @contextlib.contextmanager
-    def _answers(self, request: Request, asked: Sequence[requests.Request]):
+    def _answers(self, request: Request, batch: Sequence[requests.Request]):
         """The updates of requests, counted; what is not finished at the end is cancelled."""
         begun, is_first = time.monotonic(), True
         try:
-            with self._broker.answers(self._engine, asked) as answers:
+            with self._broker.answers(self._engine, batch) as answers:
 
                 async def counted() -> AsyncIterator[tuple[int, requests.Update]]:
                     nonlocal is_first

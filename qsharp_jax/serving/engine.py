@@ -155,7 +155,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """End a request: its rows are free from the next look on, and no more updates come."""
+        """End a request: its rows are free from the next look on; updates on their way may still come."""
         with self._changed:
             if request in self._queue:
                 self._queue.remove(request)

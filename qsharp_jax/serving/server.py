@@ -54,7 +54,7 @@ async def _run(
 ) -> int:  # fmt: skip
     loop = asyncio.get_running_loop()
     broker = Broker(loop)
-    engine_made: asyncio.Future[Engine] = loop.create_future()
+    future_engine: asyncio.Future[Engine] = loop.create_future()
     warm, ended = asyncio.Event(), asyncio.Event()
     errors: list[BaseException] = []
 
@@ -66,19 +66,19 @@ async def _run(
         try:
             with on_mesh:
                 engine = make_engine(broker.deliver)
-                tell(engine_made.set_result, engine)
+                tell(future_engine.set_result, engine)
                 engine.warm_up()
                 tell(warm.set)
                 engine.run()
         except BaseException as error:
             errors.append(error)
-            tell(lambda: engine_made.done() or engine_made.set_exception(errors[0]))
+            tell(lambda: future_engine.done() or future_engine.set_exception(errors[0]))
         finally:
             tell(ended.set)
 
     thread = threading.Thread(target=own_the_devices, name="engine", daemon=True)
     thread.start()
-    engine = await engine_made
+    engine = await future_engine
     server = Server(served, engine, broker, tokenizer, limits)
     http = _Http(
         uvicorn.Config(
