@@ -6,7 +6,7 @@ arXiv 2502.20548, Algorithm 1, lines 3-6. Shapes: B rows, N new tokens.
 import dataclasses
 import functools
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +59,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
     batch = ContinuousBatch(
         ref, guide, prompts, sampling, samples=samples, rows=batch_size, rng=seeds, record=record, tokenizer=tokenizer,
-        starts=((prompt * samples + sample, ()) for prompt in order for sample in range(samples)),
+        order=(prompt * samples + sample for prompt in order for sample in range(samples)),
     )  # fmt: skip
     rows: dict[str, np.ndarray] = {}
     with Bar(None, name, total=count, disable=name is None, before="compiling") as bar:
@@ -252,9 +252,10 @@ def responses(
 
     def roll_in() -> Iterator[tuple[int, list[int]]]:
         for indices, part in batches[0]:
-            for index, start in _starts(indices, part, draws):
-                begun[index] = start
-                yield index, start
+            switches = draw_switches(part.lengths, draws[indices, 2])
+            for row, index in enumerate(indices.tolist()):
+                begun[index] = part.response(row)[: switches[row]]
+                yield index, begun[index]
 
     starts = None
     if guide is not None:
@@ -285,39 +286,29 @@ def _in_one_loop(
     *,
     rows: int,
 ) -> Iterator[tuple[int, int, list[int], bool]]:
-    """`responses` with roll-ins at places 0 .. N - 1 of one loop, and roll-outs, of eta inf, at N .. 2 N - 1."""
+    """`responses` with roll-ins at places 0 .. N - 1 of one loop, and roll-outs, of eta inf, at N .. 2 N - 1.
+
+    A roll-out goes on in the row of its roll-in, from the caches of its tokens up to the switch.
+    """
     count = len(draws)
-    ready: deque[tuple[int, list[int]]] = deque()  # roll-outs whose roll-in has ended
     begun: dict[int, list[int]] = {}
 
-    def starts() -> Iterator[tuple[int, Sequence[int]] | None]:
-        to_begin = iter(range(count))
-        for _ in range(2 * count):
-            while not ready and (index := next(to_begin, None)) is None:
-                yield None
-            yield ready.popleft() if ready else (index, ())
+    def roll_out(place: int, tokens: list[int]) -> tuple[int, int] | None:
+        if place >= count:
+            return None
+        (switch,) = draw_switches(np.asarray([len(tokens)]), draws[[place], 2])
+        begun[place] = tokens[:switch]
+        return count + place, int(switch)
 
     eta = np.concatenate([np.full(count, sampling.eta), np.full(count, math.inf)])
     both = dataclasses.replace(sampling, eta=eta)
-    batches.append(batch(guide, [*prompts] * 2, both, rng=draws[:, :2].T.reshape(-1), rows=rows, starts=starts()))
+    seeds = draws[:, :2].T.reshape(-1)
+    batches.append(batch(guide, [*prompts] * 2, both, rng=seeds, rows=rows, order=range(count), then=roll_out))
     for places, part in batches[-1]:
-        rolled_in = places < count
-        for index, start in _starts(places, part, draws, rolled_in):
-            begun[index] = start
-            ready.append((count + index, start))
-        for row in np.flatnonzero(~rolled_in).tolist():
+        for row in np.flatnonzero(places >= count).tolist():
             index = int(places[row]) - count
             prefix = begun.pop(index)
             yield index, len(prefix), [*prefix, *part.response(row)], bool(part.finished[row])
-
-
-def _starts(
-    indices: np.ndarray, part: Generation, draws: np.ndarray, chosen: np.ndarray | None = None
-) -> Iterator[tuple[int, list[int]]]:
-    """The index of each roll-in that has ended (of those `chosen`), and its tokens up to the switch."""
-    for row in np.arange(len(indices)) if chosen is None else np.flatnonzero(chosen):
-        (switch,) = draw_switches(part.lengths[[row]], draws[indices[[row]], 2])
-        yield int(indices[row]), part.response(row)[:switch]
 
 
 def draw_switches(lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:

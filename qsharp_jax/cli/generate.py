@@ -176,7 +176,7 @@ def _answer(
 
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the compiled programs are the same
             *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
-            samples=per_prompt, rows=rows, rng=seeds, starts=((place, ()) for place in places),
+            samples=per_prompt, rows=rows, rng=seeds, order=places,
             tokenizer=models.tokenizer,
         )  # fmt: skip
         hidden = not sys.stderr.isatty() or (options.output is None and sys.stdout.isatty())
@@ -343,10 +343,11 @@ def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sa
     """Check that the weights and caches of the models `names` fit, for `rows` prompts of up to `longest` tokens."""
     from qsharp_jax.decoding import cache_size, caches
     from qsharp_jax.models import memory, sharding
+    from qsharp_jax.models.kv_cache import Sizes
 
     size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
     weights = {f"the {name}'s weights": models.weights[name] for name in names}
-    rings = caches({name: models.configs[name] for name in names}, sharding.round_rows(rows), size)
+    rings = caches({name: models.configs[name] for name in names}, Sizes(sharding.round_rows(rows), size))
     memory.check_memory(weights | sharding.abstract_rows(rings))
 
 

@@ -4,7 +4,7 @@ they consist of.
 Prompts and responses are token ids.
 """
 
-from qsharp_jax.decoding.api import Run, cache_size, for_decoding, generate, stream
+from qsharp_jax.decoding.api import Run, cache_size, cache_sizes, for_decoding, generate, stream
 from qsharp_jax.decoding.checks import caches, guide_names, prefill_work, row_seeds, rows_that_fit
 from qsharp_jax.decoding.engine import ContinuousBatch
 from qsharp_jax.decoding.loop import BLOCK, decode, prefill
@@ -33,6 +33,7 @@ __all__ = [
     "Settings",
     "State",
     "cache_size",
+    "cache_sizes",
     "caches",
     "decode",
     "decode_one_token",

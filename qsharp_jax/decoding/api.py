@@ -4,6 +4,7 @@ Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K 
 """
 
 import functools
+import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 import qsharp_jax.decoding.stops as stops
 from qsharp_jax.decoding.checks import check_memory, checked
-from qsharp_jax.decoding.loop import BLOCK, decode, prefill
+from qsharp_jax.decoding.loop import BLOCK, decode, prefill, shared
 from qsharp_jax.decoding.state import (
     RECORDED,
     Generation,
@@ -24,9 +25,12 @@ from qsharp_jax.decoding.state import (
 )
 from qsharp_jax.models import cpu_form, decoder, gpu_form, quantized, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
 
+SHARED = 512  # tokens of a prompt from which on its samples share its keys and values
+SHARED_TO_NEW = 2  # times as long as responses may be
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
 
 
@@ -137,13 +141,23 @@ class Run:
         )
         padded, start = pad(prompts, sampling.prompt_bucket)
         steps = _steps(sampling.max_new_tokens)
-        size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
+        longest, bucket = max(map(len, prompts)), sampling.prompt_bucket
+        sizes = cache_sizes(rows, samples, longest, sampling.max_new_tokens, bucket)
         self.ref, self.guide = for_decoding(ref), value.each(for_decoding, guide)
-        check_memory(self.ref, self.guide, rows, size, prompts=len(prompts), tokens=padded.shape[1] - 1)
-        fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=size, samples=samples)
+        check_memory(self.ref, self.guide, sizes, prompts=len(prompts), tokens=padded.shape[1] - 1)
+        last = cpu_form.positions_last(self.ref.params, rows)
+
+        def fill(model: Any) -> KVCache:
+            params, config = value.trunk(model).params, value.trunk(model).config
+            prompt = functools.partial(prefill, params, config, padded[:, :-1], start)
+            if not sizes.prompts:
+                return prompt(size=sizes.positions, samples=samples)
+            prompts_ = prompt(size=sizes.shared, samples=sizes.prompts // len(prompts))
+            return shared(prompts_, rows=rows, size=sizes.positions, positions_last=last)
+
         self.state = first_state(
-            fill(self.ref.params, ref.config),
-            value.each(lambda model: fill(value.trunk(model).params, value.trunk(model).config), self.guide),
+            fill(self.ref),
+            value.each(fill, self.guide),
             np.repeat(padded, samples, axis=0),
             np.repeat(start, samples),
             steps,
@@ -226,9 +240,30 @@ def padded_length(length: int, shortest: int) -> int:
 
 
 def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int) -> int:
-    """Number of positions in the caches of `generate` for prompts of at most `longest` tokens."""
-    filled = padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens)
-    return -(-filled // CACHE_BUCKET) * CACHE_BUCKET
+    """Number of positions in the caches of `generate` for prompts of at most `longest` tokens, if none is shared."""
+    return _positions(padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens))
+
+
+def cache_sizes(rows: int, samples: int, longest: int, max_new_tokens: int, prompt_bucket: int) -> Sizes:
+    """Sizes of the caches of a loop of at most `rows` rows, in which samples share long prompts.
+
+    Rows of a shared prompt get the next one together, so some wait for others: it pays where prompts are much longer
+    than responses.
+
+    Args:
+      samples: responses to each prompt; a divisor of it is the number of rows that share a prompt.
+      longest: tokens of the longest prompt.
+    """
+    rows, parts = sharding.round_rows(rows), sharding.round_rows(1)
+    prompt, new = padded_length(longest, prompt_bucket), _steps(max_new_tokens)
+    each = math.gcd(samples, rows // parts)  # of rows, on one device
+    if each == 1 or prompt < max(SHARED, SHARED_TO_NEW * new):
+        return Sizes(rows, _positions(prompt - 1 + new))
+    return Sizes(rows, _positions(new), rows // each, _positions(prompt - 1))
+
+
+def _positions(count: int) -> int:
+    return -(-count // CACHE_BUCKET) * CACHE_BUCKET
 
 
 def _steps(max_new_tokens: int) -> int:

@@ -16,7 +16,7 @@ from qsharp_jax.decoding.state import RECORDS, Controls, Guide, Settings
 from qsharp_jax.models import attention, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
@@ -169,19 +169,18 @@ def _check_prompts(
                 )
 
 
-def check_memory(ref: LanguageModel, guide: Guide | None, rows: int, size: int, *, prompts: int, tokens: int) -> None:
+def check_memory(ref: LanguageModel, guide: Guide | None, sizes: Sizes, *, prompts: int, tokens: int) -> None:
     """Check that caches and prefill fit into memory beside the weights, which are loaded already.
 
     Args:
-      rows: of all caches that there are at a time.
-      size: positions of a cache.
+      sizes: of all caches that there are at a time.
       prompts: prefilled at once.
       tokens: of the longest of them, padded.
     """
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
         configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
-    parts: dict[str, Any] = sharding.abstract_rows(caches(configs, rows, size))
+    parts: dict[str, Any] = sharding.abstract_rows(caches(configs, sizes))
     works = [prefill_work(config, prompts, tokens, jax.sharding.get_mesh()) for config in configs.values()]
     memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=weights)
 
@@ -214,15 +213,14 @@ def check_guide(guide: ValueConfig, sampling: Sampling, vocab_size: int) -> None
         raise UserError("a Q-type guide reads all candidates at one position: leave candidate_slots out")
 
 
-def caches(configs: Mapping[str, DecoderConfig], rows: int, size: int) -> dict[str, KVCache]:
+def caches(configs: Mapping[str, DecoderConfig], sizes: Sizes) -> dict[str, KVCache]:
     """The models' caches as `jax.ShapeDtypeStruct`s, for `memory.check_memory`.
 
     Args:
       configs: of the decoders that run, by name: "reference", "guide".
-      rows: of a batch, all samples of its prompts.
-      size: positions, see `cache_size`.
+      sizes: see `cache_sizes`.
     """
-    return {f"the {name}'s cache": kv_cache.abstract(config, rows, size) for name, config in configs.items()}
+    return {f"the {name}'s cache": kv_cache.abstract(config, sizes) for name, config in configs.items()}
 
 
 def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) -> list[jax.ShapeDtypeStruct]:
@@ -261,7 +259,7 @@ def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = No
     if weights is not None and (free := memory.available(device)) is not None:
         room = min(room, OF_FREE * (free - _bytes(weights)))
     parts = sharding.round_rows(1)  # the fewest rows that the mesh divides
-    per_part = sum(_bytes(sharding.abstract_rows(kv_cache.abstract(config, parts, size))) for config in configs)
+    per_part = sum(_bytes(sharding.abstract_rows(kv_cache.abstract(config, Sizes(parts, size)))) for config in configs)
     rows = max(1, min(MOST_ROWS.get(device.platform, MOST_ROWS_ELSEWHERE), parts * int(room / per_part)))
     return 1 << (rows.bit_length() - 1)
 

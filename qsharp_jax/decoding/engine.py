@@ -7,23 +7,20 @@ Shapes: R rows, S positions of the ring, U prompts prefilled at once, P their pa
 import collections
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import qsharp_jax.decoding.api as api
 import qsharp_jax.decoding.stops as stops
 from qsharp_jax.decoding.checks import check_memory, checked
 from qsharp_jax.decoding.loop import decode, prefill
-from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, Settings, State, first_state, gives_values
-from qsharp_jax.models import cpu_form, kv_cache, sharding, value
-from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.decoding.rows import First, Waiting, empty_state, refill, rewind
+from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, gives_values
+from qsharp_jax.models import cpu_form, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
 from qsharp_jax.sampling import Sampling
 
 BLOCK = 2  # steps between two looks at how many rows are free
@@ -32,58 +29,8 @@ LONGEST = 64  # steps until control returns to the host, so that whoever reads t
 STOP_STRINGS = 8  # steps between two looks for stop strings, where there are some
 PROMPTS = 16  # prefilled at once
 
-
-@flax.struct.dataclass
-class Waiting:
-    """Prompts that have been prefilled, [U]: the caches end at their last position."""
-
-    ref_cache: KVCache
-    guide_cache: Any  # as of `State`
-    pending: jax.Array
-    previous: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=("ref", "guide", "rows", "size", "steps", "settings", "positions_last"))
-def empty_state(
-    ref: DecoderConfig, guide: Any, rows: int, size: int, steps: int, settings: Settings, *, positions_last: bool
-) -> State:
-    """The loop's carry before any row has a prompt: rings of `size` positions, room for `steps` new tokens per row.
-
-    `guide` is the shape of its trunk, a tuple of them for several, or None.
-    """
-
-    def empty(config: DecoderConfig) -> KVCache:
-        return kv_cache.empty(config, rows, size, positions_last=positions_last).replace(ring=True)
-
-    ref_ring, guide_ring = (jax.tree.map(empty, shapes) for shapes in (ref, guide))
-    nothing = np.zeros((rows, 1), np.int32)
-    return sharding.constrain_rows(first_state(ref_ring, guide_ring, nothing, nothing[:, 0], steps, settings))
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def refill(state: State, waiting: Waiting, source: jax.Array) -> State:
-    """Give rows to waiting prompts.
-
-    Args:
-      source: [R], which of them the row gets; -1: the row goes on.
-    """
-    given = source >= 0
-    rings = {
-        name: kv_cache.each(
-            lambda ring, prompts: kv_cache.refill(ring, prompts, source), getattr(state, name), getattr(waiting, name)
-        )
-        for name in ("ref_cache", "guide_cache")
-    }
-    return sharding.constrain_rows(
-        state.replace(
-            **rings,
-            pending=jnp.where(given, waiting.pending[source], state.pending),
-            previous=jnp.where(given, waiting.previous[source], state.previous),
-            length=jnp.where(given, 0, state.length),
-            stopped=state.stopped & ~given,
-            dropped=jnp.where(given, 0, state.dropped),
-        )
-    )
+# The place of a response, the tokens of its prompt and those that it begins with, and how many it may still have.
+_Begun = tuple[int, tuple[int, ...], int]
 
 
 class ContinuousBatch:
@@ -95,6 +42,7 @@ class ContinuousBatch:
     neighbors that it had, unless a draw falls within rounding (about 1e-6) of the border between two tokens. In
     bfloat16 the place in the ring changes the order of attention's sums, and with it how hidden states round: some
     responses become other samples of the same policy.
+    Where samples share a long prompt, see `cache_sizes`, their rows get the next prompt together.
 
     Attributes:
       row_steps: rows times steps that were computed so far.
@@ -111,7 +59,9 @@ class ContinuousBatch:
         rng: Any,
         rows: int,
         samples: int = 1,
-        starts: Iterable[tuple[int, Sequence[int]] | None] | None = None,
+        order: Iterable[int] | None = None,
+        starts: Iterable[tuple[int, Sequence[int]]] | None = None,
+        then: Callable[[int, list[int]], tuple[int, int] | None] | None = None,
         record: Collection[str] = RECORDED,
         tokenizer: stops.Decodes | None = None,
     ):
@@ -119,10 +69,12 @@ class ContinuousBatch:
 
         Args:
           rows: of the loop, rounded to what the mesh that is set divides.
-          starts: in the order in which they are begun, the place of each response and the tokens that it begins with,
-            which come out of its budget. It is read as rows become free; None is a pause, after which it is read again
-            when other responses have ended. By default all places, with none. A response that begins with its end gets
-            no more tokens, and has finished.
+          order: the places of the responses that are begun, in this order; by default all of them.
+          starts: in its place, the place of each response and the tokens that it begins with, which come out of its
+            budget. It is read as rows become free. A response that begins with its end gets no more tokens, and has
+            finished. No prompt is shared.
+          then: of a response that has ended, by its place and tokens: the place of another that goes on in its row from
+            its first tokens, without a prefill, and how many these are; or None. It begins as those of `starts` do.
         """
         self._rows = rows = sharding.round_rows(rows)
         self._guide, controls, self._settings = checked(
@@ -132,15 +84,20 @@ class ContinuousBatch:
         self._ref = api.for_decoding(ref)
         self._guide = value.each(api.for_decoding, self._guide)
         self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
-        size = api.cache_size(max(map(len, prompts)), self._new, self._bucket)
-        self._prompts_at_once = sharding.round_rows(min(PROMPTS, rows))
+        longest = max(map(len, prompts))
+        sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
+        if then is not None:  # rows that have ended write on until the host looks, and not over what may be kept
+            sizes = sizes._replace(positions=sizes.positions + LONGEST)
+        self._slots = sizes.prompts or rows  # each has one prompt at a time
+        self._prompts_at_once = at_once = sharding.round_rows(min(PROMPTS, self._slots))
+        with_waiting = dict(prompts=sizes.prompts + at_once) if sizes.prompts else dict(rows=rows + at_once)
         check_memory(
-            self._ref, self._guide, rows + self._prompts_at_once, size, prompts=self._prompts_at_once,
-            tokens=api.padded_length(max(map(len, prompts)), self._bucket) - 1,
+            self._ref, self._guide, sizes._replace(**with_waiting), prompts=at_once,
+            tokens=api.padded_length(longest, self._bucket) - 1,
         )  # fmt: skip
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
-            ref.config, trunk, rows, size, self._new, self._settings,
+            ref.config, trunk, sizes, self._new, self._settings,
             positions_last=cpu_form.positions_last(self._ref.params, rows),
         )  # fmt: skip
         self._stops = stops.of(sampling, tokenizer)
@@ -150,13 +107,15 @@ class ContinuousBatch:
         self._start: dict[int, list[int]] = {}  # of the responses that have begun, by place
         self._over: set[int] = set()  # places of responses that begin with their end
         self._budget = np.zeros(rows, np.int32)
-        starts = ((place, ()) for place in range(len(prompts) * samples)) if starts is None else starts
-        self._begun = (
-            one and (one[0], (*prompts[one[0] // samples], *one[1]), self._left(*one)) for one in starts
-        )
-        self._groups = self._until_a_pause()
-        self._queue: collections.deque[tuple[int, int, int]] = collections.deque()  # place, budget, prompt [U]
+        order = range(len(prompts) * samples) if order is None else order
+        starts = ((place, ()) for place in order) if starts is None else starts
+        self._prompt, self._then = lambda place: prompts[place // samples], then
+        begun = ((place, (*self._prompt(place), *start), self._left(place, start)) for place, start in starts)
+        # Those that begin alike and follow each other share a prefill.
+        self._groups = ([*group] for _, group in itertools.groupby(begun, key=lambda one: one[1]))
         self._waiting: Waiting | None = None
+        self._queue: collections.deque[tuple[int, list[_Begun]]] = collections.deque()  # those of each that waits
+        self._of_slot: list[list[_Begun]] = [[] for _ in range(self._slots)]  # those that have no row yet
         self.row_steps = self.tokens = 0
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Generation]]:
@@ -167,11 +126,7 @@ class ContinuousBatch:
                 # Beside the rows for which there are no more prompts: so the last responses are given as they end, too.
                 enough = min(self._rows, int((self._place < 0).sum()) + max(1, self._rows // FREE))
             if (self._place < 0).all():
-                if ended is None:
-                    break
-                yield ended  # after which there may be others to begin
-                ended, enough = None, 0
-                continue
+                break
             controls = self._row_controls()
             self._state = decode(
                 self._ref, self._guide, self._state, controls,
@@ -180,17 +135,8 @@ class ContinuousBatch:
             if ended is not None:  # while the devices go on
                 yield ended
             ended = self._ended()
-
-    def _until_a_pause(self) -> Iterator[list[tuple[int, tuple[int, ...], int]]]:
-        """Responses to begin, up to a pause; those that begin alike and follow each other share a prefill."""
-
-        def begun() -> Iterator[tuple[int, tuple[int, ...], int]]:
-            for one in self._begun:
-                if one is None:
-                    return
-                yield one
-
-        return ([*group] for _, group in itertools.groupby(begun(), key=lambda one: one[1]))
+        if ended is not None:
+            yield ended
 
     def _left(self, place: int, start: Sequence[int]) -> int:
         """Number of tokens that a response may still have."""
@@ -204,23 +150,38 @@ class ContinuousBatch:
 
     def _fill(self) -> None:
         """Give the free rows to the next responses."""
-        while len(free := np.flatnonzero(self._place < 0)) and (self._queue or self._prefill()):
-            source = np.full(self._rows, -1, np.int32)
-            for row in free[: len(self._queue)]:
-                self._place[row], self._budget[row], source[row] = self._queue.popleft()
-                self._checked[row] = 0
-            self._state = refill(self._state, self._waiting, sharding.place_rows(source))
+        rows_of = np.arange(self._rows).reshape(self._slots, -1)
+        while True:
+            source, first = np.full(self._slots, -1, np.int32), First.none(self._rows)
+            for slot, rows in enumerate(rows_of):
+                if self._queue and not self._in_use(slot, rows):
+                    source[slot], self._of_slot[slot] = self._queue.popleft()
+                for row in rows[self._place[rows] < 0][: len(self._of_slot[slot])]:
+                    place, tokens, left = self._of_slot[slot].pop(0)
+                    self._set(row, place, left)
+                    first.set(row, tokens)
+            if first.begins.any():
+                self._state = refill(self._state, self._waiting, *sharding.place_rows((source, first)))
+            if all(itertools.starmap(self._in_use, enumerate(rows_of))) or not self._prefill():
+                return
+
+    def _in_use(self, slot: int, rows: np.ndarray) -> bool:
+        """Return True if a slot has responses, in its rows or waiting for one."""
+        return bool(self._of_slot[slot]) or bool((self._place[rows] >= 0).any())
+
+    def _set(self, row: int, place: int, left: int) -> None:
+        self._place[row], self._budget[row], self._checked[row] = place, left, 0
 
     def _prefill(self) -> bool:
         """Prefill the next prompts; return False if there are none."""
-        self._waiting = None
         groups = list(itertools.islice(self._groups, self._prompts_at_once))
-        if len(groups) < self._prompts_at_once:
-            self._groups = self._until_a_pause()
         if not groups:
             return False
+        self._waiting = None
         prompts = [group[0][1] for group in groups]
-        self._queue.extend((place, left, i) for i, group in enumerate(groups) for place, _, left in group)
+        for number, group in enumerate(groups):
+            together = [group] if self._slots < self._rows else [[one] for one in group]
+            self._queue.extend((number, part) for part in together)
         filled = prompts + [prompts[0][:1]] * (self._prompts_at_once - len(prompts))
         padded, start = api.pad(filled, self._bucket)
         fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=padded.shape[1] - 1)
@@ -229,8 +190,6 @@ class ContinuousBatch:
             guide_cache=value.each(
                 lambda model: fill(value.trunk(model).params, value.trunk(model).config), self._guide
             ),
-            pending=sharding.place_rows(padded[:, -1]),
-            previous=sharding.place_rows(np.asarray([p[-2] if len(p) > 1 else -1 for p in filled], np.int32)),
         )
         return True
 
@@ -261,4 +220,21 @@ class ContinuousBatch:
             kept = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype), kept)
         else:
             kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
-        return places, api.to_generation(kept, self._new, guided=gives_values(self._guide))
+        part = api.to_generation(kept, self._new, guided=gives_values(self._guide))
+        if self._then is not None:
+            self._go_on(rows, places, part)
+        return places, part
+
+    def _go_on(self, rows: np.ndarray, places: np.ndarray, part: Generation) -> None:
+        """Begin other responses in rows that have ended, from places in their own caches."""
+        kept, first = np.full(self._rows, -1, np.int32), First.none(self._rows)
+        for index, row in enumerate(rows):
+            place, tokens = int(places[index]), part.response(index)
+            if (following := self._then(place, tokens)) is not None:
+                other, start = following[0], tokens[: following[1]]
+                self._set(row, other, self._left(other, start))
+                begun = (*self._prompt(place), *start)
+                kept[row] = len(begun) - 1
+                first.set(row, begun)
+        if first.begins.any():
+            self._state = rewind(self._state, *sharding.place_rows((kept, first)))

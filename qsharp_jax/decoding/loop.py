@@ -17,7 +17,7 @@ from qsharp_jax.decoding.step import decode_one_token
 from qsharp_jax.models import attention, cpu_form, decoder, kv_cache, precision, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.kv_cache import KVCache, Sizes
 
 BLOCK = 8  # steps between two checks whether every row has ended
 
@@ -79,7 +79,7 @@ def _in_chunks(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Buffers of keys and of values [B, G, S, E] per layer, filled by one program that all chunks run through."""
     params = params if isinstance(params["layers"], list) else decoder.unstack(params)
-    cache = sharding.constrain_rows(kv_cache.empty(config, len(tokens), size))
+    cache = sharding.constrain_rows(kv_cache.empty(config, Sizes(len(tokens), size)))
     before = decoder.previous_tokens(tokens, segments)
     segments_of_buffer = jnp.pad(segments, ((0, 0), (0, size - segments.shape[1])))
 
@@ -92,6 +92,12 @@ def _in_chunks(
     buffers = attention.over_chunks(tokens.shape[1], chunk, step, list(zip(cache.keys, cache.values, strict=True)))
     keys, values = map(list, zip(*buffers, strict=True))
     return keys, values
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "size", "positions_last"))
+def shared(prompts: KVCache, *, rows: int, size: int, positions_last: bool) -> KVCache:
+    """The caches of `rows` rows that share prefilled prompts, see `kv_cache.sharing`."""
+    return sharding.constrain_rows(kv_cache.sharing(prompts, rows, size, positions_last=positions_last))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))

@@ -31,11 +31,8 @@ def decode_one_token(
     The reference sees the pending token; a value model, or each of several, sees it and the K likeliest candidates in
     the same pass, a policy it alone.
     """
-    active = state.active(controls)
-    ref_cache, guide_cache = (
-        kv_cache.each(lambda cache: kv_cache.without_ended(cache, active), caches)
-        for caches in (state.ref_cache, state.guide_cache)
-    )
+    active, before = state.active(controls), (state.ref_cache, state.guide_cache)
+    ref_cache, guide_cache = kv_cache.each(lambda cache: kv_cache.without_ended(cache, active), before)
     state = state.replace(ref_cache=ref_cache, guide_cache=guide_cache)
     ref_logits, ref_cache = next_logits(ref, state.ref_cache, state, settings)
 
@@ -81,6 +78,7 @@ def decode_one_token(
         new = new.replace(top_token=top, top_log_prob=log_probs)
 
     stop = jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
+    ref_cache, guide_cache = kv_cache.each(kv_cache.with_starts, (ref_cache, guide_cache), before)
     state = state.replace(
         ref_cache=ref_cache,
         guide_cache=guide_cache,
@@ -172,13 +170,14 @@ def advance(
     x = sharding.constrain(decoder.embed(params, config, tokens, before, positions), *stream)
     turns = decoder.rotations(positions, config)
     new, written = [], []
-    for layer, kind, *buffers in zip(params["layers"], config.kinds, cache.keys, cache.values, strict=True):
+    layers = zip(params["layers"], config.kinds, cache.layers, cache.prefix_layers, strict=True)
+    for layer, kind, buffers, prefix in layers:
 
-        def attend(query, key, value, buffers=tuple(buffers), window=kind.window):
+        def attend(query, key, value, buffers=buffers, window=kind.window, prefix=prefix):
             query, key, value = unpack(query), unpack(key), unpack(value)
             pair = key[:, :1], value[:, :1]
             after = kv_cache.write_pair(buffers, pair, cache.slot, cache.axes)
-            attended = decode_attention.attend(query, key, value, buffers, after, cache, window)
+            attended = decode_attention.attend(query, key, value, buffers, after, cache, window, prefix)
             return pack(attended), (pair, after)
 
         x, (pair, after) = decoder.block(layer, config, x, turns[kind.rope], attend)
@@ -188,13 +187,12 @@ def advance(
 
     def write_last(x, cache, new, written):
         x, new, cache = jax.lax.optimization_barrier((x, new, cache))
-        buffers = zip(cache.keys, cache.values, strict=True)
-        layers = zip(buffers, new, strict=True)
+        layers = zip(cache.layers, new, strict=True)
         return x, [kv_cache.write_pair(pair, added, cache.slot, cache.axes) for pair, added in layers]
 
     # See `decode_attention.attend` on the order of reads and writes.
     x, written = jax.lax.platform_dependent(
-        x, cache, new, written, tpu=write_last, default=lambda x, cache, new, written: (x, written)
+        x, cache.replace(prefix=None), new, written, tpu=write_last, default=lambda x, cache, new, written: (x, written)
     )
     keys, values_ = map(list, zip(*written, strict=True))
     cache = cache.replace(keys=keys, values=values_, index=cache.index + 1)

@@ -81,7 +81,7 @@ def sample_method(
             samples=each,
             rows=rows,
             rng=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
-            starts=((place, ()) for place in order),
+            order=order,
             record=("kl", "values") if gives_values(guide) else ("kl",),
             tokenizer=tokenizer,
         )

@@ -1,14 +1,15 @@
 """Attention of a decoding step over the key-value cache, in the form for each kind of device.
 
 CPU and TPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions, merged with
-the candidates' attention to themselves as in FlashAttention (Dao et al., arXiv 2205.14135).
+the candidates' attention to themselves as in FlashAttention (Dao et al., arXiv 2205.14135). Prompts that rows share
+are read once for all of these (Juravsky et al., "Hydragen", arXiv 2402.05099), and merged alike.
 Shapes: B batch, S positions of the buffers, Q tokens of the step, H heads, G kv heads, E head_dim; N = H/G * Q rows of
-queries that read one kv head.
+queries that read one kv head; U prompts that rows share, W positions of these.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from qsharp_jax.models import kv_cache, sharding
-from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.kv_cache import KVCache, Part
 
 Buffers = tuple[jax.Array, jax.Array]  # keys and values of one layer, as in `KVCache`
 
@@ -25,14 +26,6 @@ TILE = 64  # positions that the CUDA kernel reads at once
 ROWS = 128  # of queries in one program of the kernel, at most; half as many if a head takes more than 256 bytes
 PROGRAMS = 264  # of the kernel that keep a GPU busy, two for each multiprocessor of an H200
 MASKED = -1e30  # as a score; with -inf the difference of two would be nan
-
-
-class Part(NamedTuple):
-    """Attention of the query rows over some of the positions, before the division by the sum of the weights."""
-
-    mixed: jax.Array  # [B, G, N, E], values summed with the weights exp(score - largest)
-    total: jax.Array  # [B, G, N] float32, sum of the weights
-    largest: jax.Array  # [B, G, N] float32, the largest score
 
 
 def attend(
@@ -43,6 +36,7 @@ def attend(
     after: Buffers,
     cache: KVCache,
     window: int = 0,
+    prefix: Buffers | None = None,
 ) -> jax.Array:
     """Attention of one step's tokens over a layer's cache; up to rounding, the result of `kv_cache.attend`.
 
@@ -54,30 +48,38 @@ def attend(
         is to be written to its fast memory, and moves all of it back: there reads come first.
       cache: the start, index and form of the buffers.
       window: as in `kv_cache.attend`.
+      prefix: the layer's buffers of `cache.prefix`, where rows share prompts.
 
     Returns:
       [B, Q, H, E] in the query's dtype.
     """
-    plain = functools.partial(kv_cache.attend, ring=cache.ring, positions_last=cache.positions_last, window=window)
+    step = functools.partial(kv_cache.attend, ring=cache.ring, positions_last=cache.positions_last, window=window)
+
+    def plain(query, key, value, buffers, start, index):
+        shared = None if prefix is None else _over_prefix(query, prefix, cache, window)
+        return step(query, key, value, *buffers, start, index, prefix=shared)
+
     if cache.positions_last:  # the form for a CPU
-        return plain(query, key, value, *after, cache.start, cache.index)
+        return plain(query, key, value, after, cache.own, cache.index)
     groups, size, width = cache.values[0].shape[-3:]
     mesh = jax.sharding.get_abstract_mesh()
     # Where a mesh has more devices than kv heads, the compiler divides the query heads.
     whole = not window and (mesh.empty or groups % mesh.shape.get("tensor", 1) == 0)
 
     def cpu(query, key, value, before, after, start, index):
-        return plain(query, key, value, *after, start, index)
+        return plain(query, key, value, after, start, index)
 
     def cuda(query, key, value, before, after, start, index):
-        if not whole or size % TILE or width not in (16, 32, 64, 128, 256):
-            return plain(query, key, value, *after, start, index)
-        return _by_kernel(query, key, value, *after, start, index)
+        sizes = [size] if prefix is None else [size, prefix[0].shape[2]]
+        if not whole or any(size % TILE for size in sizes) or width not in (16, 32, 64, 128, 256):
+            return plain(query, key, value, after, start, index)
+        shared = None if prefix is None else (*prefix, cache.prefix.start, cache.prefix.index)
+        return _by_kernel(query, key, value, *after, start, index, shared)
 
     def tpu(query, key, value, before, after, start, index):
-        return plain(query, key, value, *before, start, index)
+        return plain(query, key, value, before, start, index)
 
-    operands = query, key, value, before, after, cache.start, cache.index
+    operands = query, key, value, before, after, cache.own, cache.index
     return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)
 
 
@@ -100,6 +102,41 @@ def _tokens(x: jax.Array, tokens: int) -> jax.Array:
 
 def _scores(subscripts: str, query: jax.Array, key: jax.Array) -> jax.Array:
     return query.shape[-1] ** -0.5 * jnp.einsum(subscripts, query, key, preferred_element_type=jnp.float32)
+
+
+def _by_prompt(x: jax.Array, prompts: int) -> jax.Array:
+    """[B, G, N, ...] -> [U, G, B/U * N, ...], the rows of a prompt next to each other."""
+    batch, groups, count, *rest = x.shape
+    x = x.reshape(prompts, batch // prompts, groups, count, *rest).swapaxes(1, 2)
+    return x.reshape(prompts, groups, batch // prompts * count, *rest)
+
+
+def _by_row(x: jax.Array, batch: int) -> jax.Array:
+    """The inverse of `_by_prompt`."""
+    prompts, groups, count, *rest = x.shape
+    x = x.reshape(prompts, groups, batch // prompts, count * prompts // batch, *rest).swapaxes(1, 2)
+    return x.reshape(batch, groups, count * prompts // batch, *rest)
+
+
+def _over_prefix(query: jax.Array, buffers: Buffers, cache: KVCache, window: int) -> Part:
+    """Attention of [B, Q, H, E] over the prompts that rows share, one product for all rows of a prompt."""
+    (keys, values), prefix = buffers, cache.prefix
+    batch, tokens = query.shape[:2]
+    prompts, groups, size, _ = values.shape
+    rows = _rows(query, groups)
+    scores = _scores("ugne,uges->ugns" if prefix.positions_last else "ugne,ugse->ugns", _by_prompt(rows, prompts), keys)
+    places = jnp.arange(size)
+    seen = ((places >= prefix.start[:, None]) & (places < prefix.index))[:, None, None]  # [U, 1, 1, W]
+    if window:  # a candidate, one position after the pending token, sees one position less
+        first = cache.index + 1 - window + (jnp.arange(tokens) > 0)  # [Q]
+        near = (cache.own - prefix.index)[:, None, None] + places >= first[:, None]  # [B, Q, W]
+        near = jnp.tile(near, (1, rows.shape[2] // tokens, 1))[:, None]  # [B, 1, N, W]
+        seen = seen & _by_prompt(near, prompts)
+    scores = jnp.where(seen, scores, MASKED)
+    largest = scores.max(-1)
+    weights = jnp.exp(scores - largest[..., None])
+    mixed = jnp.einsum("ugns,ugse->ugne", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Part(*(_by_row(x, batch) for x in (mixed, weights.sum(-1), largest)))
 
 
 def _over_itself(query: jax.Array, key: jax.Array, value: jax.Array) -> Part:
@@ -133,21 +170,30 @@ def _by_kernel(
     values: jax.Array,
     start: jax.Array,
     index: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Attention that reads the positions `start` .. `index` of each row, with the pending token in the buffers."""
+    """Attention that reads the positions `start` .. `index` of each row, with the pending token in the buffers.
+
+    `prefix`: the buffers of prompts that rows share, where each begins [U], and where they end.
+    """
     if keys.ndim == 3:
         keys, values = keys[None], values[None]
     start = jnp.maximum(start, index + 1 - keys.shape[2])
+    shared = () if prefix is None else prefix
 
-    def of_device(rows, key, value, keys, values, start, index):
+    def of_device(rows, key, value, keys, values, start, index, *shared):
         parts = [_over_buffers(rows, keys, values, start, index + 1), _over_itself(rows, key, value)]
+        if shared:
+            part = _over_buffers(_by_prompt(rows, len(shared[0])), *shared)
+            parts.append(Part(*(_by_row(x, len(rows)) for x in part)))
         return _merged(parts, rows.dtype)
 
     # Each device computes its own rows and kv heads: the compiler does not divide a kernel.
-    of_step = ("batch", None, "kv", None)
-    axes = sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, ("batch",), ()
+    of_step, of_row = ("batch", None, "kv", None), ("batch",)
+    axes = [sharding.CACHE, of_step, of_step, sharding.CACHE, sharding.CACHE, of_row, ()]
+    axes += [sharding.CACHE, sharding.CACHE, of_row, ()] if shared else []
     rows = _rows(query, key.shape[2])
-    attended = sharding.on_each_device(of_device, *axes)(rows, key, value, keys, values, start, index)
+    attended = sharding.on_each_device(of_device, *axes)(rows, key, value, keys, values, start, index, *shared)
     return _tokens(attended, query.shape[1])
 
 

@@ -1,13 +1,16 @@
 """The static key-value cache of decoding: one buffer per layer, one write index for all rows.
 
-Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim.
+Shapes: B batch, S positions of the buffer, Q tokens of a step, H heads, G kv heads, E head_dim; U prompts that rows
+share, W positions of these.
 A row's sequence is at positions `start[row] .. index - 1`. All prompts end at the same position, so every row writes at
 the same index, and a step's write is one `dynamic_update_slice`. In a ring, position p is in slot p % S: the index
 grows without end, and `refill` gives a row to another prompt.
+Rows that continue one prompt may share its keys and values, which a step then reads once for all of them (Juravsky et
+al., "Hydragen", arXiv 2402.05099): the first positions of a row's sequence are in `prefix`, the others in its ring.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.struct
@@ -20,6 +23,23 @@ from qsharp_jax.models.config import DecoderConfig
 VALUE_AXIS = -2  # of the positions in a buffer of values
 
 
+class Sizes(NamedTuple):
+    """Numbers of rows and positions of a cache."""
+
+    rows: int
+    positions: int  # of each row's own buffers
+    prompts: int = 0  # that rows share, B / U rows each; 0: a row has its prompt in its own buffers
+    shared: int = 0  # positions of each of these
+
+
+class Part(NamedTuple):
+    """Attention of N queries of each kv head over some of the positions, before the division by the sum of weights."""
+
+    mixed: jax.Array  # [B, G, N, E], values summed with the weights exp(score - largest)
+    total: jax.Array  # [B, G, N] float32, sum of the weights
+    largest: jax.Array  # [B, G, N] float32, the largest score
+
+
 class KVCache(flax.struct.PyTreeNode):
     """Buffers of keys and values, and the positions that they hold."""
 
@@ -28,6 +48,8 @@ class KVCache(flax.struct.PyTreeNode):
     values: list[Any]
     start: Any  # [B] int32, position of each row's first token
     index: Any  # int32 scalar, the next position to write
+    # The prompts that rows share, a cache of U rows, whose row u is of the rows u * B / U and following; or None.
+    prefix: Any = None
     # positions wrap around at S, the longest a row may be
     ring: bool = flax.struct.field(pytree_node=False, default=False)
     # the buffers of keys are [B, G, E, S], see `cpu_form.positions_last`
@@ -37,6 +59,24 @@ class KVCache(flax.struct.PyTreeNode):
     def slot(self) -> jax.Array:
         """The place of position `index` in the buffers."""
         return self.index % self.values[0].shape[VALUE_AXIS] if self.ring else self.index
+
+    @property
+    def layers(self) -> list[tuple[Any, Any]]:
+        """Each layer's buffers of keys and values."""
+        return list(zip(self.keys, self.values, strict=True))
+
+    @property
+    def prefix_layers(self) -> list[Any]:
+        """Each layer's buffers of `prefix`; None where there is none."""
+        return [None] * len(self.keys) if self.prefix is None else self.prefix.layers
+
+    @property
+    def own(self) -> jax.Array:
+        """[B], the first position of each row that is in its own buffers."""
+        if self.prefix is None:
+            return self.start
+        lengths = self.prefix.index - self.prefix.start
+        return self.start + jnp.repeat(lengths, len(self.start) // len(lengths))
 
     @property
     def axes(self) -> tuple[int, int]:
@@ -69,36 +109,69 @@ def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def abstract(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
-    """The cache of a decoder with `size` positions, as `jax.ShapeDtypeStruct`s."""
-    shape = (rows, config.kv_heads, size, config.head_dim)
+def abstract(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False) -> KVCache:
+    """The cache of a decoder as `jax.ShapeDtypeStruct`s; a ring if rows share prompts."""
+    shape = (sizes.rows, config.kv_heads, sizes.positions, config.head_dim)
     value = jax.ShapeDtypeStruct(shape, config.compute_dtype)
     key = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), config.compute_dtype) if positions_last else value
+    of_prompts = Sizes(sizes.prompts, sizes.shared)
     return KVCache(
         keys=[key] * config.layers,
         values=[value] * config.layers,
-        start=jax.ShapeDtypeStruct((rows,), jnp.int32),
+        start=jax.ShapeDtypeStruct((sizes.rows,), jnp.int32),
         index=jax.ShapeDtypeStruct((), jnp.int32),
+        prefix=abstract(config, of_prompts, positions_last=positions_last) if sizes.prompts else None,
+        ring=sizes.prompts > 0,
         positions_last=positions_last,
     )
 
 
-def empty(config: DecoderConfig, rows: int, size: int, *, positions_last: bool = False) -> KVCache:
-    """A cache in which no row has a sequence yet."""
-    shapes = abstract(config, rows, size, positions_last=positions_last)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def empty(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False) -> KVCache:
+    """A cache in which no row has a sequence yet; prompts that are to be shared end at the end of their buffers."""
+    shapes = abstract(config, sizes, positions_last=positions_last)
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if cache.prefix is None:
+        return cache
+    end = jnp.full_like(cache.index, sizes.shared)
+    return cache.replace(prefix=cache.prefix.replace(index=end, start=jnp.full_like(cache.prefix.start, end)))
 
 
-def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
+def sharing(prompts: KVCache, rows: int, size: int, *, positions_last: bool) -> KVCache:
+    """A ring of `rows` rows with `size` positions of their own, which share the prompts of a cache, next to each other.
+
+    `positions_last` is of their own buffers.
+    """
+    shape = list(prompts.values[0].shape)
+    shape[0], shape[VALUE_AXIS] = rows, size
+    values = [jnp.zeros(shape, buffer.dtype) for buffer in prompts.values]
+    return prompts.replace(
+        keys=[value.swapaxes(-1, -2) for value in values] if positions_last else values,
+        values=values,
+        start=jnp.repeat(prompts.start, rows // len(prompts.start)),
+        prefix=prompts,
+        ring=True,
+        positions_last=positions_last,
+    )
+
+
+def refill(cache: KVCache, prompts: KVCache, source: jax.Array, begins: jax.Array) -> KVCache:
     """Give some rows of a ring new prompts, which end at the current position.
 
-    A row is written as a whole; what it holds besides the prompt is never read.
+    A row is written as a whole; what it holds besides the prompt is never read. Where rows share prompts, it is these
+    that are replaced, and rows that begin have nothing of their own.
 
     Args:
       cache: the ring, of S positions.
-      prompts: a cache of U prompts and W positions, of which those before the last S are not read.
-      source: [B], the index of the row's new prompt; -1 for a row that continues.
+      prompts: a cache of prompts and W positions, of which those before the last S are not read.
+      source: [B], the index of the row's new prompt, or [U] of the shared ones'; -1 for one that stays.
+      begins: [B] bool, the rows that begin with their prompt.
     """
+    chex.assert_shape(begins, cache.start.shape)
+    if cache.prefix is not None:
+        prefix = refill(cache.prefix, prompts, source, source >= 0)
+        cache = cache.replace(prefix=prefix)
+        start = cache.index - (cache.own - cache.start)
+        return cache.replace(start=jnp.where(begins, start, cache.start))
     size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
     first = max(width - size, 0)  # position of the prompts' that is read first
     axes_of_prompts = prompts.axes
@@ -131,13 +204,54 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array) -> KVCache:
     offset = (cache.index - prompts.index + first) % size
     keys, values = write_rows((cache.keys, cache.values), (prompts.keys, prompts.values), source, offset)
     start = cache.index - (prompts.index - prompts.start[source])
-    return cache.replace(keys=keys, values=values, start=jnp.where(source >= 0, start, cache.start))
+    return cache.replace(keys=keys, values=values, start=jnp.where(begins, start, cache.start))
+
+
+def rewind(cache: KVCache, kept: jax.Array) -> KVCache:
+    """Shorten some rows of a ring: what is kept ends at the current position.
+
+    Args:
+      kept: [B], the number of positions that a row keeps from its start on; -1 for a row that stays.
+    """
+    chex.assert_shape(kept, cache.start.shape)
+    by = jnp.where(kept < 0, 0, cache.index - cache.start - kept)
+
+    def move_rows(buffers: tuple, by: jax.Array) -> tuple:
+        rows = jnp.argsort(by == 0)  # rows that move come first
+
+        def move_row(count: jax.Array, buffers: tuple) -> tuple:
+            row = rows[count]
+
+            def move(buffer: jax.Array, axis: int) -> jax.Array:
+                old = jax.lax.dynamic_slice_in_dim(buffer, row, 1)
+                return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.roll(old, by[row], axis), row, 0)
+
+            return tuple([move(buffer, axis) for buffer in of] for of, axis in zip(buffers, cache.axes, strict=True))
+
+        return jax.lax.fori_loop(0, jnp.sum(by > 0), move_row, buffers)
+
+    # Each device moves its own rows; devices differ in how many they move.
+    move_rows = sharding.on_each_device(move_rows, sharding.CACHE, sharding.CACHE[:1])
+    keys, values = move_rows((cache.keys, cache.values), by)
+    return cache.replace(keys=keys, values=values, start=cache.start + by)
 
 
 def without_ended(cache: KVCache, active: jax.Array) -> KVCache:
-    """The cache in which rows that are not active, [B] bool, hold no positions: none are read for them."""
+    """The cache in which rows that are not active, [B] bool, hold no positions: none are read for them.
+
+    Nor are prompts that no active row shares.
+    """
     # On a mesh `active` is divided as the sampled tokens are, and what depends on `start` would be too.
-    return cache.replace(start=sharding.constrain(jnp.where(active, cache.start, cache.index), "batch"))
+    cache = cache.replace(start=sharding.constrain(jnp.where(active, cache.start, cache.index), "batch"))
+    if cache.prefix is None:
+        return cache
+    of_prompts = active.reshape(len(cache.prefix.start), -1).any(1)
+    return cache.replace(prefix=without_ended(cache.prefix, of_prompts))
+
+
+def with_starts(cache: KVCache, before: KVCache) -> KVCache:
+    """The cache after a step in which some rows had none, with all rows' positions again."""
+    return cache.replace(start=before.start, prefix=before.prefix)
 
 
 def each(change: Callable[..., Any], *caches: Any) -> Any:
@@ -173,6 +287,7 @@ def attend(
     ring: bool = False,
     positions_last: bool = False,
     window: int = 0,
+    prefix: Part | None = None,
 ) -> jax.Array:
     """Attention of one step's tokens over the cache, under the tree mask of guided decoding.
 
@@ -183,9 +298,10 @@ def attend(
       query: [B, Q, H, E].
       key, value: [B, Q, G, E] of the step's tokens.
       keys, values: the buffers, as in `KVCache`; their positions before `index` are read.
-      start: [B], first position of each row.
+      start: [B], first position of each row in the buffers.
       index: scalar, the pending token's position.
       window: the number of tokens that each sees, its own included; 0: all.
+      prefix: attention over what comes before, of the queries in the order of N = H/G * Q.
 
     Returns:
       [B, Q, H, E] in the query's dtype; scores and weights are float32.
@@ -233,12 +349,17 @@ def attend(
     own = of_scores * jnp.einsum("bgne,bgne->bgn", query, repeat(key), preferred_element_type=jnp.float32)
     own = jnp.where(jnp.tile(jnp.arange(tokens) > 0, shared), own, -jnp.inf)  # token 0's is `pending`
 
-    # Softmax over the three parts; the division comes last, on [B, G, N, E] rather than [B, G, N, S].
+    # Softmax over all parts; the division comes last, on [B, G, N, E] rather than [B, G, N, S].
     largest = jnp.maximum(jnp.maximum(scores.max(-1), pending), own)
+    if prefix is not None:
+        largest = jnp.maximum(largest, prefix.largest)
     scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
     total = scores.sum(-1) + pending + own
     attention = with_buffer("bgns,bgse->bgne", scores.astype(values.dtype), values)
     attention += pending[..., None] * value[:, 0, :, None] + own[..., None] * repeat(value)
+    if prefix is not None:
+        weight = jnp.exp(prefix.largest - largest)
+        total, attention = total + weight * prefix.total, attention + weight[..., None] * prefix.mixed
     attention = (attention / total[..., None]).astype(dtype)
     attention = attention.reshape(batch, groups, shared, tokens, width).transpose(0, 3, 1, 2, 4)
     return attention.reshape(batch, tokens, heads, width)

@@ -238,7 +238,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     trunks = {"reference": (ref.params, ref.config), job.learner: (guide.params["trunk"], guide.config.trunk)}
     caches = {}
     for name, (_, trunk) in trunks.items():
-        cache = kv_cache.abstract(trunk, rows, job.cache_size)
+        cache = kv_cache.abstract(trunk, kv_cache.Sizes(rows, job.cache_size))
         caches[name] = chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
     # A V-type guide computes its candidates through the layers beside the pending token.
     candidates = config.generate.top_k_candidates

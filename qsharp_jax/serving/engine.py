@@ -21,11 +21,12 @@ import numpy as np
 from qsharp_jax.decoding import stops
 from qsharp_jax.decoding.api import for_decoding
 from qsharp_jax.decoding.checks import check_guide, check_memory
-from qsharp_jax.decoding.engine import empty_state, refill
 from qsharp_jax.decoding.loop import decode
+from qsharp_jax.decoding.rows import First, empty_state, refill
 from qsharp_jax.decoding.state import RECORDED, RECORDS, Controls, Record, Settings, empty_record
 from qsharp_jax.models import cpu_form, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import MODES, Sampling
 from qsharp_jax.serving.prompts import PIECES, Prefill, Prompt
@@ -105,7 +106,7 @@ class Engine:
         self.rows = sharding.round_rows(rows)
         size = context + chunk // PIECES  # a prompt's first piece may begin with padding
         at_once = sharding.round_rows(1)
-        check_memory(self._ref, self.guides or None, self.rows + at_once, size, prompts=at_once, tokens=chunk)
+        check_memory(self._ref, self.guides or None, Sizes(self.rows + at_once, size), prompts=at_once, tokens=chunk)
         self._prefill = Prefill(self._ref, self.guides, size, chunk)
         self._state = self._empty_state()
         self._row: list[_Row | None] = [None] * self.rows
@@ -269,17 +270,18 @@ class Engine:
 
     def _give_rows(self, prompt: Prompt) -> None:
         """Give free rows to responses that have none."""
-        source = np.full(self.rows, -1, np.int32)
+        source, first = np.full(self.rows, -1, np.int32), First.none(self.rows)
         request, sampling = prompt.request, prompt.request.sampling
         for place, row in enumerate(self._row):
             if row is None and prompt.samples:
                 sample = prompt.samples.popleft()
                 source[place] = 0
+                first.set(place, request.prompt)
                 self._row[place] = _Row(request, sample, stops.of(sampling, self._tokenizer))
                 self._set_controls(place, request, sample)
         if (source < 0).all():
             return
-        self._state = refill(self._state, self._prefill.waiting(prompt), sharding.place_rows(source))
+        self._state = refill(self._state, self._prefill.waiting(prompt), *sharding.place_rows((source, first)))
 
     def _dispatch(self) -> int:
         """Begin steps of all rows in use; returns how many."""
@@ -369,7 +371,7 @@ class Engine:
         guides = tuple(value.trunk(guide).config for guide in self.guides)
         settings = Settings(self._sampling.stop_ids, self.vocab_size, self._sampling.top_k_candidates)
         return empty_state(
-            self._ref.config, guides or None, self.rows, self._prefill.size, self.context, settings,
+            self._ref.config, guides or None, Sizes(self.rows, self._prefill.size), self.context, settings,
             positions_last=cpu_form.positions_last(self._ref.params, self.rows),
         )  # fmt: skip
 

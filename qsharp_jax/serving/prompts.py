@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from qsharp_jax.decoding.engine import Waiting
 from qsharp_jax.decoding.loop import prefill_chunk
+from qsharp_jax.decoding.rows import Waiting
 from qsharp_jax.models import kv_cache, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.models.kv_cache import KVCache
+from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.serving.requests import Request
 
@@ -77,19 +77,13 @@ class Prefill:
 
     def waiting(self, prompt: Prompt) -> Waiting:
         """A prompt that is ready, as `refill` takes it."""
-        tokens = prompt.request.prompt
         ref_cache, *guide_caches = (
             cache or unseen for cache, unseen in zip(prompt.caches, self._unseen, strict=True)
         )
-        return Waiting(
-            ref_cache=ref_cache,
-            guide_cache=tuple(guide_caches) or None,
-            pending=_rows(tokens[-1]),
-            previous=_rows(tokens[-2] if len(tokens) > 1 else -1),
-        )
+        return Waiting(ref_cache=ref_cache, guide_cache=tuple(guide_caches) or None)
 
     def _cache(self, model: Any, padding: int) -> KVCache:
-        cache = kv_cache.empty(model.config, sharding.round_rows(1), self.size)
+        cache = kv_cache.empty(model.config, Sizes(sharding.round_rows(1), self.size))
         return sharding.place_rows(cache.replace(start=np.full(len(cache.start), padding, np.int32)))
 
 

@@ -30,6 +30,7 @@ from qsharp_jax.decoding import api, generate
 from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
@@ -278,7 +279,7 @@ def test_the_caches_that_are_counted_are_those_that_prefill_makes(case, dtype):
         functools.partial(module.prefill, config=config, size=32, samples=2),
         ref.params, tokens=np.zeros((3, 15), np.int32), start=np.zeros(3, np.int32),
     )  # fmt: skip
-    counted = module.caches({"reference": config}, 6, 32)["the reference's cache"]
+    counted = module.caches({"reference": config}, Sizes(6, 32))["the reference's cache"]
     assert jax.tree.structure(made) == jax.tree.structure(counted)
     for leaf, other in zip(jax.tree.leaves(made), jax.tree.leaves(counted), strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)

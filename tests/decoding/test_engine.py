@@ -14,6 +14,7 @@ from helpers import random_guide, random_model
 from jax.experimental import pallas as pl
 
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, engine, generate
+from qsharp_jax.decoding.rows import First
 from qsharp_jax.models import decoder, value
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.sampling import Sampling
@@ -238,8 +239,8 @@ def test_the_caches_are_updated_in_place():
     batch._fill()
     shape = batch._state.ref_cache.keys[0].shape
     words = f"f32[{','.join(map(str, shape))}]"
-    source = np.full(3, -1, np.int32)
-    refill = engine.refill.lower(batch._state, batch._waiting, source)
+    source, first = np.full(3, -1, np.int32), First.none(3)
+    refill = engine.refill.lower(batch._state, batch._waiting, source, first)
     decode = engine.decode.lower(
         batch._ref, batch._guide, batch._state, batch._row_controls(), settings=batch._settings, enough=np.int32(1)
     )

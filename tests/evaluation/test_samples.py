@@ -117,9 +117,9 @@ def test_a_method_that_is_stopped_goes_on_from_its_shards(stoppable, tmp_path, m
             )
     places, batch = [], ContinuousBatch
 
-    def noted(*arguments, starts, **options):
-        places.extend(starts := list(starts))
-        return batch(*arguments, starts=starts, **options)
+    def noted(*arguments, order, **options):
+        places.extend(order := list(order))
+        return batch(*arguments, order=order, **options)
 
     monkeypatch.setattr(samples, "ContinuousBatch", noted)
     rows = sample(session, ref, guide)

@@ -135,7 +135,7 @@ def test_keys_with_positions_last_are_prefilled_refilled_and_written_alike(width
         made = kv_cache.from_prefill([old], jnp.asarray(START), S, positions_last=last)
         made = made.replace(ring=True, index=jnp.int32(S + 2))
         waiting = kv_cache.from_prefill([prompts], jnp.array([width - 3] * B), width, positions_last=last)
-        cache = kv_cache.refill(made, waiting, jnp.array([-1, 2, 0]))
+        cache = kv_cache.refill(made, waiting, jnp.array([-1, 2, 0]), jnp.array([False, True, True]))
         keys, values = kv_cache.write_pair((cache.keys[0], cache.values[0]), new, cache.slot, cache.axes)
         results.append((keys.swapaxes(2, 3) if last else keys, values, cache.start))
     jax.tree.map(np.testing.assert_array_equal, *results)
