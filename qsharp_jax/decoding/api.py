@@ -3,7 +3,6 @@
 Shapes: B prompts, P their padded length, R rows, N new tokens, V vocabulary, K candidates.
 """
 
-import functools
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 import qsharp_jax.decoding.stops as stops
 from qsharp_jax.decoding.checks import check_memory, checked
-from qsharp_jax.decoding.loop import BLOCK, decode, prefill, shared
+from qsharp_jax.decoding.loop import BLOCK, decode, prefill_rows
 from qsharp_jax.decoding.state import (
     RECORDED,
     Generation,
@@ -145,15 +144,10 @@ class Run:
         sizes = cache_sizes(rows, samples, longest, sampling.max_new_tokens, bucket)
         self.ref, self.guide = for_decoding(ref), value.each(for_decoding, guide)
         check_memory(self.ref, self.guide, sizes, prompts=len(prompts), tokens=padded.shape[1] - 1)
-        last = cpu_form.positions_last(self.ref.params, rows)
 
         def fill(model: Any) -> KVCache:
-            params, config = value.trunk(model).params, value.trunk(model).config
-            prompt = functools.partial(prefill, params, config, padded[:, :-1], start)
-            if not sizes.prompts:
-                return prompt(size=sizes.positions, samples=samples)
-            prompts_ = prompt(size=sizes.shared, samples=sizes.prompts // len(prompts))
-            return shared(prompts_, rows=rows, size=sizes.positions, positions_last=last)
+            trunk = value.trunk(model)
+            return prefill_rows(trunk.params, trunk.config, padded[:, :-1], start, sizes)
 
         self.state = first_state(
             fill(self.ref),
@@ -244,8 +238,10 @@ def cache_size(longest: int, max_new_tokens: int, prompt_bucket: int) -> int:
     return _positions(padded_length(longest, prompt_bucket) - 1 + _steps(max_new_tokens))
 
 
-def cache_sizes(rows: int, samples: int, longest: int, max_new_tokens: int, prompt_bucket: int) -> Sizes:
-    """Sizes of the caches of a loop of at most `rows` rows, in which samples share long prompts.
+def cache_sizes(
+    rows: int, samples: int, longest: int, max_new_tokens: int, prompt_bucket: int, *, parts: int | None = None
+) -> Sizes:
+    """Sizes of the caches of a loop of so many rows, in which samples share long prompts.
 
     Rows of a shared prompt get the next one together, so some wait for others: it pays where prompts are much longer
     than responses.
@@ -253,10 +249,11 @@ def cache_sizes(rows: int, samples: int, longest: int, max_new_tokens: int, prom
     Args:
       samples: responses to each prompt; a divisor of it is the number of rows that share a prompt.
       longest: tokens of the longest prompt.
+      parts: groups of devices that divide the rows; by default, those of the mesh that is set.
     """
-    rows, parts = sharding.round_rows(rows), sharding.round_rows(1)
+    parts = sharding.round_rows(1) if parts is None else parts
     prompt, new = padded_length(longest, prompt_bucket), _steps(max_new_tokens)
-    each = math.gcd(samples, rows // parts)  # of rows, on one device
+    each = math.gcd(samples, rows // parts)  # rows of a prompt
     if each == 1 or prompt < max(SHARED, SHARED_TO_NEW * new):
         return Sizes(rows, _positions(prompt - 1 + new))
     return Sizes(rows, _positions(new), rows // each, _positions(prompt - 1))

@@ -26,6 +26,7 @@ from qsharp_jax.sampling import Sampling
 BLOCK = 2  # steps between two looks at how many rows are free
 FREE = 16  # one in so many rows is free before the loop stops for them
 LONGEST = 64  # steps until control returns to the host, so that whoever reads the responses can end it
+GO_ON = 16  # steps between two looks for rows that go on from an earlier place
 STOP_STRINGS = 8  # steps between two looks for stop strings, where there are some
 PROMPTS = 16  # prefilled at once
 
@@ -87,7 +88,7 @@ class ContinuousBatch:
         longest = max(map(len, prompts))
         sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
         if then is not None:  # rows that have ended write on until the host looks, and not over what may be kept
-            sizes = sizes._replace(positions=sizes.positions + LONGEST)
+            sizes = sizes._replace(positions=sizes.positions + GO_ON)
         self._slots = sizes.prompts or rows  # each has one prompt at a time
         self._prompts_at_once = at_once = sharding.round_rows(min(PROMPTS, self._slots))
         with_waiting = dict(prompts=sizes.prompts + at_once) if sizes.prompts else dict(rows=rows + at_once)
@@ -101,7 +102,8 @@ class ContinuousBatch:
             positions_last=cpu_form.positions_last(self._ref.params, rows),
         )  # fmt: skip
         self._stops = stops.of(sampling, tokenizer)
-        self._steps = np.int32(LONGEST if self._stops is None else STOP_STRINGS)
+        steps = (LONGEST, STOP_STRINGS if self._stops else LONGEST, GO_ON if then else LONGEST)
+        self._steps = np.int32(min(steps))
         self._place = np.full(rows, -1)  # of each row's response; -1: the row is free
         self._checked = np.zeros(rows, np.int32)  # tokens of each row that complete no stop string
         self._start: dict[int, list[int]] = {}  # of the responses that have begun, by place

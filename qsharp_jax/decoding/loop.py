@@ -94,10 +94,19 @@ def _in_chunks(
     return keys, values
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "size", "positions_last"))
-def shared(prompts: KVCache, *, rows: int, size: int, positions_last: bool) -> KVCache:
-    """The caches of `rows` rows that share prefilled prompts, see `kv_cache.sharing`."""
-    return sharding.constrain_rows(kv_cache.sharing(prompts, rows, size, positions_last=positions_last))
+def prefill_rows(params: Any, config: DecoderConfig, tokens: jax.Array, start: jax.Array, sizes: Sizes) -> KVCache:
+    """`prefill` into a cache of these sizes, whose rows are the prompts' samples, next to each other."""
+    if not sizes.prompts:
+        return prefill(params, config, tokens, start, size=sizes.positions, samples=sizes.rows // len(tokens))
+    prompts = prefill(params, config, tokens, start, size=sizes.shared, samples=sizes.prompts // len(tokens))
+    return _sharing(prompts, sizes, cpu_form.positions_last(params, sizes.rows))
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "positions_last"))
+def _sharing(prompts: KVCache, sizes: Sizes, positions_last: bool) -> KVCache:
+    return sharding.constrain_rows(
+        kv_cache.sharing(prompts, sizes.rows, sizes.positions, positions_last=positions_last)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))

@@ -101,12 +101,16 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
         candidates=min(config.generate.top_k_candidates, vocabulary),
         truncate=True,
     )
-    width = job.cache_size - config.generate.max_new_tokens
+    sizes = job.cache_sizes(section, rows)
+    width = sizes.shared or sizes.positions - config.generate.max_new_tokens
     tokens, start = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=job.cache_size)
+    prompts = sizes.prompts or rows
 
     def first(ref_params: Any, trunk: Any) -> decoding.State:
-        caches = fill(ref_params, job.ref.config), fill(trunk, job.guide.config.trunk)
+        caches = [
+            decoding.prefill_rows(params, config, tokens[:prompts, :-1], start[:prompts], sizes)
+            for params, config in ((ref_params, job.ref.config), (trunk, job.guide.config.trunk))
+        ]
         return decoding.first_state(*caches, tokens, start, config.generate.max_new_tokens, settings)
 
     state = jax.eval_shape(first, job.ref.params, job.guide.params["trunk"])

@@ -22,6 +22,7 @@ from qsharp_jax.models import kv_cache, meshes, sharding, value
 from qsharp_jax.models.attention import CHUNK
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
+from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state
@@ -236,10 +237,14 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         placed(m, sharding.of_model(m, mesh, sharding.DECODE)) for m in (job.ref, job.guide, job.decoded_guide)
     )
     trunks = {"reference": (ref.params, ref.config), job.learner: (guide.params["trunk"], guide.config.trunk)}
-    caches = {}
-    for name, (_, trunk) in trunks.items():
-        cache = kv_cache.abstract(trunk, kv_cache.Sizes(rows, job.cache_size))
-        caches[name] = chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
+    sizes = job.cache_sizes(section, rows)
+    positions = sizes.positions + sizes.shared  # of a row
+
+    def cache_bytes(trunk: DecoderConfig, sizes: Sizes) -> int:
+        cache = kv_cache.abstract(trunk, sizes)
+        return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
+
+    caches = {name: cache_bytes(trunk, sizes) for name, (_, trunk) in trunks.items()}
     # A V-type guide computes its candidates through the layers beside the pending token.
     candidates = config.generate.top_k_candidates
     queries = {"reference": 1, job.learner: 1 + candidates * (guide.config.type == "v")}
@@ -253,7 +258,12 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         ),
         *itertools.starmap(Line, policies.beside_sampling(job, section)),
         *(
-            Line(f"{name}'s cache", size, f"{rows} rows x {job.cache_size} positions x {trunks[name][1].layers} layers")
+            Line(
+                f"{name}'s cache", size,
+                f"{rows} rows x {sizes.positions} positions"
+                + f" and {sizes.prompts} prompts that they share x {sizes.shared}" * (sizes.prompts > 0)
+                + f" x {trunks[name][1].layers} layers",
+            )
             for name, size in caches.items()
         ),
     ]
@@ -284,10 +294,10 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     ]  # fmt: skip
 
     # The next prompts are prefilled while the loop's arrays do not exist, but its caches do.
-    prompts = max(min(PROMPTS, rows) // (data * beside), 1) * data * beside
-    prompt = job.cache_size - config.generate.max_new_tokens
+    prompts = max(min(PROMPTS, sizes.prompts or rows) // (data * beside), 1) * data * beside
+    prompt = positions - config.generate.max_new_tokens
     works = [decoding.prefill_work(trunk, prompts, prompt, mesh) for _, trunk in trunks.values()]
-    waiting = sum(caches.values()) * prompts * prompt // (rows * job.cache_size)
+    waiting = sum(cache_bytes(trunk, Sizes(prompts, prompt)) for _, trunk in trunks.values())
     beyond = waiting + max(map(chip_bytes, works)) - sum(line.amount for line in memory[-3:])
     memory.append(
         Line(
@@ -305,7 +315,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         products = weights_per_token(params, trunk, tokens) + (name == "reference") * trunk.vocab_size * trunk.embed
         heads = _divided(trunk.heads, tensor)
         flops += 2 * products / tensor / beside * tokens
-        flops += 4 * trunk.layers * heads * trunk.head_dim * job.cache_size * tokens / beside
+        flops += 4 * trunk.layers * heads * trunk.head_dim * positions * tokens / beside
         width = trunk.compute_dtype.itemsize
         sums = 2 * trunk.layers * tokens * trunk.embed * width
         brought["all-reduce"] += sums * 2 * (tensor - 1) / tensor

@@ -21,6 +21,7 @@ from qsharp_jax.models import decoder, lora, memory, meshes, quantized, sharding
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
+from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import attention, models
@@ -44,7 +45,7 @@ class Job:
     # below its LoRA has pi_ref's dtype
     fitted: Params
     fit_tokens: int  # tokens per row of the fit
-    cache_size: int  # positions of the caches in decoding
+    prompt_tokens: int  # of the longest prompt
 
     @property
     def is_policy(self) -> bool:
@@ -55,6 +56,19 @@ class Job:
     def fit_rows(self) -> int:
         """Rows of a step of the fit."""
         return self.config.policy.batch_size if self.is_policy else self.config.fit.batch_size
+
+    @property
+    def cache_size(self) -> int:
+        """Positions of a row in decoding."""
+        sampling = self.config.generate
+        return decoding.cache_size(self.prompt_tokens, sampling.max_new_tokens, sampling.prompt_bucket)
+
+    def cache_sizes(self, section: Any, rows: int) -> Sizes:
+        """Sizes of the caches of collection, with `rows` rows on a mesh's section."""
+        sampling, samples = self.config.generate, self.config.collect.samples
+        parts = math.prod(section["decode"][axis] for axis in meshes.MESH_AXES["decode"] if axis != "tensor")
+        tokens = self.prompt_tokens, sampling.max_new_tokens
+        return decoding.cache_sizes(rows, samples, *tokens, sampling.prompt_bucket, parts=parts)
 
     @property
     def optimizer(self) -> ConfigDict:
@@ -103,7 +117,7 @@ def make(
         guide=ValueModel(_in_dtype(guide_params, ref.dtype) if is_policy else guide_params, guide),
         fitted=_in_dtype(guide_params, stored) if is_policy and config.fit.lora_rank else guide_params,
         fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
-        cache_size=decoding.cache_size(prompt, new, config.generate.prompt_bucket),
+        prompt_tokens=prompt,
     )
     if offsets := config.fit.future_offsets:
         heads = jax.eval_shape(lambda key: train.init_future(key, offsets, guide.trunk), jax.random.key(0))
