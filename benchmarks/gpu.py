@@ -2,11 +2,13 @@
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     # that of jax; no CUDA is needed
     python benchmarks/gpu.py [--rows 1 16 64] [--layers N [M]] [--models REF GUIDE] [--quantize int8]
+    python benchmarks/gpu.py --rows 16 --positions 8320 --new 128 --filled 1 [--samples 16]
 
 XLA compiles `decoding.decode` with abstract weights, by default of Llama 3.1 8B and of a 1B guide. The program is read,
 not run: kernels and bytes of one step, and what makes a step wait for the host. 1,792 positions, of which each row
 holds a quarter, 20 candidates, top-p and all records on, bfloat16, or weights in 8 or 4 bits. Kernels are not tuned
-without a device: where cuBLAS is faster than the kernel here, a GPU's program has it instead.
+without a device: where cuBLAS is faster than the kernel here, a GPU's program has it instead. With `--samples` so many
+rows have one prompt, which they share if it is long, as in `ContinuousBatch`.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import collections
 from pathlib import Path
 from typing import Any
 
-from tpu import abstract, controls, state  # first: it chooses the platform
+from tpu import abstract, buffers, controls, state  # first: it chooses the platform
 
 # isort: split
 import jax
@@ -28,19 +30,20 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
 TARGET = Path(__file__).with_name("h200.txtpb")
-VOCABULARY, POSITIONS, NEW, FILLED = 128_256, 1792, 1024, 0.25
+VOCABULARY = 128_256
 BANDWIDTH = 4.3e12  # bytes a second of a copy on the device
 ATTENTION = "decode_attention"  # the name of our kernel
 
 
-def compile_step(rows: int, layers: list[int] | None, models: list[str], quantize: str) -> dict[str, Any]:
+def compile_step(rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """The table's entries for one number of rows, by column."""
+    layers, filled = options.layers, options.filled
     device = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
     ).devices[0]
     kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
-    kind = dict(dtype="bfloat16", quantize=quantize)
-    ref_config, trunk = (config.make(name, **kind, **few) for name, few in zip(models, kept, strict=True))
+    kind = dict(dtype="bfloat16", quantize=options.quantize)
+    ref_config, trunk = (config.make(name, **kind, **few) for name, few in zip(options.models, kept, strict=True))
     guide_config = ValueConfig(trunk)
     ref = _fused(abstract(lambda key: LanguageModel(decoder.unstack(decoder.init(key, ref_config)), ref_config)))
     guide = abstract(lambda key: ValueModel(value.unstack(value.init(key, guide_config)), guide_config))
@@ -48,7 +51,7 @@ def compile_step(rows: int, layers: list[int] | None, models: list[str], quantiz
     settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=20, truncate=True
     )  # fmt: skip
-    carry = state(ref, guide, settings, rows, POSITIONS, NEW)
+    carry = state(ref, guide, settings, rows, options.positions, options.new, options.samples)
     ring = {name: getattr(carry, name).replace(ring=True) for name in ("ref_cache", "guide_cache")}
     arguments = ref, guide, carry.replace(**ring), controls(rows)
     here = SingleDeviceSharding(device)
@@ -57,9 +60,9 @@ def compile_step(rows: int, layers: list[int] | None, models: list[str], quantiz
 
     program = DecodeProgram(compiled.as_text())
     step = program.computations[program.step]
-    caches = _bytes([cache.keys + cache.values for cache in ring.values()])
+    caches = _bytes(buffers(carry))
     tables = [guide.params["trunk"]["embedding"], ref.params["embedding"]]  # only a few rows are read
-    bound = _bytes((ref, guide)) - _bytes(tables) + FILLED * caches
+    bound = _bytes((ref, guide)) - _bytes(tables) + filled * caches
     # The kernel's operands are whole buffers; it reads the filled part.
     by_kernel = any(i.kind == "custom-call" and ATTENTION in i.text for i in step)
     loops = [i for name in program.loop for i in program.computations[name] if i.kind == "while"]
@@ -67,7 +70,7 @@ def compile_step(rows: int, layers: list[int] | None, models: list[str], quantiz
     return {
         "rows": rows,
         "kernels a step": sum(count for kind, count in _kinds(step).items() if kind in ("fusion", "custom-call")),
-        "MB a step": round((program.hbm_bytes() - by_kernel * (1 - FILLED) * caches) / 1e6),
+        "MB a step": round((program.hbm_bytes() - by_kernel * (1 - filled) * caches) / 1e6),
         "bound MB": round(bound / 1e6),
         "bound ms": round(bound / BANDWIDTH * 1e3, 2),
         "loops without a count": sum("known_trip_count" not in i.text for i in loops),
@@ -96,9 +99,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="of the reference and of the guide; by default all")
     parser.add_argument("--models", nargs=2, default=["llama3.1-8b", "llama3.2-1b"], metavar="SIZE")
     parser.add_argument("--quantize", choices=("int8", "int4"), default="none")
+    parser.add_argument("--positions", type=int, default=1792, help="of a row, --new among them")
+    parser.add_argument("--new", type=int, default=1024, help="tokens of a response at most")
+    parser.add_argument("--filled", type=float, default=0.25, help="share of the positions that rows hold")
+    parser.add_argument("--samples", type=int, default=1, help="rows of one prompt")
     options = parser.parse_args()
     for number, rows in enumerate(options.rows):
-        entries = compile_step(rows, options.layers, options.models, options.quantize)
+        entries = compile_step(rows, options)
         if number == 0:
             print("| " + " | ".join(entries) + " |\n|" + " --- |" * len(entries))
         print("| " + " | ".join(map(str, entries.values())) + " |", flush=True)

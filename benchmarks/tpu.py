@@ -4,16 +4,15 @@
     python benchmarks/tpu.py [--only NAME ...] [--layers N] [--quantize int8] [--json]
 
 Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
-a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions, 20
-candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a quarter of the cache,
-the bound is of these positions. `--layers N [M]` keeps so many layers of the reference and of the
+a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions (8,320 of
+QuALITY's prompts), 20 candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a
+quarter of the cache, the bound is of these positions. `--layers N [M]` keeps so many layers of the reference and of the
 guide, `--quantize` has the weights of both in 8 or 4 bits.
 """
 
 import argparse
 import collections
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -46,6 +45,7 @@ class Case:
     Attributes:
       slots: guide positions that a row has on average; 0 is one for each candidate.
       filled: share of the positions that the rows hold.
+      samples: rows of one prompt, which share it if it is long.
     """
 
     topology: str
@@ -55,6 +55,9 @@ class Case:
     slots: int = 0
     rows: int = 16
     filled: float = 1.0
+    positions: int = POSITIONS
+    new: int = NEW
+    samples: int = 1
 
 
 SMALL, LARGE = ("llama3.1-8b", "llama3.2-1b"), ("llama3.1-70b", "llama3.2-3b")
@@ -67,6 +70,9 @@ CASES = {
     "70b-v5p": Case("v5p:2x2x2", {"data": 1, "tensor": 8}, *LARGE),
     "8b-v5e-16": Case("v5e:4x4", {"data": 4, "tensor": 4}, *SMALL, rows=64),
     "8b-v5e-16-quarter": Case("v5e:4x4", {"data": 4, "tensor": 4}, *SMALL, rows=64, filled=0.25),
+    # Sixteen responses to one long text: with a copy each, and sharing it.
+    "quality-v5e-copies": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL, positions=8320, new=128),
+    "quality-v5e": Case("v5e:2x4", {"data": 1, "tensor": 8}, *SMALL, positions=8320, new=128, samples=16),
     # More chips than kv heads: two groups of eight have half of the rows' caches each, and share the rest.
     "70b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *LARGE),
     "70b-1b-v5e": Case("v5e:4x4", {"attention_data": 2, "tensor": 8}, *MIXED),
@@ -91,7 +97,8 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
         truncate=True,
     )  # fmt: skip
     ref, guide = (_placed(model, sharding.of_model(model, mesh, sharding.DECODE)) for model in (ref, guide))
-    rows = (state(ref, guide, settings, case.rows, POSITIONS, NEW), controls(case.rows))
+    first = state(ref, guide, settings, case.rows, case.positions, case.new, case.samples)
+    rows = (first, controls(case.rows))
     carry, each_row = _placed(rows, sharding.of_rows(rows, mesh, sharding.DECODE))
     with jax.set_mesh(mesh):
         lowered = decoding.decode.lower(ref, guide, carry, each_row, settings=settings)
@@ -101,7 +108,7 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
 
     usage = compiled.memory_analysis()
     read = DecodeProgram(compiled.as_text())
-    caches = [cache.keys + cache.values for cache in (carry.ref_cache, carry.guide_cache)]
+    caches = buffers(carry)
     kernels = [leaf for leaf in jax.tree.leaves((ref, guide)) if leaf.ndim == 2 and min(_shard(leaf)) > 1]
     copies = read.copies({_shard(leaf) for leaf in jax.tree.leaves(caches) + kernels})
     collectives = read.collectives()
@@ -140,17 +147,29 @@ def abstract(init: Any) -> Any:
 
 
 def state(
-    ref: LanguageModel, guide: ValueModel, settings: decoding.Settings, rows: int, size: int, new: int
+    ref: LanguageModel, guide: ValueModel, settings: decoding.Settings, rows: int, size: int, new: int, samples: int = 1
 ) -> decoding.State:
-    """The abstract carry of the loop, with caches of `size` positions and room for `new` tokens."""
-    tokens, start = np.zeros((rows, size - new), np.int32), np.zeros(rows, np.int32)
-    fill = functools.partial(decoding.prefill, tokens=tokens[:, :-1], start=start, size=size)
+    """The abstract carry of the loop, for rows of `size` positions, `new` of them for new tokens."""
+    prompt = size - new
+    sizes = decoding.cache_sizes(rows, samples, prompt, new, prompt, parts=1)
+    tokens, start = np.zeros((rows, prompt), np.int32), np.zeros(rows, np.int32)
+    prompts = slice(sizes.prompts or rows)
 
     def first(ref_params: Any, trunk: Any) -> decoding.State:
-        caches = fill(ref_params, ref.config), fill(trunk, guide.config.trunk)
+        caches = [
+            decoding.prefill_rows(params, config, tokens[prompts, :-1], start[prompts], sizes)
+            for params, config in ((ref_params, ref.config), (trunk, guide.config.trunk))
+        ]
         return decoding.first_state(*caches, tokens, start, new, settings)
 
     return jax.eval_shape(first, *jax.tree.map(_bare, (ref.params, guide.params["trunk"])))
+
+
+def buffers(carry: decoding.State) -> list[Any]:
+    """The buffers of all caches, shared prompts among them."""
+    caches = [carry.ref_cache, carry.guide_cache]
+    caches += [cache.prefix for cache in caches if cache.prefix is not None]
+    return [cache.keys + cache.values for cache in caches]
 
 
 def controls(rows: int) -> decoding.Controls:
