@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from processes import printed_on_fake_devices
 
 from qsharp_jax import decoding
+from qsharp_jax.decoding import api
 from qsharp_jax.models import config, cpu_form, decoder, memory, meshes, quantized, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache
@@ -38,7 +39,8 @@ MESHES = {
     "data 2, tensor 4": {"data": 2, "tensor": 4},
     "caches apart, mlp together": {"attention_data": 2, "tensor": 2},
 }
-CASES = [("own", name) for name in MESHES] + [("packed", "data 2, tensor 4"), ("quantized", "data 2, tensor 4")]
+CASES = [("own", name) for name in MESHES]
+CASES += [(variant, "data 2, tensor 4") for variant in ("packed", "quantized", "sharing a prompt")]
 QUICK = [case for case in CASES if case[1] in ("data 2, tensor 4", "caches apart, mlp together")]
 SLOW = [case for case in CASES if case not in QUICK]
 
@@ -62,19 +64,22 @@ def in_8_bits(model):
     return quantized.model(model.replace(config=dataclasses.replace(model.config, quantize="int8")))
 
 
-def decoded(ref, guide, **changes):
-    made = decoding.generate(ref, guide, PROMPTS, Sampling(**SETTINGS | changes), rng=3)
+def decoded(ref, guide, *, samples=1, **changes):
+    prompts = PROMPTS[: len(PROMPTS) // samples]
+    made = decoding.generate(ref, guide, prompts, Sampling(**SETTINGS | changes), rng=3, samples=samples)
     names = ("tokens", "lengths", "dropped", "log_probs", "ref_log_probs", "kl", "kl_truncated", "values")
     return {name: np.nan_to_num(getattr(made, name), nan=-9).tolist() for name in names}
 
 
 def main(*names: str):
     """Prints a JSON object: by variant, what one device gives and what each mesh does."""
-    of_variant = {"own": models(), "packed": models(), "quantized": [in_8_bits(model) for model in models()]}
-    variants = {"own": {}, "packed": dict(candidate_slots=2), "quantized": {}}
+    of_variant = dict.fromkeys(("own", "packed", "sharing a prompt"), models())
+    of_variant["quantized"] = [in_8_bits(model) for model in models()]
+    variants = {"own": {}, "packed": dict(candidate_slots=2), "quantized": {}, "sharing a prompt": dict(samples=4)}
     results = {
         variant: {"one device": decoded(*of_variant[variant], **changes)} for variant, changes in variants.items()
     }
+    api.SHARED, api.SHARED_TO_NEW = 1, 0  # on the meshes, prompts of any length are shared
     for name in names:
         sizes = MESHES[name]
         devices = jax.devices()[: np.prod(list(sizes.values()))]
