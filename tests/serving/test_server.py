@@ -251,10 +251,16 @@ def test_nonsense_is_refused_and_the_server_lives(server):
 
 def test_the_log_has_a_line_for_each_request(server):
     httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3, eta=0.3))
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    last = lines[-1]
     want = dict(method="POST", path="/v1/chat/completions", status=200, model="good", eta=pytest.approx(0.3))
-    assert {name: last[name] for name in want} == want
+
+    def logged():
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if {name: line.get(name) for name in want} == want]
+
+    end = time.monotonic() + 30
+    while not logged() and time.monotonic() < end:  # a line is written after the answer
+        time.sleep(0.05)
+    last = logged()[-1]
     assert last["prompt"] == LONG["messages"] and last["completion_tokens"] <= 3 and last["first_token_seconds"] > 0
 
 
