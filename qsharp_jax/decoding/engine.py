@@ -32,6 +32,7 @@ PROMPTS = 16  # prefilled at once
 
 # The place of a response, the tokens of its prompt and those that it begins with, and how many it may still have.
 _Begun = tuple[int, tuple[int, ...], int]
+_Then = Callable[[int, list[int]], tuple[int, int] | None]
 
 
 class ContinuousBatch:
@@ -62,7 +63,7 @@ class ContinuousBatch:
         samples: int = 1,
         order: Iterable[int] | None = None,
         starts: Iterable[tuple[int, Sequence[int]]] | None = None,
-        then: Callable[[int, list[int]], tuple[int, int] | None] | None = None,
+        then: _Then | None = None,
         record: Collection[str] = RECORDED,
         tokenizer: stops.Decodes | None = None,
     ):
@@ -224,15 +225,15 @@ class ContinuousBatch:
             kept = jax.tree.map(lambda leaf: leaf[rows], sharding.to_host(kept))
         part = api.to_generation(kept, self._new, guided=gives_values(self._guide))
         if self._then is not None:
-            self._go_on(rows, places, part)
+            self._go_on(rows, places, part, self._then)
         return places, part
 
-    def _go_on(self, rows: np.ndarray, places: np.ndarray, part: Generation) -> None:
+    def _go_on(self, rows: np.ndarray, places: np.ndarray, part: Generation, then: _Then) -> None:
         """Begin other responses in rows that have ended, from places in their own caches."""
         kept, first = np.full(self._rows, -1, np.int32), First.none(self._rows)
         for index, row in enumerate(rows):
             place, tokens = int(places[index]), part.response(index)
-            if (following := self._then(place, tokens)) is not None:
+            if (following := then(place, tokens)) is not None:
                 other, start = following[0], tokens[: following[1]]
                 self._set(row, other, self._left(other, start))
                 begun = (*self._prompt(place), *start)

@@ -26,7 +26,7 @@ class Waiting:
 
 
 class First(NamedTuple):
-    """What rows begin with, [R]."""
+    """The last two tokens of the prompts that rows begin with, [R]."""
 
     pending: jax.Array  # -1: the row goes on
     previous: jax.Array
