@@ -31,7 +31,8 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> No
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "several processes, one per host", "all of them run the same command on a workdir that all of them see"
+        "several processes, one per host",
+        "all of them run the same command, with a workdir or models' folders that all of them see",
     )
     group.add_argument(
         "--coordinator", metavar="PLACE",
@@ -58,7 +59,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ref", metavar="MODEL", help="the reference: a folder, a GGUF file, or an id on the hub")
     parser.add_argument(
         "--mesh", metavar="NAME",
-        help="divide the models over this host's devices, by a preset of configs/meshes.py such as cuda_8;"
+        help="divide the models over the devices, by a preset of configs/meshes.py such as cuda_8 or v5e_16;"
         " --config.mesh.KEY=VALUE changes its numbers (default: one device; a run has its own mesh)",
     )  # fmt: skip
     parser.add_argument(

@@ -1,6 +1,7 @@
 """`qsharp generate`: answer prompts with the guided model."""
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax.cli import arguments, json_lines
-from qsharp_jax.cli.models import check_source, on_mesh, open_models
+from qsharp_jax.cli.models import check_source, is_first, of_first, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
 from qsharp_jax.system import chat, files, settings, stop_strings
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what each guide's log-weights are multiplied by, such as 0.7,0.3; of one guide the power of its tilt",
     )  # fmt: skip
     arguments.add_config(parser)
+    arguments.add_processes(parser)
     parser.add_argument(
         "--input", metavar="FILE",
         help='a prompt per line, or (.jsonl) JSON lines with a "prompt", a text or a list of messages; - is standard'
@@ -115,7 +117,7 @@ def option(name: str) -> str:
 def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     """Answer every prompt at every eta, as JSON lines, or one prompt as text while it is generated."""
     changes = _changes(options)
-    prompts = _read_prompts(options)
+    prompts = of_first(_read_prompts(options) if is_first(options) else None, options)
     etas = _default_etas(workdir, options)
     if options.stream and (len(prompts), len(etas), options.samples, options.output) != (1, 1, 1, None):
         raise UserError("--stream prints one response: give one prompt, one eta, --samples 1, and no --output")
@@ -147,13 +149,14 @@ def _answer(
         raise UserError("--system is a message of a chat, and the prompt format is plain; leave --system out")
     texts = [prompt if options.system is None else chat.with_system(prompt, options.system) for prompt, _ in prompts]
     encoded = _encode(models, texts, sampling.max_new_tokens, guided)
-    if options.output:
+    if options.output and is_first(options):
         json_lines.check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
     per_prompt = len(plan) // len(prompts)
     seeds = np.random.SeedSequence(options.seed).generate_state(len(plan))
     names = list(models.configs) if guided else ["reference"]
-    rows = min(len(plan), options.batch_size or _rows(workdir, models, names, max(map(len, encoded)), sampling))
+    most = options.batch_size or _rows(workdir, models, names, max(map(len, encoded)), sampling)
+    rows = min(len(plan), of_first(most, options))
     requests = [
         generated.Request(*prompts[row], eta if math.isfinite(eta) else None, int(seed))
         for (row, eta), seed in zip(plan, seeds, strict=True)
@@ -170,10 +173,12 @@ def _answer(
         return
 
     def lines(places: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Yield the lines of some responses as they end, each with its place."""
+        """Yield the lines of the first process's places as their responses end, each with its place."""
         from qsharp_jax.decoding import ContinuousBatch
         from qsharp_jax.system.progress import Bar
 
+        if not (places := of_first([*places], options)):
+            return
         batch = ContinuousBatch(  # of all prompts, whatever is missing, so that the compiled programs are the same
             *load(), encoded, dataclasses.replace(sampling, eta=np.asarray([eta for _, eta in plan], np.float32)),
             samples=per_prompt, rows=rows, rng=seeds, order=places,
@@ -187,6 +192,9 @@ def _answer(
                     yield place, generated.encode(requests[place], text, part, row, described)
                 bar.update(len(ended))
 
+    if not is_first(options):  # it computes with the first, which writes
+        collections.deque(lines(()), maxlen=0)
+        return
     if options.output and Path(options.output).is_file():
 
         def by_length(places: Sequence[int]) -> Iterator[tuple[int, str]]:  # prompts of equal length share a prefill

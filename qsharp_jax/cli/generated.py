@@ -100,7 +100,7 @@ def write(
         spans = _resume(path, requests, settings)
         existing, end = len(spans), max((end for _, end in spans.values()), default=0)
         missing = [place for place in range(len(requests)) if place not in spans]
-        for place, line in lines(missing) if missing else ():
+        for place, line in lines(missing):
             data = line.encode()
             with files.named(path):
                 file.write(data)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import sys
 from typing import Any
 
@@ -21,10 +22,41 @@ def check_source(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} goes with --ref; a run's models keep their own")
 
 
-def on_mesh(models: Any) -> contextlib.AbstractContextManager:
-    """Return a context in which the models' mesh, if any, is set."""
+def is_first(options: argparse.Namespace) -> bool:
+    """Return True in the process that reads and writes files: the only one, or the first of several."""
+    if getattr(options, "coordinator", None) is None:
+        return True
+    from qsharp_jax.system import multihost
+
+    return multihost.is_first()
+
+
+def of_first(item: Any, options: argparse.Namespace) -> Any:
+    """Return the first process's JSON value; all of them must call this."""
+    if getattr(options, "coordinator", None) is None:
+        return item
     import jax
 
+    from qsharp_jax.system import multihost
+
+    return multihost.gather([item], jax.process_count())[0]
+
+
+def on_mesh(models: Any) -> contextlib.AbstractContextManager:
+    """Return a context in which the models' mesh, if any, is set.
+
+    Raises:
+      UserError: if there are several processes, and the mesh does not cover the devices of all.
+    """
+    import jax
+
+    devices = 1 if models.mesh is None else models.mesh.size
+    if jax.process_count() > 1 and devices < jax.device_count():
+        raise UserError(
+            f"{jax.process_count()} processes have {jax.device_count()} devices, and the mesh for decoding {devices};"
+            " give --mesh, with --config.mesh.decode.data, .attention_data and .tensor that multiply to"
+            f" {jax.device_count()}"
+        )
     return contextlib.nullcontext() if models.mesh is None else jax.set_mesh(models.mesh)
 
 
@@ -50,7 +82,7 @@ def open_models(workdir: Workdir | None, options: argparse.Namespace) -> Any:
         quantize=options.quantize or "none",
         prompt_format=options.prompt_format,
         stop_ids=getattr(options, "stop_ids", None),
-        date=options.date,
+        date=options.date or datetime.date.fromisoformat(of_first(datetime.date.today().isoformat(), options)),
         mesh=meshes.preset_mesh(options.mesh, "decode"),
     )
     if options.prompt_format is None and folders.tokenizer.prompt_format == "chat":

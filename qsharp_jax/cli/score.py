@@ -1,19 +1,20 @@
 """`qsharp score`: log-probabilities and values of given responses, written in the order of the input to resume."""
 
 import argparse
+import collections
 import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qsharp_jax.cli import arguments, json_lines
-from qsharp_jax.cli.models import check_source, on_mesh, open_models
+from qsharp_jax.cli.models import check_source, is_first, of_first, on_mesh, open_models
 from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import chat, files
@@ -53,6 +54,7 @@ Scorer = Callable[..., list[np.ndarray]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_models(parser)
+    arguments.add_processes(parser)
     parser.add_argument("--guide", metavar="MODEL", help="the guide: a folder, or an id on the hub")
     parser.add_argument("--input", metavar="FILE", required=True, help="JSON lines, as described below")
     parser.add_argument("--output", metavar="FILE", required=True, help="where the JSON lines go")
@@ -72,14 +74,16 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
             f"{workdir.path} holds a policy trained by {workdir.config.algorithm}, which gives no values; score with"
             " models' folders, by --ref and --guide"
         )
-    records = read(options.input)
-    json_lines.check_other_file(options.output, options.input)
+    records, first = [], is_first(options)
+    if first:
+        records = read(options.input)
+        json_lines.check_other_file(options.output, options.input)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
     models = open_models(workdir, options)
     prompt_format = models.tokenizer.prompt_format
     scores = ["ref_log_probs"] * has_ref + ["values", "value"] * has_guide
-    done = resume(options.output, records, scores, prompt_format)
-    records = records[done:]
+    done = resume(options.output, records, scores, prompt_format) if first else 0
+    records, done = of_first((records[done:], done), options)
     if not records:
         print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
         return
@@ -90,7 +94,8 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     _warn_of_other_format(records, prompt_format, first=done + 1)
     positions = min(config.max_positions for config in models.configs.values())
     examples = encode(records, models.tokenizer, positions, first=done + 1)
-    json_lines.check_output(options.output)
+    if first:
+        json_lines.check_output(options.output)
     memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
     vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
     log_probs = means = None
@@ -99,9 +104,15 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
             log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
         if has_guide:
             means = functools.partial(scoring.score, models.load_guide(), rows=rows)
-        write(
-            options.output, records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows
-        )  # fmt: skip
+        lines = scored(records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows)
+        if not first:  # it computes with the first, which writes
+            collections.deque(lines, maxlen=0)
+            return
+        with files.named(options.output), open(options.output, "a", encoding="utf-8") as file:
+            for part in lines:
+                file.writelines(part)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def read(path: str) -> list[dict]:
@@ -224,8 +235,7 @@ def resume(path: str, records: Sequence[dict], scores: Sequence[str], prompt_for
     return len(lines)
 
 
-def write(
-    path: str,
+def scored(
     records: Sequence[dict],
     examples: Sequence["Example"],
     *,
@@ -233,30 +243,28 @@ def write(
     log_probs: Scorer | None,
     means: Scorer | None,
     rows: int,
-) -> None:
-    """Append the scored records to the output, in chunks; a scorer of None is skipped.
+) -> Iterator[list[str]]:
+    """Yield the lines of the scored records, in chunks; a scorer of None is skipped.
 
     Args:
       prompt_format: in which their texts were encoded.
     """
     from qsharp_jax.system.progress import Bar
 
-    with files.named(path), open(path, "a", encoding="utf-8") as file:
-        for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
-            part = examples[begin : begin + rows * CHUNK]
-            part_log_probs = log_probs and _by_width(log_probs, part)
-            part_means = means and _by_width(means, part)
-            for row, record in enumerate(records[begin : begin + rows * CHUNK]):
-                if not _has_tokens(record):
-                    record = record | {"prompt_format": prompt_format}
-                if part_log_probs:
-                    record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
-                if part_means:
-                    values = _numbers(part_means[row])
-                    record = record | {"values": values, "value": values[-1]}
-                file.write(json_lines.dump(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
+        part, lines = examples[begin : begin + rows * CHUNK], []
+        part_log_probs = log_probs and _by_width(log_probs, part)
+        part_means = means and _by_width(means, part)
+        for row, record in enumerate(records[begin : begin + rows * CHUNK]):
+            if not _has_tokens(record):
+                record = record | {"prompt_format": prompt_format}
+            if part_log_probs:
+                record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
+            if part_means:
+                values = _numbers(part_means[row])
+                record = record | {"values": values, "value": values[-1]}
+            lines.append(json_lines.dump(record) + "\n")
+        yield lines
 
 
 def _by_width(scorer: Scorer, examples: Sequence["Example"]) -> list[np.ndarray]:

@@ -1,41 +1,50 @@
-"""`generate` and `score` of models in folders divided over eight fake devices, against one device.
+"""`generate` and `score` of models in folders divided over eight fake devices of two processes, against one device.
 
-The devices are made by a process of its own, which is this file run as a script: XLA reads their number when it starts.
+The processes are the command line: XLA reads the number of devices when it starts.
 """
 
 import json
-import sys
 
 import numpy as np
+import pytest
 from helpers import refusal
-from processes import printed_on_fake_devices
+from processes import free_port, start
 
 from qsharp_jax import cli
 from qsharp_jax.run import config as configs
 
-MESH = ["--mesh=cpu", "--config.mesh.devices_per_host=8", "--config.mesh.decode.data=4", "--config.mesh.decode.tensor=2"]
+MESH = [
+    "--mesh=cpu", "--config.mesh.hosts=2", "--config.mesh.devices_per_host=4", "--config.mesh.decode.data=4",
+    "--config.mesh.decode.tensor=2",
+]  # fmt: skip
 
 
-def commands(ref: str, guide: str, folder: str, mesh: list[str]) -> list[int]:
-    """Generate, and score what was generated; return the exit codes."""
-    models, name = ["--ref", ref, "--guide", guide, "--dtype=float32"], "mesh" if mesh else "one"
-    generated = f"{folder}/{name}.jsonl"
-    settings = ["--eta=0.1", "--samples=3", "--max-new-tokens=8", "--prompt-format=plain", f"--output={generated}"]
-    scored = [f"--input={folder}/one.jsonl", f"--output={folder}/{name}_scored.jsonl", "--prompt-format=plain"]
-    return [
-        cli.main(["generate", *models, *mesh, *settings, "How many eggs?", "Sam"]),
-        cli.main(["score", *models, *mesh, *scored]),
-    ]
+def commands(ref, guide, folder, name) -> list[list[str]]:
+    """Generate, and score what one device generated."""
+    models, scored = ["--ref", ref, "--guide", guide, "--dtype=float32", "--prompt-format=plain"], f"{name}_scored"
+    settings = ["--eta=0.1", "--samples=3", "--max-new-tokens=8", f"--output={folder}/{name}.jsonl"]
+    files = [f"--input={folder}/one.jsonl", f"--output={folder}/{scored}.jsonl"]
+    return [["generate", *models, *settings, "How many eggs?", "Sam"], ["score", *models, *files]]
 
 
-if __name__ == "__main__":
-    print(json.dumps(commands(*sys.argv[1:], MESH)))
+def by_two(words: list[str], mesh: list[str] = MESH) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each of two processes with four devices each."""
+    meet = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    command = ["-m", "qsharp_jax.cli", *words, *mesh, *meet]
+    started = [start(*command, f"--process={index}", devices=4) for index in range(2)]
+    outputs = [process.communicate(timeout=240) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
-def test_responses_and_scores_on_a_mesh_are_those_of_one_device(models, tmp_path):
+def test_responses_and_scores_of_two_hosts_are_those_of_one_device(models, tmp_path):
+    """The first writes all of them; a command that is repeated completes its file."""
     paths = [*map(str, (*models, tmp_path))]
-    assert commands(*paths, []) == [0, 0]
-    assert printed_on_fake_devices(__file__, *paths)[0] == [0, 0]
+    for words in commands(*paths, "one"):
+        assert cli.main(words) == 0
+    (tmp_path / "mesh.jsonl").write_text("".join((tmp_path / "one.jsonl").open().readlines()[1:3]))
+    for words in commands(*paths, "mesh"):
+        for code, output, errors in by_two(words):
+            assert code == 0 and all(line.startswith("[Gloo]") for line in output.splitlines()), errors
 
     def lines(name):
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
@@ -48,6 +57,14 @@ def test_responses_and_scores_on_a_mesh_are_those_of_one_device(models, tmp_path
             for key in ("ref_log_probs", "log_probs", "kl", "values"):
                 numbers = (np.asarray(line.get(key, ()), float) for line in (other, one))  # None is nan
                 np.testing.assert_allclose(*numbers, atol=1e-4, err_msg=key)
+
+
+@pytest.mark.slow
+def test_two_hosts_need_a_mesh_over_the_devices_of_both(models, tmp_path):
+    (words, _) = commands(*map(str, (*models, tmp_path)), "mesh")
+    for code, _, errors in by_two(words, ["--mesh=cpu", "--config.mesh.hosts=2", "--config.mesh.devices_per_host=4"]):
+        assert code == 2 and "Traceback" not in errors
+        assert "2 processes have 8 devices, and the mesh for decoding" in errors or "give sizes that" in errors
 
 
 def test_a_mesh_is_a_preset_for_the_devices_here():
