@@ -41,7 +41,8 @@ def decode_one_token(
     if isinstance(guide, LanguageModel):
         logits, guide_cache = next_logits(guide, state.guide_cache, state, settings)
     elif gives_values(guide):
-        candidates = guidance.top_candidates(ref_logits, settings.candidates)  # [B, K]
+        candidates = guidance.top_candidates(ref_logits, settings.candidates)
+        candidates = sharding.constrain(candidates, "batch", None)  # [B, K]
         packing = None
         if settings.slots:
             packing = guidance.pack(ref_logits, candidates, settings.slots, controls.threshold, active)
@@ -57,7 +58,9 @@ def decode_one_token(
         truncate = sharding.by_row(guidance.truncate)
         top_k = controls.top_k if settings.top_k else None
         truncated = truncate(policy, controls.temperature, top_k, controls.top_p)
-    token = guidance.sample(truncated, row_keys(controls.seed, state.length))
+    # On a mesh whole rows of logits are divided over more devices than the caches' rows: the loop's arrays must not be.
+    keys = row_keys(controls.seed, sharding.constrain(state.length, "batch"))
+    token = sharding.constrain(guidance.sample(truncated, keys), "batch")
 
     new = Record(token=token)
     none = jnp.zeros_like(controls.temperature)

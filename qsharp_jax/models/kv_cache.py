@@ -241,8 +241,7 @@ def without_ended(cache: KVCache, active: jax.Array) -> KVCache:
 
     Nor are prompts that no active row shares.
     """
-    # On a mesh `active` is divided as the sampled tokens are, and what depends on `start` would be too.
-    cache = cache.replace(start=sharding.constrain(jnp.where(active, cache.start, cache.index), "batch"))
+    cache = cache.replace(start=jnp.where(active, cache.start, cache.index))
     if cache.prefix is None:
         return cache
     of_prompts = active.reshape(len(cache.prefix.start), -1).any(1)
