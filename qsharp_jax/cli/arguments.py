@@ -68,8 +68,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--quantize", choices=("int8", "int4"),
-        help="weights in 8 bits, one scale per output channel, or mostly in 4, one per 128 inputs (or 32): reference"
-        " and guide are then these models (default: weights in --dtype)",
+        help="weights in 8 bits, one scale per output channel, or mostly in 4, one per 128 inputs (or 32), and keys and"
+        " values in 8: reference and guide are then these models (default: all in --dtype)",
     )  # fmt: skip
     parser.add_argument(
         "--prompt-format", choices=("plain", "chat"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsharp_jax.decoding.state import RECORDS, Controls, Guide, Settings
-from qsharp_jax.models import attention, kv_cache, memory, sharding, value
+from qsharp_jax.models import attention, cpu_form, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache, Sizes
@@ -220,7 +220,11 @@ def caches(configs: Mapping[str, DecoderConfig], sizes: Sizes) -> dict[str, KVCa
       configs: of the decoders that run, by name: "reference", "guide".
       sizes: see `cache_sizes`.
     """
-    return {f"the {name}'s cache": kv_cache.abstract(config, sizes) for name, config in configs.items()}
+    return {f"the {name}'s cache": _cache(config, sizes) for name, config in configs.items()}
+
+
+def _cache(config: DecoderConfig, sizes: Sizes) -> KVCache:
+    return kv_cache.abstract(config, sizes, int8=kv_cache.is_int8(config, on_cpu=cpu_form.here()))
 
 
 def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) -> list[jax.ShapeDtypeStruct]:
@@ -259,7 +263,7 @@ def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = No
     if weights is not None and (free := memory.available(device)) is not None:
         room = min(room, OF_FREE * (free - _bytes(weights)))
     parts = sharding.round_rows(1)  # the fewest rows that the mesh divides
-    per_part = sum(_bytes(sharding.abstract_rows(kv_cache.abstract(config, Sizes(parts, size)))) for config in configs)
+    per_part = sum(_bytes(sharding.abstract_rows(_cache(config, Sizes(parts, size)))) for config in configs)
     rows = max(1, min(MOST_ROWS.get(device.platform, MOST_ROWS_ELSEWHERE), parts * int(room / per_part)))
     return 1 << (rows.bit_length() - 1)
 

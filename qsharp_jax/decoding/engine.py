@@ -100,7 +100,7 @@ class ContinuousBatch:
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
             ref.config, trunk, sizes, self._new, self._settings,
-            positions_last=cpu_form.positions_last(self._ref.params, rows),
+            on_cpu=cpu_form.is_transposed(self._ref.params),
         )  # fmt: skip
         self._stops = stops.of(sampling, tokenizer)
         steps = (LONGEST, STOP_STRINGS if self._stops else LONGEST, GO_ON if then else LONGEST)

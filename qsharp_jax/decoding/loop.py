@@ -64,7 +64,7 @@ def prefill(
     if not isinstance(kept, list):
         kept = [(kept[0][layer], kept[1][layer]) for layer in range(config.layers)]
     kept, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (kept, start))
-    cache = kv_cache.from_prefill(kept, start, size, positions_last=last)
+    cache = kv_cache.from_prefill(kept, start, size, positions_last=last, int8=_is_int8(params, config))
     return sharding.constrain_rows(cache)
 
 
@@ -79,7 +79,8 @@ def _in_chunks(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Buffers of keys and of values [B, G, S, E] per layer, filled by one program that all chunks run through."""
     params = params if isinstance(params["layers"], list) else decoder.unstack(params)
-    cache = sharding.constrain_rows(kv_cache.empty(config, Sizes(len(tokens), size)))
+    cache = kv_cache.empty(config, Sizes(len(tokens), size), int8=_is_int8(params, config))
+    cache = sharding.constrain_rows(cache)
     before = decoder.previous_tokens(tokens, segments)
     segments_of_buffer = jnp.pad(segments, ((0, 0), (0, size - segments.shape[1])))
 
@@ -92,6 +93,10 @@ def _in_chunks(
     buffers = attention.over_chunks(tokens.shape[1], chunk, step, list(zip(cache.keys, cache.values, strict=True)))
     keys, values = map(list, zip(*buffers, strict=True))
     return keys, values
+
+
+def _is_int8(params: Any, config: DecoderConfig) -> bool:
+    return kv_cache.is_int8(config, on_cpu=cpu_form.is_transposed(params))
 
 
 def prefill_rows(params: Any, config: DecoderConfig, tokens: jax.Array, start: jax.Array, sizes: Sizes) -> KVCache:
@@ -126,8 +131,7 @@ def prefill_chunk(
     places = cache.index + jnp.arange(tokens.shape[1]) - cache.start[:, None]
     before = jnp.concatenate([previous[:, None], tokens[:, :-1]], axis=1)
     before = jnp.where(places > 0, before, -1)
-    size = cache.values[0].shape[kv_cache.VALUE_AXIS]
-    segments = (jnp.arange(size) >= cache.start[:, None]).astype(jnp.int32)
+    segments = (jnp.arange(cache.size) >= cache.start[:, None]).astype(jnp.int32)
     buffers = list(zip(cache.keys, cache.values, strict=True))
     with precision.of(config.dtype):
         buffers = _chunk(params, config, buffers, tokens, before, jnp.maximum(places, 0), segments, cache.index)

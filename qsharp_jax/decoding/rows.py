@@ -46,17 +46,20 @@ class First(NamedTuple):
         self.pending[row], self.previous[row] = tokens[-1], tokens[-2] if len(tokens) > 1 else -1
 
 
-@functools.partial(jax.jit, static_argnames=("ref", "guide", "sizes", "steps", "settings", "positions_last"))
+@functools.partial(jax.jit, static_argnames=("ref", "guide", "sizes", "steps", "settings", "on_cpu"))
 def empty_state(
-    ref: DecoderConfig, guide: Any, sizes: Sizes, steps: int, settings: Settings, *, positions_last: bool
+    ref: DecoderConfig, guide: Any, sizes: Sizes, steps: int, settings: Settings, *, on_cpu: bool
 ) -> State:
     """The loop's carry before any row has a prompt: rings, and room for `steps` new tokens per row.
 
-    `guide` is the shape of its trunk, a tuple of them for several, or None.
+    Args:
+      guide: the shape of its trunk, a tuple of them for several, or None.
+      on_cpu: the weights are in the form for a CPU.
     """
 
     def empty(config: DecoderConfig) -> KVCache:
-        return kv_cache.empty(config, sizes, positions_last=positions_last).replace(ring=True)
+        int8 = kv_cache.is_int8(config, on_cpu=on_cpu)
+        return kv_cache.empty(config, sizes, positions_last=on_cpu and sizes.rows > 1, int8=int8).replace(ring=True)
 
     ref_ring, guide_ring = (jax.tree.map(empty, shapes) for shapes in (ref, guide))
     nothing = np.zeros((sizes.rows, 1), np.int32)

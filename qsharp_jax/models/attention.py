@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from qsharp_jax.models import cpu_form, sharding
+from qsharp_jax.models import cpu_form, quantized, sharding
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.quantized import Weight
 from qsharp_jax.system.errors import UserError
 
 Attention = Literal["xla", "blocks", "cudnn", "splash", "chunks"]
@@ -169,8 +170,8 @@ def in_chunks(
 
 def of_chunk(
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Weight,
+    values: Weight,
     segments: jax.Array,
     begin: Any,
     window: Any = 0,
@@ -183,7 +184,7 @@ def of_chunk(
 
     Args:
       query: [B, C, H, E].
-      keys, values: [B, G, S, E]; positions from begin + C on are not read.
+      keys, values: [B, G, S, E], may be in 8 bits; positions from begin + C on are not read.
       segments: [B, S], 0 at padding, where results are meaningless.
       begin: position of the chunk's first token, which may be traced.
       window: as of `Attend`.
@@ -193,8 +194,9 @@ def of_chunk(
       [B, C, H, E] in the query's dtype.
     """
     batch, count, heads, width = query.shape
-    groups, size = keys.shape[1:3]
-    chex.assert_shape([keys, values], (batch, groups, size, width))
+    (groups, size), x_dtype = keys.shape[1:3], query.dtype
+    for buffer in (keys, values):
+        chex.assert_shape(buffer, (batch, groups, size, width))
     chex.assert_shape(segments, (batch, size))
     block, has_window = min(block, size), not isinstance(window, int) or window > 0
     query = query.reshape(batch, count, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)  # [B, G, H/G, C, E]
@@ -204,7 +206,10 @@ def of_chunk(
     def add(number: jax.Array, sums: tuple) -> tuple:
         largest, total, mixed = sums
         first = jnp.minimum(number * block, size - block)  # the last block begins with keys of the one before it
-        key, value = (jax.lax.dynamic_slice_in_dim(buffer, first, block, 2) for buffer in (keys, values))
+        key, value = (
+            quantized.dense(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block, 2), buffer), x_dtype)
+            for buffer in (keys, values)
+        )
         segment = jax.lax.dynamic_slice_in_dim(segments, first, block, 1)
         others = first + jnp.arange(block)
         seen = (others >= number * block) & (others <= places[:, None])  # [C, block]

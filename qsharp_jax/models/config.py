@@ -62,7 +62,8 @@ class DecoderConfig:
     rope_original_positions: int = 8192  # the context, in tokens, before the scaling
     norm_eps: float = 1e-5  # added to the variance in the norms
     dtype: str = "float32"  # dtype of the computation, "float32" or "bfloat16"; parameters keep their own
-    quantize: str = "none"  # weights of decoding, see `quantized.py`: "none", "int8" or "int4"
+    # weights of decoding, see `quantized.py`: "none", "int8" or "int4"; with the latter keys and values have 8 bits
+    quantize: str = "none"
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():

@@ -87,12 +87,14 @@ def without_rows(cache: Any) -> Any:
     XLA drops a dimension of 1 from the products that read a buffer but not from the write, treats the two as different
     arrays, and would copy each buffer twice per step.
     """
-    return cache.replace(keys=[buffer[0] for buffer in cache.keys], values=[buffer[0] for buffer in cache.values])
+    keys, values = jax.tree.map(lambda leaf: leaf[0], (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
 
 
 def with_rows(cache: Any) -> Any:
     """The inverse of `without_rows`."""
-    return cache.replace(keys=[buffer[None] for buffer in cache.keys], values=[buffer[None] for buffer in cache.values])
+    keys, values = jax.tree.map(lambda leaf: leaf[None], (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
 
 
 # --- Attention in blocks of queries ---------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from qsharp_jax.models import kv_cache, sharding
+from qsharp_jax.models import kv_cache, quantized, sharding
 from qsharp_jax.models.kv_cache import KVCache, Part
+from qsharp_jax.models.quantized import Weight
 
-Buffers = tuple[jax.Array, jax.Array]  # keys and values of one layer, as in `KVCache`
+Buffers = tuple[Weight, Weight]  # keys and values of one layer, as in `KVCache`
 
 TILE = 64  # positions that the CUDA kernel reads at once
 ROWS = 128  # of queries in one program of the kernel, at most; half as many if a head takes more than 256 bytes
@@ -124,7 +125,8 @@ def _over_prefix(query: jax.Array, buffers: Buffers, cache: KVCache, window: int
     batch, tokens = query.shape[:2]
     prompts, groups, size, _ = values.shape
     rows = _rows(query, groups)
-    scores = _scores("ugne,uges->ugns" if prefix.positions_last else "ugne,ugse->ugns", _by_prompt(rows, prompts), keys)
+    subscripts = "ugne,uges->ugns" if prefix.positions_last else "ugne,ugse->ugns"
+    scores = rows.shape[-1] ** -0.5 * quantized.scores(subscripts, _by_prompt(rows, prompts), keys)
     places = jnp.arange(size)
     seen = ((places >= prefix.start[:, None]) & (places < prefix.index))[:, None, None]  # [U, 1, 1, W]
     if window:  # a candidate, one position after the pending token, sees one position less
@@ -135,7 +137,7 @@ def _over_prefix(query: jax.Array, buffers: Buffers, cache: KVCache, window: int
     scores = jnp.where(seen, scores, MASKED)
     largest = scores.max(-1)
     weights = jnp.exp(scores - largest[..., None])
-    mixed = jnp.einsum("ugns,ugse->ugne", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = quantized.mixed("ugns,ugse->ugne", weights, values, query.dtype)
     return Part(*(_by_row(x, batch) for x in (mixed, weights.sum(-1), largest)))
 
 
@@ -166,11 +168,11 @@ def _by_kernel(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Weight,
+    values: Weight,
     start: jax.Array,
     index: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
+    prefix: tuple[Weight, Weight, jax.Array, jax.Array] | None,
 ) -> jax.Array:
     """Attention that reads the positions `start` .. `index` of each row, with the pending token in the buffers.
 
@@ -184,7 +186,7 @@ def _by_kernel(
     def of_device(rows, key, value, keys, values, start, index, *shared):
         parts = [_over_buffers(rows, keys, values, start, index + 1), _over_itself(rows, key, value)]
         if shared:
-            part = _over_buffers(_by_prompt(rows, len(shared[0])), *shared)
+            part = _over_buffers(_by_prompt(rows, shared[0].shape[0]), *shared)
             parts.append(Part(*(_by_row(x, len(rows)) for x in part)))
         return _merged(parts, rows.dtype)
 
@@ -197,7 +199,7 @@ def _by_kernel(
     return _tokens(attended, query.shape[1])
 
 
-def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> Part:
+def _over_buffers(query: jax.Array, keys: Weight, values: Weight, start: jax.Array, end: jax.Array) -> Part:
     """Attention of [B, G, N, E] over positions `start` [B] .. `end` - 1 (scalar) of the buffers [B, G, S, E].
 
     As `jax.experimental.pallas.ops.gpu.decode_attention.gqa`, but over a ring, and with splits of what a row holds in
@@ -206,7 +208,11 @@ def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: j
     batch, groups, count, width = query.shape
     size = keys.shape[2]
     start, end = start % size, start % size + end - start  # of the first lap, in which no position is negative
-    chex.assert_shape([keys, values], (batch, groups, size, width))
+    for buffer in (keys, values):
+        chex.assert_shape(buffer, (batch, groups, size, width))
+    of_buffers = jax.tree.leaves((keys, values))  # each, if in 8 bits, as whole numbers and scales
+    if quantized.is_quantized(keys):
+        of_buffers = [leaf.squeeze(-1) if leaf.shape[-1] == 1 else leaf for leaf in of_buffers]
     most = ROWS if width * query.dtype.itemsize <= 256 else ROWS // 2
     rows = max(16, min(pl.next_power_of_2(count), most))
     programs = batch * groups * pl.cdiv(count, rows)
@@ -218,10 +224,12 @@ def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: j
         grid=(batch, groups, pl.cdiv(count, rows), splits),
         in_specs=[
             pl.BlockSpec((None, None, rows, width), lambda b, g, i, j: (b, g, i, 0)),
-            pl.BlockSpec((None, None, size, width), lambda b, g, i, j: (b, g, 0, 0)),
-            pl.BlockSpec((None, None, size, width), lambda b, g, i, j: (b, g, 0, 0)),
             pl.BlockSpec((None,), lambda b, g, i, j: (b,)),
             pl.BlockSpec((None,), lambda b, g, i, j: (b,)),
+            *(
+                pl.BlockSpec((None, None, *leaf.shape[2:]), lambda b, g, i, j, rest=leaf.ndim - 2: (b, g, *[0] * rest))
+                for leaf in of_buffers
+            ),
         ],
         out_specs=[
             pl.BlockSpec(of_rows, lambda b, g, i, j: (j, b, g, i, 0)),
@@ -234,7 +242,7 @@ def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: j
         ],
         compiler_params=triton.CompilerParams(num_warps=8 if rows > 32 else 4, num_stages=2),
         name="decode_attention",
-    )(query, keys, values, start, end)
+    )(query, start, end, *of_buffers)
     of_all = largest.max(0)
     weights = jnp.exp(largest - of_all)
     return Part((weights[..., None] * mixed).sum(0), (weights * total).sum(0), of_all)
@@ -242,19 +250,18 @@ def _over_buffers(query: jax.Array, keys: jax.Array, values: jax.Array, start: j
 
 def _kernel(
     query_ref: Any,  # [rows, E]
-    keys_ref: Any,  # [S, E], as are the values
-    values_ref: Any,
     start_ref: Any,  # scalars
     end_ref: Any,
-    mixed_ref: Any,  # [rows, E]
-    total_ref: Any,  # [rows]
-    largest_ref: Any,  # [rows]
-    *,
+    *refs: Any,  # keys and values [S, E], each followed by its scales [S] if in 8 bits; the results of `Part`
     count: int,
     size: int,
     splits: int,
 ) -> None:
     """One split of a row's positions, for the queries of one kv head; grid (B, G, tiles of N, splits)."""
+    *of_buffers, mixed_ref, total_ref, largest_ref = refs
+    keys_ref, key_scales, values_ref, value_scales = (
+        of_buffers if len(of_buffers) == 4 else (of_buffers[0], None, of_buffers[1], None)
+    )
     rows, width = query_ref.shape
     start, end = start_ref[()], end_ref[()]
     base = jax.lax.div(start, TILE) * TILE  # tiles do not wrap around: the buffer has a whole number of them
@@ -271,13 +278,16 @@ def _kernel(
         slots = pl.ds(jax.lax.rem(position, size), TILE)
         positions = position + jnp.arange(TILE)
         seen = ((positions >= start) & (positions < end))[None]
-        scores = triton.dot(query, keys_ref[slots, :].T, allow_tf32=False) * width**-0.5
+        scores = triton.dot(query, keys_ref[slots, :].T.astype(query.dtype), allow_tf32=False) * width**-0.5
+        if key_scales is not None:
+            scores = scores * key_scales[slots].astype(jnp.float32)
         scores = jnp.where(seen, scores, MASKED)
         larger = jnp.maximum(largest, scores.max(axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - larger[:, None]), 0.0)
         kept = jnp.exp(largest - larger)
-        values = values_ref[slots, :]
-        added = triton.dot(weights.astype(values.dtype), values, allow_tf32=False)
+        scaled = weights if value_scales is None else weights * value_scales[slots].astype(jnp.float32)
+        values = values_ref[slots, :].astype(query.dtype)
+        added = triton.dot(scaled.astype(values.dtype), values, allow_tf32=False)
         return kept[:, None] * mixed + added, kept * total + weights.sum(axis=-1), larger
 
     nothing = jnp.zeros((rows, width), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32)

@@ -152,6 +152,8 @@ def block(
         query, key = rotate(query, rotation), rotate(key, rotation)
     if config.query_scalar:  # attention itself divides by the root of the head's width
         query = query * (config.head_dim / config.query_scalar) ** 0.5
+    if config.quantize != "none":
+        key, value = quantized.rounded(key), quantized.rounded(value)
     attended, collected = attend(query, key, value)
     attended = attended.reshape(batch, length, config.heads * config.head_dim).astype(config.compute_dtype)
     h = _project(params, "output", attended)

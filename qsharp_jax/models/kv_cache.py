@@ -5,6 +5,7 @@ share, W positions of these.
 A row's sequence is at positions `start[row] .. index - 1`. All prompts end at the same position, so every row writes at
 the same index, and a step's write is one `dynamic_update_slice`. In a ring, position p is in slot p % S: the index
 grows without end, and `refill` gives a row to another prompt.
+Buffers are arrays, or of a model with quantized weights `Quantized`, but on a CPU, which would convert them as a whole.
 Rows that continue one prompt may share its keys and values, which a step then reads once for all of them (Juravsky et
 al., "Hydragen", arXiv 2402.05099): the first positions of a row's sequence are in `prefix`, the others in its ring.
 """
@@ -17,8 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import cpu_form, sharding
+from qsharp_jax.models import cpu_form, quantized, sharding
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.quantized import Weight
 
 VALUE_AXIS = -2  # of the positions in a buffer of values
 
@@ -58,7 +60,12 @@ class KVCache(flax.struct.PyTreeNode):
     @property
     def slot(self) -> jax.Array:
         """The place of position `index` in the buffers."""
-        return self.index % self.values[0].shape[VALUE_AXIS] if self.ring else self.index
+        return self.index % self.size if self.ring else self.index
+
+    @property
+    def size(self) -> int:
+        """Positions of the buffers."""
+        return self.values[0].shape[VALUE_AXIS]
 
     @property
     def layers(self) -> list[tuple[Any, Any]]:
@@ -84,8 +91,18 @@ class KVCache(flax.struct.PyTreeNode):
         return -1 if self.positions_last else VALUE_AXIS, VALUE_AXIS
 
 
+def is_int8(config: DecoderConfig, *, on_cpu: bool) -> bool:
+    """Return true if a model's keys and values are stored in 8 bits: where they are rounded, but on a CPU."""
+    return config.quantize != "none" and not on_cpu
+
+
 def from_prefill(
-    prompt_kv: list[tuple[jax.Array, jax.Array]], start: jax.Array, size: int, *, positions_last: bool = False
+    prompt_kv: list[tuple[jax.Array, jax.Array]],
+    start: jax.Array,
+    size: int,
+    *,
+    positions_last: bool = False,
+    int8: bool = False,
 ) -> KVCache:
     """A cache of `size` positions from the prompts' keys and values, a ([B, T, G, E], [B, T, G, E]) pair per layer."""
     keys, values = zip(*prompt_kv, strict=True)
@@ -94,8 +111,9 @@ def from_prefill(
         keys=[], values=[], start=start, index=jnp.asarray(length, jnp.int32), positions_last=positions_last
     )
 
-    def buffer(prompt: jax.Array, axis: int) -> jax.Array:
-        return _pad(jnp.moveaxis(prompt, 1, axis), 0, size - length, axis)
+    def buffer(prompt: jax.Array, axis: int) -> Weight:
+        stored = quantized.in_8_bits(prompt) if int8 else prompt
+        return jax.tree.map(lambda x: _pad(jnp.moveaxis(x, 1, axis), 0, size - length, axis), stored)
 
     key_axis, value_axis = cache.axes
     return cache.replace(
@@ -109,26 +127,32 @@ def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def abstract(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False) -> KVCache:
-    """The cache of a decoder as `jax.ShapeDtypeStruct`s; a ring if rows share prompts."""
+def abstract(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False, int8: bool = False) -> KVCache:
+    """The cache of a decoder as `jax.ShapeDtypeStruct`s; a ring if rows share prompts.
+
+    Args:
+      int8: store keys and values in 8 bits; never with the positions of keys last.
+    """
     shape = (sizes.rows, config.kv_heads, sizes.positions, config.head_dim)
-    value = jax.ShapeDtypeStruct(shape, config.compute_dtype)
+    value: Any = jax.ShapeDtypeStruct(shape, config.compute_dtype)
     key = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), config.compute_dtype) if positions_last else value
+    if int8:
+        key = value = jax.eval_shape(quantized.in_8_bits, value)
     of_prompts = Sizes(sizes.prompts, sizes.shared)
     return KVCache(
         keys=[key] * config.layers,
         values=[value] * config.layers,
         start=jax.ShapeDtypeStruct((sizes.rows,), jnp.int32),
         index=jax.ShapeDtypeStruct((), jnp.int32),
-        prefix=abstract(config, of_prompts, positions_last=positions_last) if sizes.prompts else None,
+        prefix=abstract(config, of_prompts, positions_last=positions_last, int8=int8) if sizes.prompts else None,
         ring=sizes.prompts > 0,
         positions_last=positions_last,
     )
 
 
-def empty(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False) -> KVCache:
+def empty(config: DecoderConfig, sizes: Sizes, *, positions_last: bool = False, int8: bool = False) -> KVCache:
     """A cache in which no row has a sequence yet; prompts that are to be shared end at the end of their buffers."""
-    shapes = abstract(config, sizes, positions_last=positions_last)
+    shapes = abstract(config, sizes, positions_last=positions_last, int8=int8)
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     if cache.prefix is None:
         return cache
@@ -141,9 +165,9 @@ def sharing(prompts: KVCache, rows: int, size: int, *, positions_last: bool) -> 
 
     `positions_last` is of their own buffers.
     """
-    shape = list(prompts.values[0].shape)
-    shape[0], shape[VALUE_AXIS] = rows, size
-    values = [jnp.zeros(shape, buffer.dtype) for buffer in prompts.values]
+    values = jax.tree.map(
+        lambda leaf: jnp.zeros((rows, *leaf.shape[1:-2], size, leaf.shape[-1]), leaf.dtype), prompts.values
+    )
     return prompts.replace(
         keys=[value.swapaxes(-1, -2) for value in values] if positions_last else values,
         values=values,
@@ -172,7 +196,7 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array, begins: jax.Arra
         cache = cache.replace(prefix=prefix)
         start = cache.index - (cache.own - cache.start)
         return cache.replace(start=jnp.where(begins, start, cache.start))
-    size, width = cache.values[0].shape[VALUE_AXIS], prompts.values[0].shape[VALUE_AXIS]
+    size, width = cache.size, prompts.size
     first = max(width - size, 0)  # position of the prompts' that is read first
     axes_of_prompts = prompts.axes
     chex.assert_shape(source, cache.start.shape)
@@ -191,7 +215,7 @@ def refill(cache: KVCache, prompts: KVCache, source: jax.Array, begins: jax.Arra
                 return jax.lax.dynamic_update_slice_in_dim(buffer, new, row, 0)
 
             return tuple(
-                [write(*pair, *axes) for pair in zip(old, new, strict=True)]
+                jax.tree.map(lambda *pair, axes=axes: write(*pair, *axes), old, new)
                 for old, new, *axes in zip(buffers, prompts, cache.axes, axes_of_prompts, strict=True)
             )
 
@@ -226,7 +250,10 @@ def rewind(cache: KVCache, kept: jax.Array) -> KVCache:
                 old = jax.lax.dynamic_slice_in_dim(buffer, row, 1)
                 return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.roll(old, by[row], axis), row, 0)
 
-            return tuple([move(buffer, axis) for buffer in of] for of, axis in zip(buffers, cache.axes, strict=True))
+            return tuple(
+                jax.tree.map(lambda buffer, axis=axis: move(buffer, axis), old)
+                for old, axis in zip(buffers, cache.axes, strict=True)
+            )
 
         return jax.lax.fori_loop(0, jnp.sum(by > 0), move_row, buffers)
 
@@ -259,28 +286,32 @@ def each(change: Callable[..., Any], *caches: Any) -> Any:
 
 
 def write_pair(
-    buffers: tuple[jax.Array, jax.Array],
+    buffers: tuple[Weight, Weight],
     new: tuple[jax.Array, jax.Array],
     index: jax.Array,
     axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Weight, Weight]:
     """Write [B, T, G, E] keys and values at positions `index` .. of every row; axes as in `KVCache.axes`."""
     keys, values = (write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
     return keys, values
 
 
-def write(buffer: jax.Array, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> jax.Array:
+def write(buffer: Weight, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> Weight:
     """Write `new` [B, T, G, E] at positions `index` .. of every row; the buffer may lack the dimension of rows."""
-    new = jnp.moveaxis(new, 1, axis).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, new.reshape(new.shape[-buffer.ndim :]), index, axis)
+
+    def write_leaf(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.moveaxis(new, 1, axis).astype(leaf.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, new.reshape(new.shape[-leaf.ndim :]), index, axis)
+
+    return jax.tree.map(write_leaf, buffer, quantized.in_8_bits(new) if quantized.is_quantized(buffer) else new)
 
 
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Weight,
+    values: Weight,
     start: jax.Array,
     index: jax.Array,
     ring: bool = False,
@@ -326,16 +357,13 @@ def attend(
         """[B, Q, G, E] -> [B, G, N, E]."""
         return rows(jnp.broadcast_to(x[:, :, :, None], (batch, tokens, groups, shared, width)))
 
-    def with_buffer(subscripts: str, x: jax.Array, buffer: jax.Array) -> jax.Array:
-        """The product of [B, G, N, C] and a buffer, float32 [B, G, N, ...]; subscripts as for `jnp.einsum`."""
-        if positions_last:
-            return cpu_form.product_with_buffer(subscripts, x, buffer)
-        return jnp.einsum(subscripts, x, buffer, preferred_element_type=jnp.float32)
-
     # Scores are scaled in float32, as over a whole prompt. A float32 query is scaled in their place: it is smaller.
     of_query, of_scores = (width**-0.5, 1.0) if dtype == jnp.float32 else (1.0, width**-0.5)
     query = rows((query * of_query).reshape(batch, tokens, groups, shared, width))
-    scores = of_scores * with_buffer("bgne,bges->bgns" if positions_last else "bgne,bgse->bgns", query, keys)
+    if positions_last:
+        scores = of_scores * cpu_form.product_with_buffer("bgne,bges->bgns", query, keys)
+    else:
+        scores = of_scores * quantized.scores("bgne,bgse->bgns", query, keys)
     positions = jnp.arange(size)
     if ring:
         positions = index - 1 - (index - 1 - positions) % size  # the last one before `index` in each slot
@@ -354,7 +382,10 @@ def attend(
         largest = jnp.maximum(largest, prefix.largest)
     scores, pending, own = jnp.exp(scores - largest[..., None]), jnp.exp(pending - largest), jnp.exp(own - largest)
     total = scores.sum(-1) + pending + own
-    attention = with_buffer("bgns,bgse->bgne", scores.astype(values.dtype), values)
+    if positions_last:
+        attention = cpu_form.product_with_buffer("bgns,bgse->bgne", scores.astype(value.dtype), values)
+    else:
+        attention = quantized.mixed("bgns,bgse->bgne", scores, values, value.dtype)
     attention += pending[..., None] * value[:, 0, :, None] + own[..., None] * repeat(value)
     if prefix is not None:
         weight = jnp.exp(prefix.largest - largest)

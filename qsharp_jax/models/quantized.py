@@ -1,10 +1,13 @@
-"""Weights of decoding in 8 or 4 bits: whole numbers, and a scale for each output channel or for groups of its inputs.
+"""Decoding in 8 or 4 bits: weights as whole numbers, and a scale for each output channel or for groups of its inputs.
 
 W[d, n] is approximated by values[d, n] * scales[g, n], with g the group of input d; the largest |W| of a group has the
 value 127, or in 4 bits -8, and the scale its sign. "int8" has one group per output channel. "int4" has groups of
 `GROUPS` inputs; the embedding, the head and the kernels of experts stay in 8 bits. Norms, biases, routers and a guide's
 head are not quantized.
-Shapes: D inputs, N outputs, G groups of S inputs each.
+Keys and values of a model with quantized weights are rounded to 8 bits, with a scale for each token and kv head. Scales
+are powers of two, so that what is rounded is exact in bfloat16, and rounding it again changes nothing: it may be stored
+in 8 bits, or not, and every program sees the same numbers.
+Shapes: D inputs, N outputs, G groups of S inputs each; E head_dim.
 """
 
 import functools
@@ -137,6 +140,40 @@ def _product_backward(dtype: Any, saved: tuple, cotangent: jax.Array) -> tuple:
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+# --- Keys and values ------------------------------------------------------------------------------------------------
+
+
+def in_8_bits(x: jax.Array) -> Quantized:
+    """Keys or values [..., E] as whole numbers up to 127, and scales [..., 1], bfloat16 powers of two."""
+    least = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / 127
+    # The next power of two: a float32 with the same exponent, or the next one if there is a mantissa.
+    mantissa = jnp.uint32(0x7FFFFF)
+    bits = jax.lax.bitcast_convert_type(least, jnp.uint32)
+    scales = jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
+    values = jnp.round(x / jnp.where(scales == 0, 1, scales))
+    return Quantized(values.astype(jnp.int8), scales.astype(jnp.bfloat16))
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Keys or values [..., E] as `in_8_bits` stores them, in their dtype."""
+    return dense(in_8_bits(x), x.dtype)
+
+
+def scores(subscripts: str, query: jax.Array, keys: Weight) -> jax.Array:
+    """The product of queries [B, G, N, E] and keys, by position [B, G, S, E] or otherwise, float32 [B, G, N, S]."""
+    if not isinstance(keys, Quantized):
+        return jnp.einsum(subscripts, query, keys, preferred_element_type=jnp.float32)
+    y = jnp.einsum(subscripts, query, keys.values.astype(query.dtype), preferred_element_type=jnp.float32)
+    return y * keys.scales.astype(jnp.float32).swapaxes(-1, -2)
+
+
+def mixed(subscripts: str, weights: jax.Array, values: Weight, dtype: Any) -> jax.Array:
+    """The sums of values [B, G, S, E] with weights [B, G, N, S], multiplied in a dtype, float32 [B, G, N, E]."""
+    if isinstance(values, Quantized):
+        weights, values = weights * values.scales.astype(jnp.float32).swapaxes(-1, -2), values.values.astype(dtype)
+    return jnp.einsum(subscripts, weights.astype(dtype), values, preferred_element_type=jnp.float32)
 
 
 # --- A model's weights ----------------------------------------------------------------------------------------------

@@ -50,8 +50,9 @@ class ValueConfig:
         return len(self.atoms) if self.distribution == "categorical" else 1
 
     def computed_in(self, dtype: str | None) -> "ValueConfig":
-        """The same config with another dtype for the trunk's computation; None leaves it unchanged."""
-        return dataclasses.replace(self, trunk=dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype))
+        """The config of a fit: with another dtype for the trunk's computation, None leaves it; nothing is quantized."""
+        trunk = dataclasses.replace(self.trunk, dtype=dtype or self.trunk.dtype, quantize="none")
+        return dataclasses.replace(self, trunk=trunk)
 
 
 class ValueModel(flax.struct.PyTreeNode):

@@ -241,7 +241,8 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     positions = sizes.positions + sizes.shared  # of a row
 
     def cache_bytes(trunk: DecoderConfig, sizes: Sizes) -> int:
-        cache = kv_cache.abstract(trunk, sizes)
+        int8 = kv_cache.is_int8(trunk, on_cpu=section["platform"] in ("cpu", "any"))
+        cache = kv_cache.abstract(trunk, sizes, int8=int8)
         return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
 
     caches = {name: cache_bytes(trunk, sizes) for name, (_, trunk) in trunks.items()}

@@ -272,7 +272,7 @@ class Run:
     dtype: str | None = setting(None, FLOATS, "dtype of models in folders")
     quantize: str = setting(
         "none", one_of("none", "int8", "int4"),
-        "weights of decoding: the reference is then the quantized model; guides are fitted in float32",
+        "weights of decoding, with int8 keys and values: the reference is then this; guides are fitted in float32",
     )  # fmt: skip
     prompt_format: str = setting(
         "plain", one_of("plain", "chat"), "chat: one turn in the chat template of the reference's folder"

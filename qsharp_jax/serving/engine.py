@@ -372,7 +372,7 @@ class Engine:
         settings = Settings(self._sampling.stop_ids, self.vocab_size, self._sampling.top_k_candidates)
         return empty_state(
             self._ref.config, guides or None, Sizes(self.rows, self._prefill.size), self.context, settings,
-            positions_last=cpu_form.positions_last(self._ref.params, self.rows),
+            on_cpu=cpu_form.is_transposed(self._ref.params),
         )  # fmt: skip
 
     def _free_controls(self) -> Controls:

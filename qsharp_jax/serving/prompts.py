@@ -10,7 +10,7 @@ import numpy as np
 
 from qsharp_jax.decoding.loop import prefill_chunk
 from qsharp_jax.decoding.rows import Waiting
-from qsharp_jax.models import kv_cache, sharding, value
+from qsharp_jax.models import cpu_form, kv_cache, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueModel
@@ -83,7 +83,8 @@ class Prefill:
         return Waiting(ref_cache=ref_cache, guide_cache=tuple(guide_caches) or None)
 
     def _cache(self, model: Any, padding: int) -> KVCache:
-        cache = kv_cache.empty(model.config, Sizes(sharding.round_rows(1), self.size))
+        int8 = kv_cache.is_int8(model.config, on_cpu=cpu_form.is_transposed(model.params))
+        cache = kv_cache.empty(model.config, Sizes(sharding.round_rows(1), self.size), int8=int8)
         return sharding.place_rows(cache.replace(start=np.full(len(cache.start), padding, np.int32)))
 
 

@@ -1,16 +1,22 @@
 """Quantized weights: products against numpy, and models against the same models with dequantized weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import traced_for
 from helpers import random_guide, random_model, refusal
+from jax.experimental import pallas as pl
 
 from qsharp_jax import decoding
+from qsharp_jax.data.batches import Example
+from qsharp_jax.decoding import api, engine, loop
 from qsharp_jax.decoding.api import for_decoding
-from qsharp_jax.models import decoder, gpu_form, hf, quantized, sharding
+from qsharp_jax.evaluation.score import log_probs as log_probs_of
+from qsharp_jax.models import decoder, gpu_form, hf, quantized, sharding, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.quantized import Quantized
@@ -84,20 +90,81 @@ def test_logits_in_every_form_are_those_of_the_dequantized_model(quantize, tied)
         np.testing.assert_allclose(logits(params), expected, atol=2e-5)
 
 
-def test_greedy_responses_are_those_of_the_dequantized_models():
-    ref, dense_ref = with_weights(random_model(40, scale=3.0, **SHAPE), "int8")
-    float_guide = random_guide(dataclasses.replace(ref.config, quantize="int4"), seed=1, scale=4.0)
-    _, dense_guide = with_weights(float_guide, "int4")
-    settings = Sampling(eta=0.2, temperature=0.0, top_k_candidates=4, max_new_tokens=8)
+def test_greedy_responses_are_those_of_the_dequantized_model():
+    """By whole passes over prompt and response, in which keys and values are rounded as well."""
+    small, dense = with_weights(random_model(40, scale=3.0, **SHAPE), "int8")
+    prompt, new, places = [1, 5, 7], 8, np.arange(11)[None]
+    tokens = np.pad(prompt, (0, new))[None]
+
+    @jax.jit
+    def hidden(params, tokens, segments):
+        return decoder.forward(params, small.config, tokens, segments, places)[0]
+
+    for length in range(3, 3 + new):
+        last = hidden(dense.params, tokens, (places < length).astype(int))[0, length - 1]
+        tokens[0, length] = decoder.logits(dense.params, small.config, last).argmax()
+    greedy = decoding.generate(small, None, [prompt], Sampling(temperature=0.0, max_new_tokens=new), rng=0)
+    assert greedy.response(0) == tokens[0, 3:].tolist()
+
+
+def test_keys_and_values_are_rounded_once_and_for_all():
+    """Exactly in bfloat16 as in float32, to within half a step; scales are powers of two."""
+    x = weight(50, 3, 32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        rounded = quantized.rounded(jnp.asarray(x, dtype))
+        np.testing.assert_array_equal(quantized.rounded(rounded), rounded)
+        stored = quantized.in_8_bits(jnp.asarray(x, dtype))
+        np.testing.assert_array_equal(quantized.dense(stored, jnp.float32), jnp.float32(rounded))
+        mantissas, _ = np.frexp(np.float32(stored.scales))
+        assert (mantissas == 0.5).all() and stored.values.dtype == jnp.int8
+        assert (np.abs(np.asarray(stored.values, int)).max(-1) > 63).all(), "seven bits at least"
+        error = np.abs(jnp.float32(rounded) - np.float32(jnp.asarray(x, dtype))) / np.float32(stored.scales)
+        assert error.max() <= 0.5
+    np.testing.assert_array_equal(quantized.rounded(jnp.zeros((2, 32))), 0)
+
+
+@pytest.mark.parametrize("platform, shares", [("cuda", True), ("tpu", False)])
+def test_caches_of_8_bits_give_the_responses_of_rounded_floats(platform, shares, monkeypatch):
+    """In the forms for accelerators, the CUDA kernel interpreted, with long prompts in chunks; and by teacher forcing."""
+    shape = dict(embed=32, heads=4, kv_heads=2, head_dim=16, layers=1, mlp=32, max_positions=192)
+    ref = random_model(40, scale=2.0, **shape)
+    ref = quantized.model(ref.replace(config=dataclasses.replace(ref.config, quantize="int8")))
+    guide = quantized.model(random_guide(ref.config, seed=1, scale=4.0))
+    prompts, seeds = [[1, 5, 7], [2] * 40, [3, 4, 9, 9, 2] * 10], np.arange(6)
+    settings = Sampling(
+        eta=0.2, budget=[16, 3, 16, 16, 9, 16], stop_ids=[0], top_k_candidates=4, max_new_tokens=64, prompt_bucket=64
+    )
 
     def generate(ref, guide):
-        return decoding.generate(ref, guide, [[1, 5, 7], [2]], settings, rng=0)
+        return decoding.generate(ref, guide, prompts, settings, rng=seeds, samples=2)
 
-    guided = generate(ref, float_guide)  # whose trunk is quantized for decoding, as its config says
-    expected = generate(dense_ref, dense_guide)
-    np.testing.assert_array_equal(guided.tokens, expected.tokens)
-    np.testing.assert_allclose(guided.kl, expected.kl, atol=2e-5)
-    np.testing.assert_allclose(guided.values, expected.values, atol=2e-5)
+    wanted = generate(ref, guide)
+    for row, prompt in enumerate(np.repeat(np.asarray(prompts, object), 2)):
+        example = Example(list(prompt), wanted.response(row))
+        (log_probs,) = log_probs_of(ref, [example], rows=1, bucket=8, vocab_size=40)
+        np.testing.assert_allclose(log_probs, wanted.ref_log_probs[row, : wanted.lengths[row]], atol=1e-4)
+
+    monkeypatch.setattr(api, "SHARED", 1 if shares else 1 << 30)
+    monkeypatch.setattr(api, "SHARED_TO_NEW", 0)
+    monkeypatch.setattr(loop, "prefill", functools.partial(loop.prefill, chunk=24))
+    ref, guide = ref.replace(params=decoder.unstack(ref.params)), guide.replace(params=value.unstack(guide.params))
+    compiled = jax.jit(api.decode.__wrapped__, static_argnames=("settings", "block"), donate_argnames=("state",))
+    interpreted, kernels = functools.partial(pl.pallas_call, interpret=True), []
+    monkeypatch.setattr(pl, "pallas_call", lambda *a, **options: kernels.append(options) or interpreted(*a, **options))
+    monkeypatch.setattr(api, "decode", compiled)
+    monkeypatch.setattr(engine, "decode", compiled)
+    with traced_for(platform):
+        state = decoding.Run(ref, guide, prompts, settings, rng=seeds, samples=2).state
+        assert state.ref_cache.keys[0].values.dtype == state.guide_cache.values[0].values.dtype == jnp.int8
+        whole = generate(ref, guide)
+        batch = decoding.ContinuousBatch(ref, guide, prompts, settings, rng=seeds, samples=2, rows=2)
+        parts = [(place, part, row) for places, part in batch for row, place in enumerate(places.tolist())]
+    assert bool(kernels) == (platform == "cuda")
+    assert sorted(place for place, _, _ in parts) == list(range(6))
+    for place, part, row in [(place, whole, place) for place in range(6)] + parts:
+        np.testing.assert_array_equal(part.tokens[row], wanted.tokens[place])
+        for name in ("log_probs", "kl", "values"):
+            np.testing.assert_allclose(getattr(part, name)[row], getattr(wanted, name)[place], atol=1e-4, err_msg=name)
 
 
 def test_what_is_quantized():

@@ -123,7 +123,8 @@ def test_quantized_weights_are_counted_in_their_bits(quantize, each):
     assert part(found, "guide's weights") == part(plan.decode(job_of(), job.config.mesh), "guide's weights")
     assert part(found, "copies of weights") > (16 * MATRICES * each + TABLE) / 8
     (memory,) = (line.amount for line in found.times if line.what == "memory")
-    read = (layers + 16 * MATRICES) * each / 8 + 2 * TABLE / 8 + 16 * 1024 * 4 * (32 * 128 + 16 * 64)
+    keys = 32 * (128 + 2) + 16 * (64 + 2)  # bytes of a position, with scales of two bytes
+    read = (layers + 16 * MATRICES) * each / 8 + 2 * TABLE / 8 + 16 * 1024 * 2 * keys
     assert memory == pytest.approx(read / 819e9, rel=5e-3)
     assert "decoded with weights in " + quantize in "".join(plan.lines(job, job.config.mesh))
 
