@@ -58,5 +58,3 @@ class Broker:
             for request in submitted:
                 if request in unfinished:
                     engine.cancel(request)
-
-

@@ -201,16 +201,14 @@ class Engine:
             raise
 
     def warm_up(self) -> None:
-        """Compile the programs that most requests need, by answering a few before `run`.
-
-        Those of `top_log_probs` are compiled at the first request for them.
-        """
+        """Compile all programs, by answering a few requests before `run`."""
         weights = np.ones(len(self.guides)) if self.guides else None
         plain = dataclasses.replace(self._sampling, max_new_tokens=min(3, self.context - 1), weights=None)
         kinds = [plain, dataclasses.replace(plain, top_p=0.9), dataclasses.replace(plain, top_k=1)]
         kinds += [dataclasses.replace(kind, eta=1.0, weights=weights) for kind in kinds if self.guides]
         lengths = [1 + self._chunk * piece // PIECES for piece in range(1, PIECES + 1)]
         requests = [Request([0], kind, [0]) for kind in kinds]
+        requests += [Request([0], kind, [0], top_log_probs=True) for kind in (kinds[0], kinds[-1])]
         requests += [Request([0] * length, kinds[-1], [0]) for length in lengths if length + 3 <= self.context]
         for request in requests:
             self._queue.append(request)
@@ -290,20 +288,22 @@ class Engine:
             return 0
         requests = [row.request for row in rows]
         guided = any(request.is_guided for request in requests)
+        # Those of `top_log_probs` have one program, guided or not, that can do all: it is compiled before `run`.
+        top = any(request.top_log_probs for request in requests)
         truncate = any(r.sampling.top_p < 1 or r.sampling.top_k or r.sampling.temperature == 0 for r in requests)
         settings = Settings(
             stop_ids=tuple(self._sampling.stop_ids),
             vocab_size=self.vocab_size,
             candidates=self._sampling.top_k_candidates,
             others=self._sampling.others,
-            truncate=truncate,
-            top_k=any(request.sampling.top_k for request in requests),
-            record=RECORDS if any(request.top_log_probs for request in requests) else RECORDED,
+            truncate=truncate or top,
+            top_k=top or any(request.sampling.top_k for request in requests),
+            record=RECORDS if top else RECORDED,
         )
         record = self._state.record
-        if (record.top_token is None) == ("top_log_probs" in settings.record):
-            top = empty_record(self.rows, record.token.shape[1], settings)
-            record = record.replace(top_token=top.top_token, top_log_prob=top.top_log_prob)
+        if (record.top_token is None) == top:
+            empty = empty_record(self.rows, record.token.shape[1], settings)
+            record = record.replace(top_token=empty.top_token, top_log_prob=empty.top_log_prob)
         controls = jax.tree.map(np.copy, self._controls)  # the devices may read it after it has changed
         state, guide_cache = self._state.replace(record=record), self._state.guide_cache
         if not guided:

@@ -77,9 +77,7 @@ class Prefill:
 
     def waiting(self, prompt: Prompt) -> Waiting:
         """A prompt that is ready, as `refill` takes it."""
-        ref_cache, *guide_caches = (
-            cache or unseen for cache, unseen in zip(prompt.caches, self._unseen, strict=True)
-        )
+        ref_cache, *guide_caches = (cache or unseen for cache, unseen in zip(prompt.caches, self._unseen, strict=True))
         return Waiting(ref_cache=ref_cache, guide_cache=tuple(guide_caches) or None)
 
     def _cache(self, model: Any, padding: int) -> KVCache:

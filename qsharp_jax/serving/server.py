@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.serving.app import Limits, Server
@@ -19,6 +20,8 @@ from qsharp_jax.serving.requests import Update
 from qsharp_jax.serving.steering import Served
 from qsharp_jax.system.errors import UserError
 
+REQUEST_SECONDS = 30  # that a connection may be open without the head of a request
+TAKE_SECONDS = 60  # that a client may leave what it is sent in the server's memory
 # Makes the engine, given its `deliver`; called on the engine's thread, which owns the devices.
 MakeEngine = Callable[[Callable[[list[Update]], None]], Engine]
 
@@ -82,7 +85,7 @@ async def _run(
     server = Server(served, engine, broker, tokenizer, limits)
     http = _Http(
         uvicorn.Config(
-            server.app(), log_level="warning", access_log=False, lifespan="off", server_header=False,
+            server.app(), http=Connection, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=int(limits.seconds) + 1,
         )
     )  # fmt: skip
@@ -116,6 +119,34 @@ async def _run(
         traceback.print_exception(errors[0])
         return 1
     return 0
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if its client sends no request, or does not read what it is sent.
+
+    uvicorn waits for either without a limit.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing pauses when the kernel takes no more
+        self._wait_for_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # which ends the wait
+        if self.cycle is None or self.cycle.response_complete:  # a part of a head
+            self._wait_for_request()
+
+    def _wait_for_request(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(REQUEST_SECONDS, self.timeout_keep_alive_handler)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled.cancel()
 
 
 class _Http(uvicorn.Server):

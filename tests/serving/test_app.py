@@ -15,6 +15,7 @@ import uvicorn
 
 from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.serving import server as server_module
 from qsharp_jax.serving.app import Limits, Server
 from qsharp_jax.serving.broker import Broker
 from qsharp_jax.serving.requests import Busy, Closed, Load, Update
@@ -56,6 +57,11 @@ def silent(request):
     return ()
 
 
+def endless(request):
+    for _ in range(500):
+        yield Update(request, 0, [40, 41], [-1.0, -2.0], [-1.0, -2.0], [0.0, 0.0], [0.5, 0.5], [], None)
+
+
 def broken(request):
     yield Update(request, 0, [], [], [], [], [], [], "error")
 
@@ -69,13 +75,15 @@ def serving(does, *, is_ready=True, **limits):
     served = Served("small", ("good",), Sampling(), 0.1, "qsharp", created=0)
     here = types.SimpleNamespace()
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that the kernel takes little for a client
 
     async def main():
         broker = Broker(asyncio.get_running_loop())
         engine.deliver = broker.deliver
         server = Server(served, engine, broker, tokenizer, limits)
         server.is_ready = is_ready
-        here.http = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", lifespan="off"))
+        config = uvicorn.Config(server.app(), http=server_module.Connection, log_level="warning", lifespan="off")
+        here.http = uvicorn.Server(config)
         started.set()
         await here.http.serve(sockets=[listening])
 
@@ -90,10 +98,16 @@ def serving(does, *, is_ready=True, **limits):
         thread.join(timeout=10)
 
 
+def raw(body):
+    """A request's bytes."""
+    body = json.dumps(body).encode()
+    return f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 def all_cancelled(engine):
-    """True if all requests are cancelled, within some seconds."""
+    """True if there are requests, and all are cancelled, within some seconds."""
     deadline = time.monotonic() + 10
-    while engine.cancelled != engine.asked and time.monotonic() < deadline:
+    while (not engine.asked or engine.cancelled != engine.asked) and time.monotonic() < deadline:
         time.sleep(0.01)
     return engine.cancelled == engine.asked
 
@@ -109,6 +123,24 @@ def test_a_client_that_leaves_cancels_its_request(stream):
             with client.stream("POST", PATH, json=BODY | dict(stream=stream), timeout=0.3) as answer:
                 answer.read()
         assert all_cancelled(engine) and len(engine.asked) == 1
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
+    monkeypatch.setattr(server_module, "TAKE_SECONDS", 0.3)
+    with serving(endless) as (client, engine), socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((client.base_url.host, client.base_url.port))
+        deaf.sendall(raw(BODY | dict(stream=True, return_guidance=True)))
+        assert all_cancelled(engine) and len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost:"])
+def test_a_connection_without_a_request_is_closed(monkeypatch, head):
+    monkeypatch.setattr(server_module, "REQUEST_SECONDS", 0.2)
+    with serving(silent) as (client, engine):
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as one:
+            one.sendall(head)
+            assert one.recv(1) == b""
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,8 +3,12 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.parse
 
@@ -13,6 +17,7 @@ import hypothesis
 import numpy as np
 import openai
 import pytest
+import raw_clients
 from hypothesis import strategies as st
 from small_server import CONTEXT, QUEUE, ROWS
 
@@ -21,6 +26,7 @@ from qsharp_jax.decoding import generate
 from qsharp_jax.run.folders import load
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many eggs?"}]
+METRICS = "qsharp_rows_in_use", "qsharp_queue_length"
 LONG = dict(model="good", messages=[{"role": "user", "content": "eggs"}], max_tokens=40)
 
 
@@ -39,9 +45,21 @@ def alone(server, prompt, *, seed=7, n=1, prompt_format="chat", **changes):
     return [loaded.tokenizer.decode(part.response(row)) for row in range(n)], part
 
 
-def rows_in_use(server):
+def load_of(server):
+    """Rows in use, and the queue's length."""
     text = httpx.get(f"{server.url}/metrics").text
-    return int(float(re.search(r"^qsharp_rows_in_use (\S+)", text, re.M)[1]))
+    return tuple(int(float(re.search(rf"^{name} (\S+)", text, re.M)[1])) for name in METRICS)
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_until_idle(server):
+    eventually(lambda: load_of(server) == (0, 0))
 
 
 def test_answers_are_those_of_generate(client, server):
@@ -169,28 +187,66 @@ def test_neutral_values_and_what_openai_s_client_adds_are_taken(client):
     client.chat.completions.create(**LONG | dict(messages=again, max_tokens=2))
 
 
+def requests_of(server):
+    """The lines of the access log."""
+    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+
+
+def connect(server, sent=b""):
+    address = urllib.parse.urlsplit(server.url)
+    one = socket.create_connection((address.hostname, address.port))
+    one.sendall(sent)
+    return one
+
+
+def raw(**changes):
+    body = json.dumps(LONG | changes)
+    return raw_clients.HEAD.format(len(body), body).encode()
+
+
 def test_a_client_that_leaves_frees_its_rows(server):
     """In the middle of a stream, and while it waits for a whole answer."""
-    address = urllib.parse.urlsplit(server.url)
-    for stream in (True, False):
-        body = json.dumps(LONG | dict(stream=stream, n=3)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        clients = [socket.create_connection((address.hostname, address.port)) for _ in range(8)]
-        for one in clients:
-            one.sendall(head + body)
-        for one in clients:
-            one.close()
-    halves = [socket.create_connection((address.hostname, address.port)) for _ in range(10)]
-    for half in halves[:5]:
-        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")  # and no more
-    deadline = time.monotonic() + 20
-    while rows_in_use(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3), timeout=20)
+    clients = [connect(server, raw(stream=stream, n=3)) for stream in (True, False) for _ in range(8)]
+    for one in clients:
+        one.close()
+    wait_until_idle(server)
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_clients_that_are_killed_free_their_rows(server, count):
+    """Each wants many times the rows; the others fill the queue."""
+    address, fields = urllib.parse.urlsplit(server.url), json.dumps(LONG | dict(n=64))
+    words = [raw_clients.__file__, address.hostname, str(address.port), str(count), fields]
+    queued = min(count - 1, QUEUE)
+
+    def unfinished():
+        return [line["completion_tokens"] for line in requests_of(server) if line.get("finished") is False]
+
+    before = len(unfinished())
+    clients = subprocess.Popen([sys.executable, "-SE", *words], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert [clients.stdout.readline() for _ in range(count)] == [b"asked\n"] * count
+        eventually(lambda: load_of(server) == (ROWS, queued))
+    finally:
+        os.killpg(clients.pid, signal.SIGKILL)
+        clients.wait()
+    wait_until_idle(server)
+    eventually(lambda: len(unfinished()) > before + queued)
+    assert min(unfinished()[before:]) < 64 * LONG["max_tokens"]
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3)).status_code == 200
+
+
+def test_clients_that_stop_in_the_middle_hold_up_nobody(server):
+    """Without a head, with a half of one, without a body, with a half of one, and with streams that they do not read."""
+    request = raw(stream=True, n=8)
+    head = request.index(b"{")
+    ends = [0, 20, head, head + 9, len(request)]
+    clients = [connect(server, request[:end]) for end in ends for _ in range(5)]
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=LONG | dict(max_tokens=3), timeout=60)
     assert answer.status_code == 200
-    for half in halves:
-        half.close()
+    wait_until_idle(server)
+    for one in clients:
+        one.close()
 
 
 def test_of_too_many_requests_each_is_answered_or_told_to_come_again(server):
@@ -254,12 +310,9 @@ def test_the_log_has_a_line_for_each_request(server):
     want = dict(method="POST", path="/v1/chat/completions", status=200, model="good", eta=pytest.approx(0.3))
 
     def logged():
-        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in lines if {name: line.get(name) for name in want} == want]
+        return [line for line in requests_of(server) if {name: line.get(name) for name in want} == want]
 
-    end = time.monotonic() + 30
-    while not logged() and time.monotonic() < end:  # a line is written after the answer
-        time.sleep(0.05)
+    eventually(logged)  # a line is written after the answer
     last = logged()[-1]
     assert last["prompt"] == LONG["messages"] and last["completion_tokens"] <= 3 and last["first_token_seconds"] > 0
 

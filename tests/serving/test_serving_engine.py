@@ -1,14 +1,21 @@
-"""The engine of the server: whatever else is in the rows, a response is the one that `generate` gives alone."""
+"""The engine of the server: whatever else is in the rows, a response is the one that `generate` gives alone.
+
+Run as a script on fake devices, it answers with quantized models that are divided over them.
+"""
 
 import collections
 import dataclasses
+import json
 import threading
 
+import jax
 import numpy as np
 import pytest
-from brute_force import CASES, COMMON, PROMPTS, N, V, decoding_models
+from brute_force import CASES, COMMON, PROMPTS, N, V, decoding_models, models
+from processes import printed_on_fake_devices
 
 from qsharp_jax.decoding import generate, row_seeds
+from qsharp_jax.models import meshes, quantized, sharding
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.serving import engine as module
 from qsharp_jax.serving import prompts
@@ -48,9 +55,9 @@ class Received:
         return [x for update in self.parts[request, sample] for x in getattr(update, name)]
 
 
-def start(received, *, rows=3, queue=100, guides=GUIDES, chunk=8):
+def start(received, *, ref=REF, rows=3, queue=100, guides=GUIDES, chunk=8):
     return Engine(
-        REF, guides, Sampling(**COMMON), rows=rows, context=CONTEXT, queue=queue, chunk=chunk, deliver=received,
+        ref, guides, Sampling(**COMMON), rows=rows, context=CONTEXT, queue=queue, chunk=chunk, deliver=received,
         tokenizer=Letters(),
     )  # fmt: skip
 
@@ -66,10 +73,10 @@ def answer(engine, requests):
     engine.run()
 
 
-def alone(one, guide):
+def alone(one, guide, ref=REF):
     sampling = one.sampling if isinstance(guide, tuple) else dataclasses.replace(one.sampling, weights=None)
     return generate(
-        REF, guide, [one.prompt], sampling, rng=one.seeds, samples=len(one.seeds), tokenizer=Letters(),
+        ref, guide, [one.prompt], sampling, rng=one.seeds, samples=len(one.seeds), tokenizer=Letters(),
         record=("log_probs", "kl", "values", "top_log_probs"),
     )  # fmt: skip
 
@@ -220,10 +227,10 @@ def test_an_error_on_the_devices_ends_all_requests(monkeypatch):
 
 def test_warming_up_leaves_nothing_behind():
     received = Received()
-    engine = start(received)
+    engine = start(received, guides=[BERNOULLI])
     engine.warm_up()
     assert not received.parts and engine.load.row_steps == 0
-    one = request(PROMPTS[3], eta=0.2, weights=[1, 0])
+    one = request(PROMPTS[3], eta=0.2, weights=[1])
     answer(engine, [one])
     assert_as_alone(received, one, BERNOULLI)
     assert max(len(update.tokens) for update in received.parts[one, 0]) <= module.MOST_STEPS
@@ -234,3 +241,46 @@ def test_all_cases_are_v_types_or_q_types():
     assert {guide.type for _, guide, _ in CASES.values()} == {"v", "q"}
     with pytest.raises(UserError, match="Q-type"):
         start(Received(), guides=(BERNOULLI, decoding_models("q-bernoulli")[1]))
+
+
+def in_8_bits(case):
+    """A reference and a guide with int8 weights."""
+
+    def quantize(model):
+        trunk = dataclasses.replace(getattr(model.config, "trunk", model.config), quantize="int8")
+        is_guide = hasattr(model.config, "trunk")
+        config = dataclasses.replace(model.config, trunk=trunk) if is_guide else trunk
+        return quantized.model(model.replace(config=config))
+
+    return [*map(quantize, models(case))]
+
+
+def quantized_requests():
+    return [request(prompt, seed=i, n=2, eta=0.2, weights=[1]) for i, prompt in enumerate(PROMPTS[2:4])]
+
+
+def answers_on_a_mesh():
+    """Tokens of the responses of quantized models on a mesh, from a thread of their own."""
+    received, requests = Received(), quantized_requests()
+    mesh = meshes.make_mesh({"data": 4, "tensor": 2}, sharding.DECODE)
+
+    def run():
+        with jax.set_mesh(mesh):
+            ref, guide = (sharding.move(model, mesh, sharding.DECODE) for model in in_8_bits("v-scalar"))
+            answer(start(received, ref=ref, guides=[guide]), requests)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return [[received.joined(one, sample, "tokens") for sample in range(2)] for one in requests]
+
+
+def test_quantized_models_on_a_mesh_answer_as_on_one_device():
+    ref, guide = in_8_bits("v-scalar")
+    wants = [alone(one, guide, ref) for one in quantized_requests()]
+    tokens, _ = printed_on_fake_devices(__file__)
+    assert tokens == [[want.response(sample) for sample in range(2)] for want in wants]
+
+
+if __name__ == "__main__":
+    print(json.dumps(answers_on_a_mesh()))
