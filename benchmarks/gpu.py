@@ -37,25 +37,14 @@ ATTENTION = "decode_attention"  # the name of our kernel
 
 def compile_step(rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """The table's entries for one number of rows, by column."""
-    layers, filled = options.layers, options.filled
-    device = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
-    ).devices[0]
-    kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
-    kind = dict(dtype="bfloat16", quantize=options.quantize)
-    ref_config, trunk = (config.make(name, **kind, **few) for name, few in zip(options.models, kept, strict=True))
-    guide_config = ValueConfig(trunk)
-    ref = _fused(abstract(lambda key: LanguageModel(decoder.unstack(decoder.init(key, ref_config)), ref_config)))
-    guide = abstract(lambda key: ValueModel(value.unstack(value.init(key, guide_config)), guide_config))
-    guide = guide.replace(params=guide.params | {"trunk": _fused(value.trunk(guide)).params})
+    filled = options.filled
+    ref, guide = abstract_models(options.models, options.layers, options.quantize)
     settings = decoding.Settings(
         stop_ids=(128_001, 128_009), vocab_size=VOCABULARY, candidates=20, truncate=True
     )  # fmt: skip
     carry = state(ref, guide, settings, rows, options.positions, options.new, options.samples)
     ring = {name: getattr(carry, name).replace(ring=True) for name in ("ref_cache", "guide_cache")}
-    arguments = ref, guide, carry.replace(**ring), controls(rows)
-    here = SingleDeviceSharding(device)
-    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), arguments)
+    arguments = placed((ref, guide, carry.replace(**ring), controls(rows)))
     compiled = decoding.decode.lower(*arguments, settings=settings).compile()
 
     program = DecodeProgram(compiled.as_text())
@@ -78,6 +67,26 @@ def compile_step(rows: int, options: argparse.Namespace) -> dict[str, Any]:
         "GiB of arguments": round(compiled.memory_analysis().argument_size_in_bytes / 2**30, 2),
         "GiB of temporaries": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
     }
+
+
+def abstract_models(names: list[str], layers: list[int] | None, quantize: str) -> tuple[LanguageModel, ValueModel]:
+    """The reference and the guide in the form for a GPU."""
+    kept = [{}, {}] if layers is None else [dict(layers=layers[0]), dict(layers=layers[-1])]
+    kind = dict(dtype="bfloat16", quantize=quantize)
+    ref_config, trunk = (config.make(name, **kind, **few) for name, few in zip(names, kept, strict=True))
+    guide_config = ValueConfig(trunk)
+    ref = _fused(abstract(lambda key: LanguageModel(decoder.unstack(decoder.init(key, ref_config)), ref_config)))
+    guide = abstract(lambda key: ValueModel(value.unstack(value.init(key, guide_config)), guide_config))
+    return ref, guide.replace(params=guide.params | {"trunk": _fused(value.trunk(guide)).params})
+
+
+def placed(tree: Any) -> Any:
+    """Abstract arrays on an H200."""
+    device = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
+    ).devices[0]
+    here = SingleDeviceSharding(device)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
 
 
 def _fused(model: LanguageModel) -> LanguageModel:

@@ -175,7 +175,8 @@ def buffers(carry: decoding.State) -> list[Any]:
 def controls(rows: int) -> decoding.Controls:
     number, whole, seed = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
     return decoding.Controls(
-        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
+        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed,
+        mode=whole,
     )
 
 

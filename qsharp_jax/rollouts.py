@@ -16,8 +16,8 @@ import numpy as np
 
 from qsharp_jax.data.records import Rollout, Rollouts, shard_path, with_reward, with_variation, write_shard
 from qsharp_jax.data.tokenizer import Tokenizer
-from qsharp_jax.decoding import RECORDED, ContinuousBatch, Generation, Guide, for_decoding
-from qsharp_jax.models import memory, sharding
+from qsharp_jax.decoding import RECORDED, ContinuousBatch, Generation, Guide, for_decoding, gives_values
+from qsharp_jax.models import cpu_form, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
@@ -119,6 +119,7 @@ def collect(
     shard_rows: int,
     batch_size: int,
     seed: int,
+    longest: int = 0,
     together: int = 1,
 ) -> dict[str, int]:
     """Write `samples` judged rollouts of every problem to shards in `folder`, leaving shards that are there alone.
@@ -136,6 +137,7 @@ def collect(
       shard_rows: rollouts in a shard, rounded down to whole problems.
       batch_size: rows that are decoded at once; roll-in and roll-out go on side by side, see `in_one_loop`: else each
         has a loop of half of them.
+      longest: as of `ContinuousBatch`.
       together: processes that decode as one, on the mesh that is set; one of them writes.
 
     Returns:
@@ -176,8 +178,9 @@ def collect(
 
     batches: list[ContinuousBatch] = []
     stream = responses(
-        ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size, tokenizer=text
-    )
+        ref, guide, prompts, sampling, np.asarray(draws), batches, samples=samples, rows=batch_size, longest=longest,
+        tokenizer=text,
+    )  # fmt: skip
 
     def ended() -> Iterator[tuple[int, Callable[[], Rollout]]]:
         name = f"round {number}: collect"
@@ -234,6 +237,7 @@ def responses(
     *,
     samples: int,
     rows: int,
+    longest: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[tuple[int, int, list[int], bool]]:
     """Every response, as it ends: its index, its switch, its tokens, and whether it finished within its budget.
@@ -245,7 +249,11 @@ def responses(
     if not prompts:
         return
     ref, begun = for_decoding(ref), {}
-    batch = functools.partial(ContinuousBatch, ref, samples=samples, record=(), tokenizer=tokenizer)
+    # Elsewhere than on a CPU, to keep what an evaluation keeps takes less time than to compile another program.
+    record = recorded(guide) if in_one_loop() else ()
+    batch = functools.partial(
+        ContinuousBatch, ref, samples=samples, record=record, longest=longest, tokenizer=tokenizer
+    )
     if guide is not None and in_one_loop():
         yield from _in_one_loop(batch, guide, prompts, sampling, draws, batches, rows=rows)
         return
@@ -268,12 +276,17 @@ def responses(
             yield index, len(prefix), [*prefix, *part.response(row)], bool(part.finished[row])
 
 
+def recorded(guide: Guide | None) -> tuple[str, ...]:
+    """Return what an evaluation keeps of each step."""
+    return ("kl", "values") if gives_values(guide) else ("kl",)
+
+
 def in_one_loop() -> bool:
     """Return true if roll-in and roll-out share a loop, so that a step reads the reference once.
 
     A CPU waits for arithmetic rather than for memory, and the guide would run for the rows that roll out, too.
     """
-    return memory.default_device().platform != "cpu"
+    return not cpu_form.here()
 
 
 def _in_one_loop(

@@ -18,7 +18,7 @@ from qsharp_jax.models import lora, sharding
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import attention, models
-from qsharp_jax.run.problems import judge, task, train_problems
+from qsharp_jax.run.problems import judge, longest_prompt, task, train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import multihost
@@ -45,6 +45,7 @@ def collect(session: Session, number: int, ref: LanguageModel, guide: ValueModel
             samples=session.config.collect.samples,
             batch_size=session.config.collect.batch_size,
             shard_rows=session.config.collect.shard_rows,
+            longest=longest_prompt(session),
             together=session.hosts_per_group,
         )
     has_answers = judge(session).has_answers

@@ -138,7 +138,7 @@ class Run:
         guide, self.controls, self.settings = checked(
             ref, guide, prompts, sampling, rng=rng, samples=samples, rows=rows, record=record
         )
-        padded, start = pad(prompts, sampling.prompt_bucket)
+        padded, start = pad(prompts, padded_length(max(map(len, prompts)), sampling.prompt_bucket))
         steps = _steps(sampling.max_new_tokens)
         longest, bucket = max(map(len, prompts)), sampling.prompt_bucket
         sizes = cache_sizes(rows, samples, longest, sampling.max_new_tokens, bucket)
@@ -177,9 +177,8 @@ class Run:
         return to_generation(state, self.max_new_tokens, guided=gives_values(self.guide))
 
 
-def pad(prompts: Sequence[Sequence[int]], prompt_bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded prompts [B, P] int32, and the place [B] where each begins."""
-    width = padded_length(max(map(len, prompts)), prompt_bucket)
+def pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [B, P] int32, padded on the left to `width` tokens, and the place [B] where each begins."""
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, width - len(prompt) :] = prompt

@@ -18,7 +18,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.sampling import Sampling
+from qsharp_jax.sampling import MODES, Sampling
 from qsharp_jax.system.errors import UserError
 
 SHARE = 0.4  # of a device's memory that caches may take; weights and what else runs need the rest
@@ -84,6 +84,7 @@ def split(
     seeds = per_row("rng", row_seeds(rng, responses) if np.ndim(rng) == 0 and rng >= 0 else rng, np.int64)
     if not np.all((0 <= seeds) & (seeds < 2**32)):
         raise UserError(f"rng is {rng}; it must be 0 or more, and less than 2^32 where it is one per row")
+    by_row = not cpu_form.here()  # a CPU, whose time goes into arithmetic, computes the mode that is asked for alone
     controls = Controls(
         eta=per_row("eta", sampling.eta, np.float32),
         temperature=per_row("temperature", sampling.temperature, np.float32),
@@ -92,6 +93,7 @@ def split(
         threshold=per_row("candidate_threshold", sampling.candidate_threshold, np.float32),
         budget=per_row("budget", sampling.max_new_tokens if sampling.budget is None else sampling.budget, np.int32),
         seed=seeds.astype(np.uint32),
+        mode=per_row("mode", MODES.index(sampling.mode), np.int32) if by_row else None,
     )
     slots = 0 if sampling.candidate_slots is None else math.ceil(sampling.candidate_slots * rows)
     settings = Settings(
@@ -99,7 +101,7 @@ def split(
         vocab_size=vocab_size,
         candidates=sampling.top_k_candidates,
         slots=min(slots, rows * sampling.top_k_candidates),
-        mode=sampling.mode,
+        mode=MODES[0] if by_row else sampling.mode,
         others=sampling.others,
         truncate=bool((controls.top_p < 1).any() or (controls.top_k > 0).any() or (controls.temperature == 0).any()),
         top_k=bool((controls.top_k > 0).any()),
@@ -169,19 +171,29 @@ def _check_prompts(
                 )
 
 
-def check_memory(ref: LanguageModel, guide: Guide | None, sizes: Sizes, *, prompts: int, tokens: int) -> None:
+def check_memory(
+    ref: LanguageModel,
+    guide: Guide | None,
+    sizes: Sizes,
+    *,
+    prompts: int,
+    tokens: int,
+    chunk: int = attention.CHUNK,
+) -> None:
     """Check that caches and prefill fit into memory beside the weights, which are loaded already.
 
     Args:
       sizes: of all caches that there are at a time.
       prompts: prefilled at once.
       tokens: of the longest of them, padded.
+      chunk: those of each that go through a model at once.
     """
     configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
         configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
     parts: dict[str, Any] = sharding.abstract_rows(caches(configs, sizes))
-    works = [prefill_work(config, prompts, tokens, jax.sharding.get_mesh()) for config in configs.values()]
+    mesh = jax.sharding.get_mesh()
+    works = [prefill_work(config, prompts, tokens, mesh, chunk) for config in configs.values()]
     memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=weights)
 
 
@@ -227,14 +239,17 @@ def _cache(config: DecoderConfig, sizes: Sizes) -> KVCache:
     return kv_cache.abstract(config, sizes, int8=kv_cache.is_int8(config, on_cpu=cpu_form.here()))
 
 
-def prefill_work(config: DecoderConfig, prompts: int, tokens: int, mesh: Any) -> list[jax.ShapeDtypeStruct]:
+def prefill_work(
+    config: DecoderConfig, prompts: int, tokens: int, mesh: Any, chunk: int = attention.CHUNK
+) -> list[jax.ShapeDtypeStruct]:
     """The arrays that prefill has at its peak beside weights and caches, with their shardings on the mesh.
 
     Args:
       prompts: at once.
       tokens: of each, padded.
+      chunk: those of each that go through the model at once.
     """
-    chunk = min(tokens, attention.CHUNK)
+    chunk = min(tokens, chunk)
     keys = attention.KEYS if tokens > chunk else tokens
     dtype, array = config.compute_dtype, functools.partial(sharding.abstract, mesh=mesh)
     stream = array((prompts, chunk, config.embed), dtype, ("stream", None, None))

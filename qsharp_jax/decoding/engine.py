@@ -19,7 +19,8 @@ from qsharp_jax.decoding.checks import check_memory, checked
 from qsharp_jax.decoding.loop import decode, prefill
 from qsharp_jax.decoding.rows import First, Waiting, empty_state, refill, rewind
 from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, gives_values
-from qsharp_jax.models import cpu_form, sharding, value
+from qsharp_jax.models import attention, cpu_form, sharding, value
+from qsharp_jax.models.decode_attention import TILE
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.sampling import Sampling
 
@@ -29,10 +30,16 @@ LONGEST = 64  # steps until control returns to the host, so that whoever reads t
 GO_ON = 16  # steps between two looks for rows that go on from an earlier place
 STOP_STRINGS = 8  # steps between two looks for stop strings, where there are some
 PROMPTS = 16  # prefilled at once
+TOKENS = 2048  # of all of them that go through a model at once, where one program serves prompts of all lengths
 
 # The place of a response, the tokens of its prompt and those that it begins with, and how many it may still have.
 _Begun = tuple[int, tuple[int, ...], int]
 _Then = Callable[[int, list[int]], tuple[int, int] | None]
+
+
+def tokens_at_once(prompts: int) -> int:
+    """Number of tokens of each of so many prompts that go through a model at once on an accelerator."""
+    return min(attention.CHUNK, -(-TOKENS // prompts))
 
 
 class ContinuousBatch:
@@ -61,6 +68,7 @@ class ContinuousBatch:
         rng: Any,
         rows: int,
         samples: int = 1,
+        longest: int = 0,
         order: Iterable[int] | None = None,
         starts: Iterable[tuple[int, Sequence[int]]] | None = None,
         then: _Then | None = None,
@@ -71,6 +79,7 @@ class ContinuousBatch:
 
         Args:
           rows: of the loop, rounded to what the mesh that is set divides.
+          longest: tokens of a prompt for which the caches have room at least, so that batches share their programs.
           order: the places of the responses that are begun, in this order; by default all of them.
           starts: in its place, the place of each response and the tokens that it begins with, which come out of its
             budget. It is read as rows become free. A response that begins with its end gets no more tokens, and has
@@ -86,16 +95,23 @@ class ContinuousBatch:
         self._ref = api.for_decoding(ref)
         self._guide = value.each(api.for_decoding, self._guide)
         self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
-        longest = max(map(len, prompts))
+        longest = max(longest, *map(len, prompts))
         sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
-        if then is not None:  # rows that have ended write on until the host looks, and not over what may be kept
-            sizes = sizes._replace(positions=sizes.positions + GO_ON)
+        on_cpu, width = cpu_form.here(), api.padded_length(longest, self._bucket)
+        # Rows that have ended write on until the host looks, and not over what may be kept. On an accelerator all loops
+        # of a run are of one size, which CUDA's kernel can divide into tiles.
+        if then is not None or not on_cpu:
+            sizes = sizes._replace(positions=-(-(sizes.positions + GO_ON) // TILE) * TILE)
         self._slots = sizes.prompts or rows  # each has one prompt at a time
         self._prompts_at_once = at_once = sharding.round_rows(min(PROMPTS, self._slots))
+        # On an accelerator one program serves prompts of all lengths, and leaves out chunks of padding. A CPU computes
+        # whole prompts, with a program for each width.
+        one_width = starts is None and not on_cpu
+        self._width, self._chunk = (width, tokens_at_once(at_once)) if one_width else (None, attention.CHUNK)
         with_waiting = dict(prompts=sizes.prompts + at_once) if sizes.prompts else dict(rows=rows + at_once)
         check_memory(
-            self._ref, self._guide, sizes._replace(**with_waiting), prompts=at_once,
-            tokens=api.padded_length(longest, self._bucket) - 1,
+            self._ref, self._guide, sizes._replace(**with_waiting), prompts=at_once, tokens=width - 1,
+            chunk=self._chunk,
         )  # fmt: skip
         trunk = value.each(lambda model: value.trunk(model).config, self._guide)
         self._state = empty_state(
@@ -186,8 +202,9 @@ class ContinuousBatch:
             together = [group] if self._slots < self._rows else [[one] for one in group]
             self._queue.extend((number, part) for part in together)
         filled = prompts + [prompts[0][:1]] * (self._prompts_at_once - len(prompts))
-        padded, start = api.pad(filled, self._bucket)
-        fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=padded.shape[1] - 1)
+        width = self._width or api.padded_length(max(map(len, filled)), self._bucket)
+        padded, start = api.pad(filled, width)
+        fill = functools.partial(prefill, tokens=padded[:, :-1], start=start, size=width - 1, chunk=self._chunk)
         self._waiting = Waiting(
             ref_cache=fill(self._ref.params, self._ref.config),
             guide_cache=value.each(

@@ -36,7 +36,7 @@ def prefill(
     """Fill a cache with left-padded prompts, whose last tokens are the loop's first pending ones: no logits are needed.
 
     Prompts longer than `chunk` go through the model in chunks, each attending to the cache so far: beside the cache,
-    memory does not depend on their length.
+    memory does not depend on their length. Chunks in which no prompt has begun are left out.
 
     Args:
       params: a decoder's parameters, in either form.
@@ -54,7 +54,7 @@ def prefill(
     last = cpu_form.positions_last(params, len(start) * samples)
     if tokens.shape[1] > chunk:
         with precision.of(config.dtype):
-            keys, values = _in_chunks(params, config, tokens, segments, positions, size, chunk)
+            keys, values = _in_chunks(params, config, tokens, segments, positions, size, chunk, jnp.min(start))
         keys = [key.swapaxes(-1, -2) for key in keys] if last else keys
         keys, values, start = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (keys, values, start))
         cache = KVCache(keys, values, start, index=jnp.asarray(tokens.shape[1], jnp.int32), positions_last=last)
@@ -76,6 +76,7 @@ def _in_chunks(
     positions: jax.Array,
     size: int,
     chunk: int,
+    first: jax.Array,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Buffers of keys and of values [B, G, S, E] per layer, filled by one program that all chunks run through."""
     params = params if isinstance(params["layers"], list) else decoder.unstack(params)
@@ -88,9 +89,10 @@ def _in_chunks(
         tokens_, before_, positions_ = (
             jax.lax.dynamic_slice_in_dim(x, begin, count, 1) for x in (tokens, before, positions)
         )
-        return _chunk(params, config, buffers, tokens_, before_, positions_, segments_of_buffer, begin)
+        return _chunk(params, config, buffers, tokens_, before_, positions_, segments_of_buffer, begin, first)
 
-    buffers = attention.over_chunks(tokens.shape[1], chunk, step, list(zip(cache.keys, cache.values, strict=True)))
+    buffers = list(zip(cache.keys, cache.values, strict=True))
+    buffers = attention.over_chunks(tokens.shape[1], chunk, step, buffers, first)
     keys, values = map(list, zip(*buffers, strict=True))
     return keys, values
 
@@ -134,7 +136,7 @@ def prefill_chunk(
     segments = (jnp.arange(cache.size) >= cache.start[:, None]).astype(jnp.int32)
     buffers = list(zip(cache.keys, cache.values, strict=True))
     with precision.of(config.dtype):
-        buffers = _chunk(params, config, buffers, tokens, before, jnp.maximum(places, 0), segments, cache.index)
+        buffers = _chunk(params, config, buffers, tokens, before, jnp.maximum(places, 0), segments, cache.index, 0)
     keys, values = map(list, zip(*buffers, strict=True))
     return sharding.constrain_rows(cache.replace(keys=keys, values=values, index=cache.index + tokens.shape[1]))
 
@@ -148,6 +150,7 @@ def _chunk(
     positions: jax.Array,
     segments: jax.Array,
     begin: jax.Array,
+    start: Any,
 ) -> list:
     """Write keys and values of a chunk [B, C] to each layer's pair of buffers [B, G, S, E], at positions `begin` on.
 
@@ -155,6 +158,7 @@ def _chunk(
       before: [B, C], the token before each; -1 for none.
       positions: [B, C], of the tokens in their own prompts.
       segments: [B, S], 0 at the buffers' padding.
+      start: as in `attention.of_chunk`.
     """
     x = decoder.embed(params, config, tokens, before, positions)
     turns, written = decoder.rotations(positions, config), []
@@ -162,7 +166,7 @@ def _chunk(
 
         def attend(query, key, value, pair=pair, window=kind.window):
             pair = kv_cache.write_pair(pair, (key, value), begin)
-            return attention.of_chunk(query, *pair, segments, begin, window), pair
+            return attention.of_chunk(query, *pair, segments, begin, window, start=start), pair
 
         x = sharding.constrain(x, "stream", None, None)
         x, pair = decoder.block(layer, config, x, turns[kind.rope], attend)

@@ -19,12 +19,12 @@ import numpy as np
 
 from qsharp_jax import rollouts
 from qsharp_jax.data.batches import Example, length_batches
-from qsharp_jax.decoding import ContinuousBatch, Generation, Guide, gives_values
+from qsharp_jax.decoding import ContinuousBatch, Generation, Guide
 from qsharp_jax.evaluation import score
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.run import models
-from qsharp_jax.run.problems import judge, test_problems
+from qsharp_jax.run.problems import judge, longest_prompt, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
@@ -80,9 +80,10 @@ def sample_method(
             dataclasses.replace(sampling, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             samples=each,
             rows=rows,
+            longest=longest_prompt(session),
             rng=np.random.SeedSequence(session.seed(f"evaluate {method} {number}")).generate_state(len(plan)),
             order=order,
-            record=("kl", "values") if gives_values(guide) else ("kl",),
+            record=rollouts.recorded(guide),
             tokenizer=tokenizer,
         )
         name = f"evaluate {method}" + (f", round {number}" if number else "")

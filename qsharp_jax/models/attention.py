@@ -133,10 +133,13 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
 # --- Chunks of queries ----------------------------------------------------------------------------------------------
 
 
-def over_chunks(length: int, chunk: int, step: Callable[[jax.Array, int, Any], Any], carry: Any) -> Any:
+def over_chunks(
+    length: int, chunk: int, step: Callable[[jax.Array, int, Any], Any], carry: Any, start: Any = 0
+) -> Any:
     """Apply `step(begin, count, carry)` to the least number of parts of a sequence with at most `chunk` tokens each.
 
-    All have as many tokens, `count`: the last may begin with some that the one before it ends with.
+    All have as many tokens, `count`: the last may begin with some that the one before it ends with. Parts that end
+    before the token `start`, which may be traced, are left out.
     """
     parts = -(-length // chunk)
     count = -(-length // parts)
@@ -144,7 +147,7 @@ def over_chunks(length: int, chunk: int, step: Callable[[jax.Array, int, Any], A
     def part(number: jax.Array, carry: Any) -> Any:
         return step(jnp.minimum(number * count, length - count), count, carry)
 
-    return jax.lax.fori_loop(0, parts, part, carry)
+    return jax.lax.fori_loop(start // count, parts, part, carry)
 
 
 def in_chunks(
@@ -176,11 +179,12 @@ def of_chunk(
     begin: Any,
     window: Any = 0,
     block: int = KEYS,
+    start: Any = 0,
 ) -> jax.Array:
     """Causal attention of a chunk of tokens to buffers that have their keys and values, and those before.
 
-    The softmax is added up over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867), from the first that the
-    window has to the last that the chunk sees.
+    The softmax is added up over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867), from the first to the last
+    that the chunk sees.
 
     Args:
       query: [B, C, H, E].
@@ -189,6 +193,7 @@ def of_chunk(
       begin: position of the chunk's first token, which may be traced.
       window: as of `Attend`.
       block: keys of which scores, float32 [B, H, C, block], exist at a time.
+      start: position before which all is padding, which may be traced.
 
     Returns:
       [B, C, H, E] in the query's dtype.
@@ -223,7 +228,7 @@ def of_chunk(
         added = jnp.einsum("bgrck,bgke->bgrce", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return new, total * kept + weights.sum(-1), mixed * kept[..., None] + added
 
-    first = jnp.maximum(begin - window + 1, 0) // block if has_window else 0
+    first = (jnp.maximum(begin - window + 1, start) if has_window else start) // block
     zeros = jnp.zeros(query.shape, jnp.float32)
     # Where all keys so far are masked, `total` and `mixed` count them; the first that is not makes `kept` 0.
     sums = jnp.full(query.shape[:-1], _MASKED), zeros[..., 0], zeros

@@ -116,7 +116,8 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
     state = jax.eval_shape(first, job.ref.params, job.guide.params["trunk"])
     number, whole, seed = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
     controls = decoding.Controls(
-        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed
+        eta=number, temperature=number, top_p=number, top_k=whole, threshold=number, budget=whole, seed=seed,
+        mode=whole,
     )
     state, controls = placed((state, controls), sharding.of_rows((state, controls), mesh, sharding.DECODE))
     with jax.set_mesh(mesh):

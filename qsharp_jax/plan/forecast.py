@@ -17,9 +17,8 @@ import numpy as np
 import qsharp_jax.plan.policies as policies
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.decoding.engine import PROMPTS
-from qsharp_jax.models import kv_cache, meshes, sharding, value
-from qsharp_jax.models.attention import CHUNK
+from qsharp_jax.decoding import engine
+from qsharp_jax.models import attention, kv_cache, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.kv_cache import Sizes
@@ -295,15 +294,16 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     ]  # fmt: skip
 
     # The next prompts are prefilled while the loop's arrays do not exist, but its caches do.
-    prompts = max(min(PROMPTS, sizes.prompts or rows) // (data * beside), 1) * data * beside
+    prompts = max(min(engine.PROMPTS, sizes.prompts or rows) // (data * beside), 1) * data * beside
     prompt = positions - config.generate.max_new_tokens
-    works = [decoding.prefill_work(trunk, prompts, prompt, mesh) for _, trunk in trunks.values()]
+    chunk = attention.CHUNK if section["platform"] == "cpu" else engine.tokens_at_once(prompts)
+    works = [decoding.prefill_work(trunk, prompts, prompt, mesh, chunk) for _, trunk in trunks.values()]
     waiting = sum(cache_bytes(trunk, Sizes(prompts, prompt)) for _, trunk in trunks.values())
     beyond = waiting + max(map(chip_bytes, works)) - sum(line.amount for line in memory[-3:])
     memory.append(
         Line(
             "prefill", max(beyond, 0),
-            f"{prompts} prompts x {prompt} positions: their caches and what {min(prompt, CHUNK)} tokens of each need,"
+            f"{prompts} prompts x {prompt} positions: their caches and what {min(prompt, chunk)} tokens of each need,"
             " beyond copies and work",
         )
     )  # fmt: skip

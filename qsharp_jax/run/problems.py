@@ -6,6 +6,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
@@ -54,6 +55,14 @@ def all_train_problems(session: Session) -> list[Problem]:
 @functools.lru_cache(maxsize=1)
 def test_problems(session: Session) -> list[Problem]:
     return _problems(session, "test", session.config.evaluate.problems)
+
+
+@functools.lru_cache(maxsize=1)
+def longest_prompt(session: Session) -> int:
+    """Return the tokens of the longest prompt of a run: with caches of one size, all its phases share programs."""
+    tokenizer = models.tokenizer(session)
+    problems = [*all_train_problems(session), *test_problems(session)]
+    return max(len(tokenizer.encode_prompt(problem.prompt)) for problem in problems)
 
 
 def _problems(session: Session, split: str, count: int) -> list[Problem]:

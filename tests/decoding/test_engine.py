@@ -254,8 +254,10 @@ def test_the_caches_are_updated_in_place():
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_forms_for_accelerators_give_the_same_responses(platform):
-    """With weights and caches in the form for accelerators; the CUDA kernel is interpreted."""
+def test_the_forms_for_accelerators_give_the_same_responses(platform, monkeypatch):
+    """With weights and caches in the form for accelerators, prompts in chunks of one program; the CUDA kernel is
+    interpreted.
+    """
     ref = random_model(40, scale=2.0, layers=1, heads=4, kv_heads=2, head_dim=16, max_positions=64)
     guide = random_guide(ref.config, seed=1, scale=4.0)
     ref, guide = ref.replace(params=decoder.unstack(ref.params)), guide.replace(params=value.unstack(guide.params))
@@ -267,9 +269,13 @@ def test_the_forms_for_accelerators_give_the_same_responses(platform):
     wanted = generate(ref, guide, prompts, settings, rng=SEEDS, samples=2)
     compiled = jax.jit(engine.decode.__wrapped__, static_argnames=("settings", "block"), donate_argnames=("state",))
     interpreted = functools.partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr(engine.cpu_form, "here", lambda: False)
+    monkeypatch.setattr(engine, "TOKENS", 32)
+    prefills = engine.prefill._cache_size()
     with traced_for(platform), mock.patch.object(pl, "pallas_call", interpreted):
         with mock.patch.object(engine, "decode", compiled):
             batches = list(ContinuousBatch(ref, guide, prompts, settings, rng=SEEDS, samples=2, rows=2))
+    assert engine.prefill._cache_size() - prefills <= 2, "one for each model"
     for place, part, row in ((p, part, row) for places, part in batches for row, p in enumerate(places.tolist())):
         np.testing.assert_array_equal(part.tokens[row], wanted.tokens[place])
         for name in ("log_probs", "kl", "kl_truncated", "values"):

@@ -24,11 +24,16 @@ def test_chunks_fill_the_cache_as_whole_prompts_do(form):
     model = random_model(vocab_size=17, scale=0.3, **settings)
     params = model.params if form == "stacked" else decoder.unstack(model.params, transposed=form == "transposed")
     tokens = np.random.default_rng(0).integers(0, 17, (4, 21))
-    start = np.array([0, 7, 19, 20])
-    fill = functools.partial(prefill, params, model.config, tokens, start, size=32, samples=2)
-    whole, chunked = fill(), fill(chunk=8)
-    assert jax.tree.structure(whole) == jax.tree.structure(chunked)
-    assert chunked.index == 21 and (chunked.start == np.repeat(start, 2)).all()
+    fill = functools.partial(prefill, params, model.config, tokens, size=32, samples=2)
+    for start in np.array([[0, 7, 19, 20], [15, 15, 19, 20]]):  # in the first two chunks of the latter are no tokens
+        whole, chunked = fill(start=start), fill(start=start, chunk=8)
+        assert jax.tree.structure(whole) == jax.tree.structure(chunked)
+        assert chunked.index == 21 and (chunked.start == np.repeat(start, 2)).all()
+        assert_same_tokens(whole, chunked)
+    assert not any(np.moveaxis(keys, chunked.axes[0], 2)[:, :, :14].any() for keys in chunked.keys)
+
+
+def assert_same_tokens(whole, chunked):
     for name, axis in zip(("keys", "values"), whole.axes, strict=True):
         for got, want in zip(getattr(chunked, name), getattr(whole, name), strict=True):
             got, want = (np.moveaxis(x, axis, 2) for x in (got, want))

@@ -1,6 +1,10 @@
 """The rows of the paper's tables, each resolved down to shapes and memory without a weight; and a small run of one."""
 
+import dataclasses
 import json
+import logging
+import re
+from collections import Counter
 from pathlib import Path
 
 import bpe
@@ -13,9 +17,13 @@ from helpers import quick_compilation  # noqa: F401
 from repository import CONFIGS
 
 from qsharp_jax import cli, plan
-from qsharp_jax.models import hf
-from qsharp_jax.run import checks
+from qsharp_jax.algorithms import value_based
+from qsharp_jax.evaluation import measure
+from qsharp_jax.models import cpu_form, hf
+from qsharp_jax.run import checks, models
 from qsharp_jax.run import config as configs
+from qsharp_jax.run.session import Session
+from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 
 ROWS = sorted(path for task in ("gsm8k", "math", "aime", "quality") for path in (CONFIGS / task).glob("[!_]*.py"))
@@ -150,6 +158,27 @@ def test_a_small_run_of_a_row(model, tmp_path, capsys):
     samples = [json.loads(line) for line in (workdir / "samples" / "pi_ref.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and {sample["prompt"][:10] for sample in samples} == {"Problem:\n\n"}
     assert {row["method"] for row in json.loads((workdir / "results.json").read_text())} >= {"pi_ref", "qsharp", "cd"}
+
+
+def test_an_accelerator_compiles_few_programs_for_a_row(model, tmp_path, monkeypatch, caplog):
+    """Two prefills, and three decodes: by pi_ref, by pi_ref cut to the likeliest tokens, and by the guide."""
+    monkeypatch.setattr(cpu_form, "here", lambda: False)
+    folder = tmp_path / "data"
+    for split, count in {"train": 10, "test": 4}.items():  # of many lengths, in training longer
+        questions = ["Sam has eggs. " * i + "How many?" for i in range(count)]
+        rows = [{"question": text, "answer": f"#### {i}"} for i, text in enumerate(questions)]
+        small_data.write_lines(folder / "gsm8k" / f"{split}.jsonl", rows)
+    changes = [f"ref={model}", f"guide={model}", f"task.data={folder}", "rounds=2", "generate.prompt_bucket=16"]
+    given = [*SMALL, *(f"--config.{change}" for change in changes)]
+    session = Session(Workdir.open(tmp_path / "run", configs.load(CONFIGS / "gsm8k" / "llama31_8b.py", given)))
+    ref = models.load_ref(session)
+    guide = helpers.random_guide(dataclasses.replace(ref.config, layers=2))
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+        value_based.collect(session, 1, ref, None)
+        value_based.collect(session, 2, ref, guide)
+        measure.evaluate(session, ref, {2: guide}, full=True)
+    compiled = Counter(re.findall(r"^Compiling jit\((\w+)\)", "\n".join(caplog.messages), re.MULTILINE))
+    assert (compiled["prefill"], compiled["decode"]) == (2, 3)
 
 
 def test_a_data_set_that_cannot_be_read_stops_a_run_before_it_begins(model, tmp_path, capsys):
