@@ -64,6 +64,5 @@ def row(task: str, ref: str, guide: str) -> ConfigDict:
     c.evaluate.batch_size = 64
     if task == "quality":  # prompts of some 7,000 tokens
         c.generate.prompt_bucket = 512
-        c.collect.batch_size = c.evaluate.batch_size = 16
         c.fit.accumulate = 16  # on one device of 80 GB; 4 on eight
     return c

@@ -292,18 +292,21 @@ def write_pair(
     axes: tuple[int, int] = (VALUE_AXIS, VALUE_AXIS),
 ) -> tuple[Weight, Weight]:
     """Write [B, T, G, E] keys and values at positions `index` .. of every row; axes as in `KVCache.axes`."""
+    if quantized.is_quantized(buffers[0]):
+        stored = quantized.in_8_bits(jnp.stack(new))
+        new = stored[0], stored[1]
     keys, values = (write(buffer, pair, index, axis) for buffer, pair, axis in zip(buffers, new, axes, strict=True))
     return keys, values
 
 
-def write(buffer: Weight, new: jax.Array, index: jax.Array, axis: int = VALUE_AXIS) -> Weight:
+def write(buffer: Weight, new: Weight, index: jax.Array, axis: int = VALUE_AXIS) -> Weight:
     """Write `new` [B, T, G, E] at positions `index` .. of every row; the buffer may lack the dimension of rows."""
 
     def write_leaf(leaf: jax.Array, new: jax.Array) -> jax.Array:
         new = jnp.moveaxis(new, 1, axis).astype(leaf.dtype)
         return jax.lax.dynamic_update_slice_in_dim(leaf, new.reshape(new.shape[-leaf.ndim :]), index, axis)
 
-    return jax.tree.map(write_leaf, buffer, quantized.in_8_bits(new) if quantized.is_quantized(buffer) else new)
+    return jax.tree.map(write_leaf, buffer, new)
 
 
 def attend(
