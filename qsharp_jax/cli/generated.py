@@ -89,7 +89,7 @@ def write(
 
     Args:
       settings: as in `encode`.
-      lines: (places of missing responses) -> their lines with their places, in any order.
+      lines: (places of missing responses, perhaps none) -> their lines with their places, in any order.
 
     Raises:
       UserError: if another process writes to the file, or it holds something else, see `_resume`.

@@ -104,15 +104,8 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
             log_probs = functools.partial(scoring.log_probs, models.load_ref(), rows=rows, vocab_size=vocab_size)
         if has_guide:
             means = functools.partial(scoring.score, models.load_guide(), rows=rows)
-        lines = scored(records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows)
-        if not first:  # it computes with the first, which writes
-            collections.deque(lines, maxlen=0)
-            return
-        with files.named(options.output), open(options.output, "a", encoding="utf-8") as file:
-            for part in lines:
-                file.writelines(part)
-                file.flush()
-                os.fsync(file.fileno())
+        path = options.output if first else None
+        write(path, records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows)
 
 
 def read(path: str) -> list[dict]:
@@ -235,7 +228,34 @@ def resume(path: str, records: Sequence[dict], scores: Sequence[str], prompt_for
     return len(lines)
 
 
-def scored(
+def write(
+    path: str | None,
+    records: Sequence[dict],
+    examples: Sequence["Example"],
+    *,
+    prompt_format: str,
+    log_probs: Scorer | None,
+    means: Scorer | None,
+    rows: int,
+) -> None:
+    """Append the scored records to the output, in chunks; a scorer of None is skipped.
+
+    Args:
+      path: None to compute with another process, which writes.
+      prompt_format: in which their texts were encoded.
+    """
+    chunks = _scored(records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows)
+    if path is None:
+        collections.deque(chunks, maxlen=0)
+        return
+    with files.named(path), open(path, "a", encoding="utf-8") as file:
+        for lines in chunks:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _scored(
     records: Sequence[dict],
     examples: Sequence["Example"],
     *,
@@ -244,11 +264,7 @@ def scored(
     means: Scorer | None,
     rows: int,
 ) -> Iterator[list[str]]:
-    """Yield the lines of the scored records, in chunks; a scorer of None is skipped.
-
-    Args:
-      prompt_format: in which their texts were encoded.
-    """
+    """Yield the lines of the scored records, in chunks."""
     from qsharp_jax.system.progress import Bar
 
     for begin in Bar(range(0, len(records), rows * CHUNK), "score"):

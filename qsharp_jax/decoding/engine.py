@@ -107,7 +107,8 @@ class ContinuousBatch:
         # On an accelerator one program serves prompts of all lengths, and leaves out chunks of padding. A CPU computes
         # whole prompts, with a program for each width.
         one_width = starts is None and not on_cpu
-        self._width, self._chunk = (width, tokens_at_once(at_once)) if one_width else (None, attention.CHUNK)
+        self._width = width if one_width else None
+        self._chunk = tokens_at_once(at_once) if one_width else attention.CHUNK
         with_waiting = dict(prompts=sizes.prompts + at_once) if sizes.prompts else dict(rows=rows + at_once)
         check_memory(
             self._ref, self._guide, sizes._replace(**with_waiting), prompts=at_once, tokens=width - 1,

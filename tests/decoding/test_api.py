@@ -296,7 +296,7 @@ def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: free)
     run(rng=0, eta=0.1)
     monkeypatch.setattr(memory, "available", lambda device: free - 1)
-    monkeypatch.setattr(api, "prefill", lambda *_, **__: pytest.fail("it computes"))
+    monkeypatch.setattr(api, "prefill_rows", lambda *_, **__: pytest.fail("it computes"))
     weights = [sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) for model in (ref, guide)]
     words = (
         f"has {free / 1e3:.2f} GB of memory free beside the reference's weights {weights[0] / 1e3:.2f} GB and the guide's weights"

@@ -86,8 +86,9 @@ def compile_decode(mesh):
     guide = ValueModel(jax.eval_shape(value.unstack, abstract(value.init, GUIDE, jnp.bfloat16)), GUIDE)
     sampling = Sampling(eta=0.1, top_p=0.9, max_new_tokens=NEW, stop_ids=[2])
     # This machine's memory does not matter.
-    replaced = dict(prefill=prefill, decode=decode, check_memory=lambda *arguments, **sizes: None)
-    with mock.patch.multiple(decoding.api, **replaced), pytest.raises(Called) as called:
+    replaced = dict(decode=decode, check_memory=lambda *arguments, **sizes: None)
+    filled = mock.patch.object(decoding.loop, "prefill", prefill)
+    with filled, mock.patch.multiple(decoding.api, **replaced), pytest.raises(Called) as called:
         decoding.generate(ref, guide, [[1] * PROMPT] * ROWS, sampling, rng=0)
     arguments, settings = called.value.args
     arguments = sharded(mesh, arguments, ROWS)

@@ -36,7 +36,7 @@ def lowered_decode(dtype):
         real = functools.partial(decoding.prefill, config=config, **sizes)
         return jax.eval_shape(real, params, tokens=tokens, start=start)
 
-    with mock.patch.object(decoding.api, "prefill", prefill):
+    with mock.patch.object(decoding.loop, "prefill", prefill):
         run = decoding.Run(*models(dtype), [[1, 2]], Sampling(eta=0.1, max_new_tokens=2, top_k_candidates=3), rng=0)
     return decoding.decode.lower(run.ref, run.guide, run.state, run.controls, settings=run.settings)
 
