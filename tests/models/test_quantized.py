@@ -123,7 +123,7 @@ def test_keys_and_values_are_rounded_once_and_for_all():
     np.testing.assert_array_equal(quantized.rounded(jnp.zeros((2, 32))), 0)
 
 
-@pytest.mark.parametrize("platform, shares", [("cuda", True), ("tpu", False)])
+@pytest.mark.parametrize("platform, shares", [("cuda", True), pytest.param("tpu", False, marks=pytest.mark.slow)])
 def test_caches_of_8_bits_give_the_responses_of_rounded_floats(platform, shares, monkeypatch):
     """In the forms for accelerators, the CUDA kernel interpreted, with long prompts in chunks; and by teacher forcing."""
     shape = dict(embed=32, heads=4, kv_heads=2, head_dim=16, layers=1, mlp=32, max_positions=192)

@@ -275,6 +275,7 @@ def answers_on_a_mesh():
     return [[received.joined(one, sample, "tokens") for sample in range(2)] for one in requests]
 
 
+@pytest.mark.slow
 def test_quantized_models_on_a_mesh_answer_as_on_one_device():
     ref, guide = in_8_bits("v-scalar")
     wants = [alone(one, guide, ref) for one in quantized_requests()]
