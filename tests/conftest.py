@@ -18,6 +18,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+# Programs of tests are small and many: compiling them well takes longer than running them ever will.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # Examples that compile take long, and the machine may be busy.
 hypothesis.settings.register_profile("without deadlines", deadline=None)
 hypothesis.settings.load_profile("without deadlines")

@@ -7,7 +7,6 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,13 +1,13 @@
 """`qsharp score`: log-probabilities and values of given responses, written in the order of the input to resume."""
 
 import argparse
-import collections
+import contextlib
 import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,43 +244,27 @@ def write(
       path: None to compute with another process, which writes.
       prompt_format: in which their texts were encoded.
     """
-    chunks = _scored(records, examples, prompt_format=prompt_format, log_probs=log_probs, means=means, rows=rows)
-    if path is None:
-        collections.deque(chunks, maxlen=0)
-        return
-    with files.named(path), open(path, "a", encoding="utf-8") as file:
-        for lines in chunks:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _scored(
-    records: Sequence[dict],
-    examples: Sequence["Example"],
-    *,
-    prompt_format: str,
-    log_probs: Scorer | None,
-    means: Scorer | None,
-    rows: int,
-) -> Iterator[list[str]]:
-    """Yield the lines of the scored records, in chunks."""
     from qsharp_jax.system.progress import Bar
 
-    for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
-        part, lines = examples[begin : begin + rows * CHUNK], []
-        part_log_probs = log_probs and _by_width(log_probs, part)
-        part_means = means and _by_width(means, part)
-        for row, record in enumerate(records[begin : begin + rows * CHUNK]):
-            if not _has_tokens(record):
-                record = record | {"prompt_format": prompt_format}
-            if part_log_probs:
-                record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
-            if part_means:
-                values = _numbers(part_means[row])
-                record = record | {"values": values, "value": values[-1]}
-            lines.append(json_lines.dump(record) + "\n")
-        yield lines
+    output = contextlib.nullcontext() if path is None else open(path, "a", encoding="utf-8")
+    with files.named(path or ""), output as file:
+        for begin in Bar(range(0, len(records), rows * CHUNK), "score"):
+            part, lines = examples[begin : begin + rows * CHUNK], []
+            part_log_probs = log_probs and _by_width(log_probs, part)
+            part_means = means and _by_width(means, part)
+            for row, record in enumerate(records[begin : begin + rows * CHUNK]):
+                if not _has_tokens(record):
+                    record = record | {"prompt_format": prompt_format}
+                if part_log_probs:
+                    record = record | {"ref_log_probs": _numbers(part_log_probs[row])}
+                if part_means:
+                    values = _numbers(part_means[row])
+                    record = record | {"values": values, "value": values[-1]}
+                lines.append(json_lines.dump(record) + "\n")
+            if file is not None:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _by_width(scorer: Scorer, examples: Sequence["Example"]) -> list[np.ndarray]:

@@ -172,22 +172,22 @@ class ContinuousBatch:
         """Give the free rows to the next responses."""
         rows_of = np.arange(self._rows).reshape(self._slots, -1)
         while True:
-            source, first = np.full(self._slots, -1, np.int32), First.none(self._rows)
-            for slot, rows in enumerate(rows_of):
-                if self._queue and not self._in_use(slot, rows):
+            source, first, is_idle = np.full(self._slots, -1, np.int32), First.none(self._rows), False
+            is_free = (self._place < 0).reshape(rows_of.shape)
+            for slot in np.flatnonzero(is_free.any(axis=1)):
+                if is_free[slot].all() and not self._of_slot[slot]:
+                    if not self._queue:
+                        is_idle = True
+                        continue
                     source[slot], self._of_slot[slot] = self._queue.popleft()
-                for row in rows[self._place[rows] < 0][: len(self._of_slot[slot])]:
+                for row in rows_of[slot][is_free[slot]][: len(self._of_slot[slot])]:
                     place, tokens, left = self._of_slot[slot].pop(0)
                     self._set(row, place, left)
                     first.set(row, tokens)
             if first.begins.any():
                 self._state = refill(self._state, self._waiting, *sharding.place_rows((source, first)))
-            if all(itertools.starmap(self._in_use, enumerate(rows_of))) or not self._prefill():
+            if not is_idle or not self._prefill():
                 return
-
-    def _in_use(self, slot: int, rows: np.ndarray) -> bool:
-        """Return True if a slot has responses, in its rows or waiting for one."""
-        return bool(self._of_slot[slot]) or bool((self._place[rows] >= 0).any())
 
     def _set(self, row: int, place: int, left: int) -> None:
         self._place[row], self._budget[row], self._checked[row] = place, left, 0

@@ -199,7 +199,7 @@ def of_chunk(
       [B, C, H, E] in the query's dtype.
     """
     batch, count, heads, width = query.shape
-    (groups, size), x_dtype = keys.shape[1:3], query.dtype
+    (groups, size), dtype = keys.shape[1:3], query.dtype
     for buffer in (keys, values):
         chex.assert_shape(buffer, (batch, groups, size, width))
     chex.assert_shape(segments, (batch, size))
@@ -212,7 +212,7 @@ def of_chunk(
         largest, total, mixed = sums
         first = jnp.minimum(number * block, size - block)  # the last block begins with keys of the one before it
         key, value = (
-            quantized.dense(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block, 2), buffer), x_dtype)
+            quantized.dense(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, block, 2), buffer), dtype)
             for buffer in (keys, values)
         )
         segment = jax.lax.dynamic_slice_in_dim(segments, first, block, 1)

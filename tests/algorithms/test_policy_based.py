@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_decoder
 import pytest
-from helpers import quick_compilation  # noqa: F401
+from marks import slow
 
 from qsharp_jax import decoding, report, train
 from qsharp_jax.algorithms import dpo, klq, policy_based, policy_scores, ppo, reinforce
@@ -61,7 +61,7 @@ def test_log_probabilities_and_values_are_those_of_a_decoder_in_numpy():
     np.testing.assert_allclose(values, want_values, atol=1e-5)
 
 
-@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("detached", [slow(True), False])
 def test_the_values_error_moves_the_trunk_unless_they_are_detached(detached):
     """Either way all of it is learned by the head, and log-probabilities move the trunk as they would without it."""
     params, batch = with_value_head(MODEL.params), policy_scores.make_batch(EXAMPLES, {}, range(4), rows=4, width=8)
@@ -89,7 +89,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [slow(name) if name in ("klq", "rpo") else name for name in LOSSES])
 def test_a_step_on_a_batch_in_parts_is_that_of_the_whole(name):
     """Responses of several lengths, and rows of padding: parts add up to the whole's means."""
     rng, params = np.random.default_rng(0), with_value_head(MODEL.params)
@@ -141,7 +141,7 @@ def trained(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["reinforce", pytest.param("ppo", marks=pytest.mark.slow), pytest.param("klq", marks=pytest.mark.slow)]
+    "name", ["reinforce", slow("ppo"), slow("klq")]
 )
 def test_the_regularised_optimum_is_nearly_reached(name):
     """0.95 of it, from a reference at a good deal less; the learning curve is in the metrics, rollouts are on disk."""
@@ -290,6 +290,7 @@ def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding():
         assert cosine > 0.99, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_a_policy_with_a_lora_learns_on_pi_ref_s_own_arrays(tmp_path):
     settings = ("fit.lora_rank=4", "collect.prompts=128", "rounds=2", "policy.optimizer.learning_rate=0.03")
     session = bandit.session(tmp_path, "reinforce", *settings)

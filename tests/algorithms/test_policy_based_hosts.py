@@ -18,7 +18,6 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
 from qsharp_jax import rollouts

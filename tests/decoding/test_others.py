@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, K, V, assert_is_brute_force, decoding_models, run
+from marks import slow
 
 from qsharp_jax import guidance
 from qsharp_jax.decoding import ContinuousBatch, generate
 from qsharp_jax.sampling import Sampling
 
+SLOW = {"v-scalar", "q-categorical", "v-categorical"}
 ETA = [0.2, 0.05, 1e-6, 0.5, 1.0, np.inf]
 UNGUIDED = {name: x for name, x in MIXED.items() if name != "eta"}
 RECORDS = ("tokens", "lengths", "log_probs", "ref_log_probs", "kl_truncated")
@@ -33,7 +35,11 @@ def assert_is_pi_ref(got, want):
 
 
 @pytest.mark.parametrize(
-    ("case", "others"), [*((case, "mass") for case in CASES), ("v-categorical", "prefix"), ("q-bernoulli", "prefix")]
+    ("case", "others"),
+    [
+        *((slow if case in SLOW else pytest.param)(case, "mass") for case in CASES),
+        ("v-categorical", "prefix"), slow("q-bernoulli", "prefix"),
+    ],
 )
 def test_a_constant_guide_is_pi_ref_exactly(case, others):
     """For every distribution and type, in every mode, with every number of candidates, eta, temperature and top-p."""
@@ -46,7 +52,7 @@ def test_a_constant_guide_is_pi_ref_exactly(case, others):
         assert_is_pi_ref(got, want)
 
 
-@pytest.mark.parametrize("others", ["mass", "prefix"])
+@pytest.mark.parametrize("others", ["mass", slow("prefix")])
 def test_constant_guides_are_pi_ref_where_they_share_slots_and_where_they_are_composed(others):
     ref, guide = decoding_models("v-bernoulli")
     want = run(guided=False, rng=SEEDS, **UNGUIDED)
@@ -88,7 +94,11 @@ def test_the_papers_zero_makes_a_constant_guide_a_filter():
 
 
 @pytest.mark.parametrize(
-    ("case", "others"), [*((case, "prefix") for case in CASES), ("v-scalar", "zero"), ("q-bernoulli", "zero")]
+    ("case", "others"),
+    [
+        *((slow if case in SLOW else pytest.param)(case, "prefix") for case in CASES),
+        slow("v-scalar", "zero"), ("q-bernoulli", "zero"),
+    ],
 )
 def test_every_definition_is_its_formula(case, others):
     """Against whole passes in numpy; "mass", the default, in test_step.py."""
@@ -96,7 +106,7 @@ def test_every_definition_is_its_formula(case, others):
     assert_is_brute_force(got, case, PROMPTS, SEEDS, MIXED, others=others)
 
 
-@pytest.mark.parametrize("case", ["v-bernoulli", "q-categorical"])
+@pytest.mark.parametrize("case", ["v-bernoulli", slow("q-categorical")])
 def test_with_every_token_a_candidate_all_definitions_are_one(case):
     every = dict(rng=SEEDS, top_k_candidates=V, **MIXED)
     want, *rest = (run(case, others=others, **every) for others in ("zero", "mass", "prefix"))
@@ -105,7 +115,7 @@ def test_with_every_token_a_candidate_all_definitions_are_one(case):
         np.testing.assert_allclose(got.kl, want.kl, atol=1e-4)
 
 
-@pytest.mark.parametrize("others", ["mass", "prefix"])
+@pytest.mark.parametrize("others", [slow("mass"), "prefix"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_as_the_temperature_falls_responses_become_the_greedy_ones(guided, others):
     """And log-probabilities stay finite and <= 0, KLs finite and >= 0."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from marks import slow
 from numpy_decoder import random_params
 
 from qsharp_jax.decoding import for_decoding, generate
@@ -81,7 +82,7 @@ def teacher_forced(ref, guide, prompts, responses):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [slow(name) if name == "gpt2" else name for name in SHAPES])
 def test_log_probabilities_and_kl_are_those_of_teacher_forcing(name, dtype):
     ref, guide = models(name, dtype)
     sampling = Sampling(eta=ETA, max_new_tokens=N, top_k_candidates=K, others="zero")

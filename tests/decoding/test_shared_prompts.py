@@ -10,6 +10,7 @@ from brute_force import CASES, COMMON, MIXED, PROMPTS, SEEDS, N, decoding_models
 from devices import traced_for
 from helpers import random_guide, random_model
 from jax.experimental import pallas as pl
+from marks import slow
 
 from qsharp_jax import decoding
 from qsharp_jax.decoding import ContinuousBatch, Run, api, cache_sizes, engine, generate
@@ -46,7 +47,7 @@ def with_copies(case):
     return generate(*decoding_models(case), PROMPTS, sampling(case), rng=MANY_SEEDS, samples=SAMPLES)
 
 
-@pytest.mark.parametrize("case", ["v-bernoulli", pytest.param("v-scalar", marks=pytest.mark.slow), "q-categorical"])
+@pytest.mark.parametrize("case", ["v-bernoulli", slow("v-scalar"), "q-categorical"])
 def test_samples_of_a_prompt_share_it(case, sharing):
     run = Run(*decoding_models(case), PROMPTS, sampling(case), rng=MANY_SEEDS, samples=SAMPLES)
     for cache in (run.state.ref_cache, run.state.guide_cache):
@@ -56,7 +57,7 @@ def test_samples_of_a_prompt_share_it(case, sharing):
     )
 
 
-@pytest.mark.parametrize("rows, each", [(8, 4), pytest.param(3, 1, marks=pytest.mark.slow), (6, 2)])
+@pytest.mark.parametrize("rows, each", [(8, 4), slow(3, 1), (6, 2)])
 def test_rows_of_a_prompt_get_the_next_one_together(rows, each, sharing):
     """Also with fewer rows than samples; where their numbers have no divisor, each row has a copy."""
     batch = ContinuousBatch(
@@ -71,7 +72,7 @@ def test_rows_of_a_prompt_get_the_next_one_together(rows, each, sharing):
     assert sorted(ended) == list(range(COUNT))
 
 
-@pytest.mark.parametrize("window", [pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("window", [slow(2), 5])
 def test_a_window_reaches_back_into_the_shared_prompt(window, sharing, monkeypatch):
     ref = random_model(19, scale=2.0, layers=2, heads=4, kv_heads=2, head_dim=4, max_positions=64, window=window, window_layers=(1,))
     ref = decoding.for_decoding(ref)
@@ -110,7 +111,7 @@ def test_the_forms_for_accelerators_share_prompts_alike(platform, sharing, monke
     assert_same(shared, generate(ref, guide, prompts, settings, rng=SEEDS, samples=2))
 
 
-@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("shares", [slow(False), True])
 def test_a_response_goes_on_from_a_place_in_its_row_as_from_a_prefill(shares, request):
     """After every response another one, from half of its tokens and with other settings, as if these were its prompt's."""
     if shares:

@@ -8,7 +8,6 @@ import sys
 import bpe
 import pytest
 import reference
-from helpers import quick_compilation  # noqa: F401
 from repository import ROOT
 from text_models import make_guide, make_ref
 

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax.evaluation import forecast
 

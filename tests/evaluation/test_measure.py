@@ -8,7 +8,6 @@ from collections import Counter
 import helpers
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax.data.batches import Example
 from qsharp_jax.decoding import ContinuousBatch

@@ -7,7 +7,6 @@ import sys
 
 import helpers
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from processes import free_port, start
 
 from qsharp_jax.decoding import ContinuousBatch

@@ -6,7 +6,6 @@ import bandit_task as bandit
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from ml_collections import ConfigDict
 from repository import CONFIGS
 

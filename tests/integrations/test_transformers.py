@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from hf_folders import GEMMA, GPT2, LLAMA, QWEN3, guide
+from marks import slow
 from numpy_decoder import random_params
 
 from qsharp_jax.decoding import generate
@@ -93,7 +94,7 @@ def ref_logits(ref, tokens, mask):
     return ref(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
 
 
-@pytest.mark.parametrize("name", ["v-categorical", "v-scalar", "q-bernoulli", "q-scalar"])
+@pytest.mark.parametrize("name", ["v-categorical", slow("v-scalar"), "q-bernoulli", slow("q-scalar")])
 def test_every_step_is_that_of_the_decoder_in_jax(name, folder, ref):
     """The log-probability of every token that JAX drew at a temperature, in a batch of unequal prompts and etas."""
     got = in_jax(name)

@@ -2,7 +2,6 @@ import json
 import shutil
 
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from hf_folders import CONFIGS, guide, ref
 
 from qsharp_jax.models import hf

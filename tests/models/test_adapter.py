@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_trees_equal
 from hf_folders import CONFIGS, guide, load_refusal
+from marks import slow
 from numpy_decoder import random_params
 from safetensors.numpy import load_file, save_file
 
@@ -115,8 +116,8 @@ def rounds_of(trunk, **changes):
     return model.config, [random_params(seed, learned, model.config) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("name, law", [("llama", {}), ("gpt2", dict(distribution="categorical", atoms=(0.0, 1.0))),
-                                       ("phi3", {}), ("qwen3", dict(type="q"))])  # fmt: skip
+@pytest.mark.parametrize("name, law", [("llama", {}), slow("gpt2", dict(distribution="categorical", atoms=(0.0, 1.0))),
+                                       slow("phi3", {}), ("qwen3", dict(type="q"))])  # fmt: skip
 def test_a_fit_s_updates_are_an_adapter_that_is_read_back_as_the_merged_guide(name, law, made, tmp_path):
     config, rounds = rounds_of(CONFIGS[name], **law)
     ref = hf.load_trunk(made / name, dtype="float32").params

@@ -10,6 +10,7 @@ import pytest
 from devices import traced_for
 from helpers import random_guide, random_model, refusal
 from jax.experimental import pallas as pl
+from marks import slow
 
 from qsharp_jax import decoding
 from qsharp_jax.data.batches import Example
@@ -69,7 +70,7 @@ def test_a_channel_of_zeros_stays_zero():
     np.testing.assert_array_equal(quantized.dense(stored, jnp.float32), 0)
 
 
-@pytest.mark.parametrize("quantize, tied", [("int8", False), ("int4", True)])
+@pytest.mark.parametrize("quantize, tied", [slow("int8", False), ("int4", True)])
 def test_logits_in_every_form_are_those_of_the_dequantized_model(quantize, tied):
     model = random_model(40, **SHAPE)
     params = model.params if not tied else {name: leaf for name, leaf in model.params.items() if name != "head"}
@@ -91,7 +92,7 @@ def test_logits_in_every_form_are_those_of_the_dequantized_model(quantize, tied)
 
 
 def test_greedy_responses_are_those_of_the_dequantized_model():
-    """By whole passes over prompt and response, in which keys and values are rounded as well."""
+    """Keys and values are rounded in decoding as in whole passes over prompt and response."""
     small, dense = with_weights(random_model(40, scale=3.0, **SHAPE), "int8")
     prompt, new, places = [1, 5, 7], 8, np.arange(11)[None]
     tokens = np.pad(prompt, (0, new))[None]
@@ -123,7 +124,7 @@ def test_keys_and_values_are_rounded_once_and_for_all():
     np.testing.assert_array_equal(quantized.rounded(jnp.zeros((2, 32))), 0)
 
 
-@pytest.mark.parametrize("platform, shares", [("cuda", True), pytest.param("tpu", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("platform, shares", [("cuda", True), slow("tpu", False)])
 def test_caches_of_8_bits_give_the_responses_of_rounded_floats(platform, shares, monkeypatch):
     """In the forms for accelerators, the CUDA kernel interpreted, with long prompts in chunks; and by teacher forcing."""
     shape = dict(embed=32, heads=4, kv_heads=2, head_dim=16, layers=1, mlp=32, max_positions=192)
@@ -179,6 +180,7 @@ def test_what_is_quantized():
     assert quantized.tree(ref.params, "none") is ref.params
 
 
+@pytest.mark.slow
 def test_experts_are_those_of_the_dequantized_model():
     experts = dict(experts=4, experts_per_token=2, normalized_router=True)
     small, dense = with_weights(random_model(40, **SHAPE | dict(layers=1), **experts), "int4")

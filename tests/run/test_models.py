@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from commands import CONFIG, PROMPT, SMALL, refused, results, stdout_lines
-from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import cli, train
 from qsharp_jax.data.tokenizer import Tokenizer

@@ -13,7 +13,6 @@ import jax
 import pytest
 import small_data
 from commands import refused
-from helpers import quick_compilation  # noqa: F401
 from repository import CONFIGS
 
 from qsharp_jax import cli, plan

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from brute_force import CASES, COMMON, PROMPTS, N, V, decoding_models, models
+from marks import slow
 from processes import printed_on_fake_devices
 
 from qsharp_jax.decoding import generate, row_seeds
@@ -110,11 +111,14 @@ KINDS = [
 ]
 
 
-def test_mixed_requests_are_answered_as_each_alone():
+@pytest.mark.parametrize("shift", [0, slow(4)])
+def test_mixed_requests_are_answered_as_each_alone(shift):
     received = Received()
     engine = start(received)
-    places = [(i, (i + 4 * j) % len(KINDS)) for i in range(len(PROMPTS)) for j in range(2)]
-    kinds = [(request(PROMPTS[i], seed=i, n=2, **KINDS[k][0]), KINDS[k][1]) for i, k in places]
+    kinds = []
+    for place, prompt in enumerate(PROMPTS):
+        settings, guide = KINDS[(place + shift) % len(KINDS)]
+        kinds.append((request(prompt, seed=place, n=2, **settings), guide))
     answer(engine, [one for one, _ in kinds])
     assert len(received.finish) == sum(len(one.seeds) for one, _ in kinds)
     for one, guide in kinds:

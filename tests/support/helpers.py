@@ -34,16 +34,6 @@ TINY = dict(embed=32, layers=1, heads=2, kv_heads=2, head_dim=16, mlp=64, max_po
 STAR_GRAPH = dict(name="star_graph", degree=2, path_length=3, num_nodes=6, pretrain_on="paths")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """For a conftest.py that imports it: programs there are small and many, and compiling them well takes longer than
-    running them ever will.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def session(folder, *overrides: str, task=STAR_GRAPH, model=TINY) -> Session:
     """A session in a new or old workdir: configs/arithmetic.py with everything shrunk, then "KEY=VALUE" overrides."""
     small = (

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from checkpoints import make_state, save
 from commands import CONFIG, SMALL, refused
-from helpers import quick_compilation  # noqa: F401
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from repository import ROOT

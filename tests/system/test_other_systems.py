@@ -7,7 +7,6 @@ import sys
 
 import bpe
 import pytest
-from helpers import quick_compilation  # noqa: F401
 from repository import PYTHONPATH
 from text_models import make_ref
 

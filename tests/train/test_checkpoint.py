@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import make_state, save
-from helpers import assert_trees_equal, quick_compilation, wrapped_error  # noqa: F401
+from helpers import assert_trees_equal
 
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train.checkpoint import Best, Checkpoints

@@ -6,7 +6,6 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Example, make_packed_batch

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoints import files_of, flip, largest, make_state, save
 from gcsfs.retry import HttpError
-from helpers import assert_trees_equal, quick_compilation, refusal, wrapped_error  # noqa: F401
+from helpers import assert_trees_equal, refusal, wrapped_error
 
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train import checkpoint

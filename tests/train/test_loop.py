@@ -13,6 +13,7 @@ import optax
 import optax.contrib
 import pytest
 from helpers import assert_trees_equal, refusal
+from marks import slow
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example, make_batch
@@ -137,7 +138,7 @@ class killed_at:
         return self._batches[step]
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", slow("adafactor"), slow("muon")])
 def test_a_training_that_was_stopped_ends_bit_for_bit_the_same(tmp_path, name):
     """20 steps at once, or killed at step 11 and started again: the same parameters and moments, over three epochs."""
     batches = Batches(helpers.random_examples(np.random.default_rng(0), count=14), rows=2, bucket=12, seed=1)

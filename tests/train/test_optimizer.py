@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from marks import slow
 
 from qsharp_jax import train
 from qsharp_jax.models import decoder, value
@@ -41,7 +42,7 @@ def first_update(optimizer, gradients, params):
     return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(gradients, params)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", slow("adafactor"), "muon"])
 def test_weight_decay_shrinks_matrices_alone(name):
     """With gradient zero, a step takes learning rate * decay of each matrix, and leaves norms and biases as they are."""
     params = all_parameters()

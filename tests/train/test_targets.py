@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
-from helpers import quick_compilation, random_examples, random_guide, random_model  # noqa: F401
+from helpers import random_examples, random_guide, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

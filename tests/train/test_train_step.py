@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import quick_compilation  # noqa: F401
 
 from qsharp_jax import train
 from qsharp_jax.data.batches import Example, make_batch

@@ -1,1 +1,0 @@
-from helpers import quick_compilation  # noqa: F401
