@@ -58,6 +58,7 @@ STAR_GRAPH = (
     "fit.length_bucket=32", "fit.save_every=4", "fit.log_every=2",
     "collect.eta=0.4", "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.4,",
 )  # fmt: skip
+FEW = ("qsharp", "export of the ref", "export of the guide", "generate, ref", "score, ref")
 KILLED = "star graph, killed and resumed"
 RUNS = {
     "qsharp": ("arithmetic", ARITHMETIC),
@@ -213,8 +214,8 @@ def measure_lines(path: Path) -> dict:
 # Run the cases
 
 
-def measure() -> dict[str, dict]:
-    """Run all cases; case -> kind -> name -> value."""
+def measure(few: bool) -> dict[str, dict]:
+    """Run all cases, or the `FEW` alone; case -> kind -> name -> value."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = {}
@@ -223,11 +224,26 @@ def measure() -> dict[str, dict]:
             cases[name] = measured
             print(f"{time.process_time():6.1f} s of CPU: {name}", file=sys.stderr, flush=True)
 
+        texts = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+
+        def answer(family):
+            models = ("--ref", folder / family, "--guide", folder / "guide")
+            output = folder / f"{family}_generated.jsonl"
+            command("generate", *models, *SAMPLING, "--output", output, *PROMPTS)
+            case(f"generate, {family}", measure_lines(output))
+            output = folder / f"{family}_scored.jsonl"
+            command("score", *models, "--input", folder / "texts.jsonl", "--output", output)
+            case(f"score, {family}", measure_lines(output))
+
         command(*run_arguments("qsharp", folder / "qsharp"))
         case("qsharp", measure_run(folder / "qsharp"))
         for what in ("ref", "guide"):
             command("export", "--workdir", folder / "qsharp", "--what", what, "--out", folder / what)
             case(f"export of the {what}", measure_folder(folder / what))
+        answer("ref")
+        if few:
+            return cases
         for algorithm in ("ppo", "dpo", "cd"):
             command(*run_arguments(algorithm, folder / algorithm, f"ref={folder / 'ref'}"))
             case(algorithm, measure_run(folder / algorithm))
@@ -237,16 +253,8 @@ def measure() -> dict[str, dict]:
         command(*run_arguments("star graph", folder / "killed"))
         case(KILLED, measure_run(folder / "killed"))
         write_families(folder)
-        texts = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-        (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-        for family in ("ref", *FAMILIES):
-            models = ("--ref", folder / family, "--guide", folder / "guide")
-            output = folder / f"{family}_generated.jsonl"
-            command("generate", *models, *SAMPLING, "--output", output, *PROMPTS)
-            case(f"generate, {family}", measure_lines(output))
-            output = folder / f"{family}_scored.jsonl"
-            command("score", *models, "--input", folder / "texts.jsonl", "--output", output)
-            case(f"score, {family}", measure_lines(output))
+        for family in FAMILIES:
+            answer(family)
         return cases
 
 
@@ -299,8 +307,8 @@ def write_families(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def measure_elsewhere(xla_flags: str = "") -> dict:
-    """Run all cases in a new process with a fixed environment; returns {"machine": ..., "cases": ...}."""
+def measure_elsewhere(xla_flags: str = "", few: bool = False) -> dict:
+    """Run all cases, or few of them, in a new process with a fixed environment; returns {"machine": ..., "cases": ...}."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     environment |= ENVIRONMENT | {"XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=false {xla_flags}".strip()}
     # As tests/conftest.py: compiling takes half as long; XLA ends the process at a flag that it does not know.
@@ -310,7 +318,7 @@ def measure_elsewhere(xla_flags: str = "") -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", str(out)], env=environment, stdout=subprocess.PIPE,
+            [sys.executable, __file__, "--measure", str(out), *["--few"] * few], env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert done.returncode == 0 and out.exists(), (done.returncode, done.stdout[-4000:])  # 0 after SIGTERM as well
@@ -341,9 +349,10 @@ def main() -> None:
     parser.add_argument("--xla-flags", default="", help="for example --xla_cpu_max_isa=AVX2, as another CPU computes")
     parser.add_argument("--out", type=Path, default=RECORDED, help="where --record writes")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in this process; from measure_elsewhere
+    parser.add_argument("--few", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        options.measure.write_text(json.dumps({"machine": machine(), "cases": measure()}))
+        options.measure.write_text(json.dumps({"machine": machine(), "cases": measure(options.few)}))
     elif options.record:
         write(options.out, measure_elsewhere(options.xla_flags))
     else:
