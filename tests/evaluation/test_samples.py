@@ -191,6 +191,7 @@ def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):
     assert not shards_of(session, "qsharp_round_1")
 
 
+@pytest.mark.slow
 def test_two_hosts_share_the_shards_and_go_on_from_those_of_both(tmp_path):
     straight = helpers.session(tmp_path / "straight")
     expected = sample(straight, *make_models(straight))

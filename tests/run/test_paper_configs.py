@@ -159,6 +159,7 @@ def test_a_small_run_of_a_row(model, tmp_path, capsys):
     assert {row["method"] for row in json.loads((workdir / "results.json").read_text())} >= {"pi_ref", "qsharp", "cd"}
 
 
+@pytest.mark.slow
 def test_an_accelerator_compiles_few_programs_for_a_row(model, tmp_path, monkeypatch, caplog):
     """Two prefills, and three decodes: by pi_ref, by pi_ref cut to the likeliest tokens, and by the guide."""
     monkeypatch.setattr(cpu_form, "here", lambda: False)
