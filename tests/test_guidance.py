@@ -10,6 +10,7 @@ import tabular
 from devices import traced_for
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from marks import slow
 
 from qsharp_jax import guidance, values
 
@@ -177,7 +178,7 @@ def prefix_weights(tree, eta):
     return law.log_mgf(eta)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_with_an_exact_guide_both_lose_no_more_than_the_unscored_tokens_allow(seed, k):
     """On random trees. With every token a candidate all definitions are pi*; with fewer, the policy's KL from pi* at a

@@ -18,6 +18,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from processes import free_port, start
 
 from qsharp_jax import rollouts
@@ -147,8 +148,8 @@ CLOSE = ("loss", "gradient_norm", "kl", "objective")
     [
         ("ppo", ()),
         # With lots of one problem, of which one process has none. The rows are then divided otherwise than over devices.
-        pytest.param("ppo", ALONE, marks=pytest.mark.slow),
-        *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("klq", "reinforce", "dpo")),
+        slow("ppo", ALONE),
+        *(slow(name, ()) for name in ("klq", "reinforce", "dpo")),
     ],
 )
 def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_path):
@@ -181,7 +182,7 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
             np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5, err_msg=leaf)
 
 
-@pytest.mark.parametrize("act", ["sample", pytest.param("judge", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("act", ["sample", slow("judge")])
 def test_a_sigterm_to_one_while_they_sample_or_judge_ends_both_within_seconds(act, tmp_path):
     """They would be at it for minutes; the state before is saved, and nothing of the lot is."""
     started = begin(2, act, tmp_path, "ppo", *SMALL, *SLOW)
