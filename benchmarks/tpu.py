@@ -6,8 +6,10 @@
 Compiles `decoding.decode` for each case with abstract weights (none are ever made) and prints a markdown table: memory
 a chip, what is updated in place, copies, collectives and bytes of one step. Batch 16 or 64, 2,048 positions (8,320 of
 QuALITY's prompts), 20 candidates a row, a Bernoulli V-type guide, top-p and all records on, bfloat16. Where rows fill a
-quarter of the cache, the bound is of these positions. `--layers N [M]` keeps so many layers of the reference and of the
-guide, `--quantize` has the weights of both in 8 or 4 bits.
+quarter of the cache, the bound is of these positions. The attention kernel's operands are whole buffers; counted are
+the tiles that it copies: as many as the filled positions make up and one more, as rows do not begin where tiles do.
+`--layers N [M]` keeps so many layers of the reference and of the guide; with few of them weights may stay in fast
+memory from one step to the next, and bytes are below the bound. `--quantize` has the weights of both in 8 or 4 bits.
 """
 
 import argparse
@@ -30,12 +32,14 @@ from jax.experimental import topologies  # noqa: E402
 from qsharp_jax import decoding  # noqa: E402
 from qsharp_jax.models import config, decoder, memory, meshes, quantized, sharding, value  # noqa: E402
 from qsharp_jax.models.decoder import LanguageModel  # noqa: E402
+from qsharp_jax.models.tpu_attention import TILE  # noqa: E402
 from qsharp_jax.models.value import ValueConfig, ValueModel  # noqa: E402
 from qsharp_jax.plan.program import result_bytes  # noqa: E402
 
 POSITIONS, NEW, CANDIDATES, VOCABULARY = 2048, 1024, 20, 128_256
 HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}  # bytes a chip
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "v5p": 2765e9}  # bytes a second to it
+ATTENTION = "decode_attention"  # the name of our kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,10 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
     collectives = read.collectives()
     embeddings = [guide.params["trunk"]["embedding"]] + ([] if ref_config.tied else [ref.params["embedding"]])
     bound = _bytes((ref, guide)) - _bytes(embeddings) + round(case.filled * _bytes(caches))
+    step = {i.name: i for i in read.computations[read.step]}
+    attentions = [i for i in step.values() if i.kind == "custom-call" and i.name.startswith(ATTENTION)]
+    whole = sum(step[name].results[0].bytes for i in attentions for name in i.operands[-2:])  # keys and values
+    unread = round(whole * max(0.0, 1 - case.filled - TILE / carry.ref_cache.size))
     return dict(
         hbm=HBM[case.topology[:3]],
         arguments=usage.argument_size_in_bytes,
@@ -131,7 +139,8 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
         collective_bytes=sum(map(result_bytes, collectives)),
         outside_layers=collections.Counter(f"{i.kind} {i.source}" for i in collectives if "Block" not in i.source),
         repeated=len(read.repeated_collectives()),
-        hbm_bytes=read.hbm_bytes(),
+        kernels=len(attentions),
+        hbm_bytes=read.hbm_bytes() - unread,
         bound_bytes=bound,
         bound_ms=bound / BANDWIDTH[case.topology[:3]] * 1e3,
         trace_seconds=lowering - began,
@@ -210,6 +219,7 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
         gib(facts["arguments"]),
         gib(facts["temporaries"]),
         f"{gib(facts['aliased'])} / {gib(facts['cache'])}",
+        str(facts["kernels"]),
         str(len(facts["copies"])),
         f"{len(facts['write_backs'])} ({mb(facts['write_back_bytes'])} MB)",
         f"2 x {facts['layers']} + {len(facts['reductions']) - 2 * facts['layers']}",
@@ -223,8 +233,8 @@ def row(name: str, case: Case, facts: dict[str, Any]) -> list[str]:
 
 HEADER = (
     "case", "slice", "rows, filled", "mesh", "models", "GiB a chip at peak", "arguments GiB", "temporaries GiB",
-    "updated in place / caches GiB", "copies", "write-backs", "reductions a step", "other collectives a step",
-    "MB they bring", "MB of HBM a step / bound", "bound ms", "compile s",
+    "updated in place / caches GiB", "attention kernels", "copies", "write-backs", "reductions a step",
+    "other collectives a step", "MB they bring", "MB of HBM a step / bound", "bound ms", "compile s",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from qsharp_jax.decoding.state import (
     first_state,
     gives_values,
 )
-from qsharp_jax.models import cpu_form, decoder, gpu_form, quantized, sharding, value
+from qsharp_jax.models import cpu_form, decoder, gpu_form, quantized, sharding, tpu_attention, value
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueModel
@@ -31,6 +31,7 @@ from qsharp_jax.sampling import Sampling
 SHARED = 512  # tokens of a prompt from which on its samples share its keys and values
 SHARED_TO_NEW = 2  # times as long as responses may be
 CACHE_BUCKET = 8  # positions of a cache are a multiple of it: else a TPU keeps them in another order outside the loop
+LONG, LONG_BUCKET = 1024, tpu_attention.TILE  # from so many on they are a multiple of what a TPU copies at once
 
 
 def for_decoding(model: Any) -> Any:
@@ -259,7 +260,8 @@ def cache_sizes(
 
 
 def _positions(count: int) -> int:
-    return -(-count // CACHE_BUCKET) * CACHE_BUCKET
+    bucket = LONG_BUCKET if count > LONG else CACHE_BUCKET
+    return -(-count // bucket) * bucket
 
 
 def _steps(max_new_tokens: int) -> int:

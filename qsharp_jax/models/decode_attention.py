@@ -1,8 +1,9 @@
 """Attention of a decoding step over the key-value cache, in the form for each kind of device.
 
-CPU and TPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions, merged with
-the candidates' attention to themselves as in FlashAttention (Dao et al., arXiv 2205.14135). Prompts that rows share
-are read once for all of these (Juravsky et al., "Hydragen", arXiv 2402.05099), and merged alike.
+CPU: `kv_cache.attend`, over the whole buffers. CUDA: a kernel that reads each row's own positions, merged with the
+candidates' attention to themselves as in FlashAttention (Dao et al., arXiv 2205.14135). TPU: a kernel that does both,
+see `tpu_attention.py`. Both have the plain form for what they do not cover. Prompts that rows share are read once for
+all of these (Juravsky et al., "Hydragen", arXiv 2402.05099), and merged alike.
 Shapes: B batch, S positions of the buffers, Q tokens of the step, H heads, G kv heads, E head_dim; N = H/G * Q rows of
 queries that read one kv head; U prompts that rows share, W positions of these.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from qsharp_jax.models import kv_cache, quantized, sharding
+from qsharp_jax.models import kv_cache, quantized, sharding, tpu_attention
 from qsharp_jax.models.kv_cache import KVCache, Part
 from qsharp_jax.models.quantized import Weight
 
@@ -78,7 +79,12 @@ def attend(
         return _by_kernel(query, key, value, *after, start, index, shared)
 
     def tpu(query, key, value, before, after, start, index):
-        return plain(query, key, value, before, start, index)
+        rows = _rows(query, groups)
+        here = groups // mesh.shape.get("tensor", 1)  # kv heads on one device
+        if not whole or quantized.is_quantized(before[0]) or not tpu_attention.covers(before[0], here, rows.shape[2]):
+            return plain(query, key, value, before, start, index)
+        shared = None if prefix is None else _over_prefix(query, prefix, cache, window)
+        return _tokens(tpu_attention.attend(rows, key, value, *before, start, index, shared), query.shape[1])
 
     operands = query, key, value, before, after, cache.own, cache.index
     return jax.lax.platform_dependent(*operands, cuda=cuda, tpu=tpu, default=cpu)

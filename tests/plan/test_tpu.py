@@ -94,7 +94,8 @@ def compile_decode(mesh):
     arguments = sharded(mesh, arguments, ROWS)
     state = arguments[2]
     caches = [cache.keys + cache.values for cache in (state.ref_cache, state.guide_cache)]
-    return decoding.decode.lower(*arguments, settings=settings).compile(), caches
+    with jax.set_mesh(mesh):
+        return decoding.decode.lower(*arguments, settings=settings).compile(), caches
 
 
 def compile_fit(mesh):
