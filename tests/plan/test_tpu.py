@@ -150,12 +150,13 @@ def main():
     for name, compile_one in {"decode": compile_decode, "fit": compile_fit}.items():
         begin = time.monotonic()
         compiled, updated = compile_one(mesh)
-        memory = compiled.memory_analysis()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
         facts[name] = dict(
             updated=bytes_a_chip(updated),
             aliased=memory.alias_size_in_bytes,
             temporary=memory.temp_size_in_bytes,
-            instructions=instructions(compiled.as_text(), updated),
+            kernels=text.count('"tpu_custom_call"'),
+            instructions=instructions(text, updated),
             seconds=time.monotonic() - begin,
         )
     print(json.dumps(facts))
@@ -195,6 +196,10 @@ def test_no_cache_is_copied_in_the_loop_or_around_it(programs):
     assert not [line for line in programs["decode"]["instructions"] if " copy(" in line or " transpose(" in line]
 
 
+def test_attention_of_each_layer_is_a_kernel(programs):
+    assert programs["decode"]["kernels"] == REF.layers + GUIDE.trunk.layers
+
+
 def test_a_training_step_updates_its_state_in_place(programs):
     fit = programs["fit"]
     assert fit["aliased"] >= fit["updated"]
@@ -219,3 +224,15 @@ def test_an_8b_with_a_1b_guide_decodes_on_eight_v5e():
     assert len(facts["reductions"]) <= 2 * facts["layers"] + 3
     assert facts["repeated"] == 0, "no chip waits for the others within a search over the vocabulary"
     assert facts["hbm_bytes"] < 1.1 * facts["bound_bytes"]
+
+
+@pytest.mark.slow
+def test_rows_that_fill_a_quarter_of_their_caches_have_a_quarter_read():
+    """With rows over four parts of sixteen chips, and kv heads over the four chips of each."""
+    name = "8b-v5e-16-quarter"
+    facts = printed_by(ROOT / "benchmarks" / "tpu.py", "--only", name, "--json")[name]
+    assert facts["kernels"] == facts["layers"]
+    assert facts["aliased"] >= facts["cache"], "caches and carry are updated in place"
+    assert facts["copies"] == [], "no weight or cache is copied, nor laid out otherwise for the kernel"
+    assert facts["write_back_bytes"] < 0.01 * facts["bound_bytes"]
+    assert facts["hbm_bytes"] < 1.15 * facts["bound_bytes"]
