@@ -18,7 +18,7 @@ import qsharp_jax.plan.policies as policies
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.decoding import engine
-from qsharp_jax.models import attention, kv_cache, meshes, sharding, value
+from qsharp_jax.models import attention, kv_cache, meshes, sharding, tpu_attention, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.kv_cache import Sizes
@@ -279,7 +279,11 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
         copies += narrow if narrow < layers else turned_bytes(params)
         wider += layers - narrow
-    relaid = [name for name, (_, trunk) in trunks.items() if queries[name] * _shared(trunk, tensor) == 1]
+    relaid = [
+        name
+        for name, (_, trunk) in trunks.items()
+        if queries[name] * _shared(trunk, tensor) == 1 and not _by_kernel(trunk, sizes.positions)
+    ]
     memory += [
         Line(
             "copies of weights", copies,
@@ -288,7 +292,8 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         ),
         Line(
             "copies of caches", sum(caches[name] for name in relaid) if section["platform"] == "tpu" else 0,
-            "made before the loop on TPUs where a kv head has a single query, for reading in another order",
+            "made before the loop on TPUs where a kv head has a single query and attention is no kernel, for reading in"
+            " another order",
         ),
         Line("work", WORK * vocabulary, f"{WORK} x the rows' float32 logits"),
     ]  # fmt: skip
@@ -382,6 +387,12 @@ def _shared(trunk: DecoderConfig, tensor: int) -> int:
     """Return the number of a chip's query heads per kv head."""
     heads = _divided(trunk.heads, tensor)
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
+
+
+def _by_kernel(trunk: DecoderConfig, positions: int) -> bool:
+    """Return true if a TPU reads caches of so many positions by a kernel, as they lie, in every layer."""
+    windows = any(kind.window for kind in trunk.kinds)
+    return positions % tpu_attention.TILE == 0 and trunk.quantize == "none" and not windows
 
 
 def _whole(brought: Counter) -> Counter[str]:
