@@ -162,6 +162,8 @@ def test_what_is_shared_and_by_how_many():
     assert cache_sizes(64, 1, 8000, 128, 1024) == Sizes(64, 8192 + 128)  # a prompt a row
     assert cache_sizes(64, 16, 300, 128, 16) == Sizes(64, 384 + 128)  # too short a prompt
     assert cache_sizes(64, 16, 1000, 1024, 16) == Sizes(64, 1024 + 1024)  # too long a response
+    assert cache_sizes(64, 1, 64, 1024, 64) == Sizes(64, 9 * 128)  # 1,087 in whole tiles of a TPU
+    assert cache_sizes(64, 1, 64, 128, 64) == Sizes(64, 192)
 
 
 def test_the_caches_that_are_counted_are_those_that_are_made(sharing):
