@@ -120,7 +120,8 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
     bound = _bytes((ref, guide)) - _bytes(embeddings) + round(case.filled * _bytes(caches))
     step = {i.name: i for i in read.computations[read.step]}
     attentions = [i for i in step.values() if i.kind == "custom-call" and i.name.startswith(ATTENTION)]
-    whole = sum(step[name].results[0].bytes for i in attentions for name in i.operands[-2:])  # keys and values
+    operands = [step[name].results[0] for i in attentions for name in i.operands[-2:]]  # keys and values
+    whole = sum(array.bytes for array in operands if not array.fast)
     unread = round(whole * max(0.0, 1 - case.filled - TILE / carry.ref_cache.size))
     return dict(
         hbm=HBM[case.topology[:3]],

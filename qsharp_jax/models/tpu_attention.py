@@ -118,6 +118,8 @@ def _of_device(
     positions_last = width % TILE > 0
     if positions_last:
         keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
+    # The compiler would take some to fast memory as a whole.
+    keys, values = (pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM) for x in (keys, values))
     block = (width, tiles * TILE) if positions_last else (tiles * TILE, width)
     of_row = [query, of_step(key), of_step(value), *prefix]
     specs = [pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0, 0)) for x in of_row]

@@ -88,7 +88,8 @@ def test_attention_over_what_comes_before_is_a_part_of_it():
     )
     largest[1] = decode_attention.MASKED
     part = Part(*map(jnp.float32, (mixed, total, largest)))
-    got = jax.jit(tpu_attention.attend)(rows, key, value, *cache.layers[0], cache.start, cache.index, part)
+    with traced_for("tpu"):
+        got = jax.jit(tpu_attention.attend)(rows, key, value, *cache.layers[0], cache.start, cache.index, part)
     want = plain(query, key, value, cache, prefix=part)
     np.testing.assert_allclose(decode_attention._tokens(got, 3), want, atol=1e-5)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 
 def fake_devices(count: int) -> str:
@@ -20,5 +21,7 @@ def traced_for(platform: str) -> Iterator[None]:
     def dependent(*operands, default=None, **branches):
         return branches.get(platform, default)(*operands)
 
-    with mock.patch.object(jax.lax, "platform_dependent", dependent):
+    # The interpreter of kernels takes no arrays with a memory space.
+    anywhere = mock.patch.object(pltpu, "with_memory_space_constraint", lambda x, space: x)
+    with mock.patch.object(jax.lax, "platform_dependent", dependent), anywhere:
         yield
