@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     c.fit.optimizer.b2 = 0.99
     c.fit.optimizer.warmup_steps = 20
     c.fit.log_every = 10
+    c.policy.optimizer.warmup_steps = 5  # of the few updates that so many rollouts give
 
     c.evaluate.problems = 100  # at most
     c.evaluate.samples = 4

@@ -11,12 +11,15 @@ from qsharp_jax.decoding import cache_size, rows_that_fit
 from qsharp_jax.models import decoder, hf, memory
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import models, problems
+from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.folders import tokenizer_folder
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
-# Peak learning rates of AdamW, up to so many weights of the guide. The first was measured: benchmarks/RESULTS.md.
-LEARNING_RATES = ((0.1e9, 1e-3), (0.3e9, 3e-4), (1e9, 5e-5), (math.inf, 2e-5))
+# Peak learning rates of AdamW, up to so many weights of a guide, and of a policy, which learns from rewards and not from
+# labels. The first of guides and the second of policies were measured: benchmarks/RESULTS.md.
+GUIDE_LEARNING_RATES = ((0.1e9, 1e-3), (0.3e9, 3e-4), (1e9, 5e-5), (math.inf, 2e-5))
+POLICY_LEARNING_RATES = ((0.1e9, 1e-4), (0.3e9, 3e-5), (1e9, 1e-5), (math.inf, 2e-6))
 LEAST_PACK, PACK_STEP = 256, 64  # tokens
 LEAST_LAYERS = 4  # of a guide on a CPU
 
@@ -30,14 +33,16 @@ def fitting(config: ConfigDict) -> dict[str, object]:
     on_cpu = memory.default_device().platform == "cpu"
     ref = models.folder(config, "ref")
     shape = hf.read_config(ref, "float32")
-    guide, layers = _guide(config, shape, on_cpu)
+    is_policy = trains_policy(config)
+    learner, layers = (shape, 0) if is_policy else _guide(config, shape, on_cpu)
     tokenizer = Tokenizer.load(tokenizer_folder(ref), prompt_format=None)
     session = Session(Workdir(Path(), config))
     prompts = [p.prompt for p in problems.all_train_problems(session) + problems.test_problems(session)]
     longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
     new = config.generate.max_new_tokens
-    rows = rows_that_fit([shape, guide], cache_size(longest, new, config.generate.prompt_bucket))
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract(guide)))
+    rows = rows_that_fit([shape, learner], cache_size(longest, new, config.generate.prompt_bucket))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract(learner)))
+    section, rates = ("policy", POLICY_LEARNING_RATES) if is_policy else ("fit", GUIDE_LEARNING_RATES)
     return {
         "dtype": "float32" if on_cpu else "bfloat16",
         "prompt_format": tokenizer.prompt_format,
@@ -46,7 +51,7 @@ def fitting(config: ConfigDict) -> dict[str, object]:
         "evaluate.batch_size": rows,
         "fit.pack_length": max(LEAST_PACK, -(-(longest + new) // PACK_STEP) * PACK_STEP),
         "fit.batch_size": 8 if on_cpu else 32,
-        "fit.optimizer.learning_rate": next(rate for most, rate in LEARNING_RATES if weights < most),
+        f"{section}.optimizer.learning_rate": next(rate for most, rate in rates if weights < most),
         "generate.top_k_candidates": 20,
     }
 

@@ -206,3 +206,5 @@ def test_the_defaults_fit_the_model_and_the_longest_prompt(folder, tmp_path, cap
     assert longest + 100 <= config.fit.pack_length < longest + 200 and config.fit.pack_length % 64 == 0
     assert "  value.layers = 5\n" in capsys.readouterr().out
     assert own.load(named, tmp_path / "w", ["--config.value.layers=12"]).value.layers == 12
+    policy = own.load(named, tmp_path / "w", ["--config.algorithm=reinforce"])
+    assert (policy.value.layers, policy.policy.optimizer.learning_rate) == (0, 1e-4)
