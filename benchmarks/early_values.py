@@ -91,7 +91,7 @@ def read(session: Session, rollouts: Rollouts, sampling: Sampling) -> Steps:
     for begin in range(0, len(rollouts), ROWS):
         part = [rollouts[index] for index in range(begin, min(begin + ROWS, len(rollouts)))]
         filled = part + part[-1:] * (ROWS - len(part))
-        run = api.Run(ref, guide, [rollout.prompt_tokens.tolist() for rollout in filled], sampling, rng=0)
+        run = api.Run(ref, guide, [list(rollout.prompt_tokens) for rollout in filled], sampling, rng=0)
         tokens = np.zeros((ROWS, sampling.max_new_tokens), np.int32)
         for row, rollout in enumerate(filled):
             tokens[row, : len(rollout.response_tokens)] = rollout.response_tokens
