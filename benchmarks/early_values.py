@@ -1,4 +1,4 @@
-"""How early a guide knows: what a token's tilt makes use of, and what the guide learns of it too late.
+"""The time at which a guide knows: what a token's tilt makes use of, and what the guide learns of it too late.
 
     python benchmarks/early_values.py --workdir runs/sentiment [--rollouts 416] [--top-k-candidates 20]
 

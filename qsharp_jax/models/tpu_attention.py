@@ -201,7 +201,7 @@ def _kernel(
                 jax.lax.fori_loop(held, tiles, clear, None)
 
     @pl.when(row == 0)
-    def _() -> None:
+    def first_ones() -> None:
         jax.lax.fori_loop(0, blocks - 1, lambda number, _: fetch(number), None)
 
     def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

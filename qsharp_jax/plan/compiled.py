@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def decode(job: Job, section: Any, rows: int) -> Compiled:
         stop_ids=(0,),
         vocab_size=vocabulary,
         candidates=min(config.generate.top_k_candidates, vocabulary),
+        slots=math.ceil((config.generate.candidate_slots or 0) * rows),
         truncate=True,
     )
     sizes = job.cache_sizes(section, rows)

@@ -245,8 +245,8 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
 
     caches = {name: cache_bytes(trunk, sizes) for name, (_, trunk) in trunks.items()}
-    # A V-type guide computes its candidates through the layers beside the pending token.
-    candidates = config.generate.top_k_candidates
+    # A V-type guide computes its candidates, or what slots they have, through the layers beside the pending token.
+    candidates = math.ceil(config.generate.candidate_slots or config.generate.top_k_candidates)
     queries = {"reference": 1, job.learner: 1 + candidates * (guide.config.type == "v")}
     stream = rows // data
     ref_dtype = ref.params["embedding"].dtype if ref.config.quantize == "none" else ref.config.quantize

@@ -63,6 +63,14 @@ def check_settings(config: ConfigDict) -> None:
             f"config.evaluate.pass_at has {most:g} and config.evaluate.samples is {config.evaluate.samples}; pass@k"
             " needs at least k samples of a problem, so give more samples, or leave that k out"
         )
+    if (slots := config.generate.candidate_slots) is not None:
+        if config.value.type == "q":
+            raise UserError("config.generate.candidate_slots is for guides of type v: one of type q reads none; give none")
+        if slots > config.generate.top_k_candidates:
+            raise UserError(
+                f"config.generate.candidate_slots is {slots:g}; it must be at most config.generate.top_k_candidates,"
+                f" which is {config.generate.top_k_candidates}"
+            )
     width = "pack_length" if config.fit.pack_length else "length_bucket"
     if config.fit.attention == "splash" and config.fit[width] % 128:
         raise UserError(

@@ -34,7 +34,10 @@ from qsharp_jax.system.settings import (
     whole,
 )
 
-GENERATE = ("temperature", "top_p", "top_k", "top_k_candidates", "others", "max_new_tokens", "stop", "prompt_bucket")
+GENERATE = (
+    "temperature", "top_p", "top_k", "top_k_candidates", "candidate_slots", "others", "max_new_tokens", "stop",
+    "prompt_bucket",
+)  # fmt: skip
 
 
 def _list(words: str, passes: typing.Callable[[list], bool]) -> Rule:

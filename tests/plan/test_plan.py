@@ -145,6 +145,18 @@ def test_a_reference_without_grouped_queries_has_its_cache_copied_on_tpus(monkey
     assert part(found, "copies of caches") == copied * part(found, "reference's cache")
 
 
+def test_shared_slots_are_computed_in_place_of_the_candidates():
+    flops = [
+        plan.decode(job, job.config.mesh).flops
+        for job in (
+            job_of("generate.top_k_candidates=8"),
+            job_of("generate.top_k_candidates=40", "generate.candidate_slots=8"),
+            job_of("generate.top_k_candidates=40"),
+        )
+    ]
+    assert flops[0] == flops[1] < flops[2]
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     job = job_of()
     for count, step in ((plan.fit, 8), (plan.decode, 1)):

@@ -162,6 +162,7 @@ VALUES = {
     "a whole number, at least 1": ([1, 64], [0, 1.5, True]),
     "a finite number, at least 0": ([0, 0.1], [-0.1, math.inf]),
     "a finite number above 0": ([1e-5, 1], [0, -1.0, math.inf, math.nan, "1", None]),
+    "a finite number above 0, or none": ([None, 4, 2.5], [0, -1.0, math.inf, "1"]),
     "a number above 0": ([1e-4, math.inf], [0, -1, None]),
     "a number above 0, at most 1": ([0.1, 1], [0, 1.1]),
     "a number above 0 and below 1": ([0.2], [0, 1, -0.1]),
