@@ -16,7 +16,7 @@ from qsharp_jax.run.folders import tokenizer_folder
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
-# Peak learning rates of AdamW, up to so many weights of a guide, and of a policy, which learns from rewards and not from
+# Peak learning rates of AdamW, up to so many weights: of a guide, and of a policy, which learns from rewards instead of
 # labels. The first of guides and the second of policies were measured: benchmarks/RESULTS.md.
 GUIDE_LEARNING_RATES = ((0.1e9, 1e-3), (0.3e9, 3e-4), (1e9, 5e-5), (math.inf, 2e-5))
 POLICY_LEARNING_RATES = ((0.1e9, 1e-4), (0.3e9, 3e-5), (1e9, 1e-5), (math.inf, 2e-6))
