@@ -65,7 +65,7 @@ def check_settings(config: ConfigDict) -> None:
         )
     if (slots := config.generate.candidate_slots) is not None:
         if config.value.type == "q":
-            raise UserError("config.generate.candidate_slots is for guides of type v: one of type q reads none; give none")
+            raise UserError("config.generate.candidate_slots is for guides of type v; for one of type q give none")
         if slots > config.generate.top_k_candidates:
             raise UserError(
                 f"config.generate.candidate_slots is {slots:g}; it must be at most config.generate.top_k_candidates,"
