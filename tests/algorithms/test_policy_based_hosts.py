@@ -146,10 +146,9 @@ CLOSE = ("loss", "gradient_norm", "kl", "objective")
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("ppo", ()),
+        *(slow(name, ()) for name in ("ppo", "klq", "reinforce", "dpo")),
         # With lots of one problem, of which one process has none. The rows are then divided otherwise than over devices.
         slow("ppo", ALONE),
-        *(slow(name, ()) for name in ("klq", "reinforce", "dpo")),
     ],
 )
 def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_path):

@@ -39,6 +39,7 @@ def by_two(words: list[str], mesh: list[str] = MESH) -> list[tuple[int, str, str
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_responses_and_scores_of_two_hosts_are_those_of_one_device(models, tmp_path):
     """The first writes all of them; a command that is repeated completes its file."""
     paths = [*map(str, (*models, tmp_path))]

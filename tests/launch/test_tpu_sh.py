@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from fakes import verb
+from marks import slow
 
 TPU = ["--name", "q", "--zone", "z"]
 RUN = ["run", *TPU]
@@ -76,12 +77,7 @@ def test_after_a_preemption_the_slice_is_deleted_and_made_again_and_the_program_
     assert "q is PREEMPTED" in done.stderr
 
 
-SLOW = [
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("describe", "create", "scp", "install", "state", "delete")
-]
-
-
-@pytest.mark.parametrize("kind", ["start", *SLOW])
+@pytest.mark.parametrize("kind", ["start", *map(slow, ("describe", "create", "scp", "install", "state", "delete"))])
 def test_any_call_may_fail_once(world, kind):
     world.play(1, [["READY", "READY", "READY", "READY", "READY", "PREEMPTED"], ["READY"]], [["forever"], ["0"]])
     world.fail_once(kind)

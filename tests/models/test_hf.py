@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import transformers
 from helpers import assert_trees_equal
+from marks import slow
 from numpy_decoder import random_params
 
 from qsharp_jax.decoding import generate
@@ -184,9 +185,7 @@ def test_bfloat16_errs_no_more_than_transformers_does(name, folders):
     assert ours < 1.5 * reference
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("smollm3", "phi3"))) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in ("smollm3", "phi3") else name for name in FAMILIES])
 def test_64_greedy_tokens_are_those_of_transformers(name, folders):
     prompts = [TOKENS[0, :40].tolist(), TOKENS[1, :7].tolist(), TOKENS[2, :1].tolist()]
     ours = generate(

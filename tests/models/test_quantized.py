@@ -149,7 +149,8 @@ def test_caches_of_8_bits_give_the_responses_of_rounded_floats(platform, shares,
     monkeypatch.setattr(api, "SHARED_TO_NEW", 0)
     monkeypatch.setattr(loop, "prefill", functools.partial(loop.prefill, chunk=24))
     ref, guide = ref.replace(params=decoder.unstack(ref.params)), guide.replace(params=value.unstack(guide.params))
-    compiled = jax.jit(api.decode.__wrapped__, static_argnames=("settings", "block"), donate_argnames=("state",))
+    decode = functools.partial(api.decode.__wrapped__)  # of its own: the traces of a function are kept
+    compiled = jax.jit(decode, static_argnames=("settings", "block"), donate_argnames=("state",))
     interpreted, kernels = functools.partial(pl.pallas_call, interpret=True), []
     monkeypatch.setattr(pl, "pallas_call", lambda *a, **options: kernels.append(options) or interpreted(*a, **options))
     monkeypatch.setattr(api, "decode", compiled)
