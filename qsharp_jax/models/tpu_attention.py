@@ -104,8 +104,8 @@ def _of_device(
 
     length = jnp.clip(index - start, 0, size)
     start = (index - length) % size
-    held = jnp.minimum(pl.cdiv(start % TILE + length, TILE), size // TILE)
-    numbers = pl.cdiv(held, tiles)  # of blocks
+    filled = jnp.minimum(pl.cdiv(start % TILE + length, TILE), size // TILE)
+    numbers = pl.cdiv(filled, tiles)  # of blocks
     first = jnp.cumsum(numbers) - numbers
     all_blocks = jnp.arange(batch * pl.cdiv(size // TILE, tiles) + blocks)  # and more, that do not exist
     row_of = jnp.sum(all_blocks[:, None] >= jnp.cumsum(numbers), axis=1)
@@ -140,13 +140,13 @@ def _of_device(
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         name="decode_attention",
-    )(start, length, held, first, row_of, *of_row, keys, values)
+    )(start, length, filled, first, row_of, *of_row, keys, values)
 
 
 def _kernel(
     start_ref: Any,  # [B], the slot of each row's first position
     length_ref: Any,  # [B]
-    held_ref: Any,  # [B], the number of tiles that the row has positions in
+    filled_ref: Any,  # [B], the number of tiles that the row has positions in
     first_ref: Any,  # [B], the number of the row's first block
     row_of_ref: Any,  # the row of each block; B after the last one
     query_ref: Any,  # [G, N, E]
@@ -172,18 +172,18 @@ def _kernel(
         its_row = row_of_ref[number]
         before = (number - first_ref[its_row]) * tiles
         base = jax.lax.div(start_ref[its_row], TILE) + before
-        return its_row, jax.lax.rem(number, blocks), base, jnp.minimum(held_ref[its_row] - before, tiles)
+        return its_row, jax.lax.rem(number, blocks), base, jnp.minimum(filled_ref[its_row] - before, tiles)
 
     def each_copy(number: jax.Array, act: Callable[[Any], None]) -> None:
         """Act on the copies of a block."""
-        its_row, place, base, held = block_of(number)
+        its_row, place, base, filled = block_of(number)
 
         def of_tile(tile: jax.Array, _: None) -> None:
             slot = jax.lax.rem(base + tile, size // TILE)
             for buffer, block in ((keys_ref, key_blocks), (values_ref, value_blocks)):
                 act(pltpu.make_async_copy(at(buffer.at[its_row], slot), at(block.at[place], tile), arrived.at[place]))
 
-        jax.lax.fori_loop(0, held, of_tile, None)
+        jax.lax.fori_loop(0, filled, of_tile, None)
 
     def fetch(number: jax.Array) -> None:
         @pl.when(row_of_ref[number] < pl.num_programs(0))
@@ -192,13 +192,13 @@ def _kernel(
 
             @pl.when(number < blocks)
             def _() -> None:  # what was never copied has no weight, but must be finite
-                _, place, _, held = block_of(number)
+                _, place, _, filled = block_of(number)
 
                 def clear(tile: jax.Array, _: None) -> None:
                     values = at(value_blocks.at[place], tile)
                     values[...] = jnp.zeros(values.shape, values.dtype)
 
-                jax.lax.fori_loop(held, tiles, clear, None)
+                jax.lax.fori_loop(filled, tiles, clear, None)
 
     @pl.when(row == 0)
     def first_ones() -> None:
@@ -242,5 +242,5 @@ def _kernel(
         seen = ((slots >= lead) & (slots < jnp.minimum(end, size))) | (slots < end - size)
         return added(part, scores, seen, f"gns,g{order}->gne", values)
 
-    part = jax.lax.fori_loop(0, pl.cdiv(held_ref[row], tiles), add_block, part)
+    part = jax.lax.fori_loop(0, pl.cdiv(filled_ref[row], tiles), add_block, part)
     result_ref[...] = (part.mixed / part.total).astype(result_ref.dtype)

@@ -1,4 +1,4 @@
-"""What comes early and late of a guide's values, on trees of two tokens whose responses are all equally likely."""
+"""Values that come early or late, on trees of two tokens whose responses are all equally likely."""
 
 import itertools
 
