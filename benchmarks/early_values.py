@@ -151,8 +151,12 @@ def main() -> None:
     data = with_reward(read_rounds(session.workdir.path / "rollouts", [1], texts=False))
     _, rollouts = split_held_out(data, session.config.fit.holdout)
     rollouts = rollouts.select(np.arange(min(options.rollouts, len(rollouts))))
-    # Any finite eta: the guide runs.
-    sampling = dataclasses.replace(models.sampling(session), eta=1.0, top_k_candidates=options.top_k_candidates)
+    if session.config.value.type != "v" or not len(rollouts):
+        parser.error("the run needs a guide of type v, and held-out rollouts (fit.holdout)")
+    # Any finite eta: the guide runs. Every row has its own candidates.
+    sampling = dataclasses.replace(
+        models.sampling(session), eta=1.0, top_k_candidates=options.top_k_candidates, candidate_slots=None
+    )
     steps = read(session, rollouts, sampling)
     lengths, rewards = rollouts.columns["response_tokens"].lengths, rollouts.rewards.astype(float)
     scored = steps.place[np.arange(len(lengths)), lengths - 1] >= 0  # only where the end's value is known
