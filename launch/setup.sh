@@ -72,7 +72,8 @@ install_package() {
     sum=$({ echo "$repo" && cat "$repo/requirements.txt" "$repo/setup.py"; } | cksum)
     if [[ ! -f $stamp || $(cat "$stamp") != "$sum" ]]; then
         echo "setup.sh: installing into $QSHARP_VENV (extras: ${extras:-none}); the first time takes a few minutes"
-        "$QSHARP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+        # Python compiles what is imported when it is; pip would compile all of PyTorch and libtpu, which takes longer.
+        "$QSHARP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
             --editable "$repo${extras:+[$extras]}"
         echo "$sum" >"$stamp"
     fi

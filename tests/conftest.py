@@ -5,10 +5,12 @@ import os
 
 import jaxlib.version
 
-# Compiling takes most of the tests' time, and half as much without the newer emitters of XLA for CPUs. XLA reads its flags
-# when it starts, and ends the process at one that it does not know: it is given to the version it was tried with.
+# Compiling takes most of the tests' time, and half as much without the newer emitters of XLA for CPUs; a tenth of the rest
+# goes into cutting small programs into parts to be compiled on several cores. XLA reads its flags when it starts, and ends
+# the process at one that it does not know: they are given to the version they were tried with.
 if jaxlib.version.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 # gcsfs reads it when it is first imported, by whichever test: else it asks for Google's machines by another protocol.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

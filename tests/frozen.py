@@ -313,7 +313,7 @@ def measure_elsewhere(xla_flags: str = "", few: bool = False) -> dict:
     environment |= ENVIRONMENT | {"XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=false {xla_flags}".strip()}
     # As tests/conftest.py: compiling takes half as long; XLA ends the process at a flag that it does not know.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        environment["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        environment["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
