@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py [--models small] [--batch 1,16] [--rounds 5] [--settings run,bare] [--without-torch]
     python benchmarks/decode.py --models 8b --batch 1,16,64          # on an accelerator, see h200.sh
+    python benchmarks/decode.py --models 8b --quantize int8          # the same models with 8-bit weights; ours alone
 
 Random weights, the same in all programs. `small`: float32, a Llama-shaped reference of 110M parameters (768 x 12) and a
 guide of 23M (384 x 6), vocabulary 32,000. `8b`: the shapes of Llama 3.1 8B and Llama 3.2 1B in bfloat16. `tiny` takes
@@ -12,7 +13,8 @@ the same way in seconds. 20 candidates, eta 0.1. Two settings:
          cache, as with the lengths of MATH (`8b`; others smaller)
   bare   T 1, nothing recorded, prompts and responses of 512 tokens
 
-The guide is float32, as it is after a fit, and brought into the decoding form as a run does.
+The guide is float32, as it is after a fit, and brought into the decoding form as a run does. With --quantize both
+models are rounded there, and the bound counts their bytes.
 Steps are timed apart from prefill, for other programs as the difference to a run of one new token. These get prompts
 of equal lengths, with as many tokens on average. All programs are measured in turn in each round, so that their ratios
 hold when the machine's speed drifts; the median over rounds is printed. The bound is that of the machine's own speed of
@@ -100,8 +102,8 @@ def shapes(name: str) -> tuple[DecoderConfig, DecoderConfig]:
     return tuple(config.make(size, dtype="bfloat16") for size in ("llama3.1-8b", "llama3.2-1b"))
 
 
-def models(name: str) -> tuple[LanguageModel, ValueModel]:
-    """The reference, and the guide as fitted."""
+def models(name: str, quantize: str) -> tuple[LanguageModel, ValueModel]:
+    """The reference, and the guide as fitted; `decoding.for_decoding` quantizes both."""
 
     def in_dtype(params, config: DecoderConfig):
         return jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
@@ -111,7 +113,7 @@ def models(name: str) -> tuple[LanguageModel, ValueModel]:
         params["head"]["kernel"] = jax.random.normal(key, params["head"]["kernel"].shape) * 0.05
         return params
 
-    ref_config, trunk = shapes(name)
+    ref_config, trunk = (dataclasses.replace(config, quantize=quantize) for config in shapes(name))
     guide_config = ValueConfig(trunk)
     ref = jax.jit(lambda key: in_dtype(decoder.init(key, ref_config), ref_config))(jax.random.key(0))
     guide = jax.jit(lambda key: make_guide(key, guide_config))(jax.random.key(1))
@@ -172,9 +174,9 @@ def bound(
 ) -> float:
     """Milliseconds that a step takes at least: for each model the larger of reading and of computing.
 
-    Read are the weights, in the dtype of the computation, and the caches, once each; of an embedding that is not the
-    head only a few rows. Computed are the products with the weights for every token that goes through the model, and
-    attention's two.
+    Read are the weights, in the dtype of the computation or in 8 bits, and the caches, once each; of an embedding that
+    is not the head only a few rows. Computed are the products with the weights for every token that goes through the
+    model, and attention's two.
 
     Args:
       positions: of its cache that a row reads.
@@ -190,7 +192,8 @@ def bound(
         weights = sum(leaf.size for name in params if name not in unused for leaf in jax.tree.leaves(params[name]))
         cache = 2 * shape.layers * work.batch * shape.kv_heads * positions * shape.head_dim
         attention = 4 * shape.layers * tokens * shape.heads * positions * shape.head_dim
-        reading = (weights + cache) * shape.compute_dtype.itemsize / machine[0]
+        bytes_each = 1 if shape.quantize == "int8" else shape.compute_dtype.itemsize
+        reading = (weights + cache) * bytes_each / machine[0]
         total += max(reading, (2 * tokens * weights + attention) / machine[1])
     return total * 1e3
 
@@ -301,7 +304,7 @@ def variants(options: argparse.Namespace, ref: LanguageModel, guide: ValueModel)
         return measured
 
     programs = {f"ours, {name}": program(name) for name in options.programs.split(",")}
-    if options.without_torch:
+    if options.without_torch or options.quantize != "none":
         return programs
     if not importlib.util.find_spec("torch"):
         print("transformers is not measured: there is no PyTorch")
@@ -330,10 +333,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--steps", type=int, help="new tokens that are timed, at most the setting's room")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none", help="weights; ours alone")
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
-    ref, guide = models(options.models)
+    ref, guide = models(options.models, options.quantize)
     programs = variants(options, ref, guide)
     works = {}
     for name in options.settings.split(","):

@@ -6,8 +6,8 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() {
     cat <<'HELP'
 On a machine with one NVIDIA H200 and this repository: sets up, checks decoding on the GPU against float32 numbers of the
-CPU, and measures decoding (Llama 3.1 8B with a guide of 1B, random weights, batch 1, 16 and 64) and a step of the
-guide's fit (1B, 2,048 tokens). It takes less than 15 minutes after the set-up. What is printed is appended to
+CPU, and measures decoding (Llama 3.1 8B with a guide of 1B, random weights, batch 1, 16 and 64; in 8 bits 1 and 64) and a
+step of the guide's fit (1B, 2,048 tokens). It takes less than 15 minutes after the set-up. What is printed is appended to
 benchmarks/RESULTS.md, with the date and the device.
 
   bash benchmarks/h200.sh
@@ -78,11 +78,13 @@ say "" "## Decoding and fitting on an accelerator ($(date -u +%F))" "" \
 if [[ -n $small ]]; then
     part "Parity with the CPU" parity.py --models tiny --rows 2 --new-tokens 16
     part "Decoding" decode.py --models tiny --batch 1,2 --rounds 1 --programs unguided,guided --without-torch
+    part "Decoding in 8 bits" decode.py --models tiny --batch 1 --rounds 1 --settings run --programs guided --quantize int8
     part "Fitting" train.py --model tiny --rounds 1
 else
     part "Parity with the CPU" parity.py
     part "Decoding as a run does" decode.py --models 8b --batch 1,16,64 --rounds 3 --settings run --programs unguided,guided
     part "Decoding, bare" decode.py --models 8b --batch 1,64 --rounds 3 --settings bare --programs guided --without-torch
+    part "Decoding in 8 bits" decode.py --models 8b --batch 1,64 --rounds 3 --settings run --programs guided --quantize int8
     part "Fitting" train.py --model 1b --attention cudnn --beside xla
 fi
 say "" "${SECONDS} s in all."
