@@ -20,8 +20,8 @@ from qsharp_jax.decoding.loop import decode, prefill
 from qsharp_jax.decoding.rows import First, Waiting, empty_state, refill, rewind
 from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, gives_values
 from qsharp_jax.models import attention, cpu_form, sharding, value
-from qsharp_jax.models.decode_attention import TILE
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.tpu_attention import TILE
 from qsharp_jax.sampling import Sampling
 
 BLOCK = 2  # steps between two looks at how many rows are free
@@ -99,7 +99,7 @@ class ContinuousBatch:
         sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
         on_cpu, width = cpu_form.here(), api.padded_length(longest, self._bucket)
         # Rows that have ended write on until the host looks, and not over what may be kept. On an accelerator all loops
-        # of a run are of one size, which CUDA's kernel can divide into tiles.
+        # of a run are of one size, which the kernels for CUDA and TPUs can divide into tiles.
         if then is not None or not on_cpu:
             sizes = sizes._replace(positions=-(-(sizes.positions + GO_ON) // TILE) * TILE)
         self._slots = sizes.prompts or rows  # each has one prompt at a time

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from qsharp_jax.models import kv_cache, quantized, sharding, tpu_attention
+from qsharp_jax.models import attention, kv_cache, memory, quantized, sharding, tpu_attention
 from qsharp_jax.models.kv_cache import KVCache, Part
 from qsharp_jax.models.quantized import Weight
 
 Buffers = tuple[Weight, Weight]  # keys and values of one layer, as in `KVCache`
 
 TILE = 64  # positions that the CUDA kernel reads at once
-ROWS = 128  # of queries in one program of the kernel, at most; half as many if a head takes more than 256 bytes
+WIDEST = 512  # bytes of a head in the kernel
 PROGRAMS = 264  # of the kernel that keep a GPU busy, two for each multiprocessor of an H200
 MASKED = -1e30  # as a score; with -inf the difference of two would be nan
 
@@ -73,7 +73,9 @@ def attend(
 
     def cuda(query, key, value, before, after, start, index):
         sizes = [size] if prefix is None else [size, prefix[0].shape[2]]
-        if not whole or any(size % TILE for size in sizes) or width not in (16, 32, 64, 128, 256):
+        fits = width in (16, 32, 64, 128, 256) and width * query.dtype.itemsize <= WIDEST
+        # Triton's compiler refuses GPUs before Ampere.
+        if attention.kind_of(memory.default_device()) == "gpu" or not whole or not fits or any(s % TILE for s in sizes):
             return plain(query, key, value, after, start, index)
         shared = None if prefix is None else (*prefix, cache.prefix.start, cache.prefix.index)
         return _by_kernel(query, key, value, *after, start, index, shared)
@@ -81,7 +83,11 @@ def attend(
     def tpu(query, key, value, before, after, start, index):
         rows = _rows(query, groups)
         here = groups // mesh.shape.get("tensor", 1)  # kv heads on one device
-        if not whole or quantized.is_quantized(before[0]) or not tpu_attention.covers(before[0], here, rows.shape[2]):
+        if (
+            not whole
+            or quantized.is_quantized(before[0])
+            or not tpu_attention.covers(before[0], here, rows.shape[2], query.shape[1])
+        ):
             return plain(query, key, value, before, start, index)
         shared = None if prefix is None else _over_prefix(query, prefix, cache, window)
         return _tokens(tpu_attention.attend(rows, key, value, *before, start, index, shared), query.shape[1])
@@ -205,6 +211,11 @@ def _by_kernel(
     return _tokens(attended, query.shape[1])
 
 
+def most_rows(head: int) -> int:
+    """Rows of queries in one program of the kernel, by the bytes of a head: with two tiles RTX 30 and 40 have room."""
+    return 128 if head <= 256 else 32
+
+
 def _over_buffers(query: jax.Array, keys: Weight, values: Weight, start: jax.Array, end: jax.Array) -> Part:
     """Attention of [B, G, N, E] over positions `start` [B] .. `end` - 1 (scalar) of the buffers [B, G, S, E].
 
@@ -219,8 +230,7 @@ def _over_buffers(query: jax.Array, keys: Weight, values: Weight, start: jax.Arr
     of_buffers = jax.tree.leaves((keys, values))  # each, if in 8 bits, as whole numbers and scales
     if quantized.is_quantized(keys):
         of_buffers = [leaf.squeeze(-1) if leaf.shape[-1] == 1 else leaf for leaf in of_buffers]
-    most = ROWS if width * query.dtype.itemsize <= 256 else ROWS // 2
-    rows = max(16, min(pl.next_power_of_2(count), most))
+    rows = max(16, min(pl.next_power_of_2(count), most_rows(width * query.dtype.itemsize)))
     programs = batch * groups * pl.cdiv(count, rows)
     splits = min(max(PROGRAMS // programs, 1), size // TILE)
     kernel = functools.partial(_kernel, count=count, size=size, splits=splits)

@@ -32,14 +32,25 @@ SUBLANES = 16  # the step's tokens are padded to a multiple of them, the rows of
 MEMORY = 12 * 2**20  # bytes of fast memory, of the 16 MB that a kernel gets
 
 
-def covers(buffer: jax.Array, groups: int, count: int) -> bool:
-    """Return true if the kernel can read a buffer [B, G, S, E], and has room for so many kv heads and query rows."""
+def covers(buffer: jax.Array, groups: int, count: int, tokens: int) -> bool:
+    """Return true if the kernel can read a buffer [B, G, S, E], and has room for so many kv heads, rows and tokens.
+
+    Fitted to what the compiler for v5e says it needs. Products of float32 are sums of products of bfloat16 parts.
+    """
     size, width = buffer.shape[-2:]
     if size % TILE:
         return False
-    tiles, blocks, block_bytes = _blocks(groups, count, size, width, buffer.dtype.itemsize)
-    of_queries = groups * count * (3 * 4 * tiles * TILE + (3 * 4 + 4 * buffer.dtype.itemsize) * max(width, TILE))
-    return blocks * block_bytes + of_queries <= MEMORY
+    itemsize = buffer.dtype.itemsize
+    tiles, blocks, block_bytes = _blocks(groups, count, size, width, itemsize)
+    scores, numbers = max(tiles * TILE, _padded(tokens)), max(width, TILE)
+    parts = 5 * 4 * numbers if itemsize == 4 else 0
+    of_queries = groups * count * (3 * 4 * scores + (3 * 4 + 4 * itemsize) * numbers + parts)
+    of_step = 4 * itemsize * groups * _padded(tokens) * numbers
+    return blocks * block_bytes + of_queries + of_step <= MEMORY
+
+
+def _padded(tokens: int) -> int:
+    return pl.cdiv(tokens, SUBLANES) * SUBLANES
 
 
 def _blocks(groups: int, count: int, size: int, width: int, itemsize: int) -> tuple[int, int, int]:
@@ -112,7 +123,7 @@ def _of_device(
 
     def of_step(x: jax.Array) -> jax.Array:
         """[B, Q, G, E] -> [B, G, Q, E], with zeros after the step's tokens."""
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -tokens % SUBLANES), (0, 0)))
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, _padded(tokens) - tokens), (0, 0)))
 
     # Where heads would leave lanes of registers empty, the compiler has positions innermost in the buffers.
     positions_last = width % TILE > 0
@@ -204,8 +215,12 @@ def _kernel(
     def first_ones() -> None:
         jax.lax.fori_loop(0, blocks - 1, lambda number, _: fetch(number), None)
 
+    # In a program where another model is float32 all products have the highest precision, which the compiler refuses
+    # for operands of bfloat16.
+    precision = jax.lax.Precision.HIGHEST if key_blocks.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
     def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+        return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
     def added(part: Part, scores: jax.Array, seen: jax.Array, subscripts: str, values: jax.Array) -> Part:
         scores = jnp.where(seen, width**-0.5 * scores, -jnp.inf)

@@ -16,7 +16,7 @@ from marks import slow
 
 from qsharp_jax.decoding import RECORDED, ContinuousBatch, engine, generate
 from qsharp_jax.decoding.rows import First
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import decode_attention, decoder, tpu_attention, value
 from qsharp_jax.models.value import ValueConfig
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
@@ -309,3 +309,13 @@ def test_a_batch_with_more_rows_than_responses():
     few = list(itertools.islice(((place, ()) for place in range(COUNT)), 2))
     assert_same(run(rows=7, starts=few), plain(), places=[0, 1])
     assert jax.live_arrays()
+
+
+@pytest.mark.parametrize("longest", [40, 1100])
+def test_on_accelerators_the_kernels_can_divide_the_rings(longest, monkeypatch):
+    monkeypatch.setattr(engine.cpu_form, "here", lambda: False)
+    ref = random_model(19, max_positions=2048)
+    guide, settings = random_guide(ref.config), Sampling(**COMMON, eta=0.2)
+    batch = ContinuousBatch(ref, guide, [[1] * longest], settings, rng=0, rows=2, samples=1)
+    for cache in (batch._state.ref_cache, batch._state.guide_cache):
+        assert cache.size % tpu_attention.TILE == cache.size % decode_attention.TILE == 0

@@ -9,7 +9,7 @@ import pytest
 from devices import traced_for
 from jax.experimental import pallas as pl
 
-from qsharp_jax.models import decode_attention, kv_cache
+from qsharp_jax.models import attention, decode_attention, kv_cache
 
 B, S, Q, H, G, E = 3, 128, 3, 4, 2, 16
 
@@ -32,6 +32,18 @@ def both(start, index, platform="cpu", dtype=np.float32):
     want = kv_cache.attend(query, key, value, keys, values, cache.start, cache.index, ring=True)
     with traced_for(platform):
         return compiled(platform)(query, key, value, (keys, values), after, cache), want
+
+
+def kernels(width, dtype=np.float32):
+    """The number of kernels in the program for CUDA."""
+    shapes = (1, Q, H, width), (1, Q, G, width), (1, Q, G, width), (1, G, S, width)
+    query, key, value, buffer = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    number = jax.ShapeDtypeStruct((), np.int32)
+    cache = kv_cache.KVCache(keys=[buffer], values=[buffer], start=jax.ShapeDtypeStruct((1,), np.int32), index=number)
+    pair = buffer, buffer
+    with traced_for("cuda"):
+        program = jax.make_jaxpr(lambda *arguments: decode_attention.attend(*arguments))
+        return str(program(query, key, value, pair, pair, cache)).count("pallas_call")
 
 
 @functools.cache
@@ -60,3 +72,18 @@ def test_in_bfloat16_the_kernel_is_as_near_as_the_plain_form():
     got, want = (np.float32(x) - exact for x in both(start, index, "cuda", jax.numpy.bfloat16))
     for quantile in (0.5, 0.99):
         assert np.quantile(np.abs(got), quantile) < 1.5 * np.quantile(np.abs(want), quantile)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(256, np.float16), (128, np.float32), (128, np.float16)])
+def test_a_program_of_the_kernel_fits_into_the_memory_of_small_gpus(width, dtype):
+    """A tile of keys and one of values, the queries, and their weights, in the 99 KiB that one of RTX 30 and 40 has."""
+    assert kernels(width, dtype) == 1
+    head, number = width * np.dtype(dtype).itemsize, np.dtype(dtype).itemsize
+    rows = decode_attention.most_rows(head)
+    assert (rows + 2 * decode_attention.TILE) * head + rows * decode_attention.TILE * number < 98 * 1024
+
+
+def test_heads_of_a_kilobyte_and_gpus_before_ampere_have_the_plain_form(monkeypatch):
+    assert kernels(256) == 0
+    monkeypatch.setattr(attention, "kind_of", lambda device: "gpu")
+    assert kernels(64) == 0
