@@ -34,6 +34,7 @@ setup(
     install_requires=[line for line in requirements if line],
     extras_require={
         "cuda": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],  # for drivers from 580 on; beside PyTorch, whose wheels bring CUDA 13
         "tpu": ["jax[tpu]", "gcsfs>=2025.9"],
         "torch": ["torch>=2.6"],  # for guides in transformers and vLLM
         "gcs": ["gcsfs>=2025.9"],  # for workdirs in buckets

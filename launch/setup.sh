@@ -14,10 +14,13 @@ fail() {
     exit 2
 }
 
-# The extra that this machine's accelerator needs; nothing on a CPU.
+# The extra that this machine's accelerator needs; nothing on a CPU. PyTorch brings CUDA 13, whose cuDNN and NCCL pip writes
+# to the same files as CUDA 12's: JAX has CUDA 13 too where the driver does.
 accelerator() {
+    local driver
     if nvidia-smi -L >/dev/null 2>&1; then
-        echo cuda
+        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null || true)
+        if [[ $driver =~ ^([0-9]+)\. ]] && ((BASH_REMATCH[1] >= 580)); then echo cuda13; else echo cuda; fi
     elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]] && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then
         echo tpu # a Google PCI device behind an accelerator driver
     fi
@@ -81,8 +84,13 @@ install_package() {
 }
 
 set_up() {
-    local extras accelerator
+    local extras accelerator word words=()
     accelerator=$(accelerator)
+    for word in "$@"; do # one JAX plugin: the machine's
+        [[ $word != cuda || $accelerator != cuda13 ]] || word=cuda13
+        words+=("$word")
+    done
+    set -- ${words[@]+"${words[@]}"}
     [[ -z $accelerator || " $* " == *" $accelerator "* ]] || set -- "$accelerator" "$@"
     extras=$(IFS=, && echo "$*")
     # The tests' libtpu compiles for TPUs, but would look for one at every start.

@@ -37,6 +37,15 @@ def test_here_it_sets_up_and_runs_in_the_foreground(gpu, code):
     assert gpu.lines("installed") == [f"{gpu.repo}[cuda]"]
 
 
+@pytest.mark.parametrize(("driver", "extra"), [("570.86.10", "cuda"), ("580.159.04", "cuda13"), ("1000.1", "cuda13")])
+def test_jax_has_the_cuda_of_the_driver(world, driver, extra):
+    world.put("nvidia-smi", f'#!/bin/sh\n[ "$1" = -L ] || echo {driver}\n')
+    done = world.run("cuda.sh", *ARGUMENTS, FAKE_PROGRAM="0")
+    assert done.returncode == 0, done.stderr
+    assert world.run("setup.sh", "bench").returncode == 0
+    assert world.lines("installed") == [f"{world.repo}[{extra}]", f"{world.repo}[{extra},bench]"]
+
+
 def test_what_the_user_set_is_respected(world):
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = world.run("cuda.sh", *ARGUMENTS, FAKE_PROGRAM="0", **settings)
