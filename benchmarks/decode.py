@@ -198,24 +198,31 @@ def bound(
     return total * 1e3
 
 
+def seconds_of(call: Callable[[], jax.Array]) -> float:
+    """Seconds of one call; of one that a GPU does in less time than the host launches it, the mean of many in a row."""
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(count)])
+        return (time.perf_counter() - began) / count
+
+    seconds(1)
+    once = seconds(1)
+    return once if once > 0.01 else seconds(32)
+
+
 def read_bandwidth() -> float:
     """Bytes read a second, by sums over 1 GiB on all cores."""
     step = jax.jit(lambda x: x.reshape(64, -1).sum(1))
     x = jnp.ones(2**28, jnp.float32)
-    jax.block_until_ready(step(x))
-    began = time.perf_counter()
-    jax.block_until_ready(step(x))
-    return x.nbytes / (time.perf_counter() - began)
+    return x.nbytes / seconds_of(lambda: step(x))
 
 
 def matmul_speed(dtype: jnp.dtype) -> float:
     """Floating-point operations a second of a product of two matrices of 4096 x 4096."""
     multiply = jax.jit(jnp.matmul)
     x = jnp.ones((4096, 4096), dtype)
-    jax.block_until_ready(multiply(x, x))
-    began = time.perf_counter()
-    jax.block_until_ready(multiply(x, x))
-    return 2 * 4096**3 / (time.perf_counter() - began)
+    return 2 * 4096**3 / seconds_of(lambda: multiply(x, x))
 
 
 class Compilations:
@@ -292,6 +299,12 @@ class Vllm:
         return first * 1e3, (all_ - first) / (steps - 1) * 1e3
 
 
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def variants(options: argparse.Namespace, ref: LanguageModel, guide: ValueModel) -> dict:
     """The programs by name: (work, steps) -> milliseconds of prefill and of a step."""
     models = decoding.for_decoding(ref), decoding.for_decoding(guide)
@@ -308,6 +321,9 @@ def variants(options: argparse.Namespace, ref: LanguageModel, guide: ValueModel)
         return programs
     if not importlib.util.find_spec("torch"):
         print("transformers is not measured: there is no PyTorch")
+        return programs
+    if jax.default_backend() != "cpu" and not has_cuda():
+        print("transformers is not measured: this PyTorch finds no GPU")
         return programs
     torch = Torch(ref, guide)
     programs |= {

@@ -48,7 +48,8 @@ python=${QSHARP_PYTHON-}
 if [[ -z $python ]]; then
     # shellcheck source=/dev/null
     source "$repo/launch/setup.sh"
-    set_up bench
+    # PyTorch brings CUDA 13, which this driver may not have.
+    if [[ $(accelerator) == cuda ]]; then set_up; else set_up bench; fi
     python=$QSHARP_VENV/bin/python
 fi
 if [[ -z $small ]]; then
@@ -57,8 +58,8 @@ if [[ -z $small ]]; then
 fi
 
 cd "$repo"
-report=$(mktemp)
-trap 'rm -f "$report"' EXIT
+report=${results:-/dev/null}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 failed=""
 
 say() { printf '%s\n' "$@" | tee -a "$report"; }
@@ -82,13 +83,13 @@ if [[ -n $small ]]; then
     part "Fitting" train.py --model tiny --rounds 1
 else
     part "Parity with the CPU" parity.py
+    part "Parity with the CPU, wide" parity.py --models wide
     part "Decoding as a run does" decode.py --models 8b --batch 1,16,64 --rounds 3 --settings run --programs unguided,guided
     part "Decoding, bare" decode.py --models 8b --batch 1,64 --rounds 3 --settings bare --programs guided --without-torch
     part "Decoding in 8 bits" decode.py --models 8b --batch 1,64 --rounds 3 --settings run --programs guided --quantize int8
     part "Fitting" train.py --model 1b --attention cudnn --beside xla
 fi
 say "" "${SECONDS} s in all."
-[[ -z $results ]] || cat "$report" >>"$results"
 [[ -z $failed ]] || {
     echo "h200.sh: failed:$failed" >&2
     exit 1

@@ -2,10 +2,11 @@
 
     python benchmarks/parity.py [--models small] [--rows 8] [--new-tokens 64]
 
-The models are those of `decode.py`, in float32 and rounded to bfloat16. Each decodes on the accelerator, guided (T 1,
-top-p 0.9, eta 0.1, prompts of several lengths); then the CPU computes the reference's log-probabilities and the guide's
-values of the sampled tokens by teacher forcing, in float32 and without a cache. Prints how far the recorded numbers are
-from these, and exits with 1 where that is more than rounding explains.
+The models are those of `decode.py`, in float32 and rounded to bfloat16, or `wide`: two layers each, with what Llama 3.1
+8B and 3.2 1B have and these lack, four query heads for a kv head, heads of 128 and 64 numbers and 128,256 tokens. Each
+decodes on the accelerator, guided (T 1, top-p 0.9, eta 0.1, prompts of several lengths); then the CPU computes the
+reference's log-probabilities and the guide's values of the sampled tokens by teacher forcing, in float32 and without a
+cache. Prints how far the recorded numbers are from these, and exits with 1 where that is more than rounding explains.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import numpy as np
 from qsharp_jax import decoding
 from qsharp_jax.data.batches import Example
 from qsharp_jax.evaluation import score
-from qsharp_jax.models import decoder, value
+from qsharp_jax.models import config, decoder, value
+from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 
@@ -29,9 +31,20 @@ from qsharp_jax.models.value import ValueConfig, ValueModel
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (0.05, 0.2)}
 
 
+def shapes(name: str) -> tuple[DecoderConfig, DecoderConfig]:
+    """Configs of the reference and of the guide's trunk."""
+    if name != "wide":
+        return decode.shapes(name)
+    few = dict(vocab_size=128_256, layers=2, heads=16, kv_heads=4, max_positions=1024, tied=True)
+    return (
+        config.make("tiny", embed=1024, head_dim=128, mlp=2048, **few),
+        config.make("tiny", embed=512, head_dim=64, mlp=1024, **few),
+    )
+
+
 def models(name: str, dtype: str) -> tuple[LanguageModel, ValueModel]:
     """Random models with stacked layers on the CPU, float32 numbers that `dtype` holds exactly."""
-    ref_config, trunk = (dataclasses.replace(shape, dtype="float32") for shape in decode.shapes(name))
+    ref_config, trunk = (dataclasses.replace(shape, dtype="float32") for shape in shapes(name))
     guide_config = ValueConfig(trunk)
     ref = decoder.init(jax.random.key(0), ref_config)
     guide = value.init(jax.random.key(1), guide_config)
@@ -53,7 +66,8 @@ def differences(name: str, dtype: str, rows: int, new_tokens: int) -> dict[str, 
     cpu, device = jax.local_devices(backend="cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
         ref, guide = models(name, dtype)
-    setting = dataclasses.replace(decode.SETTINGS[name]["run"], temperature=1.0, room=new_tokens)
+    setting = decode.SETTINGS["small" if name == "wide" else name]["run"]
+    setting = dataclasses.replace(setting, temperature=1.0, room=new_tokens)
     work = decode.Work(setting, rows, ref.config.vocab_size)
     with jax.default_device(device):
         on_device = [decoding.for_decoding(in_dtype(model, dtype, device)) for model in (ref, guide)]
@@ -73,7 +87,7 @@ def differences(name: str, dtype: str, rows: int, new_tokens: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", choices=("tiny", "small"), default="small")
+    parser.add_argument("--models", choices=("tiny", "small", "wide"), default="small")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
