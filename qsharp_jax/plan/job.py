@@ -25,7 +25,7 @@ from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import attention, models
-from qsharp_jax.run.config import quantize, trains_policy
+from qsharp_jax.run.config import quantize, row_width, trains_policy
 from qsharp_jax.system.errors import UserError, nearest
 
 DTYPE_OF_SIZE = "bfloat16"  # dtype of models given by a size, unless the config sets one
@@ -108,15 +108,16 @@ def make(
                 f"prompts of {prompt} tokens with {new} new ones exceed the {name}'s {shape.max_positions} positions;"
                 " give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
-    bucket, is_new = config.fit.length_bucket, ref_size is None and models.folder(config, "ref") is None
+    is_new = ref_size is None and models.folder(config, "ref") is None
     stored = "float32" if is_new else ref.dtype
+    name, width = row_width(config)
     guide_params, is_policy = value.abstract(guide), trains_policy(config)
     job = Job(
         config=config,
         ref=jax.eval_shape(quantized.model, LanguageModel(decoder.abstract(ref, stored), ref)),
         guide=ValueModel(_in_dtype(guide_params, ref.dtype) if is_policy else guide_params, guide),
         fitted=_in_dtype(guide_params, stored) if is_policy and config.fit.lora_rank else guide_params,
-        fit_tokens=config.fit.pack_length or -(-(prompt + new) // bucket) * bucket,
+        fit_tokens=width if name == "pack_length" else -(-(prompt + new) // width) * width,
         prompt_tokens=prompt,
     )
     if offsets := config.fit.future_offsets:

@@ -6,6 +6,7 @@ from qsharp_jax.models import memory
 from qsharp_jax.models.attention import Attention, choose, kind_of
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import models
+from qsharp_jax.run.config import row_width
 from qsharp_jax.run.session import Session
 
 
@@ -21,5 +22,6 @@ def of_config(config: ConfigDict, trunk: DecoderConfig, kind: str) -> Attention:
     fit = config.fit
     if fit.attention != "auto":
         return fit.attention
-    multiple, tokens = fit.pack_length or fit.length_bucket, fit.pack_length or config.generate.max_new_tokens
-    return choose(trunk, kind, multiple=multiple, tokens=tokens)
+    name, width = row_width(config)
+    tokens = width if name == "pack_length" else config.generate.max_new_tokens
+    return choose(trunk, kind, multiple=width, tokens=tokens)

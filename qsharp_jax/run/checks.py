@@ -71,10 +71,10 @@ def check_settings(config: ConfigDict) -> None:
                 f"config.generate.candidate_slots is {slots:g}; it must be at most config.generate.top_k_candidates,"
                 f" which is {config.generate.top_k_candidates}"
             )
-    width = "pack_length" if config.fit.pack_length else "length_bucket"
-    if config.fit.attention == "splash" and config.fit[width] % 128:
+    name, width = configs.row_width(config)
+    if config.fit.attention == "splash" and width % 128:
         raise UserError(
-            f"config.fit.{width} is {config.fit[width]}, but config.fit.attention splash needs a multiple of 128"
+            f"config.fit.{name} is {width}, but config.fit.attention splash needs a multiple of 128"
             " tokens; give one, or another attention"
         )
     if trains_policy:

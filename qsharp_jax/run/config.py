@@ -224,6 +224,16 @@ def trains_policy(config: ConfigDict) -> bool:
     return ALGORITHMS[config.algorithm].learns == "policy"
 
 
+def row_width(config: ConfigDict) -> tuple[str, int]:
+    """Return which setting of the fit gives the width of a batch's rows, and its value in tokens.
+
+    The rows of a guide's fit are packed, all as wide as `pack_length`, if that is set; others, like all of a policy,
+    hold one response and are padded to a multiple of `length_bucket`.
+    """
+    name = "pack_length" if config.fit.pack_length and not trains_policy(config) else "length_bucket"
+    return name, config.fit[name]
+
+
 def quantize(config: ConfigDict) -> str:
     """Return how weights are quantized for decoding, not at all in workdirs that are older than the setting."""
     return config.get("quantize", "none")

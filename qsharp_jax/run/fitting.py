@@ -43,14 +43,17 @@ def fitting(config: ConfigDict) -> dict[str, object]:
     rows = rows_that_fit([shape, learner], cache_size(longest, new, config.generate.prompt_bucket))
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.abstract(learner)))
     section, rates = ("policy", POLICY_LEARNING_RATES) if is_policy else ("fit", GUIDE_LEARNING_RATES)
+    packed = {
+        "fit.pack_length": max(LEAST_PACK, -(-(longest + new) // PACK_STEP) * PACK_STEP),
+        "fit.batch_size": 8 if on_cpu else 32,
+    }
     return {
         "dtype": "float32" if on_cpu else "bfloat16",
         "prompt_format": tokenizer.prompt_format,
         "value.layers": layers,
         "collect.batch_size": rows,
         "evaluate.batch_size": rows,
-        "fit.pack_length": max(LEAST_PACK, -(-(longest + new) // PACK_STEP) * PACK_STEP),
-        "fit.batch_size": 8 if on_cpu else 32,
+        **({} if is_policy else packed),
         f"{section}.optimizer.learning_rate": next(rate for most, rate in rates if weights < most),
         "generate.top_k_candidates": 20,
     }

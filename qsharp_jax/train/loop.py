@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,7 @@ class BatchSource(Protocol):
 
 
 AGREE_EVERY = 8  # steps; agreeing makes the processes wait for the device
+SAVE_SECONDS = 600.0  # a single process has a checkpoint at least so often; the clocks of several differ
 
 
 def told_to_stop(step: int) -> bool:
@@ -50,7 +52,7 @@ class Loop:
     """Settings and actions of a training besides its updates; all intervals are in steps."""
 
     total_steps: int  # of the whole training, including those before a resume
-    # log_every, save_every: intervals of log lines and checkpoints
+    # log_every, save_every: intervals of log lines and checkpoints; a single process saves after `SAVE_SECONDS` as well
     log_every: int
     save_every: int
     name: str  # the phase's name, in metrics and progress bars
@@ -122,6 +124,7 @@ class Trainer:
         self._unseen: collections.deque[dict] = collections.deque()  # metrics of updates that the bar has not counted
         self._loss = ""  # of the last update that the bar has counted
         self._trace = Trace(loop.profile)
+        self._saved_at = time.monotonic()
         self._clock.start(self.state.params)
         self._tell_unsaved()
         self._bar.say("compiling")
@@ -149,7 +152,7 @@ class Trainer:
         # The step before is waited for, so that the devices go on meanwhile; the very first one for its loss.
         self._show_done(running=1 if self._loss else 0)
         at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
-        saving = unit_ends and self.step % loop.save_every == 0
+        saving = unit_ends and (self.step % loop.save_every == 0 or self._is_overdue())
         stopping = unit_ends and loop.stop_requested(self.step)
         self.done = at_end
         if at_end or saving or stopping or self.step % loop.log_every == 0:
@@ -245,8 +248,12 @@ class Trainer:
             if first:
                 self._bar.refresh()
 
+    def _is_overdue(self) -> bool:
+        return jax.process_count() == 1 and time.monotonic() - self._saved_at > SAVE_SECONDS
+
     def _save(self, *, final: bool = False) -> None:
         """Save a checkpoint, which may still be being written when this returns."""
+        self._saved_at = time.monotonic()
         self._checkpoints.save(self.state, best=None if final else self._best, final=final)
         self._tell_unsaved(f", and the checkpoint of {self.step} if it is not whole yet")
 

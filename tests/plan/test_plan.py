@@ -48,6 +48,12 @@ def part(forecast, what):
     return line.amount
 
 
+def test_rows_are_packed_for_a_guide_and_hold_one_response_of_a_policy():
+    """The longest response after the shortest padded prompt, 256 + 768 tokens, to a multiple of the bucket of 256."""
+    assert job_of("fit.pack_length=2048").fit_tokens == 2048
+    assert job_of("fit.pack_length=2048", "algorithm=ppo", "guide=ref").fit_tokens == 1024
+
+
 @pytest.mark.parametrize(("name", "numbers"), [("adamw", 2), ("muon", 1), ("adafactor", 0)])
 def test_state_of_the_fit_on_one_chip_of_eight(name, numbers):
     """Weights and gradients four bytes, AdamW two such numbers a weight, Muon one for the blocks' matrices."""

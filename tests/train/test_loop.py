@@ -230,6 +230,15 @@ def test_the_bar_counts_what_the_device_has_done_and_shows_the_first_loss(tmp_pa
     assert all(postfix == "loss=0.500" for *_, postfix in seen)
 
 
+def test_a_checkpoint_is_overdue_after_a_while(tmp_path, monkeypatch):
+    """Steps that take minutes each are saved long before `save_every` of them, at the ends of units."""
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    saved = []
+    monkeypatch.setattr(Checkpoints, "save", lambda _, state, **how: saved.append(int(state.step)))
+    toy_fit(tmp_path, save_every=1000, save_unit=2, stop_requested=lambda step: False)
+    assert saved == [*range(2, 20, 2), 20]
+
+
 def test_evaluations_between(tmp_path):
     """Every so many steps and once at the end, of the parameters of that step; without patience the last are kept."""
     x, xs = 0.0, []
