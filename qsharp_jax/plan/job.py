@@ -25,7 +25,7 @@ from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run import attention, models
-from qsharp_jax.run.config import quantize, row_width, trains_policy
+from qsharp_jax.run.config import row_width, trains_policy
 from qsharp_jax.system.errors import UserError, nearest
 
 DTYPE_OF_SIZE = "bfloat16"  # dtype of models given by a size, unless the config sets one
@@ -164,7 +164,7 @@ def _with_folders(config: ConfigDict) -> ConfigDict:
 
 
 def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) -> tuple[DecoderConfig, ValueConfig]:
-    kind = dict(dtype=config.dtype or DTYPE_OF_SIZE, quantize=quantize(config))
+    kind = dict(dtype=config.dtype or DTYPE_OF_SIZE, quantize=config.quantize)
     if ref_size:
         ref = _sized("--ref-size", ref_size, **kind)
     else:

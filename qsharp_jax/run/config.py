@@ -234,11 +234,6 @@ def row_width(config: ConfigDict) -> tuple[str, int]:
     return name, config.fit[name]
 
 
-def quantize(config: ConfigDict) -> str:
-    """Return how weights are quantized for decoding, not at all in workdirs that are older than the setting."""
-    return config.get("quantize", "none")
-
-
 def kl_weight(config: ConfigDict) -> float:
     """Return eta of the objective E reward - eta KL(pi || pi_ref): the algorithm's own, or `collect.eta`."""
     own = ALGORITHMS[config.algorithm].eta

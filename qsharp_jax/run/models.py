@@ -31,7 +31,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.run.config import quantize, trains_policy
+from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.folders import check_vocabulary, tokenizer_folder
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
@@ -117,7 +117,7 @@ def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
       UserError: for a folder without a supported model.
     """
     if ref := folder(config, "ref"):
-        return hf.read_config(ref, _dtype(config, ref), quantize(config))
+        return hf.read_config(ref, _dtype(config, ref), config.quantize)
     return _model_section(config, vocab_size)
 
 
@@ -139,7 +139,7 @@ def guide_shape(
     """
     start = folder(config, "guide")
     if start:
-        trunk = hf.read_config(start, _dtype(config, start), quantize(config))
+        trunk = hf.read_config(start, _dtype(config, start), config.quantize)
     elif config.guide == "ref":
         trunk = ref_shape(config, vocab_size)
     else:
@@ -213,7 +213,7 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
             changes[field.name] = value_ = tuple(value_)
         if type(value_) is not kind and not (kind is float and type(value_) is int):
             raise ValueError(f"model.{field.name} is {value_!r}; it must be of type {kind.__name__}")
-    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size, quantize=quantize(config))
+    return model_configs.make(changes.pop("size"), **changes, vocab_size=vocab_size, quantize=config.quantize)
 
 
 def check_folders(config: ConfigDict) -> None:
@@ -347,7 +347,7 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
         progress.tell(f"loading the guide's first weights from {start}")
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
     elif config.guide == "ref":
-        trunk = (ref if quantize(config) == "none" else pretrained(session)).params
+        trunk = (ref if config.quantize == "none" else pretrained(session)).params
     else:
         trunk = None
     if trunk is not None:
