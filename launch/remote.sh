@@ -80,7 +80,9 @@ check_shared_workdir() { # HOSTS
 check_head() {
     git -C "$repo" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
         fail "$repo is not a git checkout, so there is no HEAD to copy; give --repo URL"
-    [[ $config == /* ]] || git -C "$repo" cat-file -e "HEAD:${config#./}" 2>/dev/null ||
+    # configs/ is a link to the package's recipes.
+    [[ $config == /* ]] ||
+        [[ $(git -C "$repo" cat-file --batch-check --follow-symlinks <<<"HEAD:${config#./}") == *" blob "* ]] ||
         fail "--config $config is not in HEAD, which is what is copied; commit it, and give its path in the repository"
     git -C "$repo" diff --quiet HEAD || say "changes that are not committed are not copied"
 }

@@ -99,6 +99,9 @@ def _joined(
 ) -> contextlib.AbstractContextManager[sigterm.Peers]:
     """Wait for the other processes of the run, if any. All but the first print only errors."""
     if getattr(options, "coordinator", None) is None:
+        for name in ("processes", "process"):
+            if getattr(options, name, None) is not None:
+                raise UserError(f"--{name} goes with --coordinator HOST:PORT; give it, or leave --{name} out")
         return contextlib.nullcontext(sigterm.Peers())
 
     from qsharp_jax.system import multihost
@@ -188,7 +191,7 @@ def _own_run(options: argparse.Namespace) -> dict[str, Any] | None:
     given = {name: getattr(options, name) for name in run.OWN if getattr(options, name) is not None}
     if given and options.config is not None:
         raise UserError(f"--{next(iter(given)).replace('_', '-')} is given in place of --config; leave one of them out")
-    if not given and options.config is None:
+    if not given and options.config is None and not files.is_file(files.make_path(options.workdir) / "config.json"):
         raise UserError("give --config RECIPE, or --ref, --prompts and --reward; see qsharp run --help")
     return {"rewards" if name == "reward" else name: value for name, value in given.items()} or None
 

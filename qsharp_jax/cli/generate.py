@@ -15,7 +15,7 @@ from typing import Any
 from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, is_first, of_first, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
+from qsharp_jax.sampling import ETA, FINITE, MODES, OTHERS, Sampling
 from qsharp_jax.system import chat, files, settings, stop_strings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
@@ -150,6 +150,8 @@ def _answer(
     texts = [prompt if options.system is None else chat.with_system(prompt, options.system) for prompt, _ in prompts]
     encoded = _encode(models, texts, sampling.max_new_tokens, guided)
     if options.output and is_first(options):
+        if options.input and options.input != "-":
+            json_lines.check_other_file(options.output, options.input)
         json_lines.check_output(options.output)
     plan = [(row, eta) for row in range(len(prompts)) for eta in etas for _ in range(options.samples)]
     per_prompt = len(plan) // len(prompts)
@@ -216,6 +218,8 @@ def check_arguments(options: argparse.Namespace) -> None:
     """Raise a UserError for arguments that do not go together, before a workdir is opened."""
     check_source(options)
     guides, weights = len(options.guide or []), len(options.weights or [])
+    for weight in options.weights or []:
+        settings.check("--weights", weight, FINITE)
     if guides and options.ref is None:
         raise UserError("--guide needs the reference that it guides; give --ref")
     guides = 1 if options.workdir is not None else guides

@@ -29,7 +29,9 @@ def read_lines(path: str, content: str) -> list[tuple[str, str]]:
         text = data.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no file {name}; give --input the path of a file of {content}") from None
-    except (UnicodeDecodeError, IsADirectoryError):
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; give --input a file of {content}") from None
+    except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8 text; give --input a file of {content}") from None
     # Not `splitlines`, since JSON strings may contain other line ends.
     lines = [

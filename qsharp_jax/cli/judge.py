@@ -47,6 +47,8 @@ def run(workdir: None, options: argparse.Namespace) -> None:
         task = registry.get(options.task)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if hasattr(task, "judge"):
+        raise UserError(f"the task {options.task} has no answers to judge by; its runs call their reward functions")
     records, problems = read(options.input, task, options.data)
     json_lines.check_other_file(options.output, options.input)
     json_lines.check_output(options.output)

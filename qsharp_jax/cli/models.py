@@ -13,6 +13,10 @@ from qsharp_jax.system.errors import UserError
 def check_source(options: argparse.Namespace) -> None:
     """Raise a UserError unless the arguments name either a run or folders."""
     folders = [f"--{name}" for name in ("ref", "guide") if getattr(options, name) is not None]
+    for name in ("ref", "guide"):
+        given = getattr(options, name)
+        if "" in ([given] if isinstance(given, str) else given or []):
+            raise UserError(f"--{name} is empty; give a folder, a GGUF file, or an id on the Hugging Face hub")
     if options.workdir is not None and folders:
         raise UserError(f"give a run by --workdir, or models' folders by {' and '.join(folders)}, not both")
     if options.workdir is None and not folders:

@@ -200,7 +200,10 @@ def _name(workdir: Workdir | None, options: argparse.Namespace) -> str:
 def _api_key(options: argparse.Namespace) -> str | None:
     if options.api_key_file is None:
         return os.environ.get(API_KEY) or None
-    key = Path(options.api_key_file).read_text(encoding="utf-8").strip()
+    try:
+        key = Path(options.api_key_file).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{options.api_key_file} is not UTF-8 text; write the API key into it") from None
     if not key:
         raise UserError(f"{options.api_key_file} is empty; write the API key into it")
     return key

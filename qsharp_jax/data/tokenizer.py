@@ -229,6 +229,12 @@ class Tokenizer:
         return self.hf_tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _encode(self, text: str, kind: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the {kind} {text[:60]!r} has half a surrogate pair at character {error.start}; remove it"
+            ) from None
         tokens, unknown = self._raw(text), self.hf_tokenizer.unk_token_id
         # GPT-2 also gives its eos token this name, but knows all bytes.
         if unknown in tokens and unknown != self.hf_tokenizer.eos_token_id:

@@ -141,5 +141,8 @@ def _store(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _word(value: Any) -> str:
-    """Return a setting's value as the command line has it."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """Return a setting's value as the command line has it; a list of texts as JSON."""
+    if isinstance(value, list | tuple):
+        texts = value and all(isinstance(item, str) for item in value)
+        return json.dumps(value) if texts else ",".join(map(str, value))
+    return str(value)

@@ -67,7 +67,8 @@ def find(recipe: str | Path) -> Path:
         return Path(recipe)
     if (path := RECIPES / f"{recipe}.py").is_file():
         return path
-    names = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("[!_]*.py")]
+    recipes = [path for path in RECIPES.rglob("[!_]*.py") if "def get_config" in path.read_text(encoding="utf-8")]
+    names = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in recipes]
     raise UserError(
         f"there is no config file {recipe}; give a path, or the name of a recipe: {nearest(str(recipe), names)}"
     )
@@ -171,13 +172,16 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 def _parse(text: str, present: Any, kind: type, item_kind: type) -> Any:
     """Read `text` as a `kind`, the declared type of the value `present`; a ValueError if it is not one.
 
-    A list is written as 1,2. One of texts may also be JSON, for commas, spaces and line ends in them: ["a, b", "c"].
+    A list is written as 1,2. One of texts may also be JSON, and is for commas, line ends, and spaces at their ends:
+    ["a, b", "c "].
     """
     if present is None and text.lower() == "none":
         return None
     if kind in (tuple, list) and item_kind is str and text.startswith('["'):
         return kind(json.loads(text))
     if kind in (tuple, list):
+        if item_kind is str and (text != text.strip() or "\n" in text):  # which would be lost
+            raise ValueError
         items = text.strip().removeprefix("(").removeprefix("[").removesuffix(")").removesuffix("]").split(",")
         if not items[-1].strip():  # "(1,)" and "()"
             items.pop()
@@ -212,7 +216,9 @@ def _item_kind(key: str, present: Any) -> type:
 
 def _words(kind: type, item_kind: type) -> str:
     if kind in (tuple, list):
-        return f"a list of {item_kind.__name__}, as {'a,b' if item_kind is str else '1,2'}"
+        if item_kind is str:
+            return 'a list of texts, as a,b, or in JSON where they hold commas, spaces or line ends, as ["a, b", "c"]'
+        return f"a list of {item_kind.__name__}, as 1,2"
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, f"of type {kind.__name__}")
 
 

@@ -6,8 +6,9 @@ what was chosen, so that a repeated command goes on with the same settings on an
 
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -34,23 +35,23 @@ class OwnRun:
 
     def overrides(self) -> list[str]:
         """Return the settings that the arguments stand for, as `--config.KEY=VALUE`; paths are absolute."""
-        rewards = [_absolute(*word.rpartition(":")) for word in self.rewards]
+        rewards = [_absolute(*word.rpartition(":"), is_there=os.path.isfile) for word in self.rewards]
         given = {
             "ref": self.ref,
             "guide": self.guide,
             "task.prompts": self.prompts and _absolute(self.prompts),
-            "task.file": self.task and _absolute(self.task),
-            "task.rewards": ",".join(rewards) if rewards or self.task else None,
+            "task.file": self.task and _absolute(self.task, is_there=os.path.isfile),
+            "task.rewards": json.dumps(rewards) if rewards or self.task else None,
             "task.weights": ",".join("1" for _ in rewards) if rewards or self.task else None,
             "prompt_format": self.prompt_format,
         }
         return [f"--config.{key}={value}" for key, value in given.items() if value is not None]
 
 
-def _absolute(path: str, *rest: str) -> str:
-    """Make a path absolute if there is such a file; else it may be a module, or a name on the hub."""
+def _absolute(path: str, *rest: str, is_there: Callable[[str], bool] = os.path.exists) -> str:
+    """Make a path absolute if it is there; else it may be a module, which may be a folder, or a name on the hub."""
     full = os.path.abspath(os.path.expanduser(path))
-    return "".join([full if os.path.exists(full) and path else path, *rest])
+    return "".join([full if is_there(full) and path else path, *rest])
 
 
 def load(
@@ -65,6 +66,8 @@ def load(
     Raises:
       UserError: if the model, the prompts or the reward are missing, and as `config.load`.
     """
+    if own.prompts and own.task:
+        raise UserError("--task gives the prompts too; leave --prompts out, or --task")
     if (stored := stored_config(files.make_path(workdir))) is not None:
         with stored.unlocked():
             configs.override(stored, [*own.overrides(), *changes])
@@ -77,6 +80,7 @@ def load(
         if not value:
             raise UserError(f"give {words}; see qsharp run --help")
     config = configs.load(RECIPE, [*own.overrides(), *changes])
+    configs.check(config)
     for model in filter(None, (own.ref, own.guide)):
         may_be_id = model.partition("@")[0].count("/") == 1  # on the hub, as OWNER/NAME@REVISION
         if not may_be_id and not Path(model).expanduser().exists():

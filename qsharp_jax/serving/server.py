@@ -33,9 +33,10 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listening.close()
-        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from None
+        reason = error.strerror if isinstance(error, OSError) else "ports go up to 65535"
+        raise UserError(f"cannot listen at {host}:{port} ({reason}); give another --host or --port") from None
     return listening
 
 

@@ -143,7 +143,7 @@ def json_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON strings have some
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; download the data set's JSON lines again") from None
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8, or download it again") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -153,7 +153,7 @@ def json_rows(path: Path) -> list[Row]:
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}, is not a JSON object; fix it, or download the file again")
+            raise UserError(f"{path}, line {number}, is not a JSON object; fix it, or write the file again")
         rows.append(Row(f"{path}, line {number}", fields))
     return rows
 

@@ -27,7 +27,15 @@ from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import base, finite, reward_worker
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.rewards import OBJECT, Function, RewardJudge, name_of, parse_function, source_hash
+from qsharp_jax.tasks.rewards import (
+    ARGUMENTS,
+    OBJECT,
+    Function,
+    RewardJudge,
+    name_of,
+    parse_function,
+    source_hash,
+)
 
 FINITE, SYMBOLIC = True, False
 
@@ -53,7 +61,7 @@ def _functions(config: Any) -> list[Function]:
     if config.rewards:
         return [parse_function(words) for words in config.rewards]
     if not config.file:
-        raise ValueError("there is no reward; give one by --reward FILE.py:NAME")
+        raise UserError("there is no reward; give one by --reward FILE.py:NAME")
     return [parse_function(f"{config.file}:reward")]
 
 
@@ -81,6 +89,8 @@ def check_files(config: Any) -> None:
     """
     if config.prompts:
         _file(config.prompts)
+    elif config.file.endswith(".py") and not Path(config.file).is_file():
+        raise UserError(f"there is no file {config.file}; give --task a Python file with problems(split) and reward")
     if config.reward_workers:
         judge(config).close()
 
@@ -113,15 +123,24 @@ def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
     """Draw at most `count` problems of a split without replacement.
 
     Raises:
-      UserError: for a file that cannot be read, or a row without a prompt; ValueError: if the split has no problems.
+      UserError: for a file that cannot be read, a row without a prompt, or a split without prompts.
     """
     base.check_split(split)
     if config.file:
         chosen = to_problems(_rows_of_program(config.file, split))
+        if not chosen:
+            raise UserError(f"problems({split!r}) of {config.file} gives no prompts; return some")
     else:
-        chosen = [p for p in to_problems(read_rows(config.prompts)) if base.split_of(p.problem_id[:16]) == split]
-    if not chosen:
-        raise ValueError(f"there are no {split} prompts; give more prompts")
+        every = to_problems(read_rows(config.prompts))
+        if not every:
+            raise UserError(f"{config.prompts} has no prompts; write rows with a column prompt")
+        chosen = [problem for problem in every if base.split_of(problem.problem_id[:16]) == split]
+        if not chosen:
+            use = "train on" if split == "train" else "evaluate on"
+            raise UserError(
+                f"of the {len(every)} prompts of {config.prompts} none is left to {use}: one in five different ones,"
+                " chosen by a hash of it, is held out; add prompts"
+            )
     base.generator("own", seed).shuffle(chosen)
     return chosen[:count]
 
@@ -130,6 +149,8 @@ def to_problems(rows: Iterable[finite.Row]) -> list[Problem]:
     """Return the rows as problems; the id of a repeated prompt ends in -2, -3, ..."""
     chosen, times = [], collections.Counter[str]()
     for row in rows:
+        if taken := [name for name in ARGUMENTS if name in row.fields]:
+            raise UserError(f"{row.place}: rewards have an argument {taken[0]!r} of their own; rename that column")
         prompt = _prompt(row)
         problem_id = base.content_id(json.dumps(prompt))
         times[problem_id] += 1
@@ -175,7 +196,20 @@ def _parquet_rows(path: Path) -> list[finite.Row]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
-    return [finite.Row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [_json_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _json_row(place: str, fields: dict[str, Any]) -> finite.Row:
+    """Return a row; raises a UserError that names a column which JSON, the form of records, cannot hold."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{place}: the column {name!r} holds a {type(value).__name__}; write it as a text, a number or lists of"
+                " them, or leave that column out"
+            ) from None
+    return finite.Row(place, fields)
 
 
 def _hub_rows(name: str) -> list[finite.Row]:
@@ -188,7 +222,7 @@ def _hub_rows(name: str) -> list[finite.Row]:
         raise UserError(
             f"cannot load the data set {name} from the hub ({words}); give a file of JSON lines or Parquet instead"
         ) from error
-    return [finite.Row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
+    return [_json_row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
 
 
 def _rows_of_program(source: str, split: str) -> list[finite.Row]:

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ FEWEST = 20  # responses before the share of those without a reward can stop a r
 WARNINGS = 3  # that are printed
 
 Function = tuple[str, str]  # a file or a module, and a name in it
+# What a reward function is given beside the columns of the prompts.
+ARGUMENTS = ("prompts", "completions", "completion_ids", "finished")
 OBJECT = "<python>"  # in place of the file of a function that was given as a Python object
 
 
@@ -87,6 +90,8 @@ class RewardJudge:
         for source, _ in named:
             if source.endswith(".py") and not Path(source).is_file():
                 raise UserError(f"there is no file {source}; give the reward function's Python file, as FILE.py:NAME")
+            if os.sep in source and not source.endswith(".py"):
+                raise UserError(f"{source} is no Python file, whose name ends in .py; give the reward as FILE.py:NAME")
         if named and workers == 0:
             try:
                 self._functions = [reward_worker.load(*function) for function in named]

@@ -1,5 +1,7 @@
 """Refusals of `qsharp generate` and `score` for models, settings and files, before weights are read."""
 
+import socket
+
 import bpe
 import jax
 import small_data
@@ -33,6 +35,11 @@ def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
         (("generate", PROMPT, "--ref", ref, "--workdir", tmp_path), "--workdir, or models' folders by --ref, not both"),
         (("score", *files, "--ref", ref, "--guide", guide, "--workdir", tmp_path), "by --ref and --guide, not both"),
         (("generate", PROMPT, "--guide", guide), "--guide needs the reference"),
+        (("generate", PROMPT, "--ref", ""), "--ref is empty; give a folder, a GGUF file, or an id"),
+        (("generate", PROMPT, "--ref", ref, "--guide", ""), "--guide is empty"),
+        (("generate", PROMPT, "--ref", ref, "--process", 0), "--process goes with --coordinator HOST:PORT"),
+        (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "nan"), "--weights is nan; it must be a finite"),
+        (("generate", "--ref", ref, "--input", tmp_path), "is a folder; give --input a file of prompts"),
         (("generate", PROMPT, "--ref", ref, "--eta", "0.5"), "--eta 0.5 needs a guide"),
         (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2), "the guides are 2 and the --weights 0"),
         (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "1,2"), "the guides are 1 and the --weights 2"),
@@ -135,3 +142,26 @@ def test_files_that_cannot_be_scored_are_refused_before_weights_are_read(light, 
     )
     assert "line 1, is not of record 1" in refused(capsys, *score, output)
     assert "--batch-size" in refused(capsys, *score, output, "--batch-size", "0")
+
+
+def test_what_cannot_be_served(light, models, tmp_path, capsys):
+    ref, guide = light
+    key, empty = tmp_path / "key", tmp_path / "empty"
+    key.write_bytes(b"\xff\xfe")
+    empty.mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for arguments, words in [
+            (("--guide", f"x={guide}", "--port", taken.getsockname()[1]), "(Address already in use); give another"),
+            (("--port", 65536), "(ports go up to 65535); give another --host or --port"),
+            (("--api-key-file", key), "is not UTF-8 text; write the API key into it"),
+            (("--api-key-file", empty), "is a directory; give another --api-key-file"),
+            (("--port", 0, "--guide", f"x={empty}"), "has no config.json"),
+            (("--port", 0, "--guide", f"x={models[0]}"), "not a guide"),
+            (("--guide", "x="), "--guide is empty"),
+            (("--guide", f"x={guide}", "--guide", f"x={guide}"), "give each a name of its own"),
+            (("--port", 0, "--context", 100), "--context is 100; the models have 64 positions"),
+            *((("--eta", eta), "is not a number, at least 1e-06, below infinity") for eta in ("0", "-1", "nan", "inf")),
+        ]:
+            assert words in refused(capsys, "serve", "--ref", ref, *arguments)

@@ -302,6 +302,19 @@ def test_prompts_that_cannot_be_are_refused(light, tmp_path, capfd, row, options
     assert words in refused(capfd, "generate", "--ref", light[0], "--input", source, *FEW[2:], *options)
 
 
+def test_half_a_surrogate_pair_as_an_argument_is_refused(light, capfd):
+    assert "has half a surrogate pair at" in refused(capfd, "generate", "--ref", light[0], "a \udc83", *FEW[2:])
+
+
+def test_an_input_is_no_output(light, tmp_path, capfd):
+    """Nor cut: its last line without an end looks like one that a kill left."""
+    source, content = tmp_path / "in.jsonl", '{"prompt": "How many eggs?"}'
+    source.write_text(content)
+    sentence = refused(capfd, "generate", "--ref", light[0], "--input", source, "--output", source, *FEW[2:])
+    assert "is the input itself; give another --output" in sentence
+    assert source.read_text() == content
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_generation_that_is_killed_goes_on(models, tmp_path, capfd, sign, code):

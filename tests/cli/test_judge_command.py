@@ -86,6 +86,7 @@ def test_bad_arguments(tmp_path, capsys):
     given = ("--input", source, "--output", output)
     assert "did you mean 'gsm8k'" in refused(capsys, "judge", "--task", "gsm8", *given)
     assert "is the input itself" in refused(capsys, "judge", "--task", "gsm8k", "--input", source, "--output", source)
+    assert "the task own has no answers" in refused(capsys, "judge", "--task", "own", *given)
     empty = small_data.write_lines(tmp_path / "empty.jsonl", [])
     assert "is empty" in refused(capsys, "judge", "--task", "gsm8k", "--input", empty, "--output", output)
     by_id = small_data.write_lines(tmp_path / "ids.jsonl", [{"response": "x", "problem_id": "p"}])

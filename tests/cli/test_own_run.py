@@ -122,6 +122,28 @@ def test_the_same_command_resumes_and_others_find_the_task_again(folder, finishe
     assert [row["reward"] for row in results(finished)] == [row["reward"] for row in json.loads(before)]
 
 
+def test_a_finished_run_needs_its_workdir_alone(finished, capsys):
+    before = results(finished)
+    assert cli.main(["run", "--workdir", str(finished)]) == 0
+    assert "| method" in capsys.readouterr().out and results(finished) == before
+    assert "give the --config it was made with" in refused(capsys, "run", "--workdir", finished, "--config.seed=1")
+
+
+def test_a_package_of_rewards_is_no_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    overrides = OwnRun(prompts=str(folder / "prompts.jsonl"), rewards=["package:short", "a, b.py:c"]).overrides()
+    assert '--config.task.rewards=["package:short", "a, b.py:c"]' in overrides
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_refused(folder, tmp_path, capsys):
+    rows = [{"prompt": f"Say {i} \ud83d"} for i in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = command(folder, tmp_path / "w", "--prompts", str(tmp_path / "prompts.jsonl"))
+    assert re.search(r"the prompt '.*' has half a surrogate pair at character \d+; remove it", refused(capsys, *arguments))
+
+
 def test_generate_needs_no_reward(folder, finished, tmp_path, capfd):
     away = (folder / "rewards.py").rename(tmp_path / "rewards.py")
     try:
@@ -140,6 +162,13 @@ def test_generate_needs_no_reward(folder, finished, tmp_path, capfd):
         (["--prompts", "x", "--reward", "x.py:f"], "give the reference model, by --ref"),
         (["--ref", "x", "--prompts", "x"], "give the reward, by --reward FILE.py:NAME"),
         (["--ref", "no_folder", "--prompts", "x", "--reward", "x.py:f"], "no_folder"),
+        (["--ref", ".", "--prompts", __file__, "--reward", ""], "the reward is ''; write it as FILE.py:NAME"),
+        (["--ref", "x", "--prompts", "x", "--task", "x.py"], "--task gives the prompts too"),
+        (["--ref", ".", "--task", "gone.py"], "there is no file gone.py; give --task a Python file"),
+        (["--ref", ".", "--prompts", __file__, "--reward", f"{ROOT}:f"], f"{ROOT} is no Python file, whose name ends"),
+        (["--ref", ".", "--prompts", __file__, "--reward", "gone, by.py:f"], "there is no file gone, by.py"),
+        (["--ref", ".", "--prompts", "x", "--reward", "x.py:f", "--config.algorithm=a"], "config.algorithm is 'a'"),
+        (["--ref", ".", "--prompts", "x", "--reward", "x.py:f", "--processes", "2"], "--processes goes with --coord"),
     ],
 )
 def test_missing_arguments_are_refused(arguments, words, tmp_path, capsys):

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 import qsharp_jax as q
 from qsharp_jax import cli
 from qsharp_jax.models import hf
-from qsharp_jax.notebook import evaluating, generating
+from qsharp_jax.notebook import evaluating, generating, training
+from qsharp_jax.run import config as configs
 
 NOTEBOOK = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
 CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -196,6 +197,12 @@ def test_what_cannot_work_is_refused(executed, tmp_path):
     assert "2 rewards and 1 weights" in refusal(q.evaluate, executed.ref, executed.guide, ["x"], both, weights=[1])
     assert "give a list" in refusal(q.generate, executed.ref, None, "one text")
     assert "not a guide's folder" in refusal(q.load_guide, executed.MODEL)
+
+
+@pytest.mark.parametrize(("value", "parsed"), [(["\n", "a, b"], ("\n", "a, b")), ((), ())])
+def test_lists_of_texts_become_settings_as_they_are(value, parsed):
+    config = configs.load("own", [f"--config.generate.stop={training._word(value)}"])
+    assert config.generate.stop == parsed
 
 
 @pytest.mark.slow

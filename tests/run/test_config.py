@@ -114,11 +114,14 @@ def test_an_override_takes_the_type_of_the_present_value(path, argument, key, va
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("a", ("a",)), ("a, b", ("a", "b")), ("()", ()), (r'["a, b", "\n\n"]', ("a, b", "\n\n")), ('["a', None)],
+    [
+        ("a", ("a",)), ("a, b", ("a", "b")), ("()", ()), (r'["a, b", "\n\n"]', ("a, b", "\n\n")), ('["a', None),
+        ("\n", None), ("Q: ", None), ("a\nb", None),
+    ],
 )
 def test_texts_with_commas_and_line_ends_are_written_as_json(text, value):
     if value is None:
-        assert "is not a list of str, as a,b" in refusal(configs.load, "arithmetic", [f"--config.generate.stop={text}"])
+        assert "is not a list of texts, as a,b, or in JSON" in refusal(configs.load, "arithmetic", [f"--config.generate.stop={text}"])
     else:
         assert configs.load("arithmetic", [f"--config.generate.stop={text}"]).generate.stop == value
 
@@ -227,6 +230,11 @@ def test_the_defaults_are_in_their_ranges():
     configs.check(config)
     configs.check(ConfigDict({"model": {"layers": -1}, "generate": {}}))  # what is absent or unknown is passed over
     assert config.fit.dtype is None and config.get_type("seed") is int and config.fit.get_type("dtype") is str
+
+
+def test_only_recipes_are_named():
+    sentence = refusal(configs.find, "no_such_recipe_at_all")
+    assert "math/llama31_8b" in sentence and "meshes" not in sentence and "paper," not in sentence
 
 
 RECIPES = sorted(path.relative_to(configs.RECIPES).with_suffix("") for path in configs.RECIPES.rglob("[!_]*.py"))

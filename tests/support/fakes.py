@@ -64,9 +64,10 @@ class World:
 
     def _make_checkout(self):
         shutil.copytree(ROOT / "launch", self.repo / "launch")
-        for name in ("setup.py", "requirements.txt", "configs/arithmetic.py"):
-            (self.repo / name).parent.mkdir(exist_ok=True)
+        for name in ("setup.py", "requirements.txt", "qsharp_jax/configs/arithmetic.py"):
+            (self.repo / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.repo / name)
+        (self.repo / "configs").symlink_to("qsharp_jax/configs")  # as in the repository
         git = ["git", "-C", str(self.repo), "-c", "user.name=test", "-c", "user.email=test@localhost"]
         for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "test"]):
             subprocess.run([*git, *words], check=True)

@@ -1,5 +1,6 @@
 """A task from outside the package: prompts in files, split by their hashes, and Python files that give both."""
 
+import datetime
 import json
 
 import pyarrow
@@ -54,6 +55,15 @@ def test_parquet_and_messages(tmp_path):
     assert chat.prompt == CHAT and as_text(chat.prompt) == "system: Be brief.\nuser: Hello"
 
 
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 1, 2), b"ab", [b"ab"]])
+def test_a_column_that_records_cannot_hold_is_named(tmp_path, value):
+    rows = [row | {"when": value} for row in ROWS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    words = f"a.parquet, row 1: the column 'when' holds a {type(value).__name__}; write it as"
+    with pytest.raises(UserError, match=words):
+        both(config(prompts=str(tmp_path / "a.parquet")))
+
+
 def test_a_python_file_gives_prompts_and_reward(tmp_path):
     program = tmp_path / "task.py"
     program.write_text(
@@ -76,7 +86,9 @@ def test_a_python_file_gives_prompts_and_reward(tmp_path):
     ("content", "words"),
     [
         (None, "there is no file .*a.jsonl"),
-        ("", "there are no train prompts"),
+        ("", "a.jsonl has no prompts; write rows with a column prompt"),
+        ('{"prompt": "b"}\n' * 30, "of the 30 prompts of .*a.jsonl none is left to train on: one in five different"),
+        ('{"prompt": "x", "finished": 1}\n', "line 1: rewards have an argument 'finished' of their own; rename that"),
         ("{\n", "a.jsonl, line 1, is not a JSON object"),
         ('{"question": "x"}\n', "line 1: there is no field 'prompt', but question"),
         ('{"prompt": " "}\n', "line 1: the field 'prompt' is ' '; it must be a text"),
@@ -105,6 +117,12 @@ def test_a_python_file_that_fails_is_refused(tmp_path, text, words):
     (tmp_path / "task.py").write_text(text)
     with pytest.raises(UserError, match=f"cannot read the problems of .*{words}"):
         own.problems(config(file=str(tmp_path / "task.py")), "train", 10, seed=0)
+
+
+def test_a_python_file_without_problems_is_refused(tmp_path):
+    (tmp_path / "task.py").write_text("def problems(split):\n    return []")
+    with pytest.raises(UserError, match=r"problems\('test'\) of .*task.py gives no prompts; return some"):
+        own.problems(config(file=str(tmp_path / "task.py")), "test", 10, seed=0)
 
 
 @pytest.mark.parametrize(
