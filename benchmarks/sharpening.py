@@ -2,7 +2,7 @@
 
     python benchmarks/sharpening.py --workdir runs/ablations/seed_0/default [runs/ablations/seed_1/default ...]
 
-As eta falls Q# becomes pi_ref conditioned on success, and its KL ends there; CD goes on, towards the likeliest success
+As eta falls Q# becomes pi_ref conditioned on success, and its KL ends there; CD goes on, toward the likeliest success
 alone. So does Q# where the logarithm of its tilt has a weight above 1 (`weights` of `generate`). Every held-out problem
 is answered twice in each setting; intervals are 95%, by Student's t over the runs' means, of one run by bootstrap over
 its problems; KL is exact, in nats a response. The table and the figure sharpening.png, beside this file, are of all

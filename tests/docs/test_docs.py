@@ -62,6 +62,21 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_that_a_page_names_are_there():
+    gone = {"qsharp_jax/tasks/sums.py", "benchmarks/sentiment.py"}  # to be written, and that of an older commit
+    path = r"(?<![\w./-])(?:benchmarks|configs|docs|examples|launch|qsharp_jax|tests)/[\w/.-]*\.(?:ipynb|jsonl|md|png|py|sh|yaml)\b"
+    for page in [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md"))]:
+        named = set(re.findall(path, page.read_text(encoding="utf-8"))) - gone
+        assert [name for name in sorted(named) if not (ROOT / name).exists()] == [], page.name
+
+
+def test_lines_that_the_copy_of_an_algorithm_replaces_are_there():
+    source = (ROOT / "qsharp_jax" / "algorithms" / "ppo.py").read_text(encoding="utf-8").splitlines()
+    lines = [line for block in blocks(ROOT / "CONTRIBUTING.md", "diff") for line in block.splitlines()]
+    removed = [line[1:] for line in lines if line.startswith("-")]
+    assert removed and set(removed) <= set(source)
+
+
 def test_the_readme_is_one_screen_to_the_first_result():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
