@@ -89,7 +89,7 @@ def split(
         eta=per_row("eta", sampling.eta, np.float32),
         temperature=per_row("temperature", sampling.temperature, np.float32),
         top_p=per_row("top_p", sampling.top_p, np.float32),
-        top_k=per_row("top_k", sampling.top_k, np.int32),
+        top_k=per_row("top_k", np.minimum(sampling.top_k, vocab_size), np.int32),
         threshold=per_row("candidate_threshold", sampling.candidate_threshold, np.float32),
         budget=per_row("budget", sampling.max_new_tokens if sampling.budget is None else sampling.budget, np.int32),
         seed=seeds.astype(np.uint32),

@@ -166,7 +166,8 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     try:
         section[name] = _parse(text, section[name], kind, _item_kind(key, section[name]))
     except ValueError:
-        raise UserError(f"--config.{key}={text} is not {_words(kind, _item_kind(key, section[name]))}") from None
+        shown = text if text.isprintable() else repr(text)
+        raise UserError(f"--config.{key}={shown} is not {_words(kind, _item_kind(key, section[name]))}") from None
 
 
 def _parse(text: str, present: Any, kind: type, item_kind: type) -> Any:

@@ -89,8 +89,9 @@ def check_files(config: Any) -> None:
     """
     if config.prompts:
         _file(config.prompts)
-    elif config.file.endswith(".py") and not Path(config.file).is_file():
-        raise UserError(f"there is no file {config.file}; give --task a Python file with problems(split) and reward")
+    is_module = "/" not in config.file and not config.file.endswith(".py")
+    if config.file and not is_module and not (config.file.endswith(".py") and Path(config.file).is_file()):
+        raise UserError(f"there is no Python file {config.file}; give --task one, with problems(split) and reward")
     if config.reward_workers:
         judge(config).close()
 

@@ -141,7 +141,8 @@ def test_half_a_surrogate_pair_in_a_prompt_is_refused(folder, tmp_path, capsys):
     rows = [{"prompt": f"Say {i} \ud83d"} for i in range(30)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = command(folder, tmp_path / "w", "--prompts", str(tmp_path / "prompts.jsonl"))
-    assert re.search(r"the prompt '.*' has half a surrogate pair at character \d+; remove it", refused(capsys, *arguments))
+    sentence = refused(capsys, *arguments)
+    assert re.search(r"the prompt '.*' has half a surrogate pair at character \d+; remove it", sentence)
 
 
 def test_generate_needs_no_reward(folder, finished, tmp_path, capfd):
@@ -164,7 +165,8 @@ def test_generate_needs_no_reward(folder, finished, tmp_path, capfd):
         (["--ref", "no_folder", "--prompts", "x", "--reward", "x.py:f"], "no_folder"),
         (["--ref", ".", "--prompts", __file__, "--reward", ""], "the reward is ''; write it as FILE.py:NAME"),
         (["--ref", "x", "--prompts", "x", "--task", "x.py"], "--task gives the prompts too"),
-        (["--ref", ".", "--task", "gone.py"], "there is no file gone.py; give --task a Python file"),
+        (["--ref", ".", "--task", "gone.py"], "there is no Python file gone.py; give --task one"),
+        (["--ref", ".", "--task", str(ROOT)], f"there is no Python file {ROOT}; give --task one"),
         (["--ref", ".", "--prompts", __file__, "--reward", f"{ROOT}:f"], f"{ROOT} is no Python file, whose name ends"),
         (["--ref", ".", "--prompts", __file__, "--reward", "gone, by.py:f"], "there is no file gone, by.py"),
         (["--ref", ".", "--prompts", "x", "--reward", "x.py:f", "--config.algorithm=a"], "config.algorithm is 'a'"),

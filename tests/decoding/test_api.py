@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsharp_jax import decoding as module
-from qsharp_jax.decoding import api, generate
+from qsharp_jax.decoding import api, checks, generate
 from qsharp_jax.models import memory
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
@@ -173,6 +173,12 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come():
         assert [token for block in blocks for token in block[row]] == want.response(row)
     assert len(blocks) == -(-want.lengths.max() // module.BLOCK)
     assert all(len(row) <= module.BLOCK for block in blocks for row in block)
+
+
+@pytest.mark.parametrize("top_k", [V, 2**31, 10**30, np.asarray([V, 10**11])])
+def test_a_top_k_above_the_vocabulary_is_all_of_it(top_k):
+    controls, _ = checks.split(Sampling(top_k=top_k), 0, 2, 2, V, ())
+    assert controls.top_k.tolist() == [V, V] and controls.top_k.dtype == np.int32
 
 
 def test_a_row_ends_at_its_first_stop_token_or_with_its_budget():
