@@ -175,7 +175,7 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come():
     assert all(len(row) <= module.BLOCK for block in blocks for row in block)
 
 
-@pytest.mark.parametrize("top_k", [V, 2**31, 10**30, np.asarray([V, 10**11])])
+@pytest.mark.parametrize("top_k", [V, 10**11, np.asarray([V, 2**31])])
 def test_a_top_k_above_the_vocabulary_is_all_of_it(top_k):
     controls, _ = checks.split(Sampling(top_k=top_k), 0, 2, 2, V, ())
     assert controls.top_k.tolist() == [V, V] and controls.top_k.dtype == np.int32
