@@ -40,8 +40,11 @@ BEST_OF = 4
 POWERS = (1.0, 2.0, 3.0, 4.0)
 
 
-def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
+def run(session: Session, number: int, guide: ValueModel, *, skip_damaged: bool = False) -> list[dict]:
     """Forecast a round's guide from the held-out rollouts of pi_ref, print it, and store it in the workdir.
+
+    Args:
+      skip_damaged: as in `read_rounds`.
 
     Returns:
       rows with "method" (the algorithm, its further modes, best_of_k, and with a "power" the algorithm's tilt to it),
@@ -53,8 +56,9 @@ def run(session: Session, number: int, guide: ValueModel) -> list[dict]:
     config, algorithm = session.config, ALGORITHMS[session.config.algorithm]
     if not config.fit.holdout:
         return []
-    rollouts = with_reward(read_rounds(session.workdir.path / "rollouts", [1], texts=False))  # of pi_ref alone
-    _, held_out = split_held_out(rollouts, config.fit.holdout)
+    folder = session.workdir.path / "rollouts"
+    of_ref = with_reward(read_rounds(folder, [1], skip_damaged=skip_damaged, texts=False))
+    _, held_out = split_held_out(of_ref, config.fit.holdout)
     if not held_out:
         return []
     progress.tell(f"forecasting from {len(held_out)} held-out rollouts")

@@ -297,7 +297,7 @@ def test_steps_out_of_order_say_what_comes_first(copied, capsys):
 
 def test_a_damaged_shard_is_named_and_left_out_only_when_told(copied, capsys):
     shutil.rmtree(copied / "guide" / "round_2")
-    shard = copied / "rollouts" / "round_2" / "shard-00001.parquet"
+    shard = copied / "rollouts" / "round_1" / "shard-00001.parquet"  # which the forecast reads as well
     shard.write_bytes(shard.read_bytes()[:100])
     sentence = refused(capsys, "fit", "--workdir", copied)
     assert str(shard) in sentence and "--skip-damaged" in sentence

@@ -91,6 +91,21 @@ def test_a_run_learns_from_the_reward_and_reports_no_answers(finished):
     assert all(len(entry["sha256"]) == 64 for entry in config["hashes"]["task"].values())
 
 
+def test_fit_alone_forecasts_as_the_run_did(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    forecast = workdir / "samples" / "forecast_round_1.json"
+    expected = json.loads(forecast.read_text())
+    forecast.unlink()
+    shutil.rmtree(workdir / "guide")
+    capsys.readouterr()
+    assert cli.main(["fit", "--workdir", str(workdir)]) == 0
+    of_tilt = expected[0]
+    words = f"qsharp {of_tilt['reward']:.3f} at {of_tilt['kl']:.2f} nats"
+    said = capsys.readouterr().out
+    assert f"forecast by {of_tilt['n']} held-out rollouts of pi_ref" in said and words in said
+    assert json.loads(forecast.read_text()) == expected
+
+
 def test_a_reward_that_fails_is_kept_as_none(finished):
     rows = [json.loads(line) for path in (finished / "samples").glob("*.jsonl") for line in path.open()]
     judged = [row for row in rows if "columns" in row]
