@@ -14,11 +14,11 @@ the same way in seconds. 20 candidates, eta 0.1. Two settings:
   bare   T 1, nothing recorded, prompts and responses of 512 tokens
 
 The guide is float32, as it is after a fit, and brought into the decoding form as a run does. With --quantize both
-models are rounded there, and the bound counts their bytes.
-Steps are timed apart from prefill, for other programs as the difference to a run of one new token. These get prompts
-of equal lengths, with as many tokens on average. All programs are measured in turn in each round, so that their ratios
-hold when the machine's speed drifts; the median over rounds is printed. The bound is that of the machine's own speed of
-reading and of multiplying matrices, both measured in the same run, with what rows hold of their caches: see `bound`.
+models are rounded there, and the bound counts their bytes. Steps are timed apart from prefill, for other programs as
+the difference to a run of one new token. These get prompts of equal lengths, with as many tokens on average. All
+programs are measured in turn in each round, so that their ratios hold when the machine's speed drifts; the median over
+rounds is printed. The bound is that of the machine's own speed of reading and of multiplying matrices, both measured in
+the same run, with what rows hold of their caches: see `bound`.
 """
 
 import argparse

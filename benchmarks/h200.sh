@@ -7,8 +7,8 @@ usage() {
     cat <<'HELP'
 On a machine with one NVIDIA H200 and this repository: sets up, checks decoding on the GPU against float32 numbers of the
 CPU, and measures decoding (Llama 3.1 8B with a guide of 1B, random weights, batch 1, 16 and 64; in 8 bits 1 and 64) and a
-step of the guide's fit (1B, 2,048 tokens). It takes less than 15 minutes after the set-up. What is printed is appended to
-benchmarks/RESULTS.md, with the date and the device.
+step of the guide's fit (1B, 2,048 tokens). It is meant to take less than 15 minutes after the set-up, and has not
+run on one yet. What is printed is appended to benchmarks/RESULTS.md, with the date and the device.
 
   bash benchmarks/h200.sh
   bash benchmarks/h200.sh --small    # the same way with tiny models, on any device, in a minute

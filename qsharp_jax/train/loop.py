@@ -37,7 +37,7 @@ class BatchSource(Protocol):
 
 
 AGREE_EVERY = 8  # steps; agreeing makes the processes wait for the device
-SAVE_SECONDS = 600.0  # a single process has a checkpoint at least so often; the clocks of several differ
+SAVE_SECONDS = 600.0  # after which a single process saves at its next log line; the clocks of several differ
 
 
 def told_to_stop(step: int) -> bool:
@@ -52,7 +52,7 @@ class Loop:
     """Settings and actions of a training besides its updates; all intervals are in steps."""
 
     total_steps: int  # of the whole training, including those before a resume
-    # log_every, save_every: intervals of log lines and checkpoints; a single process saves after `SAVE_SECONDS` as well
+    # log_every, save_every: intervals of log lines and checkpoints; see `SAVE_SECONDS` as well
     log_every: int
     save_every: int
     name: str  # the phase's name, in metrics and progress bars
@@ -152,10 +152,12 @@ class Trainer:
         # The step before is waited for, so that the devices go on meanwhile; the very first one for its loss.
         self._show_done(running=1 if self._loss else 0)
         at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
-        saving = unit_ends and (self.step % loop.save_every == 0 or self._is_overdue())
+        logging = self.step % loop.log_every == 0
+        # An overdue checkpoint waits for a log line: no line, and no end by `stop`, is to depend on the clock.
+        saving = unit_ends and (self.step % loop.save_every == 0 or (logging and self._is_overdue()))
         stopping = unit_ends and loop.stop_requested(self.step)
         self.done = at_end
-        if at_end or saving or stopping or self.step % loop.log_every == 0:
+        if at_end or saving or stopping or logging:
             self.done = loop.stop(self._log_averages()) or at_end
         if self.done and not at_end:
             return

@@ -231,12 +231,14 @@ def test_the_bar_counts_what_the_device_has_done_and_shows_the_first_loss(tmp_pa
 
 
 def test_a_checkpoint_is_overdue_after_a_while(tmp_path, monkeypatch):
-    """Steps that take minutes each are saved long before `save_every` of them, at the ends of units."""
+    """Steps that take minutes each are saved long before `save_every` of them, at log lines that end units."""
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    lines = []
     saved = []
     monkeypatch.setattr(Checkpoints, "save", lambda _, state, **how: saved.append(int(state.step)))
-    toy_fit(tmp_path, save_every=1000, save_unit=2, stop_requested=lambda step: False)
-    assert saved == [*range(2, 20, 2), 20]
+    toy_fit(tmp_path, lines=lines, log_every=3, save_every=1000, save_unit=2, stop_requested=lambda step: False)
+    assert saved == [6, 12, 18, 20]
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18, 20], "as without the clock"
 
 
 def test_evaluations_between(tmp_path):
