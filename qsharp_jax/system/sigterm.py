@@ -190,7 +190,8 @@ def _receive(number: int, now: float, end: Callable[[], None], peers: Peers) -> 
     """Act on a signal received at `now`, in seconds of a monotonic clock."""
     if not requested():
         _state.since, _state.number = now, number
-        if _state.deferred:
+        # The main thread may have raised `Stopped` in a `deferred` block, saved and left it before this thread runs.
+        if _state.deferred or _state.raised_by == signal.SIGTERM:
             if number == signal.SIGINT:
                 print("\nqsharp: interrupted; saving before the end", file=sys.stderr, flush=True)
             peers.stop()

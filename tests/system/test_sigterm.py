@@ -176,6 +176,15 @@ def received():
     sigterm._reset()
 
 
+def test_a_main_thread_that_is_leaving_already_is_not_ended(received):
+    """It has saved, and left the block in which it was interrupted, before the thread that waits for signals ran."""
+    sigterm._state.deferred = sigterm._state.raising = True
+    with pytest.raises(sigterm.Stopped):
+        sigterm._raise_where_allowed(TERM, None)
+    sigterm._state.deferred = False
+    assert received(TERM, 0.0) == ["told"]
+
+
 @pytest.mark.parametrize("later", [0.0, 0.1, 4.9, 5.0])
 def test_within_five_seconds_of_the_first_nothing_more_is_done(received, later):
     sigterm._state.deferred = True
