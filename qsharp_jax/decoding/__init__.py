@@ -6,7 +6,7 @@ Prompts and responses are token ids.
 
 from qsharp_jax.decoding.api import Run, cache_size, cache_sizes, for_decoding, generate, stream
 from qsharp_jax.decoding.checks import caches, guide_names, prefill_work, row_seeds, rows_that_fit
-from qsharp_jax.decoding.engine import ContinuousBatch
+from qsharp_jax.decoding.engine import ContinuousBatch, ring_sizes
 from qsharp_jax.decoding.loop import BLOCK, decode, prefill, prefill_rows
 from qsharp_jax.decoding.state import (
     RECORDED,
@@ -45,6 +45,7 @@ __all__ = [
     "prefill",
     "prefill_rows",
     "prefill_work",
+    "ring_sizes",
     "row_seeds",
     "rows_that_fit",
     "stream",

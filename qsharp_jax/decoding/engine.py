@@ -21,6 +21,7 @@ from qsharp_jax.decoding.rows import First, Waiting, empty_state, refill, rewind
 from qsharp_jax.decoding.state import RECORDED, Controls, Generation, Guide, gives_values
 from qsharp_jax.models import attention, cpu_form, sharding, value
 from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.tpu_attention import TILE
 from qsharp_jax.sampling import Sampling
 
@@ -40,6 +41,15 @@ _Then = Callable[[int, list[int]], tuple[int, int] | None]
 def tokens_at_once(prompts: int) -> int:
     """Number of tokens of each of so many prompts that go through a model at once on an accelerator."""
     return min(attention.CHUNK, -(-TOKENS // prompts))
+
+
+def ring_sizes(sizes: Sizes) -> Sizes:
+    """Sizes of the caches of a loop on an accelerator, given those of `generate` (`cache_sizes`).
+
+    Rows that have ended write on until the host looks, and not over what may be kept; the kernels for CUDA and TPUs can
+    divide the positions into tiles.
+    """
+    return sizes._replace(positions=-(-(sizes.positions + GO_ON) // TILE) * TILE)
 
 
 class ContinuousBatch:
@@ -98,10 +108,8 @@ class ContinuousBatch:
         longest = max(longest, *map(len, prompts))
         sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
         on_cpu, width = cpu_form.here(), api.padded_length(longest, self._bucket)
-        # Rows that have ended write on until the host looks, and not over what may be kept. On an accelerator all loops
-        # of a run are of one size, which the kernels for CUDA and TPUs can divide into tiles.
-        if then is not None or not on_cpu:
-            sizes = sizes._replace(positions=-(-(sizes.positions + GO_ON) // TILE) * TILE)
+        if then is not None or not on_cpu:  # on an accelerator all loops of a run are of one size
+            sizes = ring_sizes(sizes)
         self._slots = sizes.prompts or rows  # each has one prompt at a time
         self._prompts_at_once = at_once = sharding.round_rows(min(PROMPTS, self._slots))
         # On an accelerator one program serves prompts of all lengths, and leaves out chunks of padding. A CPU computes

@@ -17,14 +17,14 @@ import numpy as np
 import qsharp_jax.plan.policies as policies
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
-from qsharp_jax.decoding import engine
-from qsharp_jax.models import attention, kv_cache, meshes, sharding, tpu_attention, value
+from qsharp_jax.decoding import api, engine
+from qsharp_jax.models import attention, kv_cache, meshes, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state
+from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state, on_cpu
 from qsharp_jax.plan.weights import layers_bytes, turned_bytes, weights_per_token
 
 
@@ -240,7 +240,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     positions = sizes.positions + sizes.shared  # of a row
 
     def cache_bytes(trunk: DecoderConfig, sizes: Sizes) -> int:
-        int8 = kv_cache.is_int8(trunk, on_cpu=section["platform"] in ("cpu", "any"))
+        int8 = kv_cache.is_int8(trunk, on_cpu=on_cpu(section))
         cache = kv_cache.abstract(trunk, sizes, int8=int8)
         return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
 
@@ -282,7 +282,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     relaid = [
         name
         for name, (_, trunk) in trunks.items()
-        if queries[name] * _shared(trunk, tensor) == 1 and not _by_kernel(trunk, sizes.positions)
+        if queries[name] * _shared(trunk, tensor) == 1 and not _by_kernel(trunk)
     ]
     memory += [
         Line(
@@ -300,7 +300,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
 
     # The next prompts are prefilled while the loop's arrays do not exist, but its caches do.
     prompts = max(min(engine.PROMPTS, sizes.prompts or rows) // (data * beside), 1) * data * beside
-    prompt = positions - config.generate.max_new_tokens
+    prompt = api.padded_length(job.prompt_tokens, config.generate.prompt_bucket) - 1
     chunk = attention.CHUNK if section["platform"] == "cpu" else engine.tokens_at_once(prompts)
     works = [decoding.prefill_work(trunk, prompts, prompt, mesh, chunk) for _, trunk in trunks.values()]
     waiting = sum(cache_bytes(trunk, Sizes(prompts, prompt)) for _, trunk in trunks.values())
@@ -389,10 +389,9 @@ def _shared(trunk: DecoderConfig, tensor: int) -> int:
     return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
-def _by_kernel(trunk: DecoderConfig, positions: int) -> bool:
-    """Return true if a TPU reads caches of so many positions by a kernel, as they lie, in every layer."""
-    windows = any(kind.window for kind in trunk.kinds)
-    return positions % tpu_attention.TILE == 0 and trunk.quantize == "none" and not windows
+def _by_kernel(trunk: DecoderConfig) -> bool:
+    """Return true if a TPU reads caches by a kernel, as they lie, in every layer."""
+    return trunk.quantize == "none" and not any(kind.window for kind in trunk.kinds)
 
 
 def _whole(brought: Counter) -> Counter[str]:

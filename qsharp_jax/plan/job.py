@@ -57,18 +57,13 @@ class Job:
         """Rows of a step of the fit."""
         return self.config.policy.batch_size if self.is_policy else self.config.fit.batch_size
 
-    @property
-    def cache_size(self) -> int:
-        """Positions of a row in decoding."""
-        sampling = self.config.generate
-        return decoding.cache_size(self.prompt_tokens, sampling.max_new_tokens, sampling.prompt_bucket)
-
     def cache_sizes(self, section: Any, rows: int) -> Sizes:
         """Sizes of the caches of collection, with `rows` rows on a mesh's section."""
         sampling, samples = self.config.generate, self.config.collect.samples
         parts = math.prod(section["decode"][axis] for axis in meshes.MESH_AXES["decode"] if axis != "tensor")
         tokens = self.prompt_tokens, sampling.max_new_tokens
-        return decoding.cache_sizes(rows, samples, *tokens, sampling.prompt_bucket, parts=parts)
+        sizes = decoding.cache_sizes(rows, samples, *tokens, sampling.prompt_bucket, parts=parts)
+        return sizes if on_cpu(section) else decoding.ring_sizes(sizes)
 
     @property
     def optimizer(self) -> ConfigDict:
@@ -82,6 +77,11 @@ class Job:
     @property
     def learner(self) -> str:
         return "policy" if self.is_policy else "guide"
+
+
+def on_cpu(section: Any) -> bool:
+    """Return true for a mesh of CPUs; one of whatever devices there are is planned as that."""
+    return section["platform"] in ("cpu", "any")
 
 
 def make(

@@ -29,11 +29,12 @@ def lines(job: Job, section: Any, *, compile: bool = False) -> Iterable[str]:
     if compile:
         compiled.devices(section)  # fails early where there is no compiler
     yield from _head(job, section)
-    fit = job.config.fit
-    tokens = job.fit_rows * job.fit_tokens
+    fit, rows = job.config.fit, job.config.collect.batch_size
+    tokens, caches = job.fit_rows * job.fit_tokens, job.cache_sizes(section, rows)
+    positions = caches.positions + caches.shared
     uses = {
         "fit": (forecast.fit, compiled.fit, fit.accumulate, f"{job.fit_tokens} tokens", tokens),
-        "decode": (forecast.decode, compiled.decode, 1, f"{job.cache_size} positions", job.config.collect.batch_size),
+        "decode": (forecast.decode, compiled.decode, 1, f"{positions} positions", rows),
     }
     for use, (count, compile_one, parts, row, step_tokens) in uses.items():
         sizes = section[use]
