@@ -1,4 +1,4 @@
-"""How right a guide is early: its values of unfinished responses against what `pi_ref` earns when it finishes them.
+"""Errors of early values: a guide's values of unfinished responses against what `pi_ref` earns when it finishes them.
 
     python benchmarks/true_values.py --workdir runs/sentiment [OTHERS ...] [--after 8 16] [--continuations 4]
 
