@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 
 from qsharp_jax.cli import commands, run
 from qsharp_jax.run import config as configs
-from qsharp_jax.run.workdir import Workdir, check_is_workdir
+from qsharp_jax.run.workdir import MEASURING, Workdir, check_is_workdir
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
 STOPPED = "stopped by SIGTERM; run the same command again to resume"
 INTERRUPTED = "interrupted; run the same command again to resume"
+TRAINING = ("run", "compare", "collect", "fit")
 RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with an output file
 
 # `plan` uses no accelerator; libtpu must not look for the TPU that it compiles for.
@@ -157,6 +158,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         config = own_runs.load(own_runs.OwnRun(**own), options.workdir, rest)
     elif options.config is not None:
         config = configs.load(options.config, rest)
+    elif (of := _measured(options)) is not None:
+        config = _settings_of(of, rest)
     else:
         if others := [word for word in rest if not word.startswith("--config.mesh")]:
             raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
@@ -168,11 +171,11 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
 
     if config is not None:
         opening.check(config, files.make_path(options.workdir), options.config or "own")
-        workdir = _opened(options.workdir, config)
-    else:
-        workdir = _opened(options.workdir)
+    workdir = _opened(options.workdir, config, _measured(options))
     rejudges = getattr(options, "rejudge", False)
     try:
+        if workdir.of is not None:
+            _check_measured(workdir, options)
         if config is None:
             configs.override_mesh(workdir.config, rest)
             _check_stored(workdir, checks.check_settings if rejudges else checks.check)
@@ -196,11 +199,38 @@ def _own_run(options: argparse.Namespace) -> dict[str, Any] | None:
     return {"rewards" if name == "reward" else name: value for name, value in given.items()} or None
 
 
-def _opened(path: str, config: ConfigDict | None = None) -> Workdir:
+def _measured(options: argparse.Namespace) -> Path | None:
+    """Return the workdir of the run that `qsharp evaluate --of` measures."""
+    of = getattr(options, "of", None)
+    return None if of is None else files.make_path(of)
+
+
+def _settings_of(of: Path, changes: list[str]) -> ConfigDict:
+    """Return the settings of a run that is measured again, changed where that concerns no training."""
+    check_is_workdir(of)
+    if (run := Workdir.attach(of)).of is not None:
+        raise UserError(f"{of} holds measurements of {run.of}; give --of {run.of}")
+    config = Workdir.attach(of).config
+    configs.override_mesh(config, changes)
+    if others := configs.differences(run.config, config, but=MEASURING):
+        raise UserError(f"--config.{others[0]} would be another run; with --of only {', '.join(MEASURING)} may change")
+    return config
+
+
+def _check_measured(workdir: Workdir, options: argparse.Namespace) -> None:
+    """Check that a command is one for a measurement's workdir, and that the run is still where it was."""
+    if options.name in TRAINING:
+        raise UserError(f"{workdir.path} holds measurements of {workdir.of}; {options.name} there")
+    needs_models = options.name != "report" and not getattr(options, "rejudge", False)
+    if needs_models and not files.is_file(workdir.of / "config.json"):
+        raise UserError(f"{workdir.path} measures the models of {workdir.of}, where there is no run; put it back")
+
+
+def _opened(path: str, config: ConfigDict | None, of: Path | None) -> Workdir:
     from qsharp_jax.system import multihost
 
     if multihost.is_first():
-        workdir = Workdir.open(path, config)
+        workdir = Workdir.open(path, config, of=of)
     multihost.wait_for_all("the workdir is open")
     return workdir if multihost.is_first() else Workdir.attach(path, config)
 

@@ -29,7 +29,7 @@ _NAMES = (
 COMMANDS: dict[str, ModuleType] = {name: importlib.import_module(f"qsharp_jax.cli.{name}") for name in _NAMES}
 
 # Options with a path; --guide may be a list.
-_PATHS = ("workdir", "config", "ref", "input", "output", "out", "data", "api_key_file")
+_PATHS = ("workdir", "of", "config", "ref", "input", "output", "out", "data", "api_key_file")
 _PATHS_IN_CONFIG = ("--config.ref", "--config.guide", "--config.task.data")
 
 

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -19,6 +19,8 @@ from qsharp_jax.system import lock as locks
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.lock import Lock
 from qsharp_jax.system.loggers import Logger
+
+MEASURING = ("evaluate", "generate", "mesh", "loggers")  # sections that may differ in a measurement of a run's models
 
 
 @dataclasses.dataclass
@@ -33,6 +35,7 @@ class Workdir:
     config: ConfigDict
     writes: bool = True
     ref_in: str | None = None  # name of the sibling workdir that has its reference; None: its own
+    of: Path | None = None  # the workdir whose models are measured in this one; None: its own
     date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # of prompts that write it
     loggers: Sequence[Logger] = ()  # of the user's own, besides those of the config
     _lock: Lock | None = dataclasses.field(default=None, repr=False)
@@ -45,16 +48,18 @@ class Workdir:
         *,
         ref_in: str | None = None,
         date: datetime.date | None = None,
+        of: Path | None = None,
     ) -> "Workdir":
         """Open the workdir for this process alone, creating it if it is new; without a config the stored one is used.
 
-        A new workdir may permanently use the reference of its sibling `ref_in`. A run may be resumed with another
+        A new workdir may permanently use the reference of its sibling `ref_in`, or, to measure them, all models of the
+        workdir `of`, with its date and the hashes of its inputs. A run may be resumed with another
         `mesh` and other `loggers`, which then replace the stored ones. A run whose prompts are chats keeps its `date`,
         by default the day that it began, since chat templates may write it.
 
         Raises:
           UserError: if `path` is a file, cannot be reached, has no config and none is given, is in use by another
-            process, or holds a run with other settings.
+            process, or holds a run with other settings, or of other models than those in `of`.
           OSError: if it cannot be written.
         """
         path = files.make_path(path)
@@ -72,30 +77,38 @@ class Workdir:
         try:
             if not files.is_file(stored):
                 settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
+                settings |= {} if of is None else _of_measured(of)
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            held_config, ref_in, run_date = _read_config(stored)
-            if run_date is None and held_config.get("prompt_format") == "chat":
+            held = _read_config(stored)
+            run_date = held.date
+            if run_date is None and held.config.get("prompt_format") == "chat":
                 run_date = date or datetime.date.today()
                 settings = _read_json(stored) | {"date": run_date.isoformat()}
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            if config is not None and (differing := differences(held_config, config, but=("mesh", "loggers"))):
+            if of is not None and held.of != files.absolute(of):
+                what = "is a run of its own" if held.of is None else f"holds measurements of {held.of}"
+                raise UserError(f"{path} {what}; give another --workdir")
+            if config is not None and (differing := differences(held.config, config, but=("mesh", "loggers"))):
+                training = differences(held.config, config, but=MEASURING)
+                hint = "" if training or held.of else f", or measure it with these: qsharp evaluate --of {path}"
                 raise UserError(
                     f"{path} holds a run with other settings (stored -> given: {'; '.join(differing)}); "
-                    "give another --workdir, or the same settings"
+                    f"give another --workdir, or the same settings{hint}"
                 )
         except BaseException:
             lock.release()
             raise
-        settings = held_config if config is None else config
-        return cls(path, settings, ref_in=ref_in, date=run_date or datetime.date.today(), _lock=lock)
+        settings = held.config if config is None else config
+        date = run_date or datetime.date.today()
+        return cls(path, settings, ref_in=held.ref_in, of=held.of, date=date, _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
         """Return the workdir that another process of the same run has open."""
         path = files.make_path(path)
-        stored_config, ref_in, date = _read_config(path / "config.json")
-        settings = stored_config if config is None else config
-        return cls(path, settings, writes=False, ref_in=ref_in, date=date or datetime.date.today())
+        stored = _read_config(path / "config.json")
+        settings, date = stored.config if config is None else config, stored.date or datetime.date.today()
+        return cls(path, settings, writes=False, ref_in=stored.ref_in, of=stored.of, date=date)
 
     def read_hashes(self) -> dict[str, Any]:
         """Return the hashes of the run's inputs, stored beside the settings; see `provenance.py`."""
@@ -107,7 +120,7 @@ class Workdir:
 
     def read_distribution(self) -> tuple[str, tuple[float, ...]] | None:
         """Return the distribution and atoms that were chosen by the rewards of round 1; None if none were."""
-        path = self.path / "value.json"
+        path = self._models / "value.json"
         if not files.is_file(path):
             return None
         stored = _read_json(path)
@@ -132,12 +145,16 @@ class Workdir:
         self.close()
 
     @property
+    def _models(self) -> Path:
+        return self.of or self.path
+
+    @property
     def ref(self) -> Path:
-        return (self.path.parent / self.ref_in if self.ref_in else self.path) / "ref"
+        return (self._models.parent / self.ref_in if self.ref_in else self._models) / "ref"
 
     @property
     def guide(self) -> Path:
-        return self.path / "guide"
+        return self._models / "guide"
 
     def rollouts(self, round: int) -> Path:
         return self.path / "rollouts" / f"round_{round}"
@@ -214,7 +231,7 @@ class Workdir:
 def stored_config(path: Path) -> ConfigDict | None:
     """Return the settings of the run in a folder; None if it holds no run."""
     stored = path / "config.json"
-    return _read_config(stored)[0] if files.is_file(stored) else None
+    return _read_config(stored).config if files.is_file(stored) else None
 
 
 def check_is_workdir(path: Path) -> None:
@@ -223,17 +240,34 @@ def check_is_workdir(path: Path) -> None:
         raise UserError(f"{path} is not a workdir: it has no config.json; give a run's --workdir, or a --config")
 
 
-def _read_config(path: Path) -> tuple[ConfigDict, str | None, datetime.date | None]:
-    """Return the settings, the name of the workdir with the reference, and the date of the prompts, if stored."""
+class _Stored(NamedTuple):
+    """What config.json holds."""
+
+    config: ConfigDict
+    ref_in: str | None
+    date: datetime.date | None  # of the prompts
+    of: Path | None
+
+
+def _read_config(path: Path) -> _Stored:
     stored = _read_json(path)
-    settings = {name: item for name, item in stored.items() if name not in ("hashes", "ref_in", "date")}
+    settings = {name: item for name, item in stored.items() if name not in ("hashes", "ref_in", "date", "of")}
     try:
         date = datetime.date.fromisoformat(stored["date"]) if "date" in stored else None
     except (TypeError, ValueError):
         raise UserError(f"{path} has the date {stored['date']!r}; write it as YYYY-MM-DD") from None
     if "algorithm" in settings:
         settings = _with_defaults(settings, to_json(schema.default_config()))
-    return from_json(settings), stored.get("ref_in"), date
+    of = files.make_path(stored["of"]) if "of" in stored else None
+    return _Stored(from_json(settings), stored.get("ref_in"), date, of)
+
+
+def _of_measured(of: Path) -> dict[str, Any]:
+    """Return what the workdir of a measurement takes from that of the run, beside settings."""
+    stored = _read_json(of / "config.json")
+    hashes = {name: item for name, item in stored.get("hashes", {}).items() if name != "test problems"}
+    kept = {name: stored[name] for name in ("ref_in", "date") if name in stored}
+    return kept | {"hashes": hashes, "of": str(files.absolute(of))}
 
 
 def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,54 @@ def test_a_finished_run_repeated_computes_nothing_again(finished, capsys):
     assert "| pi_ref" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def measured(finished) -> Path:
+    """The workdir of a measurement of that run at other etas, which the tests leave as it is."""
+    workdir = finished.parent / "measured"
+    command = ["evaluate", "--of", str(finished), "--workdir", str(workdir), "--config.evaluate.etas=0.3"]
+    assert cli.main(command) == 0
+    return workdir
+
+
+def test_a_run_s_models_are_measured_again_in_a_folder_of_its_own(finished, measured, capsys):
+    both = [
+        {(row["method"], row["round"], row["eta"]): row for row in results(workdir)} for workdir in (finished, measured)
+    ]
+    assert {eta for method, number, eta in both[1] if (method, number) == ("qsharp", 2)} == {0.3}
+    assert all(both[0][place] == both[1][place] for place in (("pi_ref", 0, None), ("qsharp", 1, 0.1)))
+    assert not (measured / "guide").exists() and not (measured / "ref").exists()
+    for command in ("evaluate", "report"):  # by its folder alone
+        assert cli.main([command, "--workdir", str(measured)]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", "--workdir", str(measured), "--eta", "0.1", PROMPT]) == 0
+    of_measured = capsys.readouterr().out
+    assert cli.main(["generate", "--workdir", str(finished), "--eta", "0.1", PROMPT]) == 0
+    assert of_measured == capsys.readouterr().out != ""
+
+
+def test_a_measurement_takes_no_training_and_no_other_run(finished, measured, tmp_path, capsys):
+    of, new = ("evaluate", "--of", finished), tmp_path / "new"
+    assert f"holds measurements of {finished}; fit there" in refused(capsys, "fit", "--workdir", measured)
+    assert f"give --of {finished}" in refused(capsys, "evaluate", "--of", measured, "--workdir", new)
+    assert "is a run of its own" in refused(capsys, *of, "--workdir", finished)
+    assert "evaluate.etas: [0.3] -> [0.5, 0.1]" in refused(capsys, *of, "--workdir", measured)
+    assert "leave --config out" in refused(capsys, *of, "--workdir", new, "--config", CONFIG)
+    assert "leave --of out" in refused(capsys, *of, "--workdir", new, "--rejudge")
+    assert "--config.fit.epochs: 2 -> 3 would be another run" in refused(
+        capsys, *of, "--workdir", new, "--config.fit.epochs=3"
+    )
+    assert "is not a workdir" in refused(capsys, "evaluate", "--of", tmp_path, "--workdir", new)
+    assert not new.exists()
+
+
+def test_a_measurement_of_a_run_that_is_gone_still_has_its_report(measured, tmp_path, capsys):
+    left = shutil.copytree(measured, tmp_path / "left")
+    stored = json.loads((left / "config.json").read_text())
+    (left / "config.json").write_text(json.dumps(stored | {"of": str(tmp_path / "gone")}))
+    assert cli.main(["report", "--workdir", str(left)]) == 0
+    assert "where there is no run; put it back" in refused(capsys, "evaluate", "--workdir", left)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
