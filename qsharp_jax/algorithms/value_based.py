@@ -66,7 +66,9 @@ def aggregate(session: Session, number: int, *, skip_damaged: bool = False) -> R
     data = with_reward(read_rounds(folder, range(1, number + 1), skip_damaged=skip_damaged, texts=False))
     if not data:
         raise UserError(f"none of the rollouts in {folder} has a reward; fix the reward function and begin a new run")
-    if session.config.value.distribution == "auto" and session.workdir.read_distribution() is None:
+    # Decided by all processes alike: one that reads late would see what another has just chosen.
+    is_auto = session.config.value.distribution == "auto" and not models.starts_from_guide(session.config)
+    if is_auto and not multihost.everywhere(session.workdir.read_distribution() is not None):
         choose_distribution(session.workdir, data.rewards.astype(float))
     if not session.config.collect.drop_no_variation:
         return data

@@ -8,6 +8,7 @@ import array
 import dataclasses
 import io
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 TOKENS = ("prompt_tokens", "response_tokens")
+REPEATED = re.compile(r"^([0-9a-f]{16})-\d+$")  # see `tasks.base.content_id`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +255,11 @@ def with_reward(rollouts: Rollouts) -> Rollouts:
 
 
 def is_held_out(prompt_id: str, share: float) -> bool:
-    """Return true if a prompt is among the `share` that the guide is measured on and not fitted to, in every round."""
-    return zlib.crc32(prompt_id.encode()) < share * 2**32
+    """Return true if a prompt is among the `share` that the guide is measured on and not fitted to, in every round.
+
+    A repeated prompt, whose id is that of its content with -2, -3, ... at the end, is where the first one is.
+    """
+    return zlib.crc32(REPEATED.sub(r"\1", prompt_id).encode()) < share * 2**32
 
 
 def split_held_out(rollouts: Rollouts, share: float) -> tuple[Rollouts, Rollouts]:

@@ -194,6 +194,11 @@ def to_rows(
     """
     parts: dict[tuple, list[dict]] = defaultdict(list)
     for (method, number), rows in samples.items():
+        if all(row["reward"] is None for row in rows):
+            raise UserError(
+                f"no response of {method} to the test problems has a reward; fix the reward function, and judge the"
+                " samples again by `qsharp evaluate --rejudge`"
+            )
         for row in rows:
             if row["reward"] is not None:  # the reward function failed
                 parts[method, number, row["eta"]].append(row)
@@ -268,7 +273,8 @@ def measure(
         name: {problem: float(np.mean(group)) for problem, group in _groups(samples, items).items()}
         for name, items in means.items()
     }
-    for k in sorted({int(k) for k in passes if k <= most} or {most, *(2**i for i in range(most.bit_length()))}):
+    chosen = {int(k) for k in passes if k <= most} if passes else {most, *(2**i for i in range(most.bit_length()))}
+    for k in sorted(chosen):
         statistics[f"pass_{k}"] = {problem: pass_at(k, group) for problem, group in rewards.items()}
     for k in sorted(k for k in majorities if 1 < k <= most) if answers is not None else ():
         statistics[f"majority_{k}"] = {
@@ -282,13 +288,20 @@ def rerank_rows(
 ) -> list[dict]:
     """Return rows for pass@k, majority, best of k and weighted majority, where k is the samples per problem.
 
+    Where some have no reward, it is the fewest of a problem's, and the first k of each count.
+
     Args:
       answers: as in `measure`; without, there are no majorities.
       scored: for each sample the guide's "values", the last of which ranks it, and the "seconds" of both.
     """
-    rewards = _groups(samples, [sample["reward"] for sample in samples])
-    values = _groups(samples, [row["values"][-1] for row in scored])
     k = _fewest(samples)
+
+    def first(groups: Mapping[str, Sequence]) -> dict[str, Sequence]:
+        return {name: group[:k] for name, group in groups.items()}
+
+    rewards = first(_groups(samples, [sample["reward"] for sample in samples]))
+    values = first(_groups(samples, [row["values"][-1] for row in scored]))
+    answers = None if answers is None else first(answers)
     rerankers = {
         f"pass_{k}": lambda name: float(max(rewards[name])),
         f"majority_{k}": lambda name: majority(answers[name], rewards[name], np.ones(len(rewards[name]))),
@@ -327,5 +340,5 @@ def _compared(statistics: Mapping[tuple, Statistics], method: str, number: int, 
             if name in theirs and (name in ("reward", "kl") or name.startswith(("pass_", "majority_"))):
                 both = [problem for problem in mine[name] if problem in theirs[name]]
                 differences = [mine[name][problem] - theirs[name][problem] for problem in both]
-                compared |= with_interval(f"{name}_minus_{other}", differences)
+                compared |= with_interval(f"{name}_minus_{other}", differences) if both else {}
     return compared

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -139,6 +140,10 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
     rows, bucket = session.config.evaluate.batch_size, session.config.fit.length_bucket
     tokenizer = models.tokenizer(session)
     examples = [Example(tokenizer.encode_prompt(sample["prompt"]), sample["tokens"]) for sample in samples]
+    keys = [
+        {"problem_id": sample["problem_id"], "tokens_crc32": zlib.crc32(np.asarray(sample["tokens"], "<i4").tobytes())}
+        for sample in samples
+    ]
     shards: list[list[int]] = []  # whole batches, so that they are those of scoring everything at once
     for _, indices in length_batches([len(example) for example in examples], rows=rows, bucket=bucket):
         if not shards or len(shards[-1]) >= rows:
@@ -151,13 +156,13 @@ def score_samples(session: Session, guide: ValueModel, samples: list[dict], *, n
             now = time.monotonic()
             if multihost.leads(session.hosts_per_group):
                 for place, values in zip(shard, scores, strict=True):
-                    fields = {key: samples[place][key] for key in ("problem_id", "parsed", "reward")}
-                    row = fields | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
+                    fields = {key: samples[place][key] for key in ("parsed", "reward")}
+                    row = keys[place] | fields | {"values": _rounded(values), "seconds": samples[place]["seconds"]}
                     yield place, lambda row=row, now=now: (row, now)
 
     return _in_shards(
         samples_path(session.workdir, "pi_ref_values", number),
-        [{"problem_id": sample["problem_id"]} for sample in samples],
+        keys,
         shards,
         compute,
         decoding=session.decoding,

@@ -76,9 +76,9 @@ def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = No
     with changed.unlocked():
         del changed.compare
         changed.seed, changed.algorithm = seed, method
-        changed.evaluate.etas = (changed.collect.eta,)
     changes = config.compare.changes.get(method, ())
     configs.override(changed, [f"--config.{change}" for change in changes])
+    changed.evaluate.etas = (changed.collect.eta,)
     if epochs is not None:
         changed[method].epochs = epochs
     return changed.lock()

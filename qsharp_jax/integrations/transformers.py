@@ -34,7 +34,7 @@ class Guide:
         self.trunk, self.head, self.meaning = trunk, head, meaning
         self.type, self.distribution = meaning["type"], meaning["distribution"]
         self.device, self.vocab_size = head.weight.device, trunk.config.vocab_size
-        self.atoms = torch.tensor(meaning["atoms"], device=self.device)
+        self.atoms = torch.tensor(meaning.get("atoms") or [], device=self.device)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: Any = "auto", device: Any = "cpu") -> "Guide":
@@ -246,7 +246,8 @@ def check(guides: Sequence[dict], weights: Sequence[float] | None, mode: str, ot
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     if len({guide["type"] for guide in guides}) != 1:
         raise ValueError("guides that are composed must be V-types, or Q-types, all of them, and at least one")
-    negative = any(guide["distribution"] == "scalar" or min(guide["atoms"], default=0) < 0 for guide in guides)
+    atoms = [atom for guide in guides for atom in guide.get("atoms") or []]
+    negative = min(atoms, default=0) < 0 or any(guide["distribution"] == "scalar" for guide in guides)
     if mode == "expectation" and negative:
         raise ValueError(
             'mode "expectation" takes the logarithm of the mean, so the guide must not give negative ones; use a'

@@ -47,8 +47,8 @@ class Request:
         if not (_is_number(self.eta) and self.eta >= LEAST_ETA):
             raise ValueError(f"eta is {self.eta!r}; it must be a number of at least {LEAST_ETA:g}")
         guide = fields.get("guide", [*known] if len(known) == 1 else None)
-        names = (guide,) if isinstance(guide, str) else tuple(guide or ())
-        if not names or not {*names} <= {*known}:
+        names = tuple(guide) if isinstance(guide, list | tuple) else (guide,)
+        if not names or not all(isinstance(name, str) and name in known for name in names):
             raise ValueError(f"guide is {guide!r}; it must be one of {', '.join(known)}, or a list of them")
         weights, count = fields.get("weights"), fields.get("top_k_candidates", 20)
         if not (weights is None or isinstance(weights, list) and all(map(_is_number, weights))):

@@ -75,7 +75,7 @@ def merged(params: Params) -> Params:
     flat = _flatten(params)
     for path in [path for path in flat if path[-1] == "lora_a"]:
         a, b, scale = (flat.pop((*path[:-1], name)) for name in LEAVES)
-        update = (a * scale[..., None, None]) @ b
+        update = jnp.matmul(a * scale[..., None, None], b, precision="highest")
         (kernel,) = (place for name in KERNELS if (place := (*path[:-1], name)) in flat)
         flat[kernel] = (flat[kernel] + (update.T if kernel[-1] == "weight" else update)).astype(flat[kernel].dtype)
     return _unflatten(flat)

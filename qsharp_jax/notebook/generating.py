@@ -73,6 +73,8 @@ def generate(
     if isinstance(prompts, str):
         raise UserError("prompts is one text; give a list of them")
     prompts, sampling = list(prompts), of_model(ref, sampling)
+    if not prompts:
+        raise UserError("there are no prompts; give at least one")
     encoded = [ref.tokenizer.encode_prompt(prompt) for prompt in prompts]
     generation = rollouts.sample(
         ref.ref,

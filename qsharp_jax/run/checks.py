@@ -117,15 +117,6 @@ def check(config: ConfigDict) -> None:
         models.check(session)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if (
-        configs.trains_policy(config)
-        and models.folder(config, "ref")
-        and models.ref_config(session).dtype == "bfloat16"
-    ):
-        raise UserError(
-            f"config.ref is {config.ref}, read in bfloat16 for decoding, but {config.algorithm} trains a copy of its"
-            " weights; give --config.dtype=float32"
-        )
     longest = min(shape.max_positions for shape in models.trunk_configs(session).values())
     if (new := config.generate.max_new_tokens) >= longest:
         raise UserError(f"config.generate.max_new_tokens is {new}; it must be below the model's {longest} positions")

@@ -126,6 +126,12 @@ def guide_config(session: Session) -> ValueConfig:
     return guide_shape(session.config, tokenizer(session).vocab_size, session.workdir.read_distribution())
 
 
+def starts_from_guide(config: ConfigDict) -> bool:
+    """Return true if the guide starts from an exported one, which keeps its distribution and its layers."""
+    start = folder(config, "guide")
+    return start is not None and hf.is_guide(start)
+
+
 def guide_shape(
     config: ConfigDict, vocab_size: int | None, chosen: tuple[str, tuple[float, ...]] | None = None
 ) -> ValueConfig:
@@ -146,11 +152,11 @@ def guide_shape(
         trunk = _model_section(config, vocab_size)
     section = config.value
     if section.layers:
-        if section.layers > trunk.layers or (start and hf.is_guide(start)):
-            what = "a guide, which keeps its own" if start and hf.is_guide(start) else f"one of {trunk.layers} layers"
+        if section.layers > trunk.layers or starts_from_guide(config):
+            what = "a guide, which keeps its own" if starts_from_guide(config) else f"one of {trunk.layers} layers"
             raise UserError(f"config.value.layers is {section.layers}, but the guide starts from {what}; give 0")
         trunk = trunk.first_layers(section.layers)
-    stored = hf.read_guide_config(start, trunk.dtype) if start and hf.is_guide(start) else None
+    stored = hf.read_guide_config(start, trunk.dtype) if starts_from_guide(config) else None
     if section.distribution != "auto":
         chosen = section.distribution, tuple(section.atoms)
     elif stored is not None:

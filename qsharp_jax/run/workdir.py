@@ -53,9 +53,9 @@ class Workdir:
         """Open the workdir for this process alone, creating it if it is new; without a config the stored one is used.
 
         A new workdir may permanently use the reference of its sibling `ref_in`, or, to measure them, all models of the
-        workdir `of`, with its date and the hashes of its inputs. A run may be resumed with another
-        `mesh` and other `loggers`, which then replace the stored ones. A run whose prompts are chats keeps its `date`,
-        by default the day that it began, since chat templates may write it.
+        workdir `of`, with its date and the hashes of its inputs. A run may be resumed with another `mesh` and other
+        `loggers`, for as long as this process has it open. A run whose prompts are chats keeps its `date`, by default
+        the day that it began, since chat templates may write it.
 
         Raises:
           UserError: if `path` is a file, cannot be reached, has no config and none is given, is in use by another

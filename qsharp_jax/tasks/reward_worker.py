@@ -8,6 +8,7 @@ one per function, or {"error": "..."}.
 """
 
 import asyncio
+import concurrent.futures
 import importlib
 import importlib.util
 import inspect
@@ -49,12 +50,22 @@ def call(function: Callable[..., Any], columns: Mapping[str, list]) -> Any:
         columns = {name: column for name, column in columns.items() if name in parameters}
     rewards = function(**columns)
     if inspect.isawaitable(rewards):
-        rewards = asyncio.run(_result(rewards))
+        rewards = _wait_for(rewards)
     if not isinstance(rewards, Sequence) and not hasattr(rewards, "tolist"):
         raise TypeError(f"it returned a {type(rewards).__name__}, not a list of one reward")
     if len(rewards) != 1:
         raise ValueError(f"it returned {len(rewards)} rewards for 1 response")
     return None if rewards[0] is None else float(rewards[0])
+
+
+def _wait_for(rewards: Awaitable[Any]) -> Any:
+    """Return an asynchronous function's result, also where this thread has a running event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_result(rewards))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _result(rewards)).result()
 
 
 async def _result(rewards: Awaitable[Any]) -> Any:

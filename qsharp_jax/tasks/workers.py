@@ -4,10 +4,12 @@ A worker runs a script. The script writes "ready" once it has started, or the re
 for each line of JSON that it reads. A worker that breaks, or takes too long, is replaced, and its reply is empty.
 """
 
+import contextlib
 import functools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from qsharp_jax.system.errors import UserError
 Result = TypeVar("Result")
 
 START = 120.0  # seconds of wall time for a worker to start
+LEAVE = 1.0  # and for its last words
 MOST_WORKERS = 16
 
 
@@ -112,11 +115,16 @@ class _Worker:
         return self._read(self._seconds)
 
     def kill(self) -> None:
+        """End the worker and the processes that it has started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
-        self._reader.join()
         self._stdin.close()
-        self._stdout.close()
+        self._reader.join(LEAVE)  # one that is out of reach may hold the pipe open
+        if not self._reader.is_alive():
+            self._stdout.close()
 
     def _queue_lines(self) -> None:
         """Pass on each line of the process, and at its end what it wrote of the next one."""

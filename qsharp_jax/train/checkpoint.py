@@ -162,13 +162,13 @@ class Checkpoints:
                 unreadable[step] = str(error)
                 continue
             self._set_aside(unreadable, step)
-            self._forget_best_after(step)
+            self._forget_best_from(step)
             return state.replace(params=saved["params"], **saved["training"])
         if unreadable:
             newest, *others = unreadable.values()
             before = "none of those before it can be read" if others else "there is none before it"
             raise UserError(f"{newest}, and {before}; delete {self._folder} to train anew")
-        self._forget_best_after(int(state.step))
+        self._forget_best_from(int(state.step))
         return state
 
     def restore_params(self, params: Any) -> Any:
@@ -255,11 +255,14 @@ class Checkpoints:
         multihost.wait_for_all("damaged checkpoints are renamed")
         self._manager.reload()
 
-    def _forget_best_after(self, step: int) -> None:
-        """Delete best parameters of later steps, which training will save again."""
+    def _forget_best_from(self, step: int) -> None:
+        """Delete best parameters of a step's own evaluation, which comes after its checkpoint, and of later ones.
+
+        Training will save them again.
+        """
         if (self._folder / "best").exists():
             for number in self._best.all_steps():
-                if number > step:
+                if number >= step:
                     self._best.delete(number)
 
 

@@ -141,7 +141,16 @@ def test_a_finished_run_needs_its_workdir_alone(finished, capsys):
     before = results(finished)
     assert cli.main(["run", "--workdir", str(finished)]) == 0
     assert "| method" in capsys.readouterr().out and results(finished) == before
+    assert own.load(OwnRun(), finished, ["--config.mesh=cuda_1"]).mesh.name == "cuda_1"
     assert "give the --config it was made with" in refused(capsys, "run", "--workdir", finished, "--config.seed=1")
+
+
+def test_a_policy_is_trained_from_a_reference_in_bfloat16(folder, tmp_path):
+    """As accelerators have it by default; its own weights are float32."""
+    small = ("collect.prompts=8", "collect.samples=4", "policy.batch_size=8", "policy.prompts=4")
+    changes = [f"--config.{change}" for change in ("algorithm=reinforce", "dtype=bfloat16", *small)]
+    assert cli.main(command(folder, tmp_path / "w", *changes)) == 0
+    assert {row["method"] for row in results(tmp_path / "w")} >= {"pi_ref", "reinforce"}
 
 
 def test_a_package_of_rewards_is_no_folder(folder, tmp_path, monkeypatch):
@@ -254,3 +263,4 @@ def test_the_defaults_fit_the_model_and_the_longest_prompt(folder, tmp_path, cap
     assert own.load(named, tmp_path / "w", ["--config.value.layers=12"]).value.layers == 12
     policy = own.load(named, tmp_path / "w", ["--config.algorithm=reinforce"])
     assert (policy.value.layers, policy.policy.optimizer.learning_rate) == (0, 1e-4)
+    assert own.load(named, tmp_path / "w", ["--config.mesh=cuda_1"]).mesh.name == "cuda_1"

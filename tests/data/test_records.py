@@ -103,6 +103,8 @@ def test_choices_of_rollouts_are_those_of_a_loop(tmp_path):
     assert columns == rollouts
     judged = [rollout for rollout in rollouts if rollout.reward is not None]
     assert with_reward(columns) == judged
+    ids = [f"{number:016x}" for number in range(50)]
+    assert [is_held_out(f"{repeated}-3", 0.4) for repeated in ids] == [is_held_out(once, 0.4) for once in ids]
     learned, held_out = split_held_out(with_reward(columns), 0.4)
     assert held_out == [rollout for rollout in judged if is_held_out(rollout.prompt_id, 0.4)] != []
     assert learned == [rollout for rollout in judged if not is_held_out(rollout.prompt_id, 0.4)] != []

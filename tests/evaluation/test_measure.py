@@ -44,6 +44,22 @@ def test_reranking_by_hand():
         assert row["eta"] is row["kl"] is row["kl_truncated"] is None
 
 
+def test_reranking_where_a_response_has_no_reward_takes_as_many_of_each_problem():
+    table = [("p", 0.0, 0.1), ("q", 1.0, 0.3), ("p", 0.0, 0.2), ("q", 0.0, 0.6), ("p", 1.0, 0.8)]
+    samples = [{"problem_id": problem, "reward": reward, "tokens": [0]} for problem, reward, _ in table]
+    scored = [{"values": [value], "seconds": 0.5} for *_, value in table]
+    answers = {"p": ["4", "4", "7"], "q": ["1", "2"]}
+    rows = {row["method"]: row["reward"] for row in measure.rerank_rows(2, samples, answers, scored)}
+    best, weighted = 0.0, 0.0  # p's third response would be the best one
+    assert rows == {"pass_2": 0.5, "majority_2": 0.25, "best_of_2": best, "weighted_majority_2": weighted}
+
+
+def test_a_method_none_of_whose_responses_has_a_reward_is_refused():
+    samples = {("pi_ref", 0): [make_sample("p", 1.0)], ("cd", 1): [make_sample("p", None)]}
+    with pytest.raises(UserError, match="no response of cd to the test problems has a reward; fix"):
+        measure.to_rows(None, samples, 1, None, passes=(), majorities=set())
+
+
 def make_sample(problem, reward, parsed="4", kl=0.0, tokens=3, finished=True):
     return dict(
         problem_id=problem, reward=reward, parsed=parsed, kl=kl, kl_truncated=2 * kl, tokens=[0] * tokens,
@@ -78,6 +94,7 @@ def test_the_figures_of_a_method_by_hand():
     assert list(made["kl"]) == ["q", "p"]
     asked = measure.measure(samples, answers, (2.0, 8.0), ())  # as a config has them
     assert [name for name in asked if name.startswith("pass")] == ["pass_2"]
+    assert not any(name.startswith("pass") for name in measure.measure(samples, answers, (8.0,), ()))
 
 
 def test_answers_that_are_the_same_mathematics_vote_together():

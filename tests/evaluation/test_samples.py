@@ -181,6 +181,9 @@ def test_values_of_samples_are_kept_in_shards_too(stoppable, tmp_path, monkeypat
     assert [row["problem_id"] for row in scored] == [row["problem_id"] for row in rows]
     assert all(scored["seconds"] > row["seconds"] for scored, row in zip(scored, rows, strict=True))
     assert not shards_of(session, "pi_ref_values_round_2")
+    others = [row | {"tokens": [*row["tokens"], 1]} for row in rows]
+    again = samples.score_samples(session, guide, others, number=2)
+    assert [len(row["values"]) for row in again] == [len(row["tokens"]) for row in others], "of other responses"
 
 
 def test_a_reward_that_is_no_number_is_refused(stoppable, monkeypatch):

@@ -100,6 +100,8 @@ def test_the_settings_of_a_method(tmp_path):
     assert (its.seed, its.algorithm, its.ppo.epochs, its.ppo.clip, its.policy.prompts) == (4, "ppo", 9, 0.3, 8)
     assert its.evaluate.etas == (its.collect.eta,) and "compare" not in its and its.is_locked
     assert (made.seed, made.algorithm, made.policy.prompts, "compare" in made) == (0, "qsharp", 16, True)
+    stronger = comparison(tmp_path, methods=("qsharp", "cd"), cd=("collect.eta=0.05",))
+    assert compare.settings(stronger, 0, "cd").evaluate.etas == (0.05,), "measured at the eta that it is scored at"
     with made.unlocked():
         made.compare.methods = ("qsharp", "cd")  # those of a method that is left out are no error
     compare.check(made)

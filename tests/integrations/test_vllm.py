@@ -172,6 +172,8 @@ def test_fields_out_of_range_are_refused_before_the_engine_sees_them(plugin):
         (dict(eta=math.nan, guide="short"), "eta is nan; it must be"),
         (dict(eta=0.1), "guide is None; it must be one of short, kind"),
         (dict(eta=0.1, guide="long"), "guide is 'long'; it must be one of short, kind"),
+        (dict(eta=0.1, guide=5), "guide is 5; it must be one of short, kind"),
+        (dict(eta=0.1, guide=[["short"]]), r"guide is \[\['short'\]\]; it must be one of short, kind"),
         (dict(eta=0.1, guide=["short", "kind"]), "give 2 numbers"),
         (dict(eta=0.1, guide="short", weights="1"), "weights are '1'; they must be a list of numbers"),
         (dict(eta=0.1, guide="short", top_k_candidates=2.5), "top_k_candidates is 2.5; it must be a whole number"),

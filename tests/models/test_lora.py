@@ -49,6 +49,11 @@ def test_at_first_the_guide_is_the_one_below_and_merged_it_is_the_same():
     assert abs(loss - loss_and_gradient()(GUIDE.params)[0]) > 1e-3
 
 
+def test_it_is_merged_in_float32_on_every_device():
+    products = str(jax.make_jaxpr(lora.merged)(with_lora()))
+    assert products.count("dot_general") == products.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+
+
 @pytest.mark.parametrize("remat", ["dots", "none"])
 def test_the_gradient_is_that_of_the_whole_kernel_projected(remat):
     """dA = scale * dW B^T and dB = scale * A^T dW, with dW of the merged guide."""

@@ -1,6 +1,8 @@
 """Reward functions of TRL's signature: what they are given, what they return, and what becomes of those that fail."""
 
+import asyncio
 import re
+import time
 
 import pytest
 
@@ -9,6 +11,7 @@ from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.rewards import FEWEST, RewardJudge, parse_function
 
 PROGRAM = """
+import os
 import time
 
 def short(prompts, completions, **kwargs):
@@ -36,7 +39,8 @@ def sometimes(completions, **kwargs):
 
 def odd(completions, **kwargs):
     return {"raise": lambda: 1 / 0, "nan": lambda: [float("nan")], "two": lambda: [1.0, 2.0], "text": lambda: "x",
-            "hang": lambda: time.sleep(60), "exit": lambda: __import__("os")._exit(1), "good": lambda: [1.0],
+            "hang": lambda: time.sleep(60), "exit": lambda: os._exit(1), "good": lambda: [1.0],
+            "fork": lambda: [os.fork(), time.sleep(60)],
             "none": lambda: [None], "print": lambda: print("hello") or [0.5]}[completions[0]]()
 """
 
@@ -87,6 +91,23 @@ def test_a_function_that_returns_none_does_not_apply(program):
     judge = judge_of(program, "sometimes", "short")
     assert [j.reward for j in judge([problem()] * 2, ["skip", "abc"])] == [1.0, 2.0]
     judge.close()
+
+
+def test_one_that_forks_and_hangs_is_not_waited_for(program):
+    """The forks hold the worker's pipe open; they end with it."""
+    judge, begin = judge_of(program, "odd", seconds=0.5), time.monotonic()
+    assert [j.reward for j in judge([problem()] * 2, ["fork", "good"])] == [None, 1.0]
+    assert time.monotonic() - begin < 40
+    judge.close()
+
+
+def test_an_asynchronous_function_is_called_where_a_loop_runs_as_in_a_notebook(program):
+    judge = judge_of(program, "logging", workers=0)
+
+    async def cell():
+        return judge([problem()], ["abc"])
+
+    assert [j.reward for j in asyncio.run(cell())] == [0.25]
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,16 @@ def test_the_best_that_a_checkpoint_refers_to_are_kept_and_no_others(tmp_path):
     assert saved_best(tmp_path) == [7]
 
 
-@pytest.mark.parametrize("checkpoint_before", [False, True])
+@pytest.mark.parametrize("checkpoint_before", [0, 5, 7])
 @pytest.mark.parametrize("half_written", [False, True])
 def test_best_parameters_that_a_kill_left_are_saved_again(tmp_path, monkeypatch, checkpoint_before, half_written):
-    """Killed while or after the best parameters of step 7 were written, and before a checkpoint of that step."""
+    """Killed while or after the best parameters of step 7 were written, and before a checkpoint that refers to them.
+
+    The evaluation of a step comes after its checkpoint.
+    """
     checkpoints = Checkpoints(tmp_path)
     if checkpoint_before:
-        checkpoints.save(make_state(5))
+        checkpoints.save(make_state(checkpoint_before))
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         checkpoints.wait()
         if half_written:
@@ -102,7 +105,7 @@ def test_best_parameters_that_a_kill_left_are_saved_again(tmp_path, monkeypatch,
         checkpoints.wait()
     assert len(list((tmp_path / "best").iterdir())) == 1
     again = Checkpoints(tmp_path)
-    assert int(again.restore(make_state(0)).step) == (5 if checkpoint_before else 0)
+    assert int(again.restore(make_state(0)).step) == checkpoint_before
     again.save_best(make_state(7).params, Best(7, 0.5))
     again.save(make_state(8), best=Best(7, 0.5))
     again.wait()
