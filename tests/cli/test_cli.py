@@ -85,7 +85,7 @@ def measured(finished) -> Path:
     return workdir
 
 
-def test_a_run_s_models_are_measured_again_in_a_folder_of_its_own(finished, measured, capsys):
+def test_a_run_s_models_are_measured_again_in_a_folder_of_its_own(finished, measured, capfd):
     both = [
         {(row["method"], row["round"], row["eta"]): row for row in results(workdir)} for workdir in (finished, measured)
     ]
@@ -94,11 +94,10 @@ def test_a_run_s_models_are_measured_again_in_a_folder_of_its_own(finished, meas
     assert not (measured / "guide").exists() and not (measured / "ref").exists()
     for command in ("evaluate", "report"):  # by its folder alone
         assert cli.main([command, "--workdir", str(measured)]) == 0
-    capsys.readouterr()
-    assert cli.main(["generate", "--workdir", str(measured), "--eta", "0.1", PROMPT]) == 0
-    of_measured = capsys.readouterr().out
-    assert cli.main(["generate", "--workdir", str(finished), "--eta", "0.1", PROMPT]) == 0
-    assert of_measured == capsys.readouterr().out != ""
+    lines = [
+        stdout_lines(capfd, "generate", "--workdir", workdir, "--eta", "0.1", PROMPT) for workdir in (finished, measured)
+    ]
+    assert [line["values"] for line in lines[0]] == [line["values"] for line in lines[1]]
 
 
 def test_a_measurement_takes_no_training_and_no_other_run(finished, measured, tmp_path, capsys):
