@@ -241,7 +241,7 @@ def check_is_workdir(path: Path) -> None:
 
 
 class _Stored(NamedTuple):
-    """What config.json holds."""
+    """The content of config.json."""
 
     config: ConfigDict
     ref_in: str | None
