@@ -55,7 +55,7 @@ def test_reranking_where_a_response_has_no_reward_takes_as_many_of_each_problem(
 
 
 def test_a_method_none_of_whose_responses_has_a_reward_is_refused():
-    samples = {("pi_ref", 0): [make_sample("p", 1.0)], ("cd", 1): [make_sample("p", None)]}
+    samples = {("cd", 1): [make_sample("p", None), make_sample("q", None)]}
     with pytest.raises(UserError, match="no response of cd to the test problems has a reward; fix"):
         measure.to_rows(None, samples, 1, None, passes=(), majorities=set())
 
