@@ -79,18 +79,18 @@ class Workdir:
                 settings = to_json(config) | ({} if ref_in is None else {"ref_in": ref_in})
                 settings |= {} if of is None else _of_measured(of)
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            held = _read_config(stored)
-            run_date = held.date
-            if run_date is None and held.config.get("prompt_format") == "chat":
+            content = _read_config(stored)
+            run_date = content.date
+            if run_date is None and content.config.get("prompt_format") == "chat":
                 run_date = date or datetime.date.today()
                 settings = _read_json(stored) | {"date": run_date.isoformat()}
                 files.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
-            if of is not None and held.of != files.absolute(of):
-                what = "is a run of its own" if held.of is None else f"holds measurements of {held.of}"
+            if of is not None and content.of != files.absolute(of):
+                what = "is a run of its own" if content.of is None else f"holds measurements of {content.of}"
                 raise UserError(f"{path} {what}; give another --workdir")
-            if config is not None and (differing := differences(held.config, config, but=("mesh", "loggers"))):
-                training = differences(held.config, config, but=MEASURING)
-                hint = "" if training or held.of else f", or measure it with these: qsharp evaluate --of {path}"
+            if config is not None and (differing := differences(content.config, config, but=("mesh", "loggers"))):
+                training = differences(content.config, config, but=MEASURING)
+                hint = "" if training or content.of else f", or measure it with these: qsharp evaluate --of {path}"
                 raise UserError(
                     f"{path} holds a run with other settings (stored -> given: {'; '.join(differing)}); "
                     f"give another --workdir, or the same settings{hint}"
@@ -98,9 +98,9 @@ class Workdir:
         except BaseException:
             lock.release()
             raise
-        settings = held.config if config is None else config
+        settings = content.config if config is None else config
         date = run_date or datetime.date.today()
-        return cls(path, settings, ref_in=held.ref_in, of=held.of, date=date, _lock=lock)
+        return cls(path, settings, ref_in=content.ref_in, of=content.of, date=date, _lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, config: ConfigDict | None = None) -> "Workdir":
