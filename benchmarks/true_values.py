@@ -25,6 +25,7 @@ from qsharp_jax import report
 from qsharp_jax.data.batches import Example
 from qsharp_jax.data.records import Rollout, read_rounds, split_held_out, with_reward
 from qsharp_jax.evaluation import score
+from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.rollouts import sample
 from qsharp_jax.run import models, problems
 from qsharp_jax.run.session import Session
@@ -34,12 +35,14 @@ from qsharp_jax.system import stop_strings
 RESAMPLES = 2000
 
 
-def continued(session: Session, rollouts: Sequence[Rollout], after: int, count: int) -> np.ndarray:
+def continued(
+    session: Session, ref: LanguageModel, rollouts: Sequence[Rollout], after: int, count: int
+) -> np.ndarray:
     """Rewards [N, count] when pi_ref writes on from the rollouts' first `after` tokens; nan where there is none."""
     text, judge, settings = models.tokenizer(session), problems.judge(session), models.sampling(session)
     by_id = {problem.problem_id: problem for problem in problems.all_train_problems(session)}
     generation = sample(
-        models.load_ref(session), None, [[*r.prompt_tokens, *r.response_tokens[:after]] for r in rollouts],
+        ref, None, [[*r.prompt_tokens, *r.response_tokens[:after]] for r in rollouts],
         dataclasses.replace(settings, max_new_tokens=settings.max_new_tokens - after),
         seeds=np.random.SeedSequence(after).generate_state(len(rollouts) * count), samples=count,
         batch_size=session.config.evaluate.batch_size, name=f"continue after {after} tokens", record=(), tokenizer=text,
@@ -113,9 +116,10 @@ def main() -> None:
         values[Path(session.workdir.path).name] = score.score(
             guide, examples, rows=first.config.evaluate.batch_size, bucket=bucket
         )
+    ref = models.load_ref(first)
     table = [["after", "guide", "variance", "error", "correlation"]]
     for after in options.after:
-        rewards = continued(first, held_out, after, options.continuations)
+        rewards = continued(first, ref, held_out, after, options.continuations)
         judged = np.isfinite(rewards).all(1)
         ids = np.asarray([rollout.prompt_id for rollout in held_out])[judged]
         for name, of_guide in values.items():

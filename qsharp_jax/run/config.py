@@ -75,7 +75,7 @@ def find(recipe: str | Path) -> Path:
 
 
 def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
-    """Change the mesh of a workdir's config, in place: by `--config.mesh=NAME`, or single numbers of its section."""
+    """Change a stored config in place, as `override`, and its mesh by `--config.mesh=NAME`, which applies first."""
     names, rest = _split_mesh(overrides)
     if names:
         _set_mesh(config, preset(RECIPES, names[-1]))

@@ -150,13 +150,13 @@ def guide_shape(
         trunk = ref_shape(config, vocab_size)
     else:
         trunk = _model_section(config, vocab_size)
-    section = config.value
+    section, is_guide = config.value, starts_from_guide(config)
     if section.layers:
-        if section.layers > trunk.layers or starts_from_guide(config):
-            what = "a guide, which keeps its own" if starts_from_guide(config) else f"one of {trunk.layers} layers"
+        if section.layers > trunk.layers or is_guide:
+            what = "a guide, which keeps its own" if is_guide else f"one of {trunk.layers} layers"
             raise UserError(f"config.value.layers is {section.layers}, but the guide starts from {what}; give 0")
         trunk = trunk.first_layers(section.layers)
-    stored = hf.read_guide_config(start, trunk.dtype) if starts_from_guide(config) else None
+    stored = hf.read_guide_config(start, trunk.dtype) if is_guide else None
     if section.distribution != "auto":
         chosen = section.distribution, tuple(section.atoms)
     elif stored is not None:

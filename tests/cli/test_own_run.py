@@ -146,8 +146,11 @@ def test_a_finished_run_needs_its_workdir_alone(finished, capsys):
 
 
 def test_a_policy_is_trained_from_a_reference_in_bfloat16(folder, tmp_path):
-    """As accelerators have it by default; its own weights are float32."""
-    small = ("fit.patience=0", "collect.prompts=8", "collect.samples=4", "policy.batch_size=8", "policy.prompts=4", "fit.evaluate_every=0")
+    """Accelerators have that dtype by default; the policy's own weights are float32."""
+    small = (
+        "fit.patience=0", "fit.evaluate_every=0", "collect.prompts=8", "collect.samples=4", "policy.batch_size=8",
+        "policy.prompts=4",
+    )  # fmt: skip
     changes = [f"--config.{change}" for change in ("algorithm=reinforce", "dtype=bfloat16", *small)]
     assert cli.main(command(folder, tmp_path / "w", *changes)) == 0
     assert {row["method"] for row in results(tmp_path / "w")} >= {"pi_ref", "reinforce"}
