@@ -26,6 +26,7 @@ class Algorithm:
     eta: str | None = None  # the setting that is its weight of the KL; None: `collect.eta`
     # whether it learns from rollouts of its own policy; other algorithms' first rollouts are pi_ref's
     on_policy: bool = False
+    rolls_in: bool = False  # whether the rollouts after the first round begin with its guide
     # config -> the mode of `guidance.MODES` in which its guide tilts pi_ref; None for a policy
     mode: Callable[[ConfigDict], str | None] = lambda config: None
     # further modes in which the last guide is evaluated; a mode is also the method of its rows

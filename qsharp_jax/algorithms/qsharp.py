@@ -54,6 +54,6 @@ def fit(
 
 
 QSHARP = Algorithm(
-    name="qsharp", label="Q#", color="#1f5fa8", learns="guide", run=run, collect=collect, fit=fit,
+    name="qsharp", label="Q#", color="#1f5fa8", learns="guide", rolls_in=True, run=run, collect=collect, fit=fit,
     mode=lambda config: "qsharp", extra_modes=("cd",),
 )  # fmt: skip

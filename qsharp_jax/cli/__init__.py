@@ -177,7 +177,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         if workdir.of is not None:
             _check_measured(workdir, options)
         if config is None:
-            configs.override_mesh(workdir.config, rest)
+            configs.override_stored(workdir.config, rest)
             _check_stored(workdir, checks.check_settings if rejudges else checks.check)
         if not rejudges:  # which reads no model, and the folders may be on another machine
             provenance.check_folders(workdir)
@@ -211,7 +211,7 @@ def _settings_of(of: Path, changes: list[str]) -> ConfigDict:
     if (run := Workdir.attach(of)).of is not None:
         raise UserError(f"{of} holds measurements of {run.of}; give --of {run.of}")
     config = Workdir.attach(of).config
-    configs.override_mesh(config, changes)
+    configs.override_stored(config, changes)
     if others := configs.differences(run.config, config, but=MEASURING):
         raise UserError(f"--config.{others[0]} would be another run; with --of only {', '.join(MEASURING)} may change")
     return config

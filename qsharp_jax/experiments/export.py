@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharp_jax import report
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.models import hf, lora
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config as configs
@@ -97,22 +98,31 @@ def _ref_trained_on(session: Session) -> str:
 
 
 def guide_trained_on(session: Session, number: int) -> str:
-    c, fit = session.config.collect, session.config.fit
-    rolled_in = f" From round 2 on the guide rolled in, at eta {c.eta:g}." if number > 1 else ""
-    return (
-        f"{number * c.prompts * c.samples} rollouts of the reference on {_task(session)}: {number} rounds of"
-        f" {c.prompts} prompts, {c.samples} rollouts each.{rolled_in} {fit.epochs} epochs by maximum likelihood of the"
-        f" verified reward, seed {session.config.seed}.\n\n{_shape(models.guide_config(session).trunk)}"
-    )
+    config, algorithm = session.config, ALGORITHMS[session.config.algorithm]
+    text = f"Rollouts of the reference on {_task(session)}: {_rounds(session, number)}."
+    if algorithm.rolls_in and number > 1:
+        text += f" From round 2 on the guide rolled in, at eta {config.collect.eta:g}."
+    settings = ", ".join(f"{name} {value}" for name, value in config.get(algorithm.name, {}).items())
+    text += f" Fitted by {algorithm.label}{f' ({settings})' if settings else ''}, "
+    text += f"{'at most ' if config.fit.patience else ''}{_count(config.fit.epochs, 'epoch')}, seed {config.seed}."
+    return f"{text}\n\n{_shape(models.guide_config(session).trunk)}"
 
 
 def _policy_trained_on(session: Session, number: int) -> str:
-    c = session.config.collect
     return (
-        f"{report.NAMES[session.config.algorithm]} from the reference on {_task(session)}: {number} rounds of"
-        f" {c.prompts} prompts, {c.samples} rollouts each, at a weight of the KL of"
-        f" {configs.kl_weight(session.config):g}, seed {session.config.seed}.\n\n{_shape(models.ref_config(session))}"
+        f"{report.NAMES[session.config.algorithm]} from the reference on {_task(session)}: {_rounds(session, number)},"
+        f" at a weight of the KL of {configs.kl_weight(session.config):g}, seed {session.config.seed}.\n\n"
+        f"{_shape(models.ref_config(session))}"
     )
+
+
+def _rounds(session: Session, number: int) -> str:
+    c = session.config.collect
+    return f"{_count(number, 'round')} of at most {_count(c.prompts, 'prompt')}, {_count(c.samples, 'rollout')} each"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _task(session: Session) -> str:

@@ -74,7 +74,7 @@ def find(recipe: str | Path) -> Path:
     )
 
 
-def override_mesh(config: ConfigDict, overrides: list[str]) -> None:
+def override_stored(config: ConfigDict, overrides: list[str]) -> None:
     """Change a stored config in place, as `override`, and its mesh by `--config.mesh=NAME`, which applies first."""
     names, rest = _split_mesh(overrides)
     if names:

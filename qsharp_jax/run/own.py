@@ -70,7 +70,7 @@ def load(
         raise UserError("--task gives the prompts too; leave --prompts out, or --task")
     if (stored := stored_config(files.make_path(workdir))) is not None:
         with stored.unlocked():
-            configs.override_mesh(stored, [*own.overrides(), *changes])
+            configs.override_stored(stored, [*own.overrides(), *changes])
         return stored
     for value, words in (
         (own.ref, "the reference model, by --ref"),
@@ -94,7 +94,7 @@ def load(
     models.check_folders(config)
     chosen = fitting.fitting(config)
     configs.override(config, [f"--config.{key}={value}" for key, value in chosen.items()])
-    configs.override_mesh(config, [*own.overrides(), *changes])
+    configs.override_stored(config, [*own.overrides(), *changes])
     print(f"Settings for this model and device (change them by {change_by}):")
     for key in chosen:
         print(f"  {key} = {functools.reduce(ConfigDict.get, key.split('.'), config)}")

@@ -40,6 +40,7 @@ def run(session: Session) -> LanguageModel:
         bucket=config.length_bucket,
         seed=session.seed("pretrain"),
     )
+    save_unit = config.log_every if config.stop_loss else 1  # resumed, `stop` is to average over the same steps
     optimizer = train.make_optimizer(config.optimizer)
     initial = session.for_fitting(LanguageModel(decoder.init(session.key("ref"), model_config), model_config))
     with session.fitting(model_config.dtype):
@@ -58,7 +59,8 @@ def run(session: Session) -> LanguageModel:
                 name="pre-train pi_ref",
                 total_steps=min(config.steps, batches.steps_per_epoch),
                 log_every=config.log_every,
-                save_every=config.save_every,
+                save_every=max(config.save_every // save_unit, 1) * save_unit,
+                save_unit=save_unit,
                 log=session.workdir.append_metrics,
                 stop=lambda means: means["loss"] <= config.stop_loss,
                 flops=train.language_model_flops(model_config),

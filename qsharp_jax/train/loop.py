@@ -59,8 +59,9 @@ class Loop:
     log: Callable[[dict], None]  # writes a line of metrics
     # given the averages of each log line, returns true to end the training
     stop: Callable[[dict], bool] = lambda metrics: False
-    # returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never)
-    measure: Callable[[Params], dict] = lambda params: {}
+    # returns metrics of the model's parameters; called at the end and every `evaluate_every` steps (0: never); None for
+    # none, with which a training that ends by `stop` cannot be stopped between that and its last checkpoint
+    measure: Callable[[Params], dict] | None = None
     evaluate_every: int = 0
     # if not 0, training ends after this many evaluations without a lower "nll", and returns to the parameters with the
     # lowest
@@ -212,7 +213,7 @@ class Trainer:
         """Evaluate, return to the best parameters if there are any, and save the final checkpoint."""
         self._show_done()
         self._trace.end(self.state)
-        if self._evaluated_at != self.step:
+        if self._loop.measure and self._evaluated_at != self.step:
             self.evaluate()
         self._bar.close()
         if self._best and self._best.step < self.step:

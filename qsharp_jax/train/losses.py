@@ -145,11 +145,18 @@ def _reward_to_go(
 def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:
     """Raise a UserError for rewards that the guide's distribution does not cover, before they enter a jitted step."""
     ranges = {"bernoulli": (0.0, 1.0), "categorical": config.atoms[:1] + config.atoms[-1:]}
-    if config.distribution in ranges and not (clip and config.distribution == "categorical"):
+    is_categorical = config.distribution == "categorical"
+    if config.distribution in ranges and not (clip and is_categorical):
+        low, high = ranges[config.distribution]
         try:
-            values.check_rewards(rewards, *ranges[config.distribution])
-        except ValueError as error:
-            raise UserError(f"a {config.distribution} guide cannot learn these rewards: {error}") from None
+            values.check_rewards(rewards, low, high)
+        except ValueError:
+            raise UserError(
+                f"this {config.distribution} guide learns rewards from {low:g} to {high:g}, and these reach from"
+                f" {rewards.min():g} to {rewards.max():g}; begin a new run with"
+                " --config.value.distribution=categorical and --config.value.atoms=... that cover them"
+                f"{', or with --config.fit.clip_rewards=True' if is_categorical else ''}"
+            ) from None
 
 
 def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:

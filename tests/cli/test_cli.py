@@ -128,7 +128,7 @@ def test_a_measurement_of_a_run_that_is_gone_still_has_its_report(measured, tmp_
     ("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
 )
 @pytest.mark.parametrize(
-    "reached", ["ref/20", "rollouts/round_1/shard-00000.parquet", "samples/pi_ref.jsonl", "guide/round_2/2"]
+    "reached", ["ref/25", "rollouts/round_1/shard-00000.parquet", "samples/pi_ref.jsonl", "guide/round_2/2"]
 )
 def test_a_run_stopped_anywhere_and_repeated_ends_as_one_that_never_stopped(
     finished_apart, tmp_path, sign, code, reached

@@ -60,7 +60,7 @@ def main(port: int, index: int, folder: str, after: int) -> None:
     with multihost.joined(Place("localhost", port, 2, index), 200, lambda error: (2, str(error))):
         workdir = Workdir.open(folder) if index == 0 else Workdir.attach(folder)
         mesh = ("mesh.hosts=2", "mesh.fit.data=2")
-        configs.override_mesh(workdir.config, [f"--config.{change}" for change in mesh])
+        configs.override_stored(workdir.config, [f"--config.{change}" for change in mesh])
         session = Session(workdir)
         with pytest.MonkeyPatch.context() as patch:
             if index == 1:

@@ -95,7 +95,8 @@ def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_pa
     loaded = hf.load_guide(out, dtype="float32", unstacked=False)
     helpers.assert_trees_equal(loaded.params, models.load_guide(session, 2).params)
     card = (out / "README.md").read_text()
-    assert "48 rollouts of the reference on the task `star_graph`" in card  # 2 rounds of 12 prompts, 2 rollouts each
+    assert "2 rounds of at most 12 prompts, 2 rollouts each. From round 2 on the guide rolled in, at eta 0.1." in card
+    assert "Fitted by Q#, 1 epoch, seed 0." in card
     assert "| reward, Q#, eta 0.1 | 0.875 (95% 0.750 .. 1.000, 10 problems); KL 1.500 nats per response |" in card
     assert "eta 0.5" not in card and "pi_ref |" in card  # the round before it is another guide
     session.workdir.results.unlink()

@@ -344,9 +344,9 @@ def test_a_mesh_that_is_not_known_is_named(with_mesh, meshes, arguments, words):
 def test_a_stored_config_takes_another_mesh(with_mesh):
     """A workdir that a slice made may resume on one device; without a file, names are the package's."""
     config = configs.load(with_mesh, ["--config.mesh=v5p_8"])
-    configs.override_mesh(config, ["--config.mesh.fit.fsdp=2"])
+    configs.override_stored(config, ["--config.mesh.fit.fsdp=2"])
     assert config.mesh.fit.fsdp == 2
     with pytest.raises(UserError, match="there is no mesh 'v5p_7'"):
-        configs.override_mesh(config, ["--config.mesh=v5p_7"])
-    configs.override_mesh(config, ["--config.mesh=v5p_16", "--config.mesh.fit.tensor=4"])
+        configs.override_stored(config, ["--config.mesh=v5p_7"])
+    configs.override_stored(config, ["--config.mesh=v5p_16", "--config.mesh.fit.tensor=4"])
     assert config.mesh.name == "v5p_16" and config.mesh.fit.tensor == 4 and config.is_locked

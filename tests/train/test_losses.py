@@ -138,7 +138,7 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
     train.check_rewards(np.asarray([-1e9]), scalar, clip=False)
     train.check_rewards(np.asarray([3.0]), categorical, clip=True)
     for rewards, config, clip in [([0, 2], bernoulli, False), ([0, 2], bernoulli, True), ([3], categorical, False)]:
-        with pytest.raises(UserError, match=f"{config.distribution} guide cannot learn.*reward {rewards[-1]} "):
+        with pytest.raises(UserError, match=f"{config.distribution} guide learns.*reach from .* to {rewards[-1]};"):
             train.check_rewards(np.asarray(rewards, float), config, clip=clip)
     with pytest.raises(UserError, match="nan"):
         train.check_rewards(np.asarray([np.nan]), bernoulli, clip=False)
