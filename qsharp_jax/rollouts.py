@@ -22,7 +22,7 @@ from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import multihost, sigterm, stop_strings
-from qsharp_jax.system.errors import Stopped, UserError
+from qsharp_jax.system.errors import Stopped
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.judging import Judgement
@@ -75,16 +75,13 @@ def sample(
 def rewards(
     judge: AnyJudge, text: Tokenizer, problems: Sequence[Problem], generation: Generation, *, stop: Sequence[str] = ()
 ) -> np.ndarray:
-    """Judge responses to the problems beside them: [rows].
-
-    A response without a reward gets the mean of the others, so that it is neither better nor worse than they.
+    """Judge responses to the problems beside them: [rows], nan for a response without a reward.
 
     Args:
       stop: stop strings, before which the text that is judged ends.
 
     Raises:
       Stopped: if this process was told to stop meanwhile.
-      UserError: if no response has a reward.
     """
 
     def until_told(items: Iterable[Any]) -> Iterator[Any]:
@@ -99,10 +96,7 @@ def rewards(
         return judge.submit(problem, response, tokens=tokens, finished=bool(generation.finished[row]))
 
     pending = [submit(row, problem) for row, problem in enumerate(until_told(problems))]
-    judged = np.asarray([judgement().reward for judgement in until_told(pending)], float)  # None becomes nan
-    if np.isnan(judged).all():
-        raise UserError("no response of a batch has a reward; fix the reward function and run the same command again")
-    return np.where(np.isnan(judged), np.nanmean(judged), judged)
+    return np.asarray([judgement().reward for judgement in until_told(pending)], float)  # None becomes nan
 
 
 def collect(

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -242,10 +243,12 @@ class OnPolicyTraining:
 
         Responses are drawn at the config's temperature, never truncated. Several processes, or groups that decode
         together, share the problems; every process gets the whole batch. The rollouts are written as a shard of the
-        round's, and their statistics to the log.
+        round's, and their statistics to the log. A response without a reward gets the mean of the others in what is
+        returned, so that it is neither better nor worse than they.
 
         Raises:
-          UserError: if the log-probabilities of decoding and training differ by more than `check_gaps` allows.
+          UserError: if no response has a reward, or the log-probabilities of decoding and training differ by more than
+            `check_gaps` allows.
           Stopped: in every process, if one received a SIGTERM.
         """
         with self._trainer.between_steps() as params:
@@ -257,11 +260,20 @@ class OnPolicyTraining:
             records = self._records(problems, prompts, seeds, drawn)
             if self.session.workdir.writes:
                 write_shard(self.session.workdir.rollouts(self.number), index, records)
-            examples = [from_rollout(record) for record in records]
+            rewards = [record.reward for record in records if record.reward is not None]
+            if not rewards:
+                raise UserError(
+                    "no response of a batch has a reward; fix the reward function and run the same command again"
+                )
+            reward = float(np.mean(rewards))
+            examples = [
+                from_rollout(dataclasses.replace(record, reward=reward if record.reward is None else record.reward))
+                for record in records
+            ]
             mask, log_probs, values = score(self.session, params, examples)
             gaps = np.abs(log_probs - drawn["log_probs"])[mask]
             self._check_gaps(index, gaps)
-        reward, kl = float(np.mean([record.reward for record in records])), float(drawn["kl"].sum(1).mean())
+        kl = float(drawn["kl"].sum(1).mean())
         self._trainer.log(
             {
                 "rollouts": len(records),
@@ -332,7 +344,7 @@ class OnPolicyTraining:
         drawn: dict[str, np.ndarray],
     ) -> list[Rollout]:
         records, tokenizer, stop = [], models.tokenizer(self.session), self.session.config.generate.stop
-        for row, seed in enumerate(seeds.tolist()):
+        for row, (seed, reward) in enumerate(zip(seeds.tolist(), drawn["rewards"].tolist(), strict=True)):
             response = drawn["tokens"][row, : drawn["lengths"][row]].tolist()
             records.append(
                 Rollout(
@@ -341,7 +353,7 @@ class OnPolicyTraining:
                     prompt_tokens=prompts[row // self.samples],
                     response_tokens=response,
                     switch=len(response),  # pi_ref chose nothing
-                    reward=float(drawn["rewards"][row]),
+                    reward=None if math.isnan(reward) else reward,
                     finished=bool(drawn["finished"][row]),
                     eta=configs.kl_weight(self.session.config),
                     seed=seed,

@@ -171,6 +171,32 @@ def test_a_policy_is_measured_and_reported_like_a_guide():
     assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
 
 
+@pytest.mark.parametrize("failing", [slice(0, None, 3), slice(None)])
+def test_a_response_without_a_reward_is_learned_from_as_the_mean_and_recorded_as_such(tmp_path, monkeypatch, failing):
+    session = bandit.session(tmp_path, "reinforce", "collect.prompts=8")
+    rewards, sample, batches = policy_based.rollouts.rewards, OnPolicyTraining.sample, []
+
+    def some(*args, **kwargs):
+        judged = rewards(*args, **kwargs)
+        judged[failing] = np.nan
+        return judged
+
+    monkeypatch.setattr(policy_based.rollouts, "rewards", some)
+    monkeypatch.setattr(OnPolicyTraining, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
+    if failing == slice(None):
+        with pytest.raises(UserError, match="no response of a batch has a reward; fix the reward function"):
+            run(session, bandit.reference(session))
+    else:
+        run(session, bandit.reference(session))
+    recorded = read_rounds(tmp_path / "rollouts", [1]).rewards.astype(float)
+    assert np.isnan(recorded[failing]).all() and np.isnan(recorded).sum() == len(recorded[failing])
+    for batch in batches:
+        expected = np.where(np.isnan(recorded), np.nanmean(recorded), recorded)  # float32 on the disk
+        np.testing.assert_allclose(batch.rewards, expected, rtol=1e-6)
+        (line,) = [line for line in session.workdir.read_metrics() if "objective" in line]
+        assert line["reward"] == pytest.approx(np.nanmean(recorded))
+
+
 class Killed(Exception):
     pass
 

@@ -2,13 +2,13 @@
 
 import json
 
+import helpers
 import pytest
 
 from qsharp_jax.run import pretrain
 from qsharp_jax.system import sigterm
 from qsharp_jax.system.errors import Stopped
 from qsharp_jax.train.checkpoint import Checkpoints
-from tests.support import helpers
 
 
 def session(folder):
