@@ -10,7 +10,7 @@ from helpers import assert_trees_equal
 
 from qsharp_jax.algorithms import value_based
 from qsharp_jax.data.records import Rollout, write_shard
-from qsharp_jax.models import value
+from qsharp_jax.models import hf, value
 from qsharp_jax.run import models
 
 
@@ -60,3 +60,27 @@ def test_a_warm_start_is_from_the_guide_of_the_round_before(tmp_path, warm):
     guide = value_based.fit(session, 2, ref, value_based.aggregate(session, 2), before)
     start = before.params if warm else value.init(jax.random.key(0), guide.config, ref.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), guide.params, start)
+
+
+def test_the_distribution_is_chosen_by_all_processes_or_by_none(tmp_path, monkeypatch):
+    """One that reads it when another has just written it still chooses, and waits for the others."""
+    session = helpers.session(tmp_path, "value.distribution=auto")
+    write_rollouts(session, 1)
+    waits = []
+    monkeypatch.setattr(value_based.multihost, "wait_for_all", waits.append)
+    value_based.aggregate(session, 1)
+    assert session.workdir.read_distribution() == ("bernoulli", ()) and len(waits) == 1
+    value_based.aggregate(session, 1)
+    assert len(waits) == 1
+    monkeypatch.setattr(value_based.multihost, "everywhere", lambda condition: False)
+    value_based.aggregate(session, 1)
+    assert len(waits) == 2
+
+
+def test_a_guide_that_starts_from_an_exported_one_keeps_its_distribution(tmp_path):
+    ref = helpers.random_model(20)
+    hf.export_guide(helpers.random_guide(ref.config), tmp_path / "guide")
+    session = helpers.session(tmp_path / "run", "value.distribution=auto", f"guide={tmp_path / 'guide'}")
+    write_rollouts(session, 1)
+    assert len(value_based.aggregate(session, 1)) == 30
+    assert session.workdir.read_distribution() is None

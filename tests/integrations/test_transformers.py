@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -156,6 +157,20 @@ processor = GuidanceLogitsProcessor({str(folder / "q-scalar-0")!r}, eta=0.1)
 assert processor(torch.tensor([[1, 2, 3]]), torch.zeros(1, 23)).std() > 0
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_entry_without_atoms_is_a_guide_that_needs_none(folder, tmp_path):
+    copied = shutil.copytree(folder / "q-bernoulli-0", tmp_path / "guide")
+    config = json.loads((copied / "config.json").read_text())
+    del config["qsharp"]["atoms"]
+    (copied / "config.json").write_text(json.dumps(config))
+    assert not hf.load_guide(copied, dtype="float32").config.atoms
+    hidden, eta = torch.ones(1, 1, QWEN3.embed), torch.tensor([[ETA[0]]])
+    weights = [
+        guide.log_weights(guide.outputs(hidden, None), eta, "qsharp")
+        for guide in map(Guide.from_pretrained, (copied, folder / "q-bernoulli-0"))
+    ]
+    assert torch.equal(*weights) and weights[0].isfinite().all()
 
 
 def test_what_does_not_fit_is_refused(folder):
