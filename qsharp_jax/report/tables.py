@@ -213,7 +213,8 @@ HOW_ROLLOUTS = (
     "For each round's rollouts: mean reward, mean tokens per response, share that ended with a stop token, share of"
     " tokens with a label, share of problems whose rollouts have different rewards (`collect.drop_no_variation` drops"
     " the other problems). Useful rows: the share of rows computed by decoding, over all steps, that belonged to a"
-    " response. Seconds are wall time, compilation included."
+    " response. Seconds are wall time, compilation included; those of a process that was stopped before its round was"
+    " whole are not known, nor are its rows."
 )
 
 
