@@ -148,6 +148,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         options.mesh, rest = configs.mesh_section(options.mesh, rest), []
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
+    if options.workdir is not None and options.name != "compare":
+        _check_no_comparison(files.make_path(options.workdir))
     if hasattr(options.command, "check_arguments"):  # before a workdir is opened or created
         options.command.check_arguments(options)
     if options.workdir is None:
@@ -185,6 +187,15 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         workdir.close()
         raise
     return workdir
+
+
+def _check_no_comparison(path: Path) -> None:
+    """Raise a UserError for the workdir of `qsharp compare`, whose runs have folders of their own."""
+    if runs := sorted(run.parent for run in path.glob("seed_*/*/config.json")):
+        raise UserError(
+            f"{path} holds a comparison of several runs; give the workdir of one of them, as {runs[0]}, or repeat"
+            " qsharp compare for its table"
+        )
 
 
 def _own_run(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_processes(parser)
     parser.add_argument("--round", type=whole(1), metavar="K", help="from 1 (default: the last collected)")
-    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged shards, naming each")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged and missing shards")
     add_profile(parser)
 
 
@@ -32,6 +32,8 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     checks.check_devices(session)
     number = options.round or max(workdir.collected_rounds(), 1)
     rounds.check_round(session.config, number)
+    if not options.skip_damaged:
+        rounds.check_collected(session, number)
     data = value_based.aggregate(session, number, skip_damaged=options.skip_damaged)
     previous = models.load_guide(session, number - 1) if session.config.fit.warm_start and number > 1 else None
     ref = None if models.folder(session.config, "ref") else models.load_ref(session)

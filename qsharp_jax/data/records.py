@@ -246,6 +246,19 @@ def read_rounds(folder: Path, rounds: Iterable[int], *, skip_damaged: bool = Fal
     return _join(shards())
 
 
+def count_rollouts(folder: Path) -> int:
+    """Return the number of rollouts in the shards of a round's folder; a UserError for a damaged one."""
+    import pyarrow.parquet
+
+    count = 0
+    for path in sorted(folder.glob("shard-*.parquet")):
+        try:
+            count += pyarrow.parquet.read_metadata(io.BytesIO(path.read_bytes())).num_rows
+        except (pyarrow.ArrowException, OSError):
+            count += len(read_shard(path))  # which says what is wrong
+    return count
+
+
 # --- Choices of rollouts --------------------------------------------------------------------------------------------
 
 

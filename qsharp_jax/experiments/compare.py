@@ -35,6 +35,9 @@ from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.system.files import write_atomic
 
 SHARED = "pi_ref"  # name of the workdir that the methods of a seed share
+# Settings of pi_ref's samples, and of its rollouts, that a method which shares them has in common with `SHARED`.
+OF_SAMPLES = ("task", "generate", "evaluate.problems", "evaluate.samples", "evaluate.guided_samples")
+OF_ROLLOUTS = ("task", "generate", "collect.prompts", "collect.samples", "collect.shard_rows")
 GREEDY = f"{DEFAULT}_greedy"
 COLORS = report.COLORS | {"pi_ref_top_k": "#a0a0a0", GREEDY: "#7aa6d6"}
 
@@ -136,10 +139,22 @@ def _run_method(session: Session, shared: Path) -> None:
     workdir, config = session.workdir, session.config
     if _results(workdir.results, config.algorithm, config.rounds):
         return
-    copy_missing(shared / "samples", workdir.samples, "*.jsonl")
-    if not ALGORITHMS[config.algorithm].on_policy:
+    if _shares(config, shared, OF_SAMPLES):
+        copy_missing(shared / "samples", workdir.samples, "*.jsonl")
+    if _shares_rollouts(config, shared):
         copy_missing(shared / "rollouts" / "round_1", workdir.rollouts(1), "shard-*.parquet")
     pipeline.run(session)
+
+
+def _shares_rollouts(config: ConfigDict, shared: Path) -> bool:
+    """Return true if the method's first rollouts are those of pi_ref in the shared workdir."""
+    return not ALGORITHMS[config.algorithm].on_policy and _shares(config, shared, OF_ROLLOUTS)
+
+
+def _shares(config: ConfigDict, shared: Path, keys: Sequence[str]) -> bool:
+    """Return true if `compare.changes` left the method these settings of the shared workdir."""
+    changed = [line.partition(":")[0] for line in configs.differences(Workdir.attach(shared).config, config)]
+    return not any(f"{name}.".startswith(f"{key}.") for name in changed for key in keys)
 
 
 def copy_missing(source: Path, target: Path, pattern: str) -> None:
@@ -176,7 +191,7 @@ def _row(session: Session, folder: Path, seed: int, flops: float) -> dict:
     workdir, method, number = session.workdir, session.config.algorithm, session.config.rounds
     result = _results(workdir.results, method, number)
     used = costs(workdir.read_metrics())
-    if not ALGORITHMS[method].on_policy:  # its first rollouts were collected in the shared workdir
+    if _shares_rollouts(session.config, folder / SHARED):  # which were collected in the shared workdir
         used["seconds"] += costs(Workdir.attach(folder / SHARED).read_metrics(), ("collect",))["seconds"]
     return {
         "seed": seed,

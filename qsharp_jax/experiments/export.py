@@ -91,9 +91,10 @@ def _metrics(rows: list[dict], number: int) -> dict[str, str]:
 
 def _ref_trained_on(session: Session) -> str:
     c = session.config.pretrain
+    steps = f"{'at most ' if c.stop_loss else ''}{c.steps} steps of {c.batch_size} texts"
     return (
-        f"Texts of {_task(session)}: maximum likelihood, {c.steps} steps of {c.batch_size} texts, seed"
-        f" {session.config.seed}.\n\n{_shape(models.ref_config(session))}"
+        f"Texts of {_task(session)}: maximum likelihood, {steps}, seed {session.config.seed}.\n\n"
+        f"{_shape(models.ref_config(session))}"
     )
 
 
@@ -118,7 +119,8 @@ def _policy_trained_on(session: Session, number: int) -> str:
 
 def _rounds(session: Session, number: int) -> str:
     c = session.config.collect
-    return f"{_count(number, 'round')} of at most {_count(c.prompts, 'prompt')}, {_count(c.samples, 'rollout')} each"
+    prompts, samples = _count(c.prompts, "prompt"), _count(c.samples, "rollout")
+    return f"{_count(number, 'round')} of at most {prompts}, at most {samples} each"
 
 
 def _count(number: int, noun: str) -> str:

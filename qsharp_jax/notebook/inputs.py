@@ -27,9 +27,9 @@ def to_rows(prompts: Prompts) -> list[dict[str, Any]]:
     rows = [dict(item) if isinstance(item, Mapping) else {"prompt": item} for item in prompts]
     for number, row in enumerate(rows, start=1):
         try:
-            json.dumps(row)
+            json.dumps(row, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"prompt {number} is not JSON ({error}); give texts, numbers, lists") from None
+            raise UserError(f"prompt {number} is not JSON ({error}); give texts, finite numbers, lists") from None
     return rows
 
 

@@ -99,13 +99,14 @@ def how_paper(rows: Sequence[dict]) -> str:
 def paper_table(rows: Sequence[dict], eta: float, *, width: int | None = None) -> str:
     """Make a table of pi_ref and the learned methods at one eta, in the paper's layout; empty if nothing was learned.
 
-    If the last round was not measured at `eta`, its smallest eta is used. The `width` is as in `markdown`.
+    If the last round was not measured at `eta`, greedy decoding apart, its smallest eta is used. The `width` is as in
+    `markdown`.
     """
     final_round = max(row["round"] for row in rows)
     learned = [row for row in rows if row["round"] == final_round > 0 and row["kl"] is not None]
     if not learned:
         return ""
-    etas = {eta_of(row) for row in learned}
+    etas = {eta_of(row) for row in learned if not row["method"].endswith("_greedy")}
     eta = eta if eta in etas else min(etas)
     order = list(NAMES)
     for algorithm in ALGORITHMS.values():

@@ -53,6 +53,11 @@ def check_settings(config: ConfigDict) -> None:
             f"config.fit.evaluate_every is {config.fit.evaluate_every} and config.fit.holdout 0; set the share of the"
             " prompts to evaluate on"
         )
+    if config.value.distribution == "auto" and config.value.atoms:
+        raise UserError(
+            "config.value.atoms are given, and config.value.distribution is auto, which chooses them by the rewards;"
+            " give --config.value.distribution=categorical too"
+        )
     if config.collect.drop_no_variation and config.collect.samples == 1:
         raise UserError(
             "config.collect.drop_no_variation is True and config.collect.samples 1; the rewards of a problem vary only"
@@ -151,7 +156,8 @@ def check_problems(config: ConfigDict, rewards: Sequence[Callable[..., Any]] = (
     tokenizer = models.tokenizer(session)
     _ = problems.judge(session)
     train, test = problems.all_train_problems(session), problems.test_problems(session)
-    if config.fit.evaluate_every and not any(is_held_out(p.problem_id, config.fit.holdout) for p in train):
+    measures = config.fit.evaluate_every and not configs.trains_policy(config)
+    if measures and not any(is_held_out(p.problem_id, config.fit.holdout) for p in train):
         raise UserError(
             f"config.fit.holdout is {config.fit.holdout:g}, which holds out none of the {len(train)} training prompts,"
             f" and config.fit.evaluate_every is {config.fit.evaluate_every}; give more prompts, a larger holdout, or"

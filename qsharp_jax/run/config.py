@@ -164,20 +164,22 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     section = config[parent] if parent else config
     kind = section.get_type(name)
     try:
-        section[name] = _parse(text, section[name], kind, _item_kind(key, section[name]))
+        takes_none = section[name] is None or key in schema.RULES and schema.RULES[key].passes(None)
+        if takes_none and text.lower() == "none":
+            section[name] = None
+        else:
+            section[name] = _parse(text, kind, _item_kind(key, section[name]))
     except ValueError:
         shown = text if text.isprintable() else repr(text)
         raise UserError(f"--config.{key}={shown} is not {_words(kind, _item_kind(key, section[name]))}") from None
 
 
-def _parse(text: str, present: Any, kind: type, item_kind: type) -> Any:
-    """Read `text` as a `kind`, the declared type of the value `present`; a ValueError if it is not one.
+def _parse(text: str, kind: type, item_kind: type) -> Any:
+    """Read `text` as a `kind`; a ValueError if it is not one.
 
     A list is written as 1,2. One of texts may also be JSON, and is for commas, line ends, and spaces at their ends:
     ["a, b", "c "].
     """
-    if present is None and text.lower() == "none":
-        return None
     if kind in (tuple, list) and item_kind is str and text.startswith('["'):
         return kind(json.loads(text))
     if kind in (tuple, list):

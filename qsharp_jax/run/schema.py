@@ -321,7 +321,7 @@ RULES: dict[str, Rule] = {
 }
 
 ITEM_TYPES: dict[str, type] = {  # of settings that are lists
-    f"{key}.{name}": typing.get_args(types[name])[0]
+    f"{key}.{name}".lstrip("."): typing.get_args(types[name])[0]
     for key, section in sections().items()
     for types in [typing.get_type_hints(type(section))]
     for name in settings(section)

@@ -138,8 +138,22 @@ def _local_rows(source: Source, path: Path) -> list[Row]:
         ) from None
 
 
+def json_row(place: str, fields: dict[str, Any]) -> Row:
+    """Return a row; raises a UserError that names a column which JSON, the form of records, cannot hold."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            what = value if isinstance(value, float) else f"a {type(value).__name__}"
+            raise UserError(
+                f"{place}: the column {name!r} holds {what}; write it as a text, a finite number or lists of them, or"
+                " leave that column out"
+            ) from None
+    return Row(place, fields)
+
+
 def json_rows(path: Path) -> list[Row]:
-    """Read a file of JSON lines; raises a UserError for one that is damaged."""
+    """Read a file of JSON lines; raises a UserError for one that is damaged, as in `json_row`."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not `splitlines`: JSON strings have some
     except UnicodeDecodeError:
@@ -154,7 +168,7 @@ def json_rows(path: Path) -> list[Row]:
             fields = None
         if not isinstance(fields, dict):
             raise UserError(f"{path}, line {number}, is not a JSON object; fix it, or write the file again")
-        rows.append(Row(f"{path}, line {number}", fields))
+        rows.append(json_row(f"{path}, line {number}", fields))
     return rows
 
 

@@ -197,20 +197,7 @@ def _parquet_rows(path: Path) -> list[finite.Row]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
-    return [_json_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def _json_row(place: str, fields: dict[str, Any]) -> finite.Row:
-    """Return a row; raises a UserError that names a column which JSON, the form of records, cannot hold."""
-    for name, value in fields.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{place}: the column {name!r} holds a {type(value).__name__}; write it as a text, a number or lists of"
-                " them, or leave that column out"
-            ) from None
-    return finite.Row(place, fields)
+    return [finite.json_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _hub_rows(name: str) -> list[finite.Row]:
@@ -223,7 +210,7 @@ def _hub_rows(name: str) -> list[finite.Row]:
         raise UserError(
             f"cannot load the data set {name} from the hub ({words}); give a file of JSON lines or Parquet instead"
         ) from error
-    return [_json_row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
+    return [finite.json_row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
 
 
 def _rows_of_program(source: str, split: str) -> list[finite.Row]:
@@ -233,7 +220,7 @@ def _rows_of_program(source: str, split: str) -> list[finite.Row]:
         for row in rows:
             if not isinstance(row, dict):
                 raise TypeError(f"problems({split!r}) gave a {type(row).__name__}, not a dict")
-        rows = [json.loads(json.dumps(row)) for row in rows]
+        rows = [json.loads(json.dumps(row, allow_nan=False)) for row in rows]
     except Exception as error:
         raise UserError(f"cannot read the problems of {source} ({reward_worker.explain(error)}); fix it") from error
     return [finite.Row(f"{source}, {split} problem {number}", row) for number, row in enumerate(rows, start=1)]

@@ -22,6 +22,15 @@ def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
     )
 
 
+def test_the_workdir_of_a_comparison_is_not_one_of_a_run(tmp_path, capsys):
+    run = tmp_path / "seed_0" / "qsharp"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    for command in (("report",), ("run",), ("run", "--config", "arithmetic"), ("export", "--what", "ref", "--out", "o")):
+        words = refused(capsys, *command, "--workdir", tmp_path)
+        assert f"{tmp_path} holds a comparison of several runs; give the workdir of one of them, as {run}" in words
+
+
 def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
     ref, guide = light
     source, output = (

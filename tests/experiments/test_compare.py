@@ -14,6 +14,7 @@ from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.experiments import compare
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config, models, pretrain
+from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
@@ -125,6 +126,32 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_computed(tmp_path
         change(made)
     with pytest.raises(UserError, match=words):
         compare.check(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        (("collect.eta=0.05", "fit.epochs=3"), {"samples/pi_ref.jsonl", "rollouts/round_1/shard-00000.parquet"}),
+        (("collect.samples=8",), {"samples/pi_ref.jsonl"}),
+        (("generate.temperature=0.5",), set()),
+        (("evaluate.samples=7",), {"rollouts/round_1/shard-00000.parquet"}),
+    ],
+)
+def test_a_method_with_other_settings_draws_its_own_samples_and_rollouts(tmp_path, monkeypatch, changes, shared):
+    made = comparison(tmp_path, methods=("qsharp", "cd"), cd=changes)
+    Workdir.open(tmp_path / compare.SHARED, compare.settings(made, 0, "qsharp")).close()
+    for name in ("samples/pi_ref.jsonl", "rollouts/round_1/shard-00000.parquet"):
+        path = tmp_path / compare.SHARED / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(compare.pipeline, "run", lambda session: None)
+    with Workdir.open(tmp_path / "cd", compare.settings(made, 0, "cd")) as workdir:
+        compare._run_method(Session(workdir), tmp_path / compare.SHARED)
+        copied = {
+            str(path.relative_to(workdir.path))
+            for name in ("samples", "rollouts") for path in (workdir.path / name).rglob("*.*")
+        }  # fmt: skip
+    assert copied == shared
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("compare_*.py")))

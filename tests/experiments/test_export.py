@@ -95,7 +95,7 @@ def test_a_guide_comes_back_from_the_last_round_with_its_figures(session, tmp_pa
     loaded = hf.load_guide(out, dtype="float32", unstacked=False)
     helpers.assert_trees_equal(loaded.params, models.load_guide(session, 2).params)
     card = (out / "README.md").read_text()
-    assert "2 rounds of at most 12 prompts, 2 rollouts each. From round 2 on the guide rolled in, at eta 0.1." in card
+    assert "2 rounds of at most 12 prompts, at most 2 rollouts each. From round 2 on the guide rolled in, at eta 0.1." in card
     assert "Fitted by Q#, 2 epochs, seed 0." in card
     assert "| reward, Q#, eta 0.1 | 0.875 (95% 0.750 .. 1.000, 10 problems); KL 1.500 nats per response |" in card
     assert "eta 0.5" not in card and "pi_ref |" in card  # the round before it is another guide

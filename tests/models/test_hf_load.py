@@ -9,9 +9,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qsharp_jax.models import decoder
 from qsharp_jax.models.config import DecoderConfig
+from qsharp_jax.models.hf import files
+from qsharp_jax.system.errors import UserError
 
 SHARDED = """
 import sys
@@ -62,6 +65,21 @@ def run(program, *args):
 def test_sharded_parameters_are_read_slice_by_slice_each_byte_once(made):
     done = run(SHARDED, made)
     assert done.stdout.endswith("right\n"), done.stderr
+
+
+def test_what_the_system_reads_in_parts_is_read_whole(tmp_path, monkeypatch):
+    """Linux gives 2 GiB at once, at most, which a whole tensor may exceed."""
+    want = np.arange(3000, dtype=np.float32).reshape(60, 50)
+    save_file({"a": want}, tmp_path / "model.safetensors")
+    preadv = os.preadv
+    monkeypatch.setattr(files.os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:999]], at))
+    with files.Tensors(tmp_path) as tensors:
+        np.testing.assert_array_equal(tensors.read("a", (slice(None), slice(None))), want)
+        np.testing.assert_array_equal(tensors.read("a", (slice(3, 40), slice(7, 49))), want[3:40, 7:49])
+        assert tensors.read("a", (slice(3, 3), slice(7, 49))).shape == (0, 42)
+        os.truncate(tmp_path / "model.safetensors", 5000)
+        with pytest.raises(UserError, match="was truncated while a was read; download it again"):
+            tensors.read("a", (slice(None), slice(None)))
 
 
 # 4.6 GB in bfloat16: a model made in minutes, loaded as it is and in the other form.

@@ -136,7 +136,7 @@ def test_the_papers_table():
     rows = [
         full_row("pi_ref", kl=0.0), full_row("pi_ref_greedy"), full_row("qsharp", 0.1, 1, kl=0.1),
         full_row("qsharp", 0.5, 2, kl=0.2), full_row("qsharp", 0.1, 2, kl=0.3), full_row("cd", 0.5, 2, kl=0.4),
-        full_row("cd", 0.1, 2, kl=0.5), make_row("best_of_4", 0.9, round=2),
+        full_row("cd", 0.1, 2, kl=0.5), make_row("best_of_4", 0.9, round=2), full_row("qsharp_greedy", 0.2, 2, kl=0.6),
     ]  # fmt: skip
     for eta, shown, kls in ((0.1, 0.1, [0.5, 0.3]), (0.5, 0.5, [0.4, 0.2]), (0.2, 0.1, [0.5, 0.3])):
         words, found = tables.paper_table(rows, eta).split("\n\n")

@@ -23,6 +23,8 @@ from qsharp_jax.system.errors import UserError
         (["fit.evaluate_every=5", "fit.holdout=0"], "fit.evaluate_every is 5 and config.fit.holdout 0", ["fit.holdout=0.1"]),
         (["evaluate.pass_at=1,4", "evaluate.samples=3"], "pass_at has 4 and config.evaluate.samples is 3; pass@k needs at least k", ["evaluate.samples=4"]),
         (["generate.candidate_slots=4.5", "generate.top_k_candidates=4"], "candidate_slots is 4.5; it must be at most config.generate.top_k_candidates, which is 4", ["generate.candidate_slots=4"]),
+        (["value.distribution=auto", "value.atoms=0,1"], "atoms are given, and .* is auto", ["value.distribution=categorical"]),
+        (["fit.evaluate_every=5", "fit.holdout=1e-9"], "holds out none of the 24 training prompts", ["algorithm=reinforce"]),
         (["generate.candidate_slots=4", "value.type=q"], "candidate_slots is for guides of type v", ["value.type=v"]),
     ],
 )  # fmt: skip

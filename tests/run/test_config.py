@@ -113,6 +113,21 @@ def test_an_override_takes_the_type_of_the_present_value(path, argument, key, va
 
 
 @pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        (("dtype=float32", "dtype=none"), "dtype", None),
+        (("dtype=none", "dtype=bfloat16"), "dtype", "bfloat16"),
+        (("generate.candidate_slots=4", "generate.candidate_slots=None"), "generate.candidate_slots", None),
+        (("loggers=()", "loggers=tensorboard"), "loggers", ("tensorboard",)),
+    ],
+)
+def test_what_a_setting_may_be_it_may_become_again(changes, key, value):
+    config = configs.load("arithmetic", [f"--config.{change}" for change in changes])
+    configs.check(config)
+    assert config[key] == value
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("a", ("a",)), ("a, b", ("a", "b")), ("()", ()), (r'["a, b", "\n\n"]', ("a, b", "\n\n")), ('["a', None),

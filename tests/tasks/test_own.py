@@ -55,6 +55,17 @@ def test_parquet_and_messages(tmp_path):
     assert chat.prompt == CHAT and as_text(chat.prompt) == "system: Be brief.\nuser: Hello"
 
 
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "[1, NaN]"])
+def test_a_number_that_json_does_not_have_is_refused_before_it_is_in_a_record(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{{"prompt": "b", "score": {text}}}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: the column 'score' holds (nan|-inf|a list); write it as"):
+        both(config(prompts=str(tmp_path / "a.jsonl")))
+    program = tmp_path / "task.py"
+    program.write_text(f"import json\ndef problems(split):\n    return [{{'prompt': 'a', 's': json.loads('{text}')}}]\n")
+    with pytest.raises(UserError, match="cannot read the problems of .*not JSON compliant"):
+        both(config(file=str(program)))
+
+
 @pytest.mark.parametrize("value", [datetime.datetime(2024, 1, 2), b"ab", [b"ab"]])
 def test_a_column_that_records_cannot_hold_is_named(tmp_path, value):
     rows = [row | {"when": value} for row in ROWS]

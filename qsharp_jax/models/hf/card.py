@@ -34,6 +34,17 @@ Steer the reference model with it, at any strength of guidance (a small eta is a
 qsharp generate --ref path/to/the/reference --guide path/to/this/folder --eta 0.1 "A prompt"
 ```
 """
+_LOAD_ADAPTER = """\
+Load it with `peft`, on as many layers of the base as the guide has:
+
+```python
+from peft import PeftModel
+from transformers import {model}
+
+base = {model}.from_pretrained({arguments})
+guide = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
 _STEER_ELSEWHERE = """\
 By `transformers`, with the code in this folder's `custom_generate`, which runs in PyTorch:
 
@@ -77,9 +88,15 @@ def ref(trained_on: str, metrics: Mapping[str, Any]) -> str:
 
 def adapter(config: ValueConfig, base: str, trained_on: str, metrics: Mapping[str, Any]) -> str:
     """The card of a guide that is an adapter of `base`."""
-    text = (_MEANING_V if config.type == "v" else _MEANING_Q).format(meaning=_meaning(config))
+    is_v = config.type == "v"
+    text = (_MEANING_V if is_v else _MEANING_Q).format(meaning=_meaning(config))
+    load = _LOAD_ADAPTER.format(
+        model="AutoModelForTokenClassification" if is_v else "AutoModelForCausalLM",
+        arguments=f'"{base}", num_hidden_layers={config.trunk.layers}'
+        + (f", num_labels={config.outputs}" if is_v else ""),
+    )
     what = f"{_what(config)} A LoRA adapter, as PEFT reads it, of `{base}`."
-    return _card("Guide", what, [text, _STEER], trained_on, metrics)
+    return _card("Guide", what, [load, text, _STEER], trained_on, metrics)
 
 
 def guide(config: ValueConfig, family: Family, trained_on: str, metrics: Mapping[str, Any]) -> str:
