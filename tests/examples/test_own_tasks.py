@@ -55,6 +55,15 @@ def test_sentiment():
     assert task["positive"](prompts, [" wonderful, and we loved it.", " a horrible, sad place."]) == [1, 0]
 
 
+def test_more_things_are_for_training_alone(monkeypatch):
+    pytest.importorskip("vaderSentiment", reason="sentiment's reward needs vaderSentiment")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "sentiment")
+    more, task = runpy.run_path(str(ROOT / "examples" / "sentiment" / "more_things.py")), program("sentiment")
+    prompts = [problem["prompt"] for problem in more["problems"]("train")]
+    assert len(prompts) == len(set(prompts)) == 960 and more["problems"]("test") == task["problems"]("test")
+    assert not {*prompts} & {problem["prompt"] for problem in task["problems"]("test")}
+
+
 @pytest.mark.parametrize("name", ["constraints", "sentiment"])
 def test_the_recipes_take_all_prompts(name):
     if name == "sentiment":
