@@ -52,7 +52,7 @@ def parse(line: str, *, strict: bool = False) -> dict[str, Any] | None:
     """
     try:
         record = json.loads(line, parse_constant=_refuse_constant if strict else None)
-        dump(record).encode()
+        json.dumps(record, ensure_ascii=False, allow_nan=not strict).encode()  # 1e400 is read as infinity
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

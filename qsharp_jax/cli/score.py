@@ -77,7 +77,8 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     records, first = [], is_first(options)
     if first:
         records = read(options.input)
-        json_lines.check_other_file(options.output, options.input)
+        if options.input != "-":
+            json_lines.check_other_file(options.output, options.input)
     has_ref, has_guide = (bool(workdir or folder) for folder in (options.ref, options.guide))
     models = open_models(workdir, options)
     prompt_format = models.tokenizer.prompt_format

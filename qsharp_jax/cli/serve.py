@@ -156,7 +156,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
             queue=options.queue, chunk=chunk, deliver=deliver, tokenizer=models.tokenizer,
         )  # fmt: skip
 
-    code = server.run(make_engine, on_mesh(models), served, models.tokenizer, limits, listening)
+    code = server.run(make_engine, lambda: on_mesh(models), served, models.tokenizer, limits, listening)
     if code:
         sys.exit(code)
 
@@ -190,11 +190,15 @@ def _context(options: argparse.Namespace, models: Any) -> int:
 def _rows(models: Any, context: int, platform: str) -> int:
     from qsharp_jax.decoding import rows_that_fit
 
-    return min(rows_that_fit([*models.configs.values()], context), ROWS.get(platform, ROWS_ELSEWHERE))
+    # Besides what is free: the models are loaded by now.
+    fitting = rows_that_fit([*models.configs.values()], context, weights=())
+    return min(fitting, ROWS.get(platform, ROWS_ELSEWHERE))
 
 
 def _name(workdir: Workdir | None, options: argparse.Namespace) -> str:
-    return "reference" if workdir is not None else Path(options.ref.partition("@")[0]).stem
+    if workdir is not None:
+        return "reference"
+    return Path(options.ref.partition("@")[0]).expanduser().resolve().name.removesuffix(".gguf")
 
 
 def _api_key(options: argparse.Namespace) -> str | None:

@@ -164,6 +164,18 @@ class Tokenizer:
         """Decode ids to text, without special tokens."""
         return self.hf_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def decode_one(self, token: int) -> str:
+        """Return the text that a token adds to a text before it, with its blank; special tokens as they are written."""
+        text, before = (
+            self.hf_tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            for tokens in ([*self._word, token], self._word)
+        )
+        return text[len(before) :]
+
+    @functools.cached_property
+    def _word(self) -> list[int]:
+        return self._raw("a")
+
     def decode_stream(self, blocks: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> Iterator[str]:
         """Decode ids that come in blocks by a `TextStream`; yields the new text after each block, and the rest."""
         text = TextStream(self, stop)

@@ -71,6 +71,21 @@ class Controls(flax.struct.PyTreeNode):
     weights: Array = None  # [B, G], of G guides that are composed; None where there is one
     mode: Array = None  # places in `sampling.MODES`; None where all rows have that of `Settings`
 
+    @classmethod
+    def none(cls, rows: int, guides: int) -> "Controls":
+        """Arrays of the host for rows that decode nothing, each with a mode and weights of its own to be set."""
+        return cls(
+            eta=np.full(rows, np.inf, np.float32),
+            temperature=np.ones(rows, np.float32),
+            top_p=np.ones(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            threshold=np.zeros(rows, np.float32),
+            budget=np.zeros(rows, np.int32),
+            seed=np.zeros(rows, np.uint32),
+            weights=np.zeros((rows, guides), np.float32),
+            mode=np.zeros(rows, np.int32),
+        )
+
 
 class Record(flax.struct.PyTreeNode):
     """Results of the steps, [B, ...] in one step and [B, N, ...] over the loop; None for what is not recorded.

@@ -141,6 +141,9 @@ class Server:
             requests.Request(prompt, sampling, own, top_log_probs=bool(body.alternatives))
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
+        if len(batch) > self._engine.most_queued:
+            words = f"there are {len(batch)} prompts, and the queue has {self._engine.most_queued} places; send fewer"
+            raise ApiError(400, words, param=name, code="too_many_prompts")
         for one in batch:
             try:
                 self._engine.check(one)
@@ -153,7 +156,6 @@ class Server:
         }  # fmt: skip
         if self._limits.log_prompts:
             request.state.log["prompt"] = shown
-        self.metrics.prompt_tokens.inc(reply.usage.prompt)
         if body.stream:
             return await self._stream(request, batch, reply, body.n)
         return await _unless_gone(request, self._whole(request, batch, reply, body.n))
@@ -202,6 +204,7 @@ class Server:
         begun, is_first = time.monotonic(), True
         try:
             with self._broker.answers(self._engine, batch) as answers:
+                self.metrics.prompt_tokens.inc(sum(len(one.prompt) for one in batch))
 
                 async def counted() -> AsyncIterator[tuple[int, requests.Update]]:
                     nonlocal is_first

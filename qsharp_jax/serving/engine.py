@@ -94,7 +94,7 @@ class Engine:
           UserError: for guides that do not go together, a context longer than a model's, or too little memory.
         """
         self._sampling, self.context, self._chunk = sampling, context, chunk
-        self._deliver_updates, self._tokenizer, self._most_queued = deliver, tokenizer, queue
+        self._deliver_updates, self._tokenizer, self.most_queued = deliver, tokenizer, queue
         if len({guide.config.type for guide in guides}) > 1:
             raise UserError("the guides are a V-type and a Q-type; serve those of one type together")
         self.vocab_size = ref.config.vocab_size if sampling.vocab_size is None else sampling.vocab_size
@@ -110,7 +110,7 @@ class Engine:
         self._prefill = Prefill(self._ref, self.guides, size, chunk)
         self._state = self._empty_state()
         self._row: list[_Row | None] = [None] * self.rows
-        self._controls = self._free_controls()
+        self._controls = Controls.none(self.rows, len(self.guides))
         self._prompt: Prompt | None = None
         self._steps = 1
         self._queue: collections.deque[Request] = collections.deque()
@@ -150,7 +150,7 @@ class Engine:
         with self._changed:
             if self._closed or self._failed:
                 raise Closed
-            if len(self._queue) >= self._most_queued:
+            if len(self._queue) >= self.most_queued:
                 raise Busy
             self._queue.append(request)
             self._changed.notify()
@@ -187,17 +187,21 @@ class Engine:
 
         After an error all requests end with `finish` "error", and it is raised.
         """
+        updates: list[tuple[_Row, Update]] = []
         try:
-            updates: list[tuple[_Row, Update]] = []
             while self._wait(updates):
                 self._free_cancelled()
                 self._admit()
                 begun = time.monotonic()
                 steps = self._dispatch()
-                self._deliver(updates)  # while the devices go on
+                seen, updates = updates, []
+                self._deliver(seen)  # while the devices go on
                 updates = self._look(steps, begun) if steps else []
         except BaseException:
-            self._fail()
+            try:
+                self._deliver(updates)  # of rows that have ended, which nothing else knows of
+            finally:
+                self._fail()
             raise
 
     def warm_up(self) -> None:
@@ -211,6 +215,8 @@ class Engine:
         requests += [Request([0], kind, [0], top_log_probs=True) for kind in (kinds[0], kinds[-1])]
         requests += [Request([0] * length, kinds[-1], [0]) for length in lengths if length + 3 <= self.context]
         for request in requests:
+            if self._closed:
+                break
             self._queue.append(request)
             while self._queue or self._prompt or any(self._row):
                 self._admit()
@@ -255,8 +261,13 @@ class Engine:
                 with self._changed:
                     if not self._queue:
                         return
-                    request = self._queue.popleft()
-                self._prompt = self._prefill.begin(request)
+                    request = self._queue[0]
+                prompt = self._prefill.begin(request)  # which may fail: the request is in the queue until it has begun
+                with self._changed:
+                    if not self._queue or self._queue[0] is not request:  # it was cancelled meanwhile
+                        continue
+                    self._queue.popleft()
+                self._prompt = prompt
             if not self._prompt.is_ready:
                 self._prefill.go_on(self._prompt)
                 pieces += 1
@@ -374,20 +385,6 @@ class Engine:
             self._ref.config, guides or None, Sizes(self.rows, self._prefill.size), self.context, settings,
             on_cpu=cpu_form.is_transposed(self._ref.params),
         )  # fmt: skip
-
-    def _free_controls(self) -> Controls:
-        rows = self.rows
-        return Controls(
-            eta=np.full(rows, np.inf, np.float32),
-            temperature=np.ones(rows, np.float32),
-            top_p=np.ones(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            threshold=np.zeros(rows, np.float32),
-            budget=np.zeros(rows, np.int32),
-            seed=np.zeros(rows, np.uint32),
-            weights=np.zeros((rows, len(self.guides)), np.float32),
-            mode=np.zeros(rows, np.int32),
-        )
 
     def _set_controls(self, place: int, request: Request, sample: int) -> None:
         sampling, controls = request.sampling, self._controls

@@ -131,7 +131,7 @@ class Reply:
         return entries
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
-        text = self._tokenizer.hf_tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode_one(token)
         # A token may be a part of a character; which bytes it has is then not known from its text.
         data = None if "\ufffd" in text else [*text.encode()]
         return {"token": text, "logprob": max(log_prob, LEAST_LOG_PROB), "bytes": data}

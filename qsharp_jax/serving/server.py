@@ -24,6 +24,7 @@ REQUEST_SECONDS = 30  # that a connection may be open without the head of a requ
 TAKE_SECONDS = 60  # that a client may leave what it is sent in the server's memory
 # Makes the engine, given its `deliver`; called on the engine's thread, which owns the devices.
 MakeEngine = Callable[[Callable[[list[Update]], None]], Engine]
+OnMesh = Callable[[], contextlib.AbstractContextManager]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,25 +42,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(
-    make_engine: MakeEngine, on_mesh: contextlib.AbstractContextManager, served: Served, tokenizer: Tokenizer,
+    make_engine: MakeEngine, on_mesh: OnMesh, served: Served, tokenizer: Tokenizer,
     limits: Limits, listening: socket.socket,
 ) -> int:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C, then answer what has been asked, and return the exit code.
 
     Args:
-      on_mesh: in which the engine's thread makes and runs the engine.
+      on_mesh: called on the engine's thread, which makes and runs the engine inside; a mesh is set for one thread only.
     """
     return asyncio.run(_run(make_engine, on_mesh, served, tokenizer, limits, listening))
 
 
 async def _run(
-    make_engine: MakeEngine, on_mesh: contextlib.AbstractContextManager, served: Served, tokenizer: Tokenizer,
+    make_engine: MakeEngine, on_mesh: OnMesh, served: Served, tokenizer: Tokenizer,
     limits: Limits, listening: socket.socket,
 ) -> int:  # fmt: skip
     loop = asyncio.get_running_loop()
     broker = Broker(loop)
     future_engine: asyncio.Future[Engine] = loop.create_future()
-    warm, ended = asyncio.Event(), asyncio.Event()
+    warm, ended, told_again = asyncio.Event(), asyncio.Event(), asyncio.Event()
     errors: list[BaseException] = []
 
     def tell(function: Callable[..., object], *arguments: object) -> None:
@@ -68,7 +69,7 @@ async def _run(
 
     def own_the_devices() -> None:
         try:
-            with on_mesh:
+            with on_mesh():
                 engine = make_engine(broker.deliver)
                 tell(future_engine.set_result, engine)
                 engine.warm_up()
@@ -87,20 +88,21 @@ async def _run(
     http = _Http(
         uvicorn.Config(
             server.app(), http=Connection, log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=int(limits.seconds) + 1,
+            timeout_graceful_shutdown=int(limits.seconds) + 1, timeout_keep_alive=REQUEST_SECONDS,
         )
     )  # fmt: skip
 
     def stop() -> None:
-        http.force_exit = http.should_exit  # a second signal does not wait for answers
+        if http.should_exit:  # a second signal does not wait for answers
+            http.force_exit = True
+            told_again.set()
         http.should_exit, server.is_ready = True, False
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
 
     async def follow_the_engine() -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (warm, ended)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await _either(warm, ended)
         if warm.is_set():
             server.is_ready = not http.should_exit
             print("ready", file=sys.stderr, flush=True)
@@ -114,12 +116,19 @@ async def _run(
     await http.serve(sockets=[listening])
     engine.close()
     following.cancel()
-    if not http.force_exit:
-        await ended.wait()
+    await _either(ended, told_again)
     if errors:
         traceback.print_exception(errors[0])
         return 1
     return 0
+
+
+async def _either(*events: asyncio.Event) -> None:
+    """Wait for one of the events."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 class Connection(H11Protocol):
@@ -143,7 +152,19 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+        self._wait_for_client()
+
+    def _wait_for_client(self) -> None:
+        """Close the connection if the client takes nothing more for `TAKE_SECONDS`."""
+        before = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < before:
+                self._wait_for_client()
+            else:
+                self.transport.abort()
+
+        self._stalled = self.loop.call_later(TAKE_SECONDS, look)
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ import types
 
 import bpe
 import httpx
+import jax
 import pytest
 import uvicorn
 
@@ -28,7 +31,7 @@ PATH = "/v1/chat/completions"
 class Told:
     """In place of an `Engine`: `does` is what it does with a request."""
 
-    context, has_failed = 64, False
+    context, has_failed, most_queued = 64, False, 5
 
     def __init__(self, does):
         self.does, self.cancelled, self.asked = does, [], []
@@ -51,6 +54,12 @@ class Told:
 def letters(request, finish="length"):
     yield Update(request, 0, [40, 41], [-1.0, -2.0], [-1.0, -2.0], [0.0, 0.0], [0.5, 0.5], [], None)
     yield Update(request, 0, [42], [-1.0], [-1.0], [0.0], [float("nan")], [], finish)
+
+
+def long(request):
+    """An answer of some megabytes, whole."""
+    count = 20_000
+    yield Update(request, 0, [40] * count, *[[-1.0] * count] * 4, [], "length")
 
 
 def silent(request):
@@ -134,6 +143,23 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
         assert all_cancelled(engine) and len(engine.asked) == 1
 
 
+def test_a_client_that_reads_slowly_is_not(monkeypatch):
+    """It takes all of an answer in several times the seconds that it may take nothing."""
+    monkeypatch.setattr(server_module, "TAKE_SECONDS", 0.3)
+    with serving(long) as (client, engine), socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((client.base_url.host, client.base_url.port))
+        slow.sendall(raw(BODY | dict(return_guidance=True)))
+        begun, answer = time.monotonic(), b""
+        while part := slow.recv(1 << 16):
+            answer += part
+            if answer.endswith(b"}") and answer.count(b"kl") >= 20_000:
+                break
+            if time.monotonic() < begun + 1.5:
+                time.sleep(0.02)
+        assert answer.count(b'"kl"') == 20_000 and time.monotonic() > begun + 4 * 0.3
+
+
 @pytest.mark.parametrize("head", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost:"])
 def test_a_connection_without_a_request_is_closed(monkeypatch, head):
     monkeypatch.setattr(server_module, "REQUEST_SECONDS", 0.2)
@@ -166,6 +192,13 @@ def test_a_full_queue_and_a_closed_engine_have_their_status(does, status, code):
             answer = client.post(PATH, json=BODY | dict(stream=stream))
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
             assert ("retry-after" in answer.headers) == (status == 429)
+
+
+def test_more_prompts_than_the_queue_takes_are_a_request_s_own_fault():
+    """And not a matter of time, as they would be with 429."""
+    with serving(silent) as (client, engine):
+        answer = client.post("/v1/completions", json=dict(model="small", prompt=["a"] * 6))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_prompts") and not engine.asked
 
 
 def test_of_several_prompts_all_are_taken_or_none():
@@ -218,6 +251,9 @@ def test_too_large_a_body_is_refused_while_it_comes():
 
 def test_metrics_count_what_was_answered():
     with serving(letters) as (client, engine):
+        engine.does = Busy
+        client.post(PATH, json=BODY)
+        engine.does = letters
         client.post(PATH, json=BODY)
         client.post(PATH, json=BODY | dict(model="good"))
         client.post(PATH, json=BODY | dict(model="bad"))
@@ -225,6 +261,7 @@ def test_metrics_count_what_was_answered():
             line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")
         )
     assert lines['qsharp_tokens_total{guided="false"}'] == lines['qsharp_tokens_total{guided="true"}'] == "3.0"
+    assert float(lines["qsharp_prompt_tokens_total"]) == sum(len(one.prompt) for one in engine.asked[1:])
     assert lines['qsharp_requests_total{path="/v1/chat/completions",status="200"}'] == "2.0"
     assert lines['qsharp_requests_total{path="/v1/chat/completions",status="404"}'] == "1.0"
     assert (lines["qsharp_queue_length"], lines["qsharp_rows_in_use"]) == ("1.0", "2.0")
@@ -239,3 +276,53 @@ def test_the_page_needs_nothing_from_elsewhere():
         and "default-src 'none'" in answer.headers["content-security-policy"]
     )
     assert "http://" not in answer.text and "https://" not in answer.text
+
+
+def serve(make_engine, on_mesh=contextlib.nullcontext):
+    """The server's exit code, when it has ended by itself or by a signal."""
+    listening = server_module.listen("127.0.0.1", 0)
+    served = Served("small", ("good",), Sampling(), 0.1, "qsharp", created=0)
+    limits = Limits(seconds=20, body=1000)
+    return server_module.run(make_engine, on_mesh, served, Tokenizer(bpe.make(), "chat"), limits, listening)
+
+
+def test_the_mesh_is_that_of_the_engine_s_thread():
+    """JAX sets a mesh for a thread alone."""
+    mesh, seen = jax.make_mesh((1,), ("data",)), []
+
+    def make_engine(deliver):
+        seen.append((jax.sharding.get_mesh(), threading.current_thread().name))
+        raise Closed
+
+    with pytest.raises(Closed):
+        serve(make_engine, lambda: jax.set_mesh(mesh))
+    assert seen == [(mesh, "engine")] and jax.sharding.get_mesh().empty
+
+
+def test_a_second_signal_ends_a_server_that_still_compiles():
+    compiling, ended = threading.Event(), threading.Event()
+
+    class Compiling(Told):
+        def warm_up(self):
+            compiling.set()
+            ended.wait(20)
+
+        def run(self):
+            pass
+
+        def close(self):
+            pass
+
+    def signals():
+        compiling.wait(20)
+        for _ in range(2):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signals).start()
+    begun = time.monotonic()
+    try:
+        assert serve(lambda deliver: Compiling(silent)) == 0
+        assert 1 <= time.monotonic() - begun < 10
+    finally:
+        ended.set()

@@ -230,6 +230,53 @@ def test_an_error_on_the_devices_ends_all_requests(monkeypatch):
         engine.submit(requests[0])
 
 
+def test_an_error_of_a_prefill_ends_the_request_that_it_was_for(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    received = Received()
+    engine = start(received, rows=1)
+    requests = [request([1], n=2), request([2])]
+    for one in requests:
+        engine.submit(one)
+    monkeypatch.setattr(engine._prefill, "begin", fail)
+    with pytest.raises(RuntimeError):
+        engine.run()
+    assert received.finish == {(requests[0], 0): "error", (requests[0], 1): "error", (requests[1], 0): "error"}
+
+
+def test_an_error_loses_no_end_that_was_seen_before_it(monkeypatch):
+    """The row of a response that has ended is free when the next look fails, and its end not yet delivered."""
+    received = Received()
+    engine = start(received, rows=1)
+    one = request([1])
+    engine.submit(one)
+    dispatch, look, ends = engine._dispatch, engine._look, []
+
+    def failing():
+        if ends:
+            raise RuntimeError("out of memory")
+        return dispatch()
+
+    def looking(*arguments):
+        updates = look(*arguments)
+        ends.extend(update for _, update in updates if update.finish)
+        return updates
+
+    monkeypatch.setattr(engine, "_dispatch", failing)
+    monkeypatch.setattr(engine, "_look", looking)
+    with pytest.raises(RuntimeError):
+        engine.run()
+    assert received.finish == {(one, 0): ends[0].finish} and ends[0].finish != "error"
+
+
+def test_a_closed_engine_compiles_no_more(monkeypatch):
+    engine = start(Received(), guides=[BERNOULLI])
+    monkeypatch.setattr(engine, "_admit", lambda: pytest.fail("it went on"))
+    engine.close()
+    engine.warm_up()
+
+
 def test_warming_up_leaves_nothing_behind():
     received = Received()
     engine = start(received, guides=[BERNOULLI])
