@@ -148,8 +148,6 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         options.mesh, rest = configs.mesh_section(options.mesh, rest), []
     if options.workdir is None and (options.config is not None or rest):
         raise UserError("--config goes with --workdir; a model's folder has no settings to change")
-    if options.workdir is not None and options.name != "compare":
-        _check_no_comparison(files.make_path(options.workdir))
     if hasattr(options.command, "check_arguments"):  # before a workdir is opened or created
         options.command.check_arguments(options)
     if options.workdir is None:
@@ -166,7 +164,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         if others := [word for word in rest if not word.startswith("--config.mesh")]:
             raise UserError(f"{others[0]} changes the settings of an existing run; give the --config it was made with")
         config = None
-        check_is_workdir(files.make_path(options.workdir))  # before JAX is imported
+        check_stored = check_is_workdir if options.name == "compare" else _check_is_run
+        check_stored(files.make_path(options.workdir))  # before JAX is imported
 
     from qsharp_jax.experiments import opening
     from qsharp_jax.run import checks, provenance
@@ -189,8 +188,9 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
     return workdir
 
 
-def _check_no_comparison(path: Path) -> None:
-    """Raise a UserError for the workdir of `qsharp compare`, whose runs have folders of their own."""
+def _check_is_run(path: Path) -> None:
+    """Raise a UserError for what is no workdir, or that of `qsharp compare`, whose runs have folders of their own."""
+    check_is_workdir(path)
     if runs := sorted(run.parent for run in path.glob("seed_*/*/config.json")):
         raise UserError(
             f"{path} holds a comparison of several runs; give the workdir of one of them, as {runs[0]}, or repeat"
@@ -218,7 +218,7 @@ def _measured(options: argparse.Namespace) -> Path | None:
 
 def _settings_of(of: Path, changes: list[str]) -> ConfigDict:
     """Return the settings of a run that is measured again, changed where that concerns no training."""
-    check_is_workdir(of)
+    _check_is_run(of)
     if (run := Workdir.attach(of)).of is not None:
         raise UserError(f"{of} holds measurements of {run.of}; give --of {run.of}")
     config = Workdir.attach(of).config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qsharp_jax import rollouts
-from qsharp_jax.algorithms.registry import DEFAULT
+from qsharp_jax.algorithms.registry import ALGORITHMS, DEFAULT
 from qsharp_jax.data.batches import Example
 from qsharp_jax.decoding import Guide as Guides
 from qsharp_jax.decoding import row_seeds
@@ -85,7 +85,8 @@ def evaluate(
     problems, by_reward, sampling = to_problems(prompts), judge(reward, weights), of_model(ref, sampling)
     model = for_reference(guide, ref)
     encoded = [ref.tokenizer.encode_prompt(problem.prompt) for problem in problems]
-    method = DEFAULT if sampling.mode == "qsharp" else "cd"  # whose guide by likelihood tilts by log E z
+    # Every other tilt is controlled decoding's, by one of its variants.
+    method = DEFAULT if sampling.mode == DEFAULT else ALGORITHMS[DEFAULT].extra_modes[0]
 
     def sample(name: str, model: Guides | None, etas: Sequence[float]) -> list[dict[str, Any]]:
         plan = list(itertools.product(problems, etas, range(samples)))

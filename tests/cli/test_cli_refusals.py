@@ -25,9 +25,12 @@ def test_a_date_that_is_none_is_one_sentence(light, tmp_path, capsys):
 def test_the_workdir_of_a_comparison_is_not_one_of_a_run(tmp_path, capsys):
     run = tmp_path / "seed_0" / "qsharp"
     run.mkdir(parents=True)
-    (run / "config.json").write_text("{}")
-    for command in (("report",), ("run",), ("run", "--config", "arithmetic"), ("export", "--what", "ref", "--out", "o")):
-        words = refused(capsys, *command, "--workdir", tmp_path)
+    for folder in (run, tmp_path):
+        (folder / "config.json").write_text("{}")
+    of = ("evaluate", "--of", tmp_path, "--workdir", tmp_path / "new")
+    commands = [("report",), ("run",), ("export", "--what", "ref", "--out", "o")]
+    for command in (of, *((*command, "--workdir", tmp_path) for command in commands)):
+        words = refused(capsys, *command)
         assert f"{tmp_path} holds a comparison of several runs; give the workdir of one of them, as {run}" in words
 
 

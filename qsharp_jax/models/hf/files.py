@@ -89,7 +89,7 @@ class Tensors(contextlib.AbstractContextManager):
         else:
             pieces = [(out[i], (row + i) * width + begin) for i in range(len(out))]
         for piece, start in pieces:
-            rest, at = memoryview(piece.reshape(-1).view(np.uint8)), place + start * dtype.itemsize
+            rest, at = piece.reshape(-1).view(np.uint8).data, place + start * dtype.itemsize
             while len(rest):  # Linux reads 2 GiB at once, at most
                 if not (done := os.preadv(file.fileno(), [rest], at)):
                     raise UserError(f"{file.name} was truncated while {name} was read; download it again")
