@@ -1,4 +1,4 @@
-"""What `qsharp serve` chooses where nothing is said."""
+"""Defaults of `qsharp serve`, and numbers that JSON cannot hold in the lines of the commands beside it."""
 
 import argparse
 
