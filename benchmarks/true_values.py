@@ -42,11 +42,7 @@ def responses(session: Session, *, of_test: bool) -> list[tuple[Problem, Example
     if of_test:
         text, by_id = models.tokenizer(session), {each.problem_id: each for each in problems.test_problems(session)}
         samples = read_samples(samples_path(session.workdir, "pi_ref", 0))
-        asked = [by_id[sample["problem_id"]] for sample in samples]
-        return [
-            (problem, Example(text.encode_prompt(problem.prompt), sample["tokens"]))
-            for problem, sample in zip(asked, samples, strict=True)
-        ]
+        return [(by_id[s["problem_id"]], Example(text.encode_prompt(s["prompt"]), s["tokens"])) for s in samples]
     by_id = {problem.problem_id: problem for problem in problems.all_train_problems(session)}
     data = with_reward(read_rounds(session.workdir.path / "rollouts", [1], texts=False))
     _, held_out = split_held_out(data, session.config.fit.holdout)

@@ -34,8 +34,8 @@ def check_collected(session: "Session", number: int) -> None:
     from qsharp_jax.run.problems import train_problems
 
     for round in range(1, number + 1):
-        count, whole = count_rollouts(session.workdir.rollouts(round)), len(train_problems(session, round))
-        whole *= session.config.collect.samples
+        count = count_rollouts(session.workdir.rollouts(round))
+        whole = len(train_problems(session, round)) * session.config.collect.samples
         if 0 < count < whole:
             raise UserError(
                 f"round {round} has {count} of its {whole} rollouts; run qsharp collect --workdir"

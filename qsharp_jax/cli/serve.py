@@ -190,7 +190,7 @@ def _context(options: argparse.Namespace, models: Any) -> int:
 def _rows(models: Any, context: int, platform: str) -> int:
     from qsharp_jax.decoding import rows_that_fit
 
-    # Besides what is free: the models are loaded by now.
+    # The models are loaded by now, so that what is free is for the caches.
     fitting = rows_that_fit([*models.configs.values()], context, weights=())
     return min(fitting, ROWS.get(platform, ROWS_ELSEWHERE))
 

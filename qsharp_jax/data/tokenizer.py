@@ -166,15 +166,14 @@ class Tokenizer:
 
     def decode_one(self, token: int) -> str:
         """Return the text that a token adds to a text before it, with its blank; special tokens as they are written."""
-        text, before = (
-            self.hf_tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            for tokens in ([*self._word, token], self._word)
-        )
-        return text[len(before) :]
+        before, text = self._word
+        return self.hf_tokenizer.decode([*before, token], clean_up_tokenization_spaces=False)[len(text) :]
 
     @functools.cached_property
-    def _word(self) -> list[int]:
-        return self._raw("a")
+    def _word(self) -> tuple[list[int], str]:
+        """A word's ids and their text, for tokens to come after."""
+        ids = self._raw("a")
+        return ids, self.hf_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def decode_stream(self, blocks: Iterable[Sequence[int]], stop: Sequence[str] = ()) -> Iterator[str]:
         """Decode ids that come in blocks by a `TextStream`; yields the new text after each block, and the rest."""

@@ -153,7 +153,7 @@ def _shares_rollouts(config: ConfigDict, shared: Path) -> bool:
 
 def _shares(config: ConfigDict, shared: Path, keys: Sequence[str]) -> bool:
     """Return true if `compare.changes` left the method these settings of the shared workdir."""
-    changed = [line.partition(":")[0] for line in configs.differences(Workdir.attach(shared).config, config)]
+    changed = configs.changed(Workdir.attach(shared).config, config)
     return not any(f"{name}.".startswith(f"{key}.") for name in changed for key in keys)
 
 

@@ -296,16 +296,21 @@ def keys(config: ConfigDict) -> list[str]:
     return [key for key, _ in _leaves(to_json(config))]
 
 
-def differences(a: ConfigDict, b: ConfigDict, *, but: Collection[str] = ()) -> list[str]:
-    """Return the settings that differ, each as "fit.epochs: 4 -> 5", except the settings and sections `but`.
+_ABSENT = object()  # in place of the value of a setting that a config does not have
 
-    A tuple equals a list, and 1 equals 1.0.
-    """
-    old, new = (dict(_leaves(to_json(config))) for config in (a, b))
-    absent = object()
+
+def differences(a: ConfigDict, b: ConfigDict, *, but: Collection[str] = ()) -> list[str]:
+    """Return the settings that differ, each as "fit.epochs: 4 -> 5", except the settings and sections `but`."""
 
     def words(value: Any) -> str:
-        return "absent" if value is absent else repr(value)
+        return "absent" if value is _ABSENT else repr(value)
 
-    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in old | new if key.partition(".")[0] not in but]
-    return [f"{key}: {words(before)} -> {words(after)}" for key, before, after in pairs if before != after]
+    pairs = {key: pair for key, pair in changed(a, b).items() if key.partition(".")[0] not in but}
+    return [f"{key}: {words(before)} -> {words(after)}" for key, (before, after) in pairs.items()]
+
+
+def changed(a: ConfigDict, b: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Return both values of the settings that differ, by key; a tuple equals a list, and 1 equals 1.0."""
+    old, new = (dict(_leaves(to_json(config))) for config in (a, b))
+    pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in old | new}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -51,7 +51,10 @@ def test_the_responses_are_held_out_rollouts_or_the_test_s_samples(tmp_path):
     chosen = true_values.responses(session, of_test=False)
     assert 0 < len(chosen) < len(train)
     assert all(train[example.response[0]] == problem for problem, example in chosen)
-    samples = [{"problem_id": problem.problem_id, "tokens": [5, 6]} for problem in test for _ in range(2)]
+    samples = [
+        {"problem_id": problem.problem_id, "prompt": problem.prompt, "tokens": [5, 6]}
+        for problem in test for _ in range(2)
+    ]  # fmt: skip
     write_samples(samples_path(session.workdir, "pi_ref", 0), samples)
     expected = [(problem, Example(text.encode_prompt(problem.prompt), [5, 6])) for problem in test for _ in range(2)]
     assert true_values.responses(session, of_test=True) == expected
