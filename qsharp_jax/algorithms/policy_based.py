@@ -88,6 +88,21 @@ def check_gaps(gaps: np.ndarray, limit: float) -> None:
         )
 
 
+def fill_rewards(rewards: np.ndarray, samples: int) -> np.ndarray:
+    """Replace NaN by the mean reward of the same prompt's other responses, or where it has none, of all: [N] -> [N].
+
+    With a baseline per prompt, such a response is neither better nor worse than its siblings, and leaves theirs alone.
+
+    Args:
+      rewards: with the `samples` of a prompt next to each other; not all NaN.
+    """
+    by_prompt = rewards.reshape(-1, samples)
+    judged = ~np.isnan(by_prompt)
+    counts = judged.sum(1, keepdims=True)
+    means = np.where(judged, by_prompt, 0.0).sum(1, keepdims=True) / np.maximum(counts, 1)
+    return np.where(judged, by_prompt, np.where(counts > 0, means, np.nanmean(rewards))).reshape(-1)
+
+
 def discounted_sum(x: np.ndarray, decay: float) -> np.ndarray:
     """y_t = x_t + decay y_{t+1} along the last axis: [N, M] -> [N, M]."""
     total = np.array(x, float)
@@ -243,8 +258,8 @@ class OnPolicyTraining:
 
         Responses are drawn at the config's temperature, never truncated. Several processes, or groups that decode
         together, share the problems; every process gets the whole batch. The rollouts are written as a shard of the
-        round's, and their statistics to the log. A response without a reward gets the mean of the others in what is
-        returned, so that it is neither better nor worse than they.
+        round's, and their statistics to the log. Responses without a reward have that of `fill_rewards` in what is
+        returned.
 
         Raises:
           UserError: if no response has a reward, or the log-probabilities of decoding and training differ by more than
@@ -260,20 +275,19 @@ class OnPolicyTraining:
             records = self._records(problems, prompts, seeds, drawn)
             if self.session.workdir.writes:
                 write_shard(self.session.workdir.rollouts(self.number), index, records)
-            rewards = [record.reward for record in records if record.reward is not None]
-            if not rewards:
+            if np.isnan(drawn["rewards"]).all():
                 raise UserError(
                     "no response of a batch has a reward; fix the reward function and run the same command again"
                 )
-            reward = float(np.mean(rewards))
+            filled = fill_rewards(drawn["rewards"], self.samples).tolist()
             examples = [
-                from_rollout(dataclasses.replace(record, reward=reward if record.reward is None else record.reward))
-                for record in records
+                from_rollout(dataclasses.replace(record, reward=reward))
+                for record, reward in zip(records, filled, strict=True)
             ]
             mask, log_probs, values = score(self.session, params, examples)
             gaps = np.abs(log_probs - drawn["log_probs"])[mask]
             self._check_gaps(index, gaps)
-        kl = float(drawn["kl"].sum(1).mean())
+        reward, kl = float(np.nanmean(drawn["rewards"])), float(drawn["kl"].sum(1).mean())
         self._trainer.log(
             {
                 "rollouts": len(records),

@@ -171,8 +171,12 @@ def test_a_policy_is_measured_and_reported_like_a_guide():
     assert {"learning.png", "frontier.png"} <= {path.name for path in session.workdir.path.iterdir()}
 
 
-@pytest.mark.parametrize("failing", [slice(0, None, 3), slice(None)])
-def test_a_response_without_a_reward_is_learned_from_as_the_mean_and_recorded_as_such(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize(
+    "failing", [slice(0, None, 3), np.r_[0:4, 5, 9, 10], slice(None)], ids=["some", "a prompt", "all"]
+)
+def test_a_response_without_a_reward_is_learned_from_as_its_prompts_mean_and_recorded_as_none(
+    tmp_path, monkeypatch, failing
+):
     session = bandit.session(tmp_path, "reinforce", "collect.prompts=8")
     rewards, sample, batches = policy_based.rollouts.rewards, OnPolicyTraining.sample, []
 
@@ -183,7 +187,7 @@ def test_a_response_without_a_reward_is_learned_from_as_the_mean_and_recorded_as
 
     monkeypatch.setattr(policy_based.rollouts, "rewards", some)
     monkeypatch.setattr(OnPolicyTraining, "sample", lambda *args: batches.append(sample(*args)) or batches[-1])
-    if failing == slice(None):
+    if isinstance(failing, slice) and failing == slice(None):
         with pytest.raises(UserError, match="no response of a batch has a reward; fix the reward function"):
             run(session, bandit.reference(session))
     else:
@@ -191,10 +195,26 @@ def test_a_response_without_a_reward_is_learned_from_as_the_mean_and_recorded_as
     recorded = read_rounds(tmp_path / "rollouts", [1]).rewards.astype(float)
     assert np.isnan(recorded[failing]).all() and np.isnan(recorded).sum() == len(recorded[failing])
     for batch in batches:
-        expected = np.where(np.isnan(recorded), np.nanmean(recorded), recorded)  # float32 on the disk
+        expected = []
+        for prompt in recorded.reshape(-1, 4):  # float32 on the disk
+            judged = prompt[~np.isnan(prompt)]
+            mean = judged.mean() if len(judged) else np.nanmean(recorded)
+            expected += [mean if np.isnan(reward) else reward for reward in prompt]
         np.testing.assert_allclose(batch.rewards, expected, rtol=1e-6)
         (line,) = [line for line in session.workdir.read_metrics() if "objective" in line]
         assert line["reward"] == pytest.approx(np.nanmean(recorded))
+
+
+def test_a_response_without_a_reward_neither_pushes_its_siblings_nor_is_pushed():
+    """By leave-one-out, with one and with two failed of four: of the judged ones' advantages the sum stays 0."""
+    rewards = policy_based.fill_rewards(np.asarray([np.nan, 0.1, 0.2, 0.6, 0.9, np.nan, 0.5, np.nan]), 4)
+    examples = [Example([1], [2], reward=reward) for reward in rewards.tolist()]
+    ones, zeros = np.ones((8, 1), bool), np.zeros((8, 1))
+    batch = policy_based.RolloutBatch(examples, 4, ones, zeros, zeros, zeros)
+    advantages = reinforce.token_targets(batch, eta=0.3, baseline="leave_one_out")["advantages"].reshape(2, 4)
+    np.testing.assert_allclose(advantages[[0, 1, 1], [0, 1, 3]], 0, atol=1e-12)
+    np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-12)
+    assert advantages[0, 3] > 0.3 and advantages[1, 0] > 0.2
 
 
 class Killed(Exception):
