@@ -17,6 +17,7 @@ previous one with `fit.warm_start`, else from pi_ref. Prompts whose rollouts all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -115,9 +116,11 @@ def fit(session: Session, number: int, ref: LanguageModel, params: Params | None
     from qsharp_jax.data.batches import Batches, RolloutExamples
     from qsharp_jax.run import models
     from qsharp_jax.run.config import kl_weight
+    from qsharp_jax.train.checkpoint import DamagedError
 
-    if models.fitted_rounds(session.workdir) >= number:
-        return session.for_fitting(models.load_guide(session, number, ref)).params
+    with contextlib.suppress(DamagedError):  # `training` reports it, and resumes from the checkpoint before
+        if models.fitted_rounds(session.workdir) >= number:
+            return session.for_fitting(models.load_guide(session, number, ref)).params
     config = session.config[session.config.algorithm]
     pairs, skipped = make_pairs(data)
     prompts = len({*data.prompt_ids})

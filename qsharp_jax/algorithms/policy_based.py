@@ -186,11 +186,9 @@ def training(
         yield trainer
         if not trainer.finished:
             trainer.finish()
-    checkpoints = Checkpoints(folder)
-    if with_value_head and not checkpoints.finished():  # the saved policy has no value head, like every algorithm's
+    if with_value_head:  # the saved policy has none, like every algorithm's
         state = trainer.state
-        checkpoints.save(state.replace(params=without_value_head(state.params), opt_state={}), final=True)
-        checkpoints.wait()
+        Checkpoints(folder).save_result(state.replace(params=without_value_head(state.params), opt_state={}))
 
 
 def _loss(

@@ -3,6 +3,7 @@
 An algorithm chooses the fit's targets and loss. All results are in the workdir, so that a stopped run resumes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -23,7 +24,7 @@ from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import multihost
 from qsharp_jax.system.errors import UserError
-from qsharp_jax.train.checkpoint import Checkpoints
+from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
 
 ATOMS = 21  # of a categorical distribution that is chosen by the rewards
 
@@ -133,8 +134,10 @@ def fit(
     """
     config, guide_config = session.config.fit, models.guide_config(session)
     checkpoints = Checkpoints(session.workdir.guide_folder(number))
-    if config.lora_rank and checkpoints.finished():
-        return models.load_guide(session, number)
+    if config.lora_rank:
+        with contextlib.suppress(DamagedError):  # `save_result` reports it, and writes it again
+            if checkpoints.finished():
+                return models.load_guide(session, number)
     if config.warm_start and previous is not None:
         params = previous.params
     else:
@@ -216,8 +219,7 @@ def fit(
         )
     if config.lora_rank:  # its own checkpoints hold the LoRA; the merged parameters are an ordinary guide
         state = state.replace(params=lora.merged(_without(state.model, beside)), frozen={})
-        checkpoints.save(state, final=True)
-        checkpoints.wait()
+        checkpoints.save_result(state)
     return ValueModel(_without(state.params, ("future",)), guide_config)
 
 

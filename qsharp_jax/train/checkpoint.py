@@ -99,6 +99,20 @@ class Checkpoints:
         self.wait()
         self._save(self._best, best.step, {"loss": best.loss}, params=params)
 
+    def save_result(self, state: Any) -> None:
+        """Save the final state of a training whose own checkpoints are elsewhere, and wait; errors as in `save`.
+
+        One that is saved already stays. If it is damaged, it is reported and renamed, as by `restore`.
+        """
+        if (step := self._last()) is not None:
+            try:
+                if self._read(self._manager, step, params=state.params)["progress"]["final"]:
+                    return
+            except DamagedError as error:
+                self._set_aside({step: str(error)}, "it is written again")
+        self.save(state, final=True)
+        self.wait()
+
     def wait(self) -> None:
         """Wait until everything saved is on disk; errors as in `save`."""
         with self._named_errors():
@@ -161,7 +175,7 @@ class Checkpoints:
             except DamagedError as error:
                 unreadable[step] = str(error)
                 continue
-            self._set_aside(unreadable, step)
+            self._set_aside(unreadable, f"training resumes from step {step}")
             self._forget_best_from(step)
             return state.replace(params=saved["params"], **saved["training"])
         if unreadable:
@@ -239,8 +253,8 @@ class Checkpoints:
         _forget_reads()
         raise DamagedError(f"the checkpoint {path} {problem}")
 
-    def _set_aside(self, unreadable: dict[int, str], step: int) -> None:
-        """Rename unreadable checkpoints, and print a line about each."""
+    def _set_aside(self, unreadable: dict[int, str], then: str) -> None:
+        """Rename unreadable checkpoints, and print a line about each, which says what happens then."""
         if not unreadable:
             return
         for number, problem in unreadable.items() if multihost.is_first() else ():
@@ -251,7 +265,7 @@ class Checkpoints:
                 tries += 1
                 aside = path.with_name(f"{number}.damaged-{tries}")
             files.rename_folder(path, aside)
-            print(f"{problem}; it is kept as {aside}, and training resumes from step {step}", file=sys.stderr)
+            print(f"{problem}; it is kept as {aside}, and {then}", file=sys.stderr)
         multihost.wait_for_all("damaged checkpoints are renamed")
         self._manager.reload()
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_decoder
 import pytest
+from checkpoints import flip, largest
 from marks import slow
 
 from qsharp_jax import decoding, report, train
@@ -28,6 +29,7 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.run import models
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
+from qsharp_jax.train.damage import DamagedError
 
 V, PADDED = 11, 3
 MODEL = helpers.random_model(V, seed=1, scale=2.0)
@@ -243,6 +245,24 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     lines = len(killed.workdir.read_metrics())
     helpers.assert_trees_equal(run(killed, ref).params, want.params)
     assert len(killed.workdir.read_metrics()) == lines, "a finished run computes nothing again"
+
+
+@pytest.mark.parametrize(("name", "then"), [("ppo", "it is written again"), ("dpo", "training resumes from step 12")])
+def test_a_run_whose_last_policy_is_damaged_mends_it(name, then, tmp_path, capfd):
+    """Without its value head PPO's is written from the training's own checkpoint, DPO's trained from the one before."""
+    settings = ("collect.prompts=16", "fit.save_every=4", "ppo.epochs=2", "dpo.epochs=1", "policy.batch_size=8")
+    session = bandit.session(tmp_path, name, *settings)
+    ref = bandit.reference(session)
+    policy, folder = run(session, ref), session.workdir.guide_folder(1)
+    last = max((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    flip(largest(last / "params"), 5000)
+    with pytest.raises(DamagedError, match=f"{last} is damaged .*; run its training again"):
+        models.load_guide(session, 1)
+    capfd.readouterr()
+    helpers.assert_trees_equal(run(session, ref).params, policy.params)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert line.startswith(f"the checkpoint {last} is damaged") and line.endswith(f"{last}.damaged, and {then}")
+    helpers.assert_trees_equal(models.load_guide(session, 1).params, policy.params)
 
 
 def test_sampler_and_trainer_that_differ_are_told_apart(tmp_path):

@@ -6,6 +6,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from checkpoints import flip, largest
 from helpers import assert_trees_equal
 
 from qsharp_jax.algorithms import value_based
@@ -84,3 +85,21 @@ def test_a_guide_that_starts_from_an_exported_one_keeps_its_distribution(tmp_pat
     write_rollouts(session, 1)
     assert len(value_based.aggregate(session, 1)) == 30
     assert session.workdir.read_distribution() is None
+
+
+def test_a_fit_whose_merged_guide_is_damaged_writes_it_again(tmp_path, capfd):
+    """From the checkpoint of its LoRA, as often as it is damaged."""
+    session = helpers.session(tmp_path, "fit.lora_rank=2")
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
+    write_rollouts(session, 1)
+    data = value_based.aggregate(session, 1)
+    guide, folder = value_based.fit(session, 1, ref, data, None), session.workdir.guide_folder(1)
+    for aside in ("damaged", "damaged-2"):
+        (last,) = [path for path in folder.iterdir() if path.name.isdecimal()]
+        flip(largest(last / "params"), 5000)
+        capfd.readouterr()
+        assert_trees_equal(value_based.fit(session, 1, ref, data, None).params, guide.params)
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+        assert line.startswith(f"the checkpoint {last} is damaged (")
+        assert line.endswith(f"; it is kept as {last}.{aside}, and it is written again")
+        assert_trees_equal(session.for_fitting(models.load_guide(session, 1)).params, guide.params)
