@@ -110,10 +110,11 @@ def text(method: str, chosen: Examples | None) -> str:
         return f"(no samples of both pi_ref and {NAMES[method]})"
     name = f"{NAMES[chosen.method]} eta {chosen.eta:<6g}"
     pairs = sorted(chosen.pairs, key=lambda pair: -pair.gain)
-    # One is from the middle, so that the text does not only flatter.
+    # One is from the middle, or the last of a few, so that the text does not only flatter.
+    best = IN_TEXT - 1
     return "\n\n".join(
         f"{as_text(pair.before['prompt'])}\n"
         f"  {'pi_ref':<{len(name)}} {pair.before['response']}   ({chosen.verdict(pair.before)})\n"
         f"  {name} {pair.after['response']}   ({chosen.verdict(pair.after)}{_answer(pair.after)})"
-        for pair in pairs[: IN_TEXT - 1] + pairs[len(pairs) // 2 :][:1]
+        for pair in pairs[:best] + pairs[max(len(pairs) // 2, best) :][:1]
     )

@@ -235,7 +235,7 @@ def rollouts_table(metrics: list[dict], *, width: int | None = None) -> str:
         shares = [f"{total[name]:.3f}" if name in total else "" for name in ("finished", "labelled", "varied")]
         useful = f"{sum(line.get('tokens', 0) for line in collections) / row_steps:.3f}" if row_steps else ""
         seconds = f"{sum(line['seconds'] for line in collections):.0f}"
-        whole = [str(number), str(total["rollouts"]), f"{total['reward']:.3f}", f"{total['response_tokens']:.1f}"]
+        whole = [str(number), str(total["rollouts"]), _number(total, "reward"), f"{total['response_tokens']:.1f}"]
         lines.append([*whole, *shares, useful, seconds])
     return markdown(lines, width=width) if by_round else ""
 

@@ -14,7 +14,7 @@ from helpers import refusal
 
 from qsharp_jax import report
 from qsharp_jax.evaluation import measure, statistics
-from qsharp_jax.report import page, plots, tables
+from qsharp_jax.report import examples, page, plots, tables
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system.errors import UserError
 
@@ -173,6 +173,16 @@ def test_differences_have_their_sign():
     assert tables.differences_table(rows[:1]) == ""
 
 
+def test_a_round_without_any_reward_is_a_line_of_the_table_of_rollouts():
+    line = {
+        "phase": "round 1: collect", "rollouts": 24, "reward": None, "response_tokens": 7.0, "finished": 0.5,
+        "labelled": 1.0, "varied": 0.0, "seconds": 2.0,
+    }  # fmt: skip
+    header, _, cells = cells_of(tables.rollouts_table([line]))
+    shown = dict(zip(header, cells, strict=True))
+    assert (shown["rollouts"], shown["reward"], shown["tokens"], shown["varied"]) == ("24", "", "7.0", "0.000")
+
+
 PLOTS = ("frontier.png", "rounds.png", "calibration.png", "lengths.png")
 
 
@@ -197,6 +207,14 @@ def test_the_examples_begin_where_the_guide_made_the_difference(tmp_path):
     assert all(first <= page.index(f"prompt of p{i}") for i in range(5) if f"prompt of p{i}" in page)
     assert "unguided 3.0   (wrong)" in page and "guided 3 at 0.1 " in page and "right; answer 1,2,3" in page
     assert "at 0.5" not in page
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_no_example_comes_twice(count):
+    pairs = [examples.Pair(*(make_sample(f"p{i}", 0.1, r, "x") for r in (0.0, float(i == 0))), i) for i in range(count)]
+    text = examples.text("qsharp", examples.Examples("qsharp", 0.1, pairs, {}))
+    shown = re.findall(r"prompt of (p\d)", text)
+    assert len(shown) == len(set(shown)) == min(count, 3) and shown[0] == "p0"
 
 
 def test_whoever_has_the_files_can_make_the_report_again(tmp_path):
