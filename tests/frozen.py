@@ -46,7 +46,7 @@ ARITHMETIC = (
     "generate.max_new_tokens=24", "generate.prompt_bucket=48",
     "fit.epochs=2", "fit.batch_size=16", "fit.length_bucket=64", "fit.log_every=4", "fit.holdout=0.2",
     "fit.optimizer.warmup_steps=2",
-    "policy.batch_size=16", "policy.prompts=16", "ppo.epochs=1", "dpo.epochs=1",
+    "policy.batch_size=16", "policy.prompts=16", "policy.optimizer.warmup_steps=50", "ppo.epochs=1", "dpo.epochs=1",
     "collect.eta=0.3", "evaluate.problems=16", "evaluate.samples=2", "evaluate.batch_size=32", "evaluate.etas=0.3,",
 )  # fmt: skip
 STAR_GRAPH = (

@@ -7,4 +7,8 @@ from qsharp_jax.configs.compare_star_graph import compared
 
 
 def get_config() -> ConfigDict:
-    return compared(run())
+    c = compared(run())
+    # Of a round's updates: 38 by REINFORCE, which learns once from every rollout, and about 200 or more by the others.
+    c.policy.optimizer.warmup_steps = 50
+    c.compare.changes.reinforce = ("policy.optimizer.warmup_steps=4",)
+    return c

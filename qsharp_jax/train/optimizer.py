@@ -17,10 +17,17 @@ Schedule = Callable[[int], float]  # step -> learning rate, relative to its peak
 def make_schedule(config: Any, total_steps: int) -> Schedule:
     """The learning rate relative to its peak: linear warm-up, then constant or cosine to `end_fraction`.
 
+    A line is printed if the training ends before its warm-up does.
+
     Args:
-      config: warmup_steps, schedule, end_fraction.
+      config: learning_rate, warmup_steps, schedule, end_fraction.
       total_steps: of the whole training, where a cosine ends.
     """
+    if config.warmup_steps >= total_steps > 0:
+        print(
+            f"the learning rate never reaches {config.learning_rate:g}: warmup_steps is {config.warmup_steps} and the"
+            f" training has {total_steps} steps"
+        )
     rest = max(total_steps - config.warmup_steps, 1)
 
     def rate(step: int) -> float:

@@ -264,6 +264,16 @@ def test_a_recipe_is_found_by_its_name_and_by_its_path(name):
     assert config == configs.load(CONFIGS / f"{name}.py", ["--config.mesh=cuda_8", *own])
 
 
+@pytest.mark.parametrize("name", [str(name) for name in RECIPES if name.name not in ("meshes", "paper")])
+def test_the_policy_of_a_recipe_outlasts_its_warm_up(name):
+    """By REINFORCE, which learns once from every rollout, and so makes the fewest updates."""
+    config = configs.load(name, [])
+    if "compare" in config:
+        configs.override(config, [f"--config.{change}" for change in config.compare.changes.get("reinforce", ())])
+    updates = config.collect.prompts * config.collect.samples / config.policy.batch_size
+    assert config.policy.optimizer.warmup_steps < updates / 2
+
+
 def test_json_round_trip(path):
     config = configs.load(path, ["--config.generate.eta=inf"])
     text = json.dumps(configs.to_json(config))

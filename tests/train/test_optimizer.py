@@ -167,3 +167,11 @@ def test_schedules_by_closed_form():
     without = course(schedule="cosine", warmup_steps=0)
     np.testing.assert_allclose(without[[0, total // 2, total]], [1, (1 + end) / 2, end], atol=1e-6)
     assert np.isfinite(course(schedule="cosine", warmup_steps=2 * total)).all()  # never past the warm-up
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(50, 38), (38, 38), (37, 38), (0, 38), (0, 0), (50, 0)])
+def test_a_training_that_never_leaves_its_warm_up_says_so(capsys, warmup, total):
+    rate = train.make_schedule(helpers.optimizer_config(warmup_steps=warmup, schedule="constant"), total)
+    reaches = total == 0 or max(rate(step) for step in range(total)) == 1
+    words = f"the learning rate never reaches 0.02: warmup_steps is {warmup} and the training has 38 steps\n"
+    assert capsys.readouterr().out == ("" if reaches else words)
