@@ -7,8 +7,11 @@ these workdirs, so a stopped comparison resumes.
 The budget of rollouts is the config's, rounds x prompts x samples. The budget of gradient FLOPs is what Q#'s fits take:
 `fit.epochs` passes in every round over all rollouts so far. A method with a setting `epochs` takes the whole number of
 passes nearest to that budget; a method without it leaves the rest unused.
+
+Objectives are at the eta of the comparison, `collect.eta`, even of methods whose weight of the KL is another.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -28,6 +31,7 @@ from qsharp_jax.experiments import pipeline
 from qsharp_jax.report import NAMES, save_plot
 from qsharp_jax.run import checks, models, pretrain, provenance
 from qsharp_jax.run import config as configs
+from qsharp_jax.run.problems import task
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files
@@ -52,21 +56,22 @@ def run(workdir: Workdir) -> str:
     raised for an invalid config, before anything is computed.
     """
     check(workdir.config)
+    eta = workdir.config.collect.eta
     rows, failures = [], []
     for seed in workdir.config.compare.seeds:
         folder = workdir.path / f"seed_{seed}"
         with Workdir.open(folder / SHARED, settings(workdir.config, seed, DEFAULT), date=workdir.date) as shared:
             flops, epochs = _share(Session(shared))
-        rows += [_row_of_samples(folder / SHARED, seed, method) for method in ("pi_ref", "pi_ref_top_k")]
+        rows += [_row_of_samples(folder / SHARED, seed, method, eta) for method in ("pi_ref", "pi_ref_top_k")]
         for method in workdir.config.compare.methods:
             config = settings(workdir.config, seed, method, epochs.get(method))
             with Workdir.open(folder / method, config, ref_in=SHARED, date=workdir.date) as of_method:
                 session = Session(of_method)
                 try:
                     _run_method(session, folder / SHARED)
-                    rows.append(_row(session, folder, seed, flops))
+                    rows.append(_row(session, folder, seed, flops, eta))
                     if method == DEFAULT:
-                        rows.append(_row_of_samples(folder / method, seed, GREEDY, config.rounds))
+                        rows.append(_row_of_samples(folder / method, seed, GREEDY, eta, config.rounds))
                 except UserError as error:
                     failures.append(f"{NAMES[method]}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr)
@@ -113,10 +118,12 @@ def budget(shared: Session, data: Rollouts) -> tuple[float, dict[str, int]]:
     """Return the budget of gradient FLOPs, and by method the number of epochs whose cost is nearest to it.
 
     Args:
-      data: the first round's rollouts; later rounds are assumed to have responses of the same lengths.
+      data: the first round's rollouts; later rounds are assumed to have responses of the same lengths and rewards.
     """
     config, rounds = shared.config, shared.config.rounds
     passes = rounds * (rounds + 1) / 2  # over a round's rollouts in one epoch, where each round fits all so far
+    # With the same problems in every round, the k-th has k times the rollouts of each, and k^2 times the pairs.
+    of_pairs = rounds * (rounds + 1) * (2 * rounds + 1) / 6 if task(shared).FINITE else passes
     of_guide = train.guide_flops(models.guide_config(shared), config.fit.future_offsets)
     of_policy = train.language_model_flops(models.ref_config(shared))
     flops = config.fit.epochs * passes * (1 - config.fit.holdout) * _flops(of_guide, data)
@@ -124,7 +131,7 @@ def budget(shared: Session, data: Rollouts) -> tuple[float, dict[str, int]]:
     for method, algorithm in ALGORITHMS.items():
         if algorithm.learns == "policy" and hasattr(algorithm.settings, "epochs"):
             of_epoch = _flops(of_policy, algorithm.epoch_rollouts(data))
-            if cost := of_epoch * (rounds if algorithm.on_policy else passes):
+            if cost := of_epoch * (rounds if algorithm.on_policy else of_pairs):
                 epochs[method] = max(round(flops / cost), 1)
     return flops, epochs
 
@@ -176,17 +183,16 @@ def _results(path: Path, method: str, number: int) -> dict | None:
     return next((row for row in rows if (row["method"], row["round"]) == (method, number)), None)
 
 
-def _row_of_samples(folder: Path, seed: int, method: str, number: int = 0) -> dict:
+def _row_of_samples(folder: Path, seed: int, method: str, eta: float, number: int = 0) -> dict:
     """Return the result of pi_ref, or of another way to sample a trained model; its KL is that after truncation."""
     workdir = Workdir.attach(folder)
     row = _results(workdir.results, method, number)
     kl = 0.0 if method == "pi_ref" else row["kl_truncated"]
-    objective = row["reward"] - configs.kl_weight(workdir.config) * kl
     rewards = _rewards(workdir, method, number)
-    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": objective}
+    return {"seed": seed, "method": method, "rewards": rewards, "kl": kl, "objective": row["reward"] - eta * kl}
 
 
-def _row(session: Session, folder: Path, seed: int, flops: float) -> dict:
+def _row(session: Session, folder: Path, seed: int, flops: float, eta: float) -> dict:
     """Return the result and the costs of a finished run."""
     workdir, method, number = session.workdir, session.config.algorithm, session.config.rounds
     result = _results(workdir.results, method, number)
@@ -198,7 +204,7 @@ def _row(session: Session, folder: Path, seed: int, flops: float) -> dict:
         "method": method,
         "rewards": _rewards(workdir, method, number),
         "kl": result["kl"],
-        "objective": result["reward"] - configs.kl_weight(session.config) * result["kl"],
+        "objective": result["reward"] - eta * result["kl"],
         "flops_budget": flops,
         **used,
     }
@@ -251,10 +257,11 @@ HOW = (
     "Reward is the mean verified reward over held-out problems and seeds, its 95% interval Student's t over the"
     " seeds' means (of a single seed, a bootstrap over its problems, which leaves out how runs differ). KL is the"
     " exact KL(pi || pi_ref) summed over a response's tokens, in nats, before truncation (of the rows that are"
-    " truncations, top-K and greedy, after it); objective is reward - eta KL at the eta of the config. Seconds are wall"
-    " time of collecting and training, compilation included, without pre-training and evaluation; rollouts, gradient"
-    " FLOPs (model FLOPs of forward and backward passes, without sampling) and seconds are means over seeds. The budget"
-    " of gradient FLOPs is what Q#'s fits take in config.fit.epochs passes. Tokens/s are those of training steps alone."
+    " truncations, top-K and greedy, after it); objective is reward - eta KL, for every method at the comparison's"
+    " config.collect.eta. Seconds are wall time of collecting and training, compilation included, without pre-training"
+    " and evaluation; rollouts, gradient FLOPs (model FLOPs of forward and backward passes, without sampling) and"
+    " seconds are means over seeds. The budget of gradient FLOPs is what Q#'s fits take in config.fit.epochs passes."
+    " Tokens/s are those of training steps alone."
 )
 
 
@@ -306,12 +313,7 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
     write_atomic(workdir.results, json.dumps({"lines": lines, "runs": rows, "failures": failures}, indent=1) + "\n")
     budget = config.rounds * config.collect.prompts * config.collect.samples
     without = "\n\nWithout a result:\n" + "\n".join(failures) if failures else ""
-    curves = {
-        (method, seed): report.learning_curve(Workdir.attach(workdir.path / f"seed_{seed}" / method).read_metrics())
-        for method in config.compare.methods
-        for seed in config.compare.seeds
-        if ALGORITHMS[method].on_policy and files.is_file(workdir.path / f"seed_{seed}" / method / "config.json")
-    }
+    curves = _curves(workdir)
     plots = {
         "frontier.png": lambda axes: _plot_frontier(axes, lines),
         "costs.png": lambda axes: _plot_costs(axes, lines),
@@ -324,6 +326,18 @@ def _write(workdir: Workdir, rows: list[dict], failures: list[str]) -> str:
     write_atomic(workdir.report, text + "\n")
     names = ", ".join(str(workdir.path / name) for name in ("report.md", "results.json", *plots))
     return f"{table(lines, budget, width=report.TERMINAL)}{without}\n\nFiles: {names}"
+
+
+def _curves(workdir: Workdir) -> dict[tuple[str, int], list[dict]]:
+    """Return the learning curves of on-policy methods that have begun, by method and seed, for the objective."""
+    compared, eta = workdir.config.compare, workdir.config.collect.eta
+    curves = {}
+    for method, seed in itertools.product(compared.methods, compared.seeds):
+        folder = workdir.path / f"seed_{seed}" / method
+        if ALGORITHMS[method].on_policy and files.is_file(folder / "config.json"):
+            batches = report.learning_curve(Workdir.attach(folder).read_metrics())
+            curves[method, seed] = [line | {"objective": line["reward"] - eta * line["kl"]} for line in batches]
+    return curves
 
 
 def _plot_frontier(axes: Any, lines: Sequence[dict]) -> None:

@@ -1,6 +1,8 @@
 """Comparisons: what a run took, by its metrics; equal budgets; and a whole small one, stopped and gone on with."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import bandit_task as bandit
 import matplotlib.pyplot as plt
@@ -9,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from repository import CONFIGS
 
+from qsharp_jax.algorithms import dpo
 from qsharp_jax.algorithms.policy_based import OnPolicyTraining
 from qsharp_jax.data.records import Rollout, Rollouts
 from qsharp_jax.experiments import compare
@@ -93,6 +96,21 @@ def test_epochs_fill_the_budget(tmp_path):
     assert "reinforce" not in epochs
 
 
+def test_the_pairs_of_problems_that_come_in_every_round_are_counted(tmp_path, monkeypatch):
+    """Two rounds of one problem with a right and a wrong response each: a pair, then four."""
+    session = bandit.session(tmp_path, "qsharp", "rounds=2", "fit.epochs=90", "fit.holdout=0")
+    data = Rollouts.of(Rollout("p", 1, [1], [2, 2], 0, reward, True, 1.0, 0, "") for reward in (0.0, 1.0))
+    _, new = compare.budget(session, data)
+    monkeypatch.setattr(compare, "task", lambda session: SimpleNamespace(FINITE=True))
+    budget, epochs = compare.budget(session, data)
+    again = Rollouts.of([*data, *(dataclasses.replace(rollout, round=2) for rollout in data)])
+    pairs = [len(dpo.make_pairs(rollouts)[0]) for rollouts in (data, again)]
+    assert pairs == [1, 4]
+    per_pair = budget / new["dpo"] / (1 + 2)
+    assert epochs["dpo"] == epochs["rpo"] > 20 and epochs["dpo"] == pytest.approx(budget / 5 / per_pair, abs=1)
+    assert epochs["ppo"] == epochs["klq"] == new["ppo"] == new["klq"]
+
+
 def test_the_settings_of_a_method(tmp_path):
     made = comparison(
         tmp_path, "evaluate.etas=0.5,0.1", methods=("qsharp", "ppo"), ppo=("ppo.clip=0.3", "policy.prompts=8")
@@ -102,7 +120,7 @@ def test_the_settings_of_a_method(tmp_path):
     assert its.evaluate.etas == (its.collect.eta,) and "compare" not in its and its.is_locked
     assert (made.seed, made.algorithm, made.policy.prompts, "compare" in made) == (0, "qsharp", 16, True)
     stronger = comparison(tmp_path, methods=("qsharp", "cd"), cd=("collect.eta=0.05",))
-    assert compare.settings(stronger, 0, "cd").evaluate.etas == (0.05,), "measured at the eta that it is scored at"
+    assert compare.settings(stronger, 0, "cd").evaluate.etas == (0.05,), "measured at its own eta"
     with made.unlocked():
         made.compare.methods = ("qsharp", "cd")  # those of a method that is left out are no error
     compare.check(made)
@@ -156,9 +174,43 @@ def test_a_method_with_other_settings_draws_its_own_samples_and_rollouts(tmp_pat
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("compare_*.py")))
 def test_every_comparison_can_be_run(name):
+    """And no method's learning rate is warmed up for half of a round's updates."""
     made = config.load(CONFIGS / f"{name}.py", [])
     compare.check(made)
     assert set(made.compare.methods) == {"qsharp", "cd", "vas", "reinforce", "ppo", "klq", "dpo", "rpo"}
+    for method in made.compare.methods:
+        its = compare.settings(made, 0, method)
+        rollouts, section = its.collect.prompts * its.collect.samples, its.policy
+        updates = rollouts / its.policy.batch_size * (its[method].epochs if method in ("ppo", "klq") else 1)
+        if method in ("qsharp", "cd", "vas"):
+            updates, section = rollouts / its.fit.batch_size * its.fit.epochs, its.fit
+        if method not in ("dpo", "rpo"):  # whose updates depend on the rewards
+            assert section.optimizer.warmup_steps < updates / 2
+
+
+def test_objectives_are_at_the_comparison_s_eta_whatever_a_method_s_own(tmp_path, monkeypatch):
+    """In the rows, and in the curves of rollouts; a reward of 0.6 at 2 nats is 0.4 at eta 0.1."""
+    made = comparison(
+        tmp_path, "collect.eta=0.1", methods=("cd", "klq", "dpo"),
+        cd=("collect.eta=0.05",), klq=("klq.tau=0.5",), dpo=("dpo.beta=0.7",),
+    )  # fmt: skip
+    folder = tmp_path / "all" / "seed_0"
+    Workdir.open(folder / compare.SHARED, compare.settings(made, 0, "qsharp")).close()
+    monkeypatch.setattr(compare, "_rewards", lambda *_: [0.6])
+    result = dict(round=1, reward=0.6, kl=2.0, kl_truncated=2.0)
+    for method in made.compare.methods:
+        with Workdir.open(folder / method, compare.settings(made, 0, method)) as workdir:
+            workdir.results.write_text(json.dumps([result | {"method": name} for name in (method, compare.GREEDY)]))
+            batch = lot(f"round 1: {method}", 0, 8) | {"log_prob_gap": 0.0, "reward": 0.6, "kl": 2.0, "objective": -9.0}
+            workdir.append_metrics(batch)
+            rows = [
+                compare._row(Session(workdir), folder, 0, 1.0, 0.1),
+                compare._row_of_samples(folder / method, 0, compare.GREEDY, 0.1, 1),
+            ]
+            assert [row["objective"] for row in rows] == pytest.approx([0.4, 0.4])
+    with Workdir.open(tmp_path / "all", made) as workdir:
+        ((key, (batch,)),) = compare._curves(workdir).items()
+    assert key == ("klq", 0) and batch["objective"] == pytest.approx(0.4)
 
 
 def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_path, monkeypatch, capsys):
