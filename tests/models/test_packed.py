@@ -3,13 +3,16 @@
 import dataclasses
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hf_folders import LLAMA, load_refusal, ref
+from helpers import assert_trees_equal, refusal
+from hf_folders import LLAMA, guide, load_refusal, ref
+from numpy_decoder import random_params
 
-from qsharp_jax.models import hf
+from qsharp_jax.models import hf, lora
 
 SHAPE = dataclasses.replace(LLAMA, head_dim=8, mlp=32)
 RNG = np.random.default_rng(0)
@@ -107,9 +110,17 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_are_those_that_the_format_says(plain, tmp_path, way):
-    """Layers are quantized, the embedding and the head are not, as in published checkpoints."""
+def put(folder, plain, tensors, entries):
+    """A folder of the plain one's config with other tensors, quantized as the entries say."""
+    folder.mkdir(exist_ok=True)
+    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": entries}
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def with_quantized_layers(plain, way):
+    """Tensors as a way stores them, and what they stand for."""
     make, entries = WAYS[way]
     tensors, expected = {}, {}
     for name, tensor in safetensors.numpy.load_file(plain / "model.safetensors").items():
@@ -118,9 +129,14 @@ def test_weights_are_those_that_the_format_says(plain, tmp_path, way):
             continue
         parts, expected[name] = make(tensor.shape)
         tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
-    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": entries}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    return tensors, expected, entries
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_those_that_the_format_says(plain, tmp_path, way):
+    """Layers are quantized, the embedding and the head are not, as in published checkpoints."""
+    tensors, expected, entries = with_quantized_layers(plain, way)
+    put(tmp_path, plain, tensors, entries)
     folder = tmp_path / "expected"
     folder.mkdir()
     (folder / "config.json").write_text((plain / "config.json").read_text())
@@ -130,6 +146,51 @@ def test_weights_are_those_that_the_format_says(plain, tmp_path, way):
         actual = np.asarray(read["layers"][module]["kernel"])
         np.testing.assert_allclose(actual, whole["layers"][module]["kernel"], rtol=1e-6, err_msg=module)
     np.testing.assert_array_equal(read["embedding"], whole["embedding"])
+
+
+@pytest.mark.parametrize("way", ["gptq, 8 bits", "awq"])
+def test_biases_of_zeros_beside_quantized_weights_are_none(plain, tmp_path, way):
+    """AutoGPTQ writes one for every module; one that is not zero is a tensor that the config does not call for."""
+    tensors, _, entries = with_quantized_layers(plain, way)
+    folder = put(tmp_path / "without", plain, tensors, entries)
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    tensors |= {f"{module}.bias": np.zeros(tensors[f"{module}.scales"].shape[1], np.float16) for module in modules}
+    read, want = (
+        hf.load_ref(path, dtype="float32", unstacked=False).params
+        for path in (put(tmp_path / "with", plain, tensors, entries), folder)
+    )
+    assert_trees_equal(read, want)
+    name = f"{modules[3]}.bias"
+    other = tensors | {name: tensors[name] + np.float16(1e-3) * (np.arange(len(tensors[name])) == 2)}
+    assert f"has the tensor {name}, which its config does not call for" in load_refusal(
+        put(tmp_path / "other", plain, other, entries)
+    )
+    beside = tensors | {"model.norm.bias": np.zeros(SHAPE.embed, np.float16)}  # of no quantized module
+    assert "has the tensor model.norm.bias, which" in load_refusal(put(tmp_path / "beside", plain, beside, entries))
+
+
+@pytest.mark.parametrize("way", ["gptq", "awq", "fp8"])
+def test_an_exported_adapter_of_a_quantized_model_is_read_back(plain, tmp_path, way):
+    """Its own config.json says nothing of its base's weights."""
+    tensors, expected, entries = with_quantized_layers(plain, way)
+    base = put(tmp_path / "base", plain, tensors, entries)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text((plain / "config.json").read_text())
+    safetensors.numpy.save_file(expected, whole / "model.safetensors")
+    model = guide(SHAPE)
+    learned = random_params(1, lambda key, config: lora.split(lora.add(key, model.params, 2, 4.0))[0], model.config)
+    read = []
+    for ref_folder in (base, whole):
+        folder = tmp_path / f"adapter of {ref_folder.name}"
+        hf.export_adapter([learned], model.config, folder, alpha=4.0, base=str(ref_folder))
+        read.append(hf.load_guide(folder, dtype="float32", unstacked=False).params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *read)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "other"}}))
+    assert f"{base / 'config.json'}: the weights are quantized with quant_method 'other'" in refusal(
+        hf.load_guide, folder.with_name("adapter of base"), dtype="float32"
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,13 @@ def read(folder: str | Path, dtype: str, quantize: str = "none") -> FolderConfig
     family, classifier = ARCHITECTURES[architecture]
     if model_type != family:
         raise UserError(f"{path} says {architecture} and model_type {model_type!r}; it should be {family!r}")
-    if (quantization := entries.pop("quantization_config", None)) is not None:
-        packed.check(quantization, path)
+    quantization = entries.pop("quantization_config", None)
+    weights = path
+    if (adapter := adapters.find(folder)) is not None:  # an adapter's config.json says nothing of its base's weights
+        weights, of_base = _read_entries(adapter.base)
+        quantization = of_base.get("quantization_config")
+    if quantization is not None:
+        packed.check(quantization, weights)
     if name := next((name for name in _LAYERS_DIFFER if entries.get(name)), None):
         raise UserError(f"{path}: {name} is set, which is not supported")
     try:

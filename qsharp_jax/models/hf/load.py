@@ -245,6 +245,8 @@ def _check(
     extra = [name for name in tensors.shapes if name not in expected and not names.is_buffer(name)]
     if isinstance(tensors, adapters.Tensors):  # a guide may have only the first layers of its base
         extra = [name for name in extra if name not in tensors.optional]
+    if isinstance(tensors, packed.Tensors):
+        extra = [name for name in extra if not tensors.is_zero_bias(name)]
     if source.extra_heads:
         extra = [name for name in extra if name.partition(".")[0] not in ("lm_head", "score", "classifier")]
     elif source.config.decoder.tied and embedding is not None and "lm_head.weight" in extra:

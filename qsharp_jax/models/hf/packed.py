@@ -117,6 +117,12 @@ class Tensors:
         )
         return self._read[name](rows, columns)
 
+    def is_zero_bias(self, name: str) -> bool:
+        """Return true for a bias of zeros beside a quantized weight: AutoGPTQ writes one for every module."""
+        module, _, suffix = name.rpartition(".")
+        is_bias = suffix == "bias" and f"{module}.weight" in self._read and len(self.shapes[name]) == 1
+        return is_bias and self.stored[name] in self.readable and not self._base.read(name, (_ALL,)).any()
+
 
 # --- The ways -------------------------------------------------------------------------------------------------------
 
