@@ -44,6 +44,10 @@ _RULES = {
     "llama3": _LLAMA3_RULES,
     "llama-v3": _LLAMA3_RULES,
 }
+# Tokens that end a text, a turn or a message in one family or another: files often name only one of a model's.
+_ENDS = frozenset(
+    ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "</s>")
+)
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # types of tokens
 _ROLES = dict(
     bos_token="tokenizer.ggml.bos_token_id",
@@ -118,7 +122,11 @@ def _core(metadata: Mapping[str, Any], rules: _Rules) -> "Tokenizer":
 
 
 def stop_ids(path: Path) -> list[int]:
-    """Return the ids that a file says end a text or a turn."""
+    """Return the ids that end a text, a turn or a message: those that a file names, and control tokens known to."""
     metadata = gguf.read(path).metadata
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return [metadata[key] for key in keys if key in metadata]
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    named = {metadata[key] for key in keys if key in metadata}
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    control = (token for token, kind in enumerate(kinds) if kind == _CONTROL)
+    known = {token for token in control if metadata["tokenizer.ggml.tokens"][token] in _ENDS}
+    return sorted(named | known)

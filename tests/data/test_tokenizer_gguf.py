@@ -84,6 +84,17 @@ def test_a_chat_begins_and_ends_as_the_file_says(tmp_path):
     assert Tokenizer.load(path).encode_prompt("eggs")[0] == 0
 
 
+def test_a_response_ends_at_every_control_token_that_is_known_to_end_one(tmp_path):
+    """As llama.cpp has it: files of instruct models name one of them, and the model may write another."""
+    tokenizer = original("qwen2")
+    special = ["<|endoftext|>", "<|eom_id|>", "<|python_tag|>", "<|done|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.add_tokens(["<|end|>"])  # no control token
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
+    path = file(tmp_path, tokenizer, "qwen2", eom_token_id=ids["<|done|>"])
+    assert set(Tokenizer.load(path).stop_ids) == {1, ids["<|endoftext|>"], ids["<|eom_id|>"], ids["<|done|>"]}
+
+
 def test_tokens_that_fill_up_the_embedding_are_none(tmp_path):
     metadata = gguf_files.tokenizer_metadata(tokenizer := original("qwen2"), "qwen2")
     for key, more in (("tokens", ["[PAD0]", "[PAD1]"]), ("token_type", [5, 5])):
