@@ -1,6 +1,7 @@
 """Tokenizers out of folders of every family: the ids of `tokenizers` itself, and what contradictory files give."""
 
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
@@ -273,6 +274,31 @@ def test_a_padding_token_that_is_nowhere_else_changes_no_text(tmp_path, cores):
     text = Tokenizer.load(save(tmp_path, cores["qwen"], "qwen2", eos_token="</s>", pad_token="[PAD]"))
     for written in TEXTS:
         assert text.encode_prompt(written) == cores["qwen"].encode(written).ids
+
+
+@pytest.mark.parametrize(
+    "family, name", [("llama", "LlamaTokenizer"), ("mistral", None), ("gemma3_text", "GemmaTokenizer")]
+)
+def test_a_sentencepiece_model_alone_is_read(tmp_path, family, name):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="not installed, though requirements.txt has it")
+    special = dict(bos_id=1, eos_id=2, unk_id=0)
+    if family == "gemma3_text":
+        special = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>")
+        special |= dict(add_dummy_prefix=False, user_defined_symbols=["<end_of_turn>"])
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING * 10), model_writer=model, model_type="bpe", vocab_size=340, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2, **special,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "add_bos_token": True}))
+    own, text = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), Tokenizer.load(tmp_path)
+    assert text.stop_ids == (own.eos_id(),)
+    for written in TEXTS:
+        if not written.startswith(" "):  # where transformers adds no blank before a text
+            assert text.encode_prompt(written) == [own.bos_id(), *own.encode(written)]
+            assert text.decode(own.encode(written)) == own.decode(own.encode(written))
 
 
 def test_a_folder_without_a_file_of_its_own_is_read_by_its_family(tmp_path):
