@@ -38,6 +38,8 @@ class Tokenizer:
     # a response ends at the first of these; by default the eos token and the token that ends a chat's turn
     stop_ids: tuple[int, ...] | None = None
     date: datetime.date = dataclasses.field(default_factory=datetime.date.today)  # today's date for a chat template
+    # of the model's embedding, which may lack special tokens that it never has; by default enough for every id
+    embedding_rows: int | None = None
 
     def __post_init__(self):
         if self.prompt_format not in FORMATS:
@@ -52,15 +54,17 @@ class Tokenizer:
         if self.stop_ids is None:
             own = {self.hf_tokenizer.eos_token_id, self.end_of_turn} - {None}
             object.__setattr__(self, "stop_ids", tuple(sorted(own)))
+        largest = max(self.entries)
         for stop in self.stop_ids:
-            if not 0 <= stop < self.vocab_size:
-                raise UserError(f"the stop id {stop} is not in the vocabulary; ids are in 0..{self.vocab_size - 1}")
+            if not 0 <= stop <= largest:
+                raise UserError(f"the stop id {stop} is not in the vocabulary; ids are in 0..{largest}")
 
     @classmethod
     def load(
         cls,
         folder: str | Path,
         *,
+        base: str | Path | None = None,
         prompt_format: str | None = "plain",
         stop_ids: Sequence[int] | None = None,
         date: datetime.date | None = None,
@@ -68,8 +72,10 @@ class Tokenizer:
         """Load the tokenizer of a model's folder; prompts begin as its tokenizer.json says.
 
         Args:
+          base: the folder or GGUF file of the model that an adapter in the folder changes, if one does.
           prompt_format: "plain" or "chat"; None: chat if there is a chat template.
-          stop_ids: by default those of generation_config.json (else of config.json), with the tokenizer's own.
+          stop_ids: by default those of generation_config.json (else of config.json), if need be of the base's, with the
+            tokenizer's own.
           date: by default today.
 
         Raises:
@@ -86,7 +92,7 @@ class Tokenizer:
         tokenizer = cls(hf_tokenizer, prompt_format, prefix_ids, own, date or datetime.date.today())
         if stop_ids is None:
             # A config made for another vocabulary may list ids that do not exist here; they are never drawn.
-            listed = {token for token in files.listed_stop_ids(folder) if 0 <= token < tokenizer.vocab_size}
+            listed = {token for token in files.listed_stop_ids(folder, base) if 0 <= token < tokenizer.vocab_size}
             tokenizer = dataclasses.replace(tokenizer, stop_ids=tuple(sorted({*tokenizer.stop_ids, *listed})))
         return tokenizer
 
@@ -97,8 +103,18 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Largest id plus one. An embedding may have more rows, as padding."""
-        return max(self.entries) + 1
+        """Largest id that the model may draw, plus one. An embedding may have more rows, as padding."""
+        size = max(self.entries) + 1
+        return size if self.embedding_rows is None else min(size, self.embedding_rows)
+
+    @functools.cached_property
+    def needed_rows(self) -> int:
+        """Rows that an embedding must have: for all ids but those of special tokens that no text and no stop has.
+
+        Gemma's text models have the tokenizer of those that see images, with a token for these past the embedding, and
+        fine-tuned models often have a padding token there.
+        """
+        return max({*self.entries} - self.special_ids | {*self.stop_ids, *self.template_ids}) + 1
 
     @functools.cached_property
     def end_of_turn(self) -> int | None:
@@ -247,6 +263,11 @@ class Tokenizer:
                 f"the {kind} {text[:60]!r} has half a surrogate pair at character {error.start}; remove it"
             ) from None
         tokens, unknown = self._raw(text), self.hf_tokenizer.unk_token_id
+        if max(tokens, default=0) >= self.vocab_size:
+            raise UserError(
+                f"the {kind} {text[:60]!r} has the token {self.entries[max(tokens)]!r}, which is not in the model's"
+                " embedding; remove it"
+            )
         # GPT-2 also gives its eos token this name, but knows all bytes.
         if unknown in tokens and unknown != self.hf_tokenizer.eos_token_id:
             offsets = self.hf_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -307,12 +328,13 @@ class TextStream:
 def check_same_tokens(ref: Tokenizer, guide: Tokenizer) -> None:
     """Raise a UserError unless the guide has every token of the reference, with the same id.
 
-    Embedding sizes may differ, and the guide may have more tokens, since the reference never draws them. Special tokens
-    with another name in the guide only cause a warning if neither model uses them to stop, around texts or between
-    them. Llama 3 and 3.1 differ in 249 of these.
+    Embedding sizes may differ, and the guide may have more tokens, since the reference never draws them; nor does it
+    draw those past its embedding, which are not compared. Special tokens with another name in the guide only cause a
+    warning if neither model uses them to stop, around texts or between them. Llama 3 and 3.1 differ in 249 of these.
     """
     used = {*ref.stop_ids, *ref.template_ids, *guide.template_ids}
-    differing = [token for token in sorted(ref.entries) if guide.entries.get(token) != ref.entries[token]]
+    drawn = sorted(token for token in ref.entries if token < ref.vocab_size)
+    differing = [token for token in drawn if guide.entries.get(token) != ref.entries[token]]
     renamed = [token for token in differing if token in (ref.special_ids & guide.special_ids) - used]
     if others := sorted({*differing} - {*renamed}):
         raise UserError(

@@ -1,5 +1,6 @@
 """Reading a tokenizer from a model's folder, and the folder's rules for how texts begin and responses end."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,17 +113,22 @@ def around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple
     return (), ()
 
 
-def listed_stop_ids(folder: str | Path) -> list[int]:
-    """Return the eos_token_id, one or several, of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
+def listed_stop_ids(folder: str | Path, base: str | Path | None = None) -> list[int]:
+    """Return the eos_token_id, one or several, of generation_config.json, else of config.json, else of a GGUF file.
+
+    Args:
+      base: the folder or GGUF file of the model that an adapter in the folder changes, whose files come second.
+    """
+    models = [Path(folder)] if base is None else [Path(folder), Path(base)]
+    for name, model in itertools.product(("generation_config.json", "config.json"), models):
+        path = model / name
         listed = _read_json(path).get("eos_token_id")
         if listed is not None:
             listed = listed if isinstance(listed, list) else [listed]
             if not all(type(token) is int for token in listed):
                 raise UserError(f"{path} has the eos_token_id {listed}; it must be an integer or a list of integers")
             return listed
-    file = gguf.find(folder)
+    file = next(filter(None, map(gguf.find, models)), None)
     return [] if file is None else in_gguf.stop_ids(file)
 
 

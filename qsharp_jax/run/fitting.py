@@ -6,13 +6,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from qsharp_jax.data.tokenizer import Tokenizer
 from qsharp_jax.decoding import cache_size, rows_that_fit
 from qsharp_jax.models import decoder, hf, memory
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import models, problems
 from qsharp_jax.run.config import trains_policy
-from qsharp_jax.run.folders import tokenizer_folder
+from qsharp_jax.run.folders import load_tokenizer
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -35,7 +34,7 @@ def fitting(config: ConfigDict) -> dict[str, object]:
     shape = hf.read_config(ref, "float32")
     is_policy = trains_policy(config)
     learner, layers = (shape, 0) if is_policy else _guide(config, shape, on_cpu)
-    tokenizer = Tokenizer.load(tokenizer_folder(ref), prompt_format=None)
+    tokenizer = load_tokenizer(ref, prompt_format=None)
     session = Session(Workdir(Path(), config))
     prompts = [p.prompt for p in problems.all_train_problems(session) + problems.test_problems(session)]
     longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)

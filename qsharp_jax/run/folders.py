@@ -50,8 +50,7 @@ class Folders:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The reference's tokenizer, or the guide's without a reference."""
-        folder = tokenizer_folder(self._first)
-        return Tokenizer.load(folder, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
+        return load_tokenizer(self._first, prompt_format=self.prompt_format, stop_ids=self.stop_ids, date=self.date)
 
     @functools.cached_property
     def configs(self) -> dict[str, DecoderConfig]:
@@ -177,6 +176,20 @@ def tokenizer_folder(model: Path) -> Path:
     return model if base is None or has_tokenizer(model) else base
 
 
+def load_tokenizer(
+    model: Path,
+    *,
+    prompt_format: str | None,
+    stop_ids: Sequence[int] | None = None,
+    date: datetime.date | None = None,
+) -> Tokenizer:
+    """Load a model's tokenizer, for the rows of its embedding; arguments and errors as in `Tokenizer.load`."""
+    tokenizer = Tokenizer.load(
+        tokenizer_folder(model), base=hf.base_of(model), prompt_format=prompt_format, stop_ids=stop_ids, date=date
+    )
+    return dataclasses.replace(tokenizer, embedding_rows=hf.read_config(model, "float32").vocab_size)
+
+
 def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guides: Sequence[Path], whose: str) -> None:
     """Check that models have the tokens of a tokenizer; a UserError names the first model or entry that differs.
 
@@ -185,11 +198,12 @@ def check_vocabulary(text: Tokenizer, configs: Mapping[str, DecoderConfig], guid
       guides: folders whose tokenizers, if any, must have the same entries.
       whose: the tokenizer's name in messages.
     """
+    needed = max(text.vocab_size, text.needed_rows)
     for what, config in configs.items():
-        if config.vocab_size < text.vocab_size:
+        if config.vocab_size < needed:
             raise UserError(
-                f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to"
-                f" {text.vocab_size - 1}; use the model's own tokenizer"
+                f"the {what} has {config.vocab_size} tokens in its embedding, but {whose} has ids up to {needed - 1} in"
+                " use; use the model's own tokenizer"
             )
     for guide in filter(has_tokenizer, guides):
         check_same_tokens(text, Tokenizer.load(guide))

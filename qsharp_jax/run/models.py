@@ -32,7 +32,7 @@ from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.run.config import trains_policy
-from qsharp_jax.run.folders import check_vocabulary, tokenizer_folder
+from qsharp_jax.run.folders import check_vocabulary, load_tokenizer
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.sampling import Sampling
@@ -91,7 +91,7 @@ def make_tokenizer(config: ConfigDict, date: datetime.date | None = None) -> Tok
       UserError: if neither a folder nor the task has one, and as in `Tokenizer.load`.
     """
     if ref := folder(config, "ref"):
-        return Tokenizer.load(tokenizer_folder(ref), prompt_format=config.prompt_format, date=date)
+        return load_tokenizer(ref, prompt_format=config.prompt_format, date=date)
     task = registry.get(config.task.name)
     if task.FINITE:
         raise UserError(

@@ -27,10 +27,13 @@ from ml_collections import ConfigDict
 from repository import ROOT
 from text_models import USED, make_guide, make_ref
 
-from qsharp_jax import cli
+import qsharp_jax
+from qsharp_jax import cli, decoding
 from qsharp_jax.cli import generate, generated
 from qsharp_jax.data.tokenizer import Tokenizer
+from qsharp_jax.models import hf
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
 
 PROMPT, NEW = "How many eggs?", 8
 assert_same_lines = functools.partial(
@@ -122,6 +125,34 @@ def test_guided_lines_say_what_score_says_of_them(models, tmp_path, capfd):
     assert cli.main([str(argument) for argument in streamed]) == 0
     text = capfd.readouterr().out
     assert text.startswith(made[0]["response"].rstrip("\ufffd")) and text.endswith("\n") and len(text) > NEW
+
+
+def test_special_tokens_past_the_embedding_change_nothing(tmp_path, capfd):
+    """Gemma's text models and fine-tuned ones with a padding token have them; no token of theirs can be drawn."""
+    ref = helpers.random_model(USED, max_positions=64)
+    guide = helpers.random_guide(ref.config)
+    plain, special = bpe.make(), bpe.make()
+    special.add_special_tokens({"pad_token": "<|pad|>", "extra_special_tokens": ["<|image|>"]})
+    source = small_data.write_lines(tmp_path / "in.jsonl", [{"prompt": PROMPT, "response": " Twelve eggs."}])
+    lines, scores, folders = [], [], []
+    for tokenizer in (plain, special):
+        place = tmp_path / str(len(tokenizer))
+        hf.export_ref(ref, place / "ref", tokenizer=tokenizer)
+        hf.export_guide(guide, place / "guide", tokenizer=tokenizer)
+        folders.append(("--ref", place / "ref", "--guide", place / "guide"))
+        lines += stdout_lines(capfd, "generate", *folders[-1], PROMPT, *FEW)
+        arguments = ("score", *folders[-1], "--input", source, "--output", place / "scores.jsonl")
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        scores += [json.loads(line) for line in (place / "scores.jsonl").read_text().splitlines()]
+    assert lines[0]["tokens"] == lines[1]["tokens"] and lines[0]["log_probs"] == lines[1]["log_probs"]
+    assert scores[0] == scores[1]
+    sentence = refused(capfd, "generate", *folders[1], "an <|image|> of eggs", *FEW)
+    assert "has the token '<|image|>', which is not in the model's embedding" in sentence
+    assert "has ids up to" in refused(capfd, "generate", *folders[1], PROMPT, *FEW, "--stop-ids", USED)
+    loaded = qsharp_jax.load(folders[1][1], folders[1][3])
+    assert loaded.sampling.vocab_size == USED
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        decoding.generate(loaded.ref, None, [[USED]], loaded.sampling, rng=0)
 
 
 def test_several_guides_are_composed_by_their_weights(models, tmp_path, capfd):

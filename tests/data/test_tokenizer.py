@@ -162,6 +162,26 @@ def test_stop_ids_come_from_the_folder_the_tokenizer_and_the_chat_template(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("own", "base", "expected"),
+    [
+        ({}, {"generation_config": [7, 9], "config": 8}, {7, 9}),  # what PEFT and TRL save
+        ({"config": 6}, {"generation_config": 7}, {7}),
+        ({"generation_config": 5}, {"generation_config": 7}, {5}),
+        ({}, {"config": 8}, {8}),
+        ({}, {}, set()),
+    ],
+)
+def test_an_adapter_s_stop_ids_are_its_base_s_where_it_lists_none(tmp_path, own, base, expected):
+    bpe.save(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    for folder, files in (("adapter", own), ("base", base)):
+        for name, stop_ids in files.items():
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    text = Tokenizer.load(tmp_path / "adapter", base=tmp_path / "base")
+    assert set(text.stop_ids) == {bpe.EOS, bpe.EOT} | expected
+
+
+@pytest.mark.parametrize(
     ("template", "end"),
     [
         (None, None),
@@ -181,6 +201,35 @@ def test_ids_are_counted_to_the_last_entry_added_ones_among_them():
     tokenizer.add_tokens(["<|new|>"])
     text = Tokenizer(tokenizer)
     assert text.vocab_size == before + 1 == len(tokenizer) and text.encode_response("<|new|>")[0] == before
+
+
+def test_special_tokens_past_the_embedding_are_never_drawn_and_no_prompt_has_them():
+    tokenizer = bpe.make()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>", "extra_special_tokens": ["<|image|>"]})
+    text = Tokenizer(tokenizer, embedding_rows=rows)
+    assert text.vocab_size == text.needed_rows == rows and Tokenizer(tokenizer).vocab_size == rows + 2
+    assert text.encode_prompt("Sam has 12 eggs.") == Tokenizer(bpe.make()).encode_prompt("Sam has 12 eggs.")
+    chat = Tokenizer(tokenizer, "chat", embedding_rows=rows)
+    for encode in (text.encode_prompt, chat.encode_prompt, text.encode_response):
+        message = refusal(encode, "an <|image|> of eggs")
+        assert "has the token '<|image|>', which is not in the model's embedding; remove it" in message
+        assert message.count(". ") == 0
+    check_same_tokens(text, Tokenizer(bpe.make()))  # a guide need not know what is never drawn
+    with pytest.raises(UserError, match="2 of"):
+        check_same_tokens(Tokenizer(tokenizer), Tokenizer(bpe.make()))
+
+
+def test_an_embedding_needs_the_ids_of_texts_templates_and_stops():
+    rows = len(bpe.make())
+    ordinary, end, written = bpe.make(), bpe.make(), bpe.make(template="<|image|>" + bpe.TEMPLATE)
+    ordinary.add_tokens(["dragons"])
+    for tokenizer in (end, written):
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<|image|>"]})
+    for tokenizer, stop_ids in ((ordinary, None), (end, (rows,)), (written, None)):
+        assert Tokenizer(tokenizer, stop_ids=stop_ids, embedding_rows=rows).needed_rows == rows + 1
+    end.eos_token = "<|image|>"
+    assert Tokenizer(end, embedding_rows=rows).needed_rows == rows + 1
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 1), (5,), (100,)])

@@ -190,6 +190,30 @@ def test_prompts_are_encoded_by_the_folder_s_tokenizer_in_the_config_s_format(tm
         assert bpe.EOT in sampling.stop_ids
 
 
+def test_a_run_draws_no_special_tokens_past_the_embedding(tmp_path):
+    tokenizer = bpe.make()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|image|>"]})
+    hf.export_ref(helpers.random_model(rows, max_positions=64), tmp_path, tokenizer=tokenizer)
+    made = session(f"ref={tmp_path}", f"generate.top_k_candidates={rows + 5}")
+    checks.check(made.config)
+    sampling = models.sampling(made)
+    assert (sampling.vocab_size, sampling.top_k_candidates) == (rows, rows)
+    tokenizer.add_tokens([f"dragon{n}" for n in range(9)])  # the tokenizer of another model
+    tokenizer.save_pretrained(tmp_path)
+    message = helpers.refusal(checks.check, session(f"ref={tmp_path}").config)
+    assert f"the reference has {rows} tokens in its embedding, but the tokenizer in {tmp_path} has ids up to" in message
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own_stops_as_its_base_does(tmp_path):
+    """PEFT and TRL save the tokenizer, and no generation_config.json."""
+    base, adapter = tmp_path / "base", bpe.save(tmp_path / "adapter")
+    hf.export_ref(helpers.random_model(320, max_positions=64), base, tokenizer=bpe.make(), stop_ids=[7, 9])
+    entries = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(entries))
+    assert {7, 9} <= set(models.tokenizer(session(f"ref={adapter}")).stop_ids)
+
+
 def test_a_run_goes_on_with_the_date_that_its_prompts_have(tmp_path):
     template = "{{ strftime_now('%d %b %Y') }} " + bpe.TEMPLATE
     hf.export_ref(helpers.random_model(320, max_positions=96), tmp_path / "ref", tokenizer=bpe.make(template=template))
