@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qsharp_jax.cli import commands, run
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import MEASURING, Workdir, check_is_workdir
-from qsharp_jax.system import files, sigterm
+from qsharp_jax.system import children, files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 
 STOPPED = "stopped by SIGTERM; run the same command again to resume"
@@ -40,7 +40,7 @@ def console() -> int:
     code = main()
     if code or sigterm.requested():
         sys.stdout.flush()
-        os._exit(code)
+        children.exit_now(code)
     return 0
 
 

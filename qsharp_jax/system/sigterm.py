@@ -11,7 +11,6 @@ process without saving, and says what is lost. Signals belong to the process, an
 
 import contextlib
 import dataclasses
-import os
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from qsharp_jax.system import children
 from qsharp_jax.system.errors import Stopped
 
 REPEATED = 5.0  # seconds
@@ -43,12 +43,12 @@ _state = _State()
 
 
 def leave(code: int, sentence: str) -> None:
-    """End this process at once, even if its main thread waits forever for another process or a device."""
+    """End this process and its workers at once, even if its main thread waits forever for a process or a device."""
     try:
         sys.stdout.flush()
         print(f"qsharp: {sentence}", file=sys.stderr, flush=True)
     finally:  # the reader of the output may be gone
-        os._exit(code)
+        children.exit_now(code)
 
 
 @dataclasses.dataclass(frozen=True)

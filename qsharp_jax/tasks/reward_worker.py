@@ -4,23 +4,37 @@
 
 FUNCTIONS is a JSON list of [file or module, name]. It writes "ready" once it has loaded them, or the reason that
 prevents it. For a line with {"columns": {...}}, the keyword arguments of one response, it writes {"rewards": [...]},
-one per function, or {"error": "..."}.
+one per function, or {"error": "..."}. Standard input and output are not the functions': they read nothing, and print to
+standard error.
+
+It ends soon after the process that started it, however that ended: an idle one as its input ends; a busy one, with the
+processes that it has started, by a thread that looks each second. A single call of C code that does not release Python's
+lock, such as a search by a regular expression, is not interrupted: the worker ends after it. On Windows, where a process
+keeps the number of a parent that has ended, a busy one ends after its function.
 """
 
 import asyncio
-import concurrent.futures
+import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 # Functions by which TRL lets a reward function write to its log; here they do nothing.
 LOGGING: dict[str, Any] = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+WATCH = 1.0  # seconds between looks at whether the parent is still there
+
+_starting = threading.Lock()
 
 
 def load(source: str, name: str) -> Callable[..., Any]:
@@ -60,32 +74,59 @@ def call(function: Callable[..., Any], columns: Mapping[str, list]) -> Any:
 
 def _wait_for(rewards: Awaitable[Any]) -> Any:
     """Return an asynchronous function's result, also where this thread has a running event loop, as in a notebook."""
+    with _starting:
+        loop = _loop()
+    future = asyncio.run_coroutine_threadsafe(_result(rewards), loop)
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(_result(rewards))
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, _result(rewards)).result()
+        return future.result()
+    finally:
+        future.cancel()  # after Ctrl-C, when nobody waits for it; one that is done stays so
 
 
 async def _result(rewards: Awaitable[Any]) -> Any:
     return await rewards
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the process's event loop, in a thread of its own: clients of the user's file work in one loop only."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=_run, args=(loop,), daemon=True).start()
+    return loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # from a function, whose caller gets it too
+            loop.run_forever()
+
+
 def explain(error: BaseException) -> str:
-    """Return one line: the error, and the place in the user's file that raised it."""
+    """Return one line: the error, and the place in the user's file that raised it; no place if this package did."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in (__file__, importlib.__file__) and not frame.filename.startswith("<frozen")
+        if frame.filename != importlib.__file__ and not frame.filename.startswith((PACKAGE, "<frozen"))
     ]
     where = f", {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
     words = (str(error).strip() or "no message").splitlines()[0]
     return words if isinstance(error, LookupError) and not frames else f"{type(error).__name__}: {words}{where}"
 
 
+def _end_after(parent: int) -> None:
+    """End this process and those that it has started once its parent is another one, since the first has ended."""
+    while os.getppid() == parent:
+        time.sleep(WATCH)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    if hasattr(os, "killpg"):
+        threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # a function, or a process that it starts, would wait for input, or take the requests
+    os.close(nothing)
     os.dup2(2, 1)  # what a function prints is no reply
     try:
         functions = [load(source, name) for source, name in json.loads(sys.argv[1])]
@@ -93,7 +134,7 @@ def main() -> None:
         replies.write(explain(error) + "\n")
         sys.exit(1)
     replies.write("ready\n")
-    for line in sys.stdin:
+    for line in requests:
         try:
             columns = json.loads(line)
             reply: dict[str, Any] = {"rewards": [call(function, columns) for function in functions]}

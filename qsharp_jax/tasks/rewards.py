@@ -10,14 +10,17 @@ Functions of files run in worker processes with a time limit, or in this process
 function raises, takes too long, or returns anything but one finite number has no reward: None.
 """
 
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qsharp_jax.system.chat import as_text
@@ -52,12 +55,50 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def source_hash(function: Callable[..., Any]) -> str | None:
-    """Return the SHA-256 of an object's source; None if Python does not have it, as for what is compiled."""
+    """Return the SHA-256 of what a function is; None if Python does not have its source, as for what is compiled.
+
+    This is its source, of a lambda that of the whole lines that it stands in; of a `functools.partial` also its
+    arguments; of an instance or its method also the instance's attributes. What a function finds elsewhere, such as
+    globals or the variables of a function around it, does not count.
+    """
     try:
-        source = inspect.getsource(function if inspect.isroutine(function) else type(function))
+        text = _describe_function(function)
     except (OSError, TypeError):
         return None
-    return hashlib.sha256(source.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe_function(function: Callable[..., Any]) -> str:
+    """Return the text that is hashed; raises what `inspect.getsource` does."""
+    if isinstance(function, functools.partial):
+        return "\n".join([_describe_function(function.func), _describe(function.args), _describe(function.keywords)])
+    if inspect.isroutine(function):
+        source, owner = inspect.getsource(function), getattr(function, "__self__", None)
+    else:
+        source, owner = _class_source(function), function
+    attributes = {} if owner is None or isinstance(owner, type | ModuleType) else getattr(owner, "__dict__", {})
+    return "\n".join([source, _describe(attributes)]) if attributes else source
+
+
+def _class_source(function: Callable[..., Any]) -> str:
+    """Return the source of an instance's class, or of its `__call__` in a notebook, where Python has no more."""
+    try:
+        return inspect.getsource(type(function))
+    except (OSError, TypeError):
+        return inspect.getsource(type(function).__call__)
+
+
+def _describe(value: Any) -> str:
+    """Return the same text for the same value in every process: `repr` has addresses, and sets in any order."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_describe(name)}: {_describe(entry)}' for name, entry in value.items()))}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_describe, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_describe, value))}]"
+    if isinstance(value, functools.partial) or inspect.isroutine(value):
+        return source_hash(value) or name_of(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 class RewardJudge:

@@ -4,12 +4,10 @@ A worker runs a script. The script writes "ready" once it has started, or the re
 for each line of JSON that it reads. A worker that breaks, or takes too long, is replaced, and its reply is empty.
 """
 
-import contextlib
 import functools
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qsharp_jax.system import machine
+from qsharp_jax.system import children, machine
 from qsharp_jax.system.errors import UserError
 
 Result = TypeVar("Result")
@@ -29,7 +27,13 @@ MOST_WORKERS = 16
 
 
 class Workers:
-    """Processes of one script, started on demand. They end with this process, however that ends."""
+    """Processes of one script, started on demand, that do not outlive this process.
+
+    An idle one ends as its pipe closes, however this process ends. A busy one is killed, with what it has started, by
+    `close` and `children.exit_now`, by which the command line ends at errors and signals. If this process ends in
+    another way, such as kill -9, nobody is left to kill it: a script that may hang must notice, as reward_worker.py
+    does, or limit itself, as judging/worker.py does.
+    """
 
     def __init__(
         self, script: Path, arguments: Sequence[str], *, seconds: float, refusal: str, count: int | None = None
@@ -96,6 +100,7 @@ class _Worker:
             env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C does not reach it
         )
+        children.register(self._process)
         assert self._process.stdin and self._process.stdout  # they are pipes
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -116,11 +121,7 @@ class _Worker:
 
     def kill(self) -> None:
         """End the worker and the processes that it has started."""
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError):  # all have ended
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+        children.kill(self._process)
         self._stdin.close()
         self._reader.join(LEAVE)  # one that is out of reach may hold the pipe open
         if not self._reader.is_alive():

@@ -1,17 +1,28 @@
 """Reward functions of TRL's signature: what they are given, what they return, and what becomes of those that fail."""
 
 import asyncio
+import functools
+import hashlib
+import inspect
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
+from repository import PYTHONPATH
 
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import reward_worker
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.rewards import FEWEST, RewardJudge, parse_function
+from qsharp_jax.tasks.rewards import FEWEST, RewardJudge, parse_function, source_hash
 
 PROGRAM = """
+import asyncio
 import os
+import subprocess
+import sys
 import time
 
 def short(prompts, completions, **kwargs):
@@ -34,6 +45,24 @@ async def logging(completions, completion_ids, log_extra, log_metric, **kwargs):
     log_metric("tokens", float(len(completion_ids[0])))
     return [0.25 for _ in completions]
 
+CLIENT = {}
+
+async def client(completions):  # as a client's connections, it belongs to the loop of its first call
+    loop = CLIENT.setdefault("loop", asyncio.get_running_loop())
+    reply = loop.create_future()
+    loop.call_soon(reply.set_result, 1.0)
+    return [await reply]
+
+async def leaves(completions):
+    sys.exit(3)
+
+def reads(completions):
+    read = subprocess.run(["cat"], capture_output=True).stdout
+    try:
+        input()
+    except EOFError:
+        return [0.5 + len(read)]
+
 def sometimes(completions, **kwargs):
     return [None if c == "skip" else 1.0 for c in completions]
 
@@ -41,7 +70,7 @@ def odd(completions, **kwargs):
     return {"raise": lambda: 1 / 0, "nan": lambda: [float("nan")], "two": lambda: [1.0, 2.0], "text": lambda: "x",
             "hang": lambda: time.sleep(60), "exit": lambda: os._exit(1), "good": lambda: [1.0],
             "fork": lambda: [os.fork(), time.sleep(60)],
-            "none": lambda: [None], "print": lambda: print("hello") or [0.5]}[completions[0]]()
+            "none": lambda: [None], "dict": lambda: {"reward": 1.0}, "print": lambda: print("hello") or [0.5]}[completions[0]]()
 """
 
 
@@ -108,6 +137,41 @@ def test_an_asynchronous_function_is_called_where_a_loop_runs_as_in_a_notebook(p
         return judge([problem()], ["abc"])
 
     assert [j.reward for j in asyncio.run(cell())] == [0.25]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_asynchronous_functions_are_called_in_one_loop_as_a_client_needs_it(program, workers):
+    judge = judge_of(program, "client", "logging", workers=workers)
+    assert [j.reward for j in judge([problem()] * 3, ["abc"] * 3)] == [1.25] * 3
+
+    async def cell():
+        return judge([problem()] * 2, ["abc"] * 2)
+
+    assert [j.reward for j in asyncio.run(cell())] == [1.25] * 2
+    judge.close()
+
+
+def test_an_asynchronous_function_that_exits_leaves_the_loop_to_others(program):
+    function = reward_worker.load(str(program), "leaves")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            reward_worker.call(function, {"completions": ["abc"]})
+    judge = judge_of(program, "logging", workers=0)
+    assert judge([problem()], ["abc"])[0].reward == 0.25
+
+
+def test_a_function_that_reads_input_gets_none_and_no_requests(program):
+    judge = judge_of(program, "reads", seconds=20.0)
+    assert [j.reward for j in judge([problem()] * 3, ["abc"] * 3)] == [0.5] * 3
+    judge.close()
+
+
+def test_an_error_of_this_package_is_not_placed_in_the_package(program, capsys):
+    judge = judge_of(program, "odd", workers=0)
+    assert judge([problem()] * 2, ["dict", "raise"])[0].reward is None
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("(odd: TypeError: it returned a dict, not a list of one reward)")
+    assert re.search(rf"\(odd: ZeroDivisionError: division by zero, {program}, line \d+\)$", second)
 
 
 @pytest.mark.parametrize(
@@ -184,3 +248,58 @@ def test_a_module_s_function(tmp_path, monkeypatch):
     judge = RewardJudge([("own_rewards", "half")], [1.0], workers=1, seconds=30.0, most_failures=0.0)
     assert judge([problem()], ["x"])[0].reward == 0.5
     judge.close()
+
+
+def most_words(completions, most=0):
+    return [float(len(completions[0].split()) <= most)]
+
+
+def no_commas(completions, most=0):
+    return ["," not in completions[0]]
+
+
+class Most:
+    def __init__(self, most, words=()):
+        self.most, self.words, self.client = most, words, object()
+
+    def __call__(self, completions):
+        return [1.0]
+
+    def score(self, completions):
+        return [2.0]
+
+
+class Other(Most):
+    pass
+
+
+def test_the_hash_of_a_reward_is_that_of_all_it_is_made_of():
+    assert source_hash(most_words) == hashlib.sha256(inspect.getsource(most_words).encode()).hexdigest()
+    rewards = [
+        most_words, no_commas, functools.partial(most_words), functools.partial(most_words, most=40), functools.partial(most_words, most=50),
+        functools.partial(most_words, None, most=40), functools.partial(no_commas, most=40), functools.partial(Most(40), most=40), Most(40), Most(50), Other(40),
+        Most(40).score, Most(50).score, Most(40, no_commas), Most(40, most_words), Most(40, functools.partial(most_words, most=40)),
+    ]  # fmt: skip
+    assert len({source_hash(reward) for reward in rewards}) == len(rewards)
+    for _ in range(2):  # objects anew, at other addresses
+        assert source_hash(Most(40)) == source_hash(Most(40)) and source_hash(Most(40).score) == source_hash(Most(40).score)
+    partials = [functools.partial(most_words, **order) for order in (dict(most=4, a=1), dict(a=1, most=4))]
+    assert source_hash(partials[0]) == source_hash(partials[1])
+    assert source_hash(len) is None and source_hash(functools.partial(len)) is None
+
+
+def test_the_hash_of_a_reward_is_the_same_in_every_process(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import functools\n"
+        "from qsharp_jax.tasks.rewards import source_hash\n"
+        "def f(completions, words, at): return [1.0]\n"
+        "print(source_hash(functools.partial(f, words={w * 3 for w in 'abcdefgh'}, at=(object(), f))))\n"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(printed) == 1 and len(printed.pop()) == 65

@@ -14,7 +14,7 @@ MEMORY = 1 << 30  # bytes of a worker's address space; it starts with about 70 M
 
 
 class Pool:
-    """Worker processes, started on demand. They end with this process, however that ends."""
+    """Worker processes, started on demand. They end with this process, a busy one at the latest at its limit."""
 
     def __init__(self, workers: int | None = None, *, seconds: float = SECONDS, memory: int = MEMORY):
         """Create a pool of `workers`, by default one per core up to 16, with limits per pair and in bytes."""
