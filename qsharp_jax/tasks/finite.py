@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def problems(
     Args:
       split: "train" or "test", which means `config.evaluate_on`.
       train: divided into training and validation problems.
-      group: (problem) -> its group; problems with the same group stay together.
+      group: (problem) -> its group; problems with the same group stay together, and repeats of a problem always do.
 
     Raises:
       ValueError: for an unknown split, or if there are fewer problems.
@@ -92,16 +92,35 @@ def problems(
     check(config)
     base.check_split(split)
     name = split if split == "train" else config.evaluate_on
-    chosen = read(test if name == "test" else train, config.data)
+    pairs = _read(test if name == "test" else train, config.data)
     if name != "test":
-        groups = sorted({group(problem) for problem in chosen})
-        random.Random(f"validation/{config.split_seed}").shuffle(groups)
-        validation = set(groups[: round(_HELD_OUT * len(groups))])
-        chosen = [problem for problem in chosen if (group(problem) in validation) == (name == "validation")]
+        validation = _validation([(group(first), group(problem)) for first, problem in pairs], config.split_seed)
+        pairs = [pair for pair in pairs if (group(pair[0]) in validation) == (name == "validation")]
+    chosen = [problem for _, problem in pairs]
     if len(chosen) < count:
         raise ValueError(f"there are {len(chosen)} {name} problems, not the {count} asked for; ask for fewer")
     base.generator("finite", seed).shuffle(chosen)
     return chosen[:count]
+
+
+def _validation(groups: Sequence[tuple[str, str]], split_seed: int) -> set[str]:
+    """Draw the groups of the validation problems: a tenth, also where some groups hold repeats, which count as well.
+
+    Args:
+      groups: per problem, the group that it is kept in, and the one that it would be if it were no repeat.
+    """
+    repeats = collections.defaultdict[str, set[str]](set)
+    for group, alone in groups:
+        repeats[group].add(alone)
+    group_of = {alone: group for group, members in repeats.items() for alone in members}
+    order = sorted(group_of)
+    random.Random(f"validation/{split_seed}").shuffle(order)
+    chosen, room = set[str](), round(_HELD_OUT * len(order))
+    for group in (group_of[alone] for alone in order):
+        if group not in chosen and len(repeats[group]) <= room:
+            chosen.add(group)
+            room -= len(repeats[group])
+    return chosen
 
 
 def read(source: Source, data: str) -> list[Problem]:
@@ -113,19 +132,25 @@ def read(source: Source, data: str) -> list[Problem]:
     Raises:
       UserError: if the file does not exist, the hub cannot be reached, or rows are missing or damaged.
     """
+    return [problem for _, problem in _read(source, data)]
+
+
+def _read(source: Source, data: str) -> list[tuple[Problem, Problem]]:
+    """Read pairs of a problem with the id that it has in the file, and the problem with an id of its own."""
     folder = data or os.environ.get(VARIABLE) or "hub"
     path = Path(folder).expanduser() / source.file
     rows = _hub_rows(source) if folder == "hub" else _local_rows(source, path)
     if not rows:
         where = source.hub if folder == "hub" else path
         raise UserError(f"{where} has no problems; put the data set's rows there, as JSON lines")
-    problems, times = [], collections.Counter[str]()
+    pairs, times = [], collections.Counter[str]()
     for problem in (problem for row in rows for problem in source.to_problems(row)):
         times[problem.problem_id] += 1
-        if times[problem.problem_id] > 1:
-            problem = dataclasses.replace(problem, problem_id=f"{problem.problem_id}-{times[problem.problem_id]}")
-        problems.append(problem)
-    return problems
+        own_id = problem.problem_id
+        if times[own_id] > 1:
+            own_id = f"{own_id}-{times[own_id]}"
+        pairs.append((problem, dataclasses.replace(problem, problem_id=own_id)))
+    return pairs
 
 
 def _local_rows(source: Source, path: Path) -> list[Row]:

@@ -19,15 +19,20 @@ FINITE, SYMBOLIC = True, False
 LETTERS = "ABCD"
 _URL = "https://raw.githubusercontent.com/nyu-mll/quality/main/data/v1.0.1/"
 
+_LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])(?:\s*(?:[).:}]|\Z)|(?<![Aa])\s)")
+
 check = finite.check
 
 
 def parse(response: str) -> str | None:
-    """Return the letter in the answer's only box: B, b, (B), \\text{B}, or B followed by the option's text."""
+    """Return the letter in the answer's only box: B, b, (B), \\text{B}, or B followed by the option's text.
+
+    A before a text must be written "A." or so: without a sign it is the article, as in "A sense of duty".
+    """
     boxes = boxed.answers(response)
     if len(boxes) != 1:
         return None
-    letter = re.match(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])(?![A-Za-z])", boxes[0])
+    letter = _LETTER.match(boxes[0])
     return letter[1].upper() if letter else None
 
 

@@ -114,6 +114,9 @@ def test_quality(tmp_path):
         (r"\boxed{\textbf{(A)}}", "A"), (r"\boxed{A. The moon}", "A"), (r"\boxed{B) He left}", "B"),
         (r"A or \boxed{C}", "C"), (r"\boxed{A}. No: \boxed{C}", "C"), (r"\boxed{A} or \boxed{C}", None), (r"\boxed{E}", None), (r"\boxed{Because}", None), (r"\boxed{1}", None), ("B", None),
         (r"\boxed{B", None), (r"\boxed{\text{Apples}}", None),
+        (r"\boxed{A sense of duty}", None), (r"\boxed{a sense of duty}", None), (r"\boxed{\text{A sense of duty}}", None),
+        (r"\boxed{(A sense of duty)}", None), (r"\boxed{A-levels}", None), (r"\boxed{D'Artagnan}", None), (r"\boxed{B, C}", None),
+        (r"\boxed{A: The moon}", "A"), (r"\boxed{A ) The moon}", "A"), (r"\boxed{\text{A} The moon}", "A"), (r"\boxed{ A }", "A"), (r"\boxed{B He left}", "B"),
     ],
 )  # fmt: skip
 def test_letters(response, letter):

@@ -1,6 +1,7 @@
 """The data sets' files: what is read, what is refused with its place, and that splits are disjoint and stay the same."""
 
 import json
+import random
 
 import datasets
 import pytest
@@ -95,6 +96,32 @@ def test_a_problem_that_is_there_twice_has_two_ids(tmp_path):
     small_data.write_lines(tmp_path / "gsm8k" / "test.jsonl", [row, small_data.gsm8k_row(5, 6), row])
     first, _, second = finite.read(gsm8k.TEST, str(tmp_path))
     assert second.problem_id == first.problem_id + "-2" and second.prompt == first.prompt
+
+
+def test_a_repeated_problem_is_in_the_split_of_the_first(tmp_path):
+    """The splits have the sizes that they would have without repeats, and repeats of a problem stay together."""
+    rows = [small_data.gsm8k_row(n, n + 1) for n in range(60)]
+    small_data.write_lines(tmp_path / "gsm8k" / "train.jsonl", rows + rows[:30] + rows[:10])
+    for seed in range(5):
+        config = settings(tmp_path)
+        config.split_seed = seed
+        train = gsm8k.problems(config, "train", 90, 0)
+        config.evaluate_on = "validation"
+        validation = gsm8k.problems(config, "test", 10, 0)
+        assert len({*ids(train), *ids(validation)}) == 100
+        assert not {p.prompt for p in train} & {p.prompt for p in validation}
+
+
+def test_the_split_of_problems_without_repeats(tmp_path):
+    """A tenth of the ids, shuffled by the seed; an id that ends in -2 in the file is no repeat."""
+    rows = [{"problem": f"Find {n}.", "answer": str(n), "unique_id": f"{n // 2}-{n % 2 + 1}"} for n in range(40)]
+    small_data.write_lines(tmp_path / "math" / "train.jsonl", rows)
+    names = sorted(row["unique_id"] for row in rows)
+    random.Random("validation/0").shuffle(names)
+    config = settings(tmp_path)
+    config.evaluate_on = "validation"
+    assert set(ids(math.problems(config, "test", 4, 0))) == set(names[:4])
+    assert set(ids(math.problems(config, "train", 36, 0))) == set(names[4:])
 
 
 def test_the_folder_may_be_named_by_the_environment(tmp_path, monkeypatch):
