@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.value.distribution = "auto"
     c.generate.max_new_tokens = 128
     c.generate.prompt_bucket = 32
-    c.collect.prompts = 400  # at most; fewer if there are fewer
+    c.collect.prompts = 400  # at most, in every round the same; the run prints how many there are
     c.collect.shard_rows = 200
 
     c.fit.epochs = 3

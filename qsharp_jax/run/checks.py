@@ -156,6 +156,7 @@ def check_problems(config: ConfigDict, rewards: Sequence[Callable[..., Any]] = (
     tokenizer = models.tokenizer(session)
     _ = problems.judge(session)
     train, test = problems.all_train_problems(session), problems.test_problems(session)
+    _tell_how_many(config, len(train))
     measures = config.fit.evaluate_every and not configs.trains_policy(config)
     if measures and not any(is_held_out(p.problem_id, config.fit.holdout) for p in train):
         raise UserError(
@@ -178,6 +179,15 @@ def check_problems(config: ConfigDict, rewards: Sequence[Callable[..., Any]] = (
             f"config.fit.pack_length is {config.fit.pack_length}; it must be at least {total}, the tokens of the"
             " longest prompt and config.generate.max_new_tokens, or 0"
         )
+
+
+def _tell_how_many(config: ConfigDict, used: int) -> None:
+    """Print that some of the training prompts are not used, for a task that uses at most `collect.prompts`."""
+    task = tasks.get(config.task.name)
+    if not hasattr(task, "available") or used < config.collect.prompts:
+        return
+    if used < (available := task.available(config.task, "train")):
+        print(f"{used:,} of {available:,} training prompts are used (collect.prompts)")
 
 
 def check_devices(session: Session) -> None:

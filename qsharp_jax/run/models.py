@@ -64,12 +64,11 @@ def pin(config: ConfigDict, stored: ConfigDict | None) -> None:
 
 
 def make_absolute(config: ConfigDict) -> None:
-    """Make the paths of folders absolute, in place, as workdirs store them."""
+    """Make the paths of folders and of the task's files absolute, in place, as workdirs store them."""
     for name, words in NOT_FOLDERS.items():
         if config[name] not in words and not hub.is_id(config[name]):
             config[name] = os.path.abspath(os.path.expanduser(config[name]))
-    if config.task.get("data", "") not in ("", "hub"):
-        config.task.data = os.path.abspath(os.path.expanduser(config.task.data))
+    registry.make_absolute(config.task)
 
 
 # --- Tokenizer and shapes -------------------------------------------------------------------------------------------

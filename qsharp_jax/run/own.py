@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -35,23 +35,17 @@ class OwnRun:
 
     def overrides(self) -> list[str]:
         """Return the settings that the arguments stand for, as `--config.KEY=VALUE`; paths are absolute."""
-        rewards = [_absolute(*word.rpartition(":"), is_there=os.path.isfile) for word in self.rewards]
+        rewards = [tasks.absolute_function(words) for words in self.rewards]
         given = {
             "ref": self.ref,
             "guide": self.guide,
-            "task.prompts": self.prompts and _absolute(self.prompts),
-            "task.file": self.task and _absolute(self.task, is_there=os.path.isfile),
+            "task.prompts": self.prompts and tasks.absolute(self.prompts),
+            "task.file": self.task and tasks.absolute(self.task),
             "task.rewards": json.dumps(rewards) if rewards or self.task else None,
             "task.weights": ",".join("1" for _ in rewards) if rewards or self.task else None,
             "prompt_format": self.prompt_format,
         }
         return [f"--config.{key}={value}" for key, value in given.items() if value is not None]
-
-
-def _absolute(path: str, *rest: str, is_there: Callable[[str], bool] = os.path.exists) -> str:
-    """Make a path absolute if it is there; else it may be a module, which may be a folder, or a name on the hub."""
-    full = os.path.abspath(os.path.expanduser(path))
-    return "".join([full if is_there(full) and path else path, *rest])
 
 
 def load(

@@ -122,7 +122,7 @@ class Value:
 class Collect:
     """Rollouts of a round."""
 
-    prompts: int = setting(600, whole(1), "new problems per round")
+    prompts: int = setting(600, whole(1), "problems per round: new ones in each, but of a data set or a file the same")
     samples: int = setting(4, whole(1), "rollouts per problem")
     eta: float = setting(0.1, ETA, "weight of the KL to the reference; used by the roll-in from round 2 on")
     batch_size: int = setting(250, whole(1), "rows decoded at once; a finished row takes the next prompt")

@@ -25,6 +25,7 @@ A finite task has
 The user's own task (own.py) is finite and has no answers. In place of `parse` and `reward` it has
 
   judge(config) -> RewardJudge             calls the user's reward functions
+  available(config, split) -> int          how many problems there are, of which `problems` draws at most `count`
   files(config) -> list[Path]              the files that it is made of, which must not change during a run
 
 `config` is any object with the attributes listed at the top of the task's file.

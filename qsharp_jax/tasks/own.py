@@ -18,6 +18,7 @@ config: file           Python file or module with problems(split) and reward, or
 import collections
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,41 @@ def files(config: Any) -> list[Path]:
     return sorted({Path(name) for name in named if name and Path(name).is_file()})
 
 
+def make_absolute(config: Any) -> None:
+    """Make the paths of files that are there absolute, in place: not modules, nor names of data sets on the hub."""
+    config.file, config.prompts = absolute(config.file), absolute(config.prompts)
+    config.rewards = type(config.rewards)(map(absolute_function, config.rewards))
+
+
+def absolute(path: str) -> str:
+    """Return the absolute path of a file; what is no file stays as it is."""
+    full = os.path.abspath(os.path.expanduser(path))
+    return full if os.path.isfile(full) else path
+
+
+def absolute_function(words: str) -> str:
+    """Return FILE.py:NAME with the file's absolute path."""
+    source, colon, name = words.rpartition(":")
+    return f"{absolute(source)}{colon}{name}"
+
+
 def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
     """Draw at most `count` problems of a split without replacement.
 
     Raises:
       UserError: for a file that cannot be read, a row without a prompt, or a split without prompts.
     """
+    chosen = _every_problem(config, split)
+    base.generator("own", seed).shuffle(chosen)
+    return chosen[:count]
+
+
+def available(config: Any, split: str) -> int:
+    """Return how many problems a split has; raises as `problems`."""
+    return len(_every_problem(config, split))
+
+
+def _every_problem(config: Any, split: str) -> list[Problem]:
     base.check_split(split)
     if config.file:
         chosen = to_problems(_rows_of_program(config.file, split))
@@ -142,8 +172,7 @@ def problems(config: Any, split: str, count: int, seed: int) -> list[Problem]:
                 f"of the {len(every)} prompts of {config.prompts} none is left to {use}: one in five different ones,"
                 " chosen by a hash of it, is held out; add prompts"
             )
-    base.generator("own", seed).shuffle(chosen)
-    return chosen[:count]
+    return chosen
 
 
 def to_problems(rows: Iterable[finite.Row]) -> list[Problem]:

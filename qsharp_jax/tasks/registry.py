@@ -5,7 +5,9 @@
 
 import difflib
 import importlib
+import os
 from types import ModuleType
+from typing import Any
 
 from qsharp_jax.tasks import own
 
@@ -22,3 +24,11 @@ def get(name: str) -> ModuleType:
     nearest = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}{hint}")
+
+
+def make_absolute(section: Any) -> None:
+    """Make the paths in a config's section `task` absolute, in place: the folder `data`, and the files of "own"."""
+    if section.get("data", "") not in ("", "hub"):
+        section.data = os.path.abspath(os.path.expanduser(section.data))
+    if section.name == "own":
+        own.make_absolute(section)

@@ -8,9 +8,9 @@ one per function, or {"error": "..."}. Standard input and output are not the fun
 standard error.
 
 It ends soon after the process that started it, however that ended: an idle one as its input ends; a busy one, with the
-processes that it has started, by a thread that looks each second. A single call of C code that does not release Python's
-lock, such as a search by a regular expression, is not interrupted: the worker ends after it. On Windows, where a process
-keeps the number of a parent that has ended, a busy one ends after its function.
+processes that it has started, by a thread that looks each second. A single call of C code that does not release
+Python's lock, such as a search by a regular expression, is not interrupted: the worker ends after it. On Windows, where
+a process keeps the number of a parent that has ended, a busy one ends after its function.
 """
 
 import asyncio

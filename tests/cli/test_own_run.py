@@ -17,8 +17,9 @@ from repository import ROOT
 from qsharp_jax import cli
 from qsharp_jax.data.records import read_rounds
 from qsharp_jax.models import hf
-from qsharp_jax.run import own
+from qsharp_jax.run import checks, own
 from qsharp_jax.run.own import OwnRun
+from qsharp_jax.tasks import base
 
 PROGRAM = """
 def short(prompts, completions, topic, **kwargs):
@@ -249,6 +250,18 @@ def test_a_run_does_not_go_on_with_another_reward(folder, finished, capsys):
         assert f"{folder / 'rewards.py'} changed since this run began" in sentence
     finally:
         (folder / "rewards.py").write_text(PROGRAM)
+
+
+def test_how_many_of_the_prompts_are_used_is_said_where_some_are_not(folder, tmp_path, capsys):
+    named = OwnRun(
+        ref=str(folder / "ref"), prompts=str(folder / "prompts.jsonl"), rewards=[f"{folder / 'rewards.py'}:short"]
+    )
+    count = sum(base.split_of(base.content_id(json.dumps(f"How many eggs has Sam {i}?"))) == "train" for i in range(70))
+    for prompts, words in ((20, f"20 of {count} training prompts are used (collect.prompts)"), (count, None), (200, None)):
+        config = own.load(named, tmp_path / "w", [*SMALL, f"--config.collect.prompts={prompts}", "--config.fit.holdout=0.3"])
+        capsys.readouterr()
+        checks.check_problems(config)
+        assert capsys.readouterr().out == (f"{words}\n" if words else "")
 
 
 def test_the_defaults_fit_the_model_and_the_longest_prompt(folder, tmp_path, capsys):

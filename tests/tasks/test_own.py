@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from qsharp_jax.configs import own as recipe
 from qsharp_jax.system.chat import as_text
 from qsharp_jax.system.errors import UserError
-from qsharp_jax.tasks import base, own
+from qsharp_jax.tasks import base, own, registry
 
 ROWS = [{"prompt": f"Tell me about number {i}.", "number": i} for i in range(60)]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -119,7 +119,7 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, words):
     ("text", "words"),
     [
         ("x = 1", "has no function 'problems'"),
-        ("def problems(split):\n    return [1]", "gave a int, not a dict"),
+        ("def problems(split):\n    return [1]", r"\(TypeError: problems\('train'\) gave a int, not a dict\)"),
         ("def problems(split):\n    return open('/none')", "FileNotFoundError.*task.py, line 2"),
         ("def problems(split):\n    return [{'prompt': 'x', 'y': {1, 2}}]", "not JSON serializable"),
     ],
@@ -150,3 +150,26 @@ def test_a_python_file_without_problems_is_refused(tmp_path):
 def test_settings_are_refused(changes, words):
     with pytest.raises((UserError, ValueError), match=words):
         own.check(config(**changes))
+
+
+def test_paths_of_files_are_made_absolute_and_other_names_left_alone(tmp_path, monkeypatch):
+    """A workdir's commands may be typed in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("rewards.py", "a.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "owner" / "prompts").mkdir(parents=True)
+    task = config(prompts="./a.jsonl", rewards=("rewards.py:f", "~/rewards.py:g", "package.rewards:f", "<python>:f"))
+    registry.make_absolute(task)
+    assert task.prompts == f"{tmp_path}/a.jsonl" and task.file == ""
+    assert task.rewards == (f"{tmp_path}/rewards.py:f", f"{tmp_path}/rewards.py:g", "package.rewards:f", "<python>:f")
+    task = config(file="rewards.py", prompts="owner/prompts", rewards=["gone.py:f"])
+    registry.make_absolute(task)
+    assert (task.file, task.prompts, list(task.rewards)) == (f"{tmp_path}/rewards.py", "owner/prompts", ["gone.py:f"])
+    monkeypatch.chdir("/")
+    assert own.files(task) == [tmp_path / "rewards.py"]
+
+
+def test_how_many_prompts_there_are(tmp_path):
+    task = config(prompts=write(tmp_path / "a.jsonl", ROWS))
+    assert [own.available(task, split) for split in base.SPLITS] == list(map(len, both(task)))
