@@ -165,7 +165,7 @@ def training(
         name=f"round {number}: {session.config.algorithm}",
         total_steps=total_steps,
         log_every=log_every,
-        save_every=max(config.save_every // save_unit, 1) * save_unit,
+        save_every=config.save_every,
         save_unit=save_unit,
         log=session.workdir.append_metrics,
         flops=train.language_model_flops(models.ref_config(session)),

@@ -45,9 +45,9 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
     """Write and return the rows of `results.json`, given the guides (or policies) by round.
 
     This measures pi_ref (sampled, greedy, and cut to as many tokens as the guide scores) and the run's algorithm after
-    each round at its own eta. With `full`, it also measures the last round's guide greedily, at every eta of the
-    config, in the algorithm's extra modes, with its tilt to the power of the config, and as a reranker of pi_ref's
-    samples.
+    each round at its own eta (at the smallest of the config's etas, if its own is not among them). With `full`, it also
+    measures the last round's guide greedily, at every eta of the config, in the algorithm's extra modes, with its tilt
+    to the power of the config, and as a reranker of pi_ref's samples.
     """
     config, latest = session.config.evaluate, max(guides, default=0)
     algorithm = ALGORITHMS[session.config.algorithm]
@@ -67,8 +67,10 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
     if has_guides:
         mode = algorithm.mode(session.config)
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
+    # Rounds are compared at one eta, so it must be one at which the last round is measured.
+    shared_eta = min(config.etas) if full and has_guides and own_eta not in config.etas else own_eta
     for number, guide in guides.items():
-        etas = list(config.etas) if full and number == latest and has_guides else [own_eta]
+        etas = list(config.etas) if full and number == latest and has_guides else [shared_eta]
         samples[method, number] = sample_method(
             session, method, ref, guide, sampling, number=number, etas=etas, samples=config.guided_samples
         )

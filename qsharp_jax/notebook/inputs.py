@@ -1,6 +1,5 @@
 """Prompts and rewards as Python objects, in the forms that a task of the user's own has in files."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import own
 from qsharp_jax.tasks.base import Problem
-from qsharp_jax.tasks.finite import Row
+from qsharp_jax.tasks.finite import Row, json_row
 from qsharp_jax.tasks.rewards import RewardJudge
 
 # Texts, chats (lists of messages), or dicts with a "prompt" and other columns, which the rewards are given; or a file.
@@ -24,13 +23,8 @@ def to_rows(prompts: Prompts) -> list[dict[str, Any]]:
     """Return the prompts as dicts that JSON can hold; a UserError for a row or a file that cannot be read."""
     if isinstance(prompts, str | Path):
         return [row.fields for row in own.read_rows(str(Path(prompts).expanduser()))]
-    rows = [dict(item) if isinstance(item, Mapping) else {"prompt": item} for item in prompts]
-    for number, row in enumerate(rows, start=1):
-        try:
-            json.dumps(row, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"prompt {number} is not JSON ({error}); give texts, finite numbers, lists") from None
-    return rows
+    rows = (dict(item) if isinstance(item, Mapping) else {"prompt": item} for item in prompts)
+    return [json_row(f"prompt {number}", row).fields for number, row in enumerate(rows, start=1)]
 
 
 def to_problems(prompts: Prompts) -> list[Problem]:

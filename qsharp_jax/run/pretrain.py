@@ -59,7 +59,7 @@ def run(session: Session) -> LanguageModel:
                 name="pre-train pi_ref",
                 total_steps=min(config.steps, batches.steps_per_epoch),
                 log_every=config.log_every,
-                save_every=max(config.save_every // save_unit, 1) * save_unit,
+                save_every=config.save_every,
                 save_unit=save_unit,
                 log=session.workdir.append_metrics,
                 stop=lambda means: means["loss"] <= config.stop_loss,

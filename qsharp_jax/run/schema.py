@@ -128,7 +128,7 @@ class Collect:
     batch_size: int = setting(250, whole(1), "rows decoded at once; a finished row takes the next prompt")
     shard_rows: int = setting(1200, whole(1), "rollouts per file")
     drop_no_variation: bool = setting(
-        False, TRUTH, "leave out problems whose rollouts of a round all have the same reward"
+        False, TRUTH, "fit the guide without problems whose rollouts of a round all have the same reward"
     )
 
 

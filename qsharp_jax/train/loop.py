@@ -52,9 +52,8 @@ class Loop:
     """Settings and actions of a training besides its updates; all intervals are in steps."""
 
     total_steps: int  # of the whole training, including those before a resume
-    # log_every, save_every: intervals of log lines and checkpoints; see `SAVE_SECONDS` as well
     log_every: int
-    save_every: int
+    save_every: int  # between checkpoints, rounded down to whole units; see `SAVE_SECONDS` as well
     name: str  # the phase's name, in metrics and progress bars
     log: Callable[[dict], None]  # writes a line of metrics
     # given the averages of each log line, returns true to end the training
@@ -97,6 +96,7 @@ class Trainer:
     ):
         self._loop, self._checkpoints, self._schedule = loop, checkpoints, schedule
         self._clock = Clock(loop.flops)
+        self._save_every = max(loop.save_every // loop.save_unit, 1) * loop.save_unit
         self.state = checkpoints.restore(state)
         self.step = int(self.state.step)
         self.finished = self.done = checkpoints.finished()
@@ -155,7 +155,7 @@ class Trainer:
         at_end, unit_ends = self.step >= loop.total_steps, self.step % loop.save_unit == 0
         logging = self.step % loop.log_every == 0
         # An overdue checkpoint waits for a log line: no line, and no end by `stop`, is to depend on the clock.
-        saving = unit_ends and (self.step % loop.save_every == 0 or (logging and self._is_overdue()))
+        saving = unit_ends and (self.step % self._save_every == 0 or (logging and self._is_overdue()))
         stopping = unit_ends and loop.stop_requested(self.step)
         self.done = at_end
         if at_end or saving or stopping or logging:

@@ -303,6 +303,22 @@ def test_a_stopped_evaluation_goes_on_with_the_method_it_was_at(evaluated, monke
     path.write_text(content)
 
 
+@pytest.mark.parametrize(("own", "shared"), [(0.5, 0.5), (0.3, 0.1)])
+def test_rounds_are_measured_at_an_eta_of_the_last_one(tmp_path, monkeypatch, own, shared):
+    """At the run's own eta, or at the smallest that the last round is measured at."""
+    session = helpers.session(tmp_path, f"collect.eta={own}", "evaluate.etas=(0.5, 0.1)")
+    measured = {}
+    monkeypatch.setattr(
+        measure,
+        "sample_method",
+        lambda session, name, *args, number, etas=(), **options: measured.update({(name, number): etas}),
+    )
+    monkeypatch.setattr(measure, "score_samples", lambda *args, **options: None)
+    monkeypatch.setattr(measure, "_write_results", lambda *args: [])
+    measure.evaluate(session, None, {1: None, 2: None}, full=True)
+    assert measured["qsharp", 1] == [shared] and measured["qsharp", 2] == [0.5, 0.1]
+
+
 def test_samples_at_other_etas_are_made_anew(evaluated, monkeypatch):
     """A file is that of its etas and counts: others are sampled, the same ones are read. inf is pi_ref, null in JSON."""
     session, ref, guides, _ = evaluated

@@ -190,7 +190,7 @@ def test_what_cannot_work_is_refused(executed, tmp_path):
         return q.train_guide(executed.ref, prompts, reward, workdir=tmp_path / "new", **changes)
 
     assert "must be a function" in refusal(train, reward="short")
-    assert "prompt 1 is not JSON" in refusal(train, [{"prompt": "x", "column": {1}}])
+    assert "prompt 1: the column 'column' holds a set" in refusal(train, [{"prompt": "x", "column": {1}}])
     assert "no setting --config.fit.epoch" in refusal(train, config={"fit.epoch": 1})
     assert "trains a policy" in refusal(train, config={"algorithm": "reinforce"})
     both = (executed.no_commas, executed.no_commas)

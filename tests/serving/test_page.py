@@ -1,5 +1,6 @@
 """The page in a real browser: type, move the slider, see both answers."""
 
+import json
 import shutil
 
 import pytest
@@ -100,6 +101,26 @@ def test_the_request_is_copied_as_curl_and_as_python(page, server):
     exec(compile(python.replace("print(", "answers['text'] = ("), "page", "exec"), {"answers": answers})
     shown = page.inner_text("#guided")
     assert answers["text"].strip() == shown.strip()
+
+
+def test_a_character_of_several_tokens_is_shown_whole_and_a_stop_token_not_at_all(page):
+    def entry(token):
+        return {"token": token, "logprob": -1.0, "ref_logprob": -1.0, "kl": 0.0, "value": None}
+
+    chunks = [(["\ufffd"], ""), (["\ufffd", " a"], "é a"), ([" <b>"], " <b>"), (["<end>"], "")]
+    events = [
+        {
+            "choices": [
+                {"delta": {"content": text}, "logprobs": {"content": [*map(entry, names)]}, "finish_reason": None}
+            ]
+        }
+        for names, text in chunks
+    ]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    ask(page)
+    assert page.text_content("#guided") == "é a <b>"
+    assert page.eval_on_selector_all("#guided span", "x => x.map(y => y.textContent)") == ["", "", "é a", " <b>", ""]
 
 
 def test_an_error_is_shown(page):

@@ -292,21 +292,23 @@ def test_batches_made_from_the_present_parameters(tmp_path):
 
 
 def test_checkpoints_come_between_units_of_steps(tmp_path):
-    """Checkpoints every fourth step come at the twelfth alone; stopped in a sample or between two, training resumes
-    with the sample that comes next and ends the same."""
+    """Checkpoints every fifth step come every third, after whole units; stopped in a sample, between two, or killed,
+    training resumes with the sample that comes next and ends the same."""
     straight, _ = sampling_fit(tmp_path / "straight")
     with pytest.raises(Stopped):
-        sampling_fit(tmp_path / "in", stopped_at=2)
+        sampling_fit(tmp_path / "in", stopped_at=2, save_every=100)
     with pytest.raises(Stopped):
-        sampling_fit(tmp_path / "between", stop_requested=lambda step: step >= 4)
-    for name in ("in", "between"):
+        sampling_fit(tmp_path / "between", stop_requested=lambda step: step >= 4, save_every=100)
+    with pytest.raises(Killed):
+        sampling_fit(tmp_path / "killed", killed_at=2, save_every=5)
+    for name in ("in", "between", "killed"):
         assert int(Checkpoints(tmp_path / name).restore(toy_state()).step) == 6
         state, samples = sampling_fit(tmp_path / name)
         assert_trees_equal(state, straight)
         assert [number for number, _ in samples] == [2, 3]
     with pytest.raises(Killed):
-        sampling_fit(tmp_path / "killed", killed_at=3)
-    assert int(Checkpoints(tmp_path / "killed").restore(toy_state()).step) == 0
+        sampling_fit(tmp_path / "late", killed_at=3, save_every=100)
+    assert int(Checkpoints(tmp_path / "late").restore(toy_state()).step) == 0
 
 
 EVERY, PATIENCE = 5, 3
