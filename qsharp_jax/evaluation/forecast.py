@@ -8,8 +8,8 @@ response telescopes to u = w(its end) / w(its prompt). Expectations under the gu
 
 With a calibrated Bernoulli guide and eta to 0 the reward is at most m + Var(p) / m, where p is the value at the end and
 m the mean reward: the guide's resolution limits it, not eta. A tilt to a power a > 1 goes on from there; u^a is divided
-by its mean over the prompt's responses. Decoding gives less where values come late, or contradict each other from token
-to token. Shapes: N responses, L etas.
+by its mean over the prompt's responses. A temperature T divides the tilt too, so that the power is then a / T. Decoding
+gives less where values come late, or contradict each other from token to token. Shapes: N responses, L etas.
 """
 
 import functools
@@ -71,7 +71,7 @@ def run(session: Session, number: int, guide: ValueModel, *, skip_damaged: bool 
         of_batch = functools.partial(_log_weights, guide, etas=jnp.asarray(etas, jnp.float32), mode=mode)
         log_u, final = _ends(of_batch, examples, rows=config.fit.batch_size, bucket=config.fit.length_bucket)
         for power, (place, eta) in itertools.product(powers if method == algorithm.name else [1.0], enumerate(etas)):
-            log_tilt = log_u[:, place] if power == 1 else to_power(log_u[:, place], power, prompt_ids)
+            log_tilt = to_power(log_u[:, place], power, config.generate.temperature, prompt_ids)
             row = {"method": method, "eta": eta, "n": len(rewards)} | tilted(log_tilt, rewards)
             rows.append(row if power == 1 else row | {"method": f"{method}_power", "power": power})
     best = best_of(BEST_OF, final, rewards, prompt_ids)
@@ -115,9 +115,15 @@ def tilted(log_u: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
     return {"reward": float(weights @ rewards), "kl": float(weights @ log_ratio)}
 
 
-def to_power(log_u: np.ndarray, power: float, prompt_ids: Sequence[str]) -> np.ndarray:
-    """Return the logarithm of u^power over its mean over each prompt's responses; `log_u` [N]."""
-    ids, log_tilt = np.asarray(prompt_ids), power * log_u
+def to_power(log_u: np.ndarray, power: float, temperature: float, prompt_ids: Sequence[str]) -> np.ndarray:
+    """Return the logarithm of the weights of a tilt to a power, decoded at a temperature (0 as 1): u^(power / T).
+
+    Those to another power than 1 are divided by their mean over each prompt's responses. `log_u` [N].
+    """
+    exponent = power / (temperature or 1.0)
+    if exponent == 1:
+        return log_u
+    ids, log_tilt = np.asarray(prompt_ids), exponent * log_u
     for prompt in np.unique(ids):
         mine = ids == prompt
         log_tilt[mine] -= np.logaddexp.reduce(log_tilt[mine]) - np.log(mine.sum())

@@ -2,9 +2,12 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qsharp_jax import guidance
 from qsharp_jax.evaluation import forecast
 
 
@@ -44,11 +47,26 @@ def test_a_power_tilts_each_prompt_s_law_on_its_own():
     p[:500] = 0.4  # of "a"
     for level, begin in ((0.4, 0), (0.8, 500), (0.2, 1000), (0.8, 1500)):
         rewards[begin : begin + int(500 * level)] = 1
-    row = forecast.tilted(forecast.to_power(np.log(p), 3.0, ids), rewards)
+    row = forecast.tilted(forecast.to_power(np.log(p), 3.0, 1.0, ids), rewards)
     levels = np.asarray([[0.4, 0.8], [0.2, 0.8]])
     weights = levels**3 / (levels**3).sum(1, keepdims=True)
     assert row["reward"] == pytest.approx((weights * levels).sum(1).mean(), rel=1e-9)
     assert row["kl"] == pytest.approx((weights * np.log(2 * weights)).sum(1).mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("temperature, power", [(0.7, 1.0), (1.0, 1.0), (2.0, 3.0)])
+def test_a_forecast_of_single_tokens_is_what_the_sampler_does_at_a_temperature(temperature, power):
+    """Rollouts in exact proportion to pi_ref at T, against softmax((log pi_ref + a log w) / T)."""
+    counts, rewards = np.asarray([10, 20, 30, 40]), np.asarray([1.0, 0.5, 0.0, 0.2])
+    logits, log_w = temperature * np.log(counts / 100), rewards / 0.3
+    tempered = guidance.temper(
+        jnp.asarray([logits + power * log_w], jnp.float32), jnp.asarray([temperature], jnp.float32)
+    )
+    policy = np.asarray(jax.nn.softmax(tempered[0]), float)
+    log_u = (log_w - np.log(counts / 100 @ np.exp(log_w))).repeat(counts)
+    row = forecast.tilted(forecast.to_power(log_u, power, temperature, ["a"] * 100), rewards.repeat(counts))
+    assert row["reward"] == pytest.approx(policy @ rewards, abs=1e-6)
+    assert row["kl"] == pytest.approx(policy @ np.log(policy / (counts / 100)), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
