@@ -213,6 +213,7 @@ def fit(
                 measure=measure,
                 evaluate_every=config.evaluate_every,
                 patience=config.patience,
+                select_by="brier" if error == "squared" else "nll",  # the held-out form of what is minimized
                 flops=flops or train.guide_flops(guide_config, config.future_offsets),
                 profile=session.profile_folder(f"round_{number}"),
             ),

@@ -180,8 +180,8 @@ class Generation:
         temperature (1 where it is 0) and before truncation. None if not recorded, as the following.
       kl: [B, N] nats, KL(pi || pi_ref) at each position, exact over the vocabulary, before truncation.
       kl_truncated: [B, N] nats, the same with pi after top-k and top-p; pi_ref is never truncated.
-      values: [B, N], mean reward-to-go that the guide gives each token, of several guides the sum by their weights; nan
-        without a guide.
+      values: [B, N], mean reward-to-go that the guide gives each token, of several guides the sum by their weights (of
+        one its own, whatever the power of its tilt); nan without a guide.
       top_tokens, top_log_probs: [B, N, 20], the most probable tokens of the guided policy at each position, before
         truncation, best first; None unless asked for.
     """

@@ -223,18 +223,25 @@ class Scores(NamedTuple):
 
 
 def composed(parts: Sequence[Scores], weights: jax.Array) -> Scores:
-    """Add the scores of several guides, each times its guide's weight [B, G]."""
+    """Add the scores of several guides, each times its guide's weight [B, G].
+
+    Means are added alike; that of one guide stays its own, for its weight is a power of the tilt.
+    """
 
     def add(leaves: Sequence[jax.Array]) -> jax.Array:
         return guidance.compose(leaves, weights)
 
     of_all = [part.of_all for part in parts if part.of_all is not None]
+
+    def add_means(means: Sequence[jax.Array]) -> jax.Array:
+        return add(means) if len(means) > 1 else means[0]
+
     return Scores(
         log_weights=add([part.log_weights for part in parts]),
         others=add([part.others for part in parts]),
         of_all=add(of_all) if of_all else None,
-        mean_of=lambda token: add([part.mean_of(token) for part in parts]),
-        pending_value=add([part.pending_value for part in parts]),
+        mean_of=lambda token: add_means([part.mean_of(token) for part in parts]),
+        pending_value=add_means([part.pending_value for part in parts]),
         cache=tuple(part.cache for part in parts),
     )
 

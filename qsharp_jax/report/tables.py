@@ -157,9 +157,9 @@ HOW_FORECAST = (
     " reward and KL (nats), each rollout weighted by w(its end) / w(its prompt). The guided policy's tilts telescope to"
     " this weight where the guide's values are consistent from token to token. Power a is the weight to the power a"
     " (`evaluate.power`); a temperature T divides the tilt, so the weight has the power a / T. For best_of_k the KL is"
-    " its bound, log k - (k - 1) / k. Decoded is what guided decoding of the test prompts gave. A small gain in the forecast"
-    " says that the guide does not tell responses apart; much less reward decoded than forecast, that its values come"
-    " late or contradict each other."
+    " its bound, log k - (k - 1) / k. Decoded is what guided decoding of the test prompts gave. A small gain in the"
+    " forecast says that the guide does not tell responses apart; much less reward decoded than forecast, that its"
+    " values come late or contradict each other."
 )
 
 

@@ -160,7 +160,7 @@ class Fit:
     holdout: float = setting(0.05, FRACTION, "fraction of the prompts to evaluate the guide on instead of fitting")
     evaluate_every: int = setting(0, whole(0), "steps between evaluations of the guide; 0: only at the end")
     patience: int = setting(
-        0, whole(0), "stop after this many evaluations without a better nll, and keep the best guide; 0: off"
+        0, whole(0), "stop after this many evaluations without a lower held-out error, and keep the best guide; 0: off"
     )
     projection: str = setting("two_hot", one_of("two_hot", "nearest"), "how rewards are put on a categorical's atoms")
     clip_rewards: bool = setting(False, TRUTH, "clip rewards to the range of the atoms")

@@ -62,9 +62,10 @@ class Loop:
     # none, with which a training that ends by `stop` cannot be stopped between that and its last checkpoint
     measure: Callable[[Params], dict] | None = None
     evaluate_every: int = 0
-    # if not 0, training ends after this many evaluations without a lower "nll", and returns to the parameters with the
-    # lowest
+    # if not 0, training ends after this many evaluations without a lower `select_by`, one of `measure`'s metrics, and
+    # returns to the parameters with the lowest
     patience: int = 0
+    select_by: str = "nll"
     # checkpoint and stop only after multiples of this, so that a training whose batches depend on earlier parameters
     # resumes where it would create new ones
     save_unit: int = 1
@@ -198,8 +199,8 @@ class Trainer:
         if self._loss:
             self._bar.set_postfix(loss=self._loss)
         self._evaluated_at = self.step
-        if loop.patience and metrics["nll"] < (best.loss if best else math.inf):
-            self._best = Best(self.step, metrics["nll"])
+        if loop.patience and metrics[loop.select_by] < (best.loss if best else math.inf):
+            self._best = Best(self.step, metrics[loop.select_by])
         if metrics:
             self.log(metrics | ({"best_step": self._best.step} if self._best else {}))
         if self._best is not best and not self.done:

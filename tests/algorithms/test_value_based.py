@@ -1,5 +1,6 @@
 """A run's fit: from the shards of its workdir to a guide in it."""
 
+import itertools
 import math
 
 import helpers
@@ -48,6 +49,24 @@ def test_the_fit_of_a_run(tmp_path):
     assert measured[last["best_step"]] == min(measured.values())
     # 60 rollouts less those held out, in batches of 8, twice over.
     assert 2 * math.ceil(40 / 8) <= last["step"] < 2 * math.ceil(60 / 8)
+
+
+@pytest.mark.parametrize("error, metric", [("nll", "nll"), ("squared", "brier")])
+def test_the_guide_that_is_kept_has_the_least_of_what_is_minimized(tmp_path, monkeypatch, error, metric):
+    session = helpers.session(tmp_path, "fit.evaluate_every=2", "fit.patience=9")
+    write_rollouts(session, 1)
+    held_out = itertools.count()
+
+    def quality(*args, **options):
+        """One falls from evaluation to evaluation, the other rises."""
+        number = float(next(held_out))
+        return {"nll": -number, "brier": -number} | {metric: number}
+
+    monkeypatch.setattr(value_based.score, "quality", quality)
+    ref = helpers.random_model(models.tokenizer(session).vocab_size)
+    value_based.fit(session, 1, ref, value_based.aggregate(session, 1), None, error=error)
+    last = session.workdir.read_metrics()[-1]
+    assert last["best_step"] == 2 < last["step"]
 
 
 @pytest.mark.parametrize("warm", [True, False])

@@ -103,12 +103,13 @@ def test_one_guide_alone_is_what_the_weights_0_and_1_make():
 
 
 def test_one_guide_s_weight_is_the_power_of_its_tilt():
-    """The square is the product of the tilt with itself; the guide's value stays its own times the weight."""
+    """The square is the product of the tilt with itself; the guide's value stays its own."""
     guide, sampling = GUIDES["v"][1], Sampling(**COMMON, eta=0.3)
     got = generate(REF, guide, PROMPTS, dataclasses.replace(sampling, weights=[2.0]), rng=SEEDS)
     want = generate(REF, (guide, guide), PROMPTS, dataclasses.replace(sampling, weights=[1.0, 1.0]), rng=SEEDS)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.kl, want.kl, atol=1e-5)
+    np.testing.assert_allclose(2 * got.values, want.values, rtol=1e-5)
 
 
 def test_rows_that_are_refilled_keep_their_weights():
