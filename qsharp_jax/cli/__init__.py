@@ -23,6 +23,7 @@ from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 STOPPED = "stopped by SIGTERM; run the same command again to resume"
 INTERRUPTED = "interrupted; run the same command again to resume"
 TRAINING = ("run", "compare", "collect", "fit")
+LOGGING = ("run", "collect", "fit")  # and compare, in the workdirs of its runs
 RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with an output file
 
 # `plan` uses no accelerator; libtpu must not look for the TPU that it compiles for.
@@ -182,6 +183,8 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
             _check_stored(workdir, checks.check_settings if rejudges else checks.check)
         if not rejudges:  # which reads no model, and the folders may be on another machine
             provenance.check_folders(workdir)
+        if options.name in LOGGING:
+            checks.check_loggers(workdir)
     except BaseException:
         workdir.close()
         raise

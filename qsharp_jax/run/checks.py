@@ -190,6 +190,13 @@ def _tell_how_many(config: ConfigDict, used: int) -> None:
         print(f"{used:,} of {available:,} training prompts are used (collect.prompts)")
 
 
+def check_loggers(workdir: Workdir) -> None:
+    """Start the loggers of a run that has a round to learn, before anything is computed; a UserError names one that
+    does not start."""
+    if models.fitted_rounds(workdir) < workdir.config.rounds:
+        workdir.start_loggers()
+
+
 def check_devices(session: Session) -> None:
     """Check that the meshes match the devices, and that the fit's attention runs on them (UserError).
 

@@ -1,5 +1,6 @@
 """A run's folder, on a disk or in a bucket: its paths, its config, its metrics, and its lock."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -186,7 +187,18 @@ class Workdir:
     @functools.cached_property
     def _loggers(self) -> list[Logger]:
         names, settings = self.config.get("loggers", loggers.DEFAULT), to_json(self.config)
-        return [*(loggers.make(name, self.path, settings) for name in names), *self.loggers]
+        started: list[Logger] = []
+        with contextlib.ExitStack() as stack:  # closes those that started where another one does not
+            for name in names:
+                started.append(loggers.make(name, self.path, settings))
+                stack.callback(started[-1].close)
+            stack.pop_all()
+        return [*started, *self.loggers]
+
+    def start_loggers(self) -> None:
+        """Start the loggers, which otherwise start at the first metrics; a UserError names one that does not."""
+        if self.writes:
+            _ = self._loggers
 
     @property
     def results(self) -> Path:

@@ -63,24 +63,27 @@ class MLflow:
 
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         place = os.environ.get("MLFLOW_TRACKING_URI")
         if not place:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 writes files only where it is set
             place = (workdir.absolute() / "mlruns").as_uri()
         self._client = MlflowClient(place)
-        self._id = _identifier(workdir, "mlflow", lambda: self._create(workdir.name))
+        self._id = _identifier(workdir, "mlflow", lambda: self._create(workdir.name, config))
         self._client.update_run(self._id, status="RUNNING")
-        params = [Param(key, str(value)) for key, value in _flat(config).items()]
-        for begin in range(0, len(params), 100):  # as many as a call may have
-            self._client.log_batch(self._id, params=params[begin : begin + 100])
 
-    def _create(self, name: str) -> str:
+    def _create(self, name: str, config: Mapping[str, Any]) -> str:
+        from mlflow.entities import Param
+
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "qsharp_jax")
         known = self._client.get_experiment_by_name(experiment)
         number = self._client.create_experiment(experiment) if known is None else known.experiment_id
-        return self._client.create_run(number, run_name=name).info.run_id
+        run = self._client.create_run(number, run_name=name).info.run_id
+        # Only here: MLflow refuses changed values, and a resumed run may have other loggers and another mesh.
+        params = [Param(key, str(value)) for key, value in _flat(config).items()]
+        for begin in range(0, len(params), 100):  # as many as a call may have
+            self._client.log_batch(run, params=params[begin : begin + 100])
+        return run
 
     def log(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -112,10 +115,16 @@ def check(names: Sequence[str]) -> None:
 
 
 def make(name: str, workdir: Path, config: Mapping[str, Any]) -> Logger:
-    """Return the logger of a name for the run in a workdir with these settings."""
+    """Return the logger of a name for the run in a workdir with these settings; a UserError if it does not start."""
     if name != "tensorboard" and files.is_remote(workdir):
         raise UserError(f"config.loggers has {name}, which needs a workdir on a disk; {workdir} is in a bucket")
-    return LOGGERS[name](workdir, config)
+    try:
+        return LOGGERS[name](workdir, config)
+    except Exception as error:  # of the packages: no login, an unreachable server, a read-only disk
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"config.loggers has {name}, which does not start ({words}); check its login and server, or leave it out"
+        ) from error
 
 
 def _identifier(workdir: Path, name: str, create: Callable[[], str]) -> str:

@@ -8,7 +8,9 @@ import small_data
 
 from qsharp_jax.run import checks, models, problems
 from qsharp_jax.run import config as configs
+from qsharp_jax.system import loggers
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.tensorboard import EventFiles
 
 
 # Prompts have 16 tokens and responses up to 7 in models of 23 positions.
@@ -50,6 +52,16 @@ def test_quantized_weights_where_they_cannot_be(tmp_path, changes, model, words)
     config = helpers.session(tmp_path, *changes, model=helpers.TINY | model).config
     with pytest.raises(UserError, match=words):
         checks.check(config)
+
+
+def test_loggers_start_before_the_last_round_is_learned(tmp_path, monkeypatch):
+    workdir, started = helpers.session(tmp_path, "rounds=2").workdir, []
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *_: started.append(1) or EventFiles(tmp_path / "events"))
+    for learned, count in ((2, 0), (1, 1)):
+        monkeypatch.setattr(models, "fitted_rounds", lambda _, learned=learned: learned)
+        checks.check_loggers(workdir)
+        assert len(started) == count
+    workdir.close()
 
 
 def test_a_setting_that_is_not_there(tmp_path):

@@ -8,6 +8,7 @@ import json
 import struct
 
 import pytest
+from commands import CONFIG, SMALL, refused
 from helpers import refusal
 from ml_collections import ConfigDict
 
@@ -34,17 +35,22 @@ def write(folder, name):
                 workdir.append_metrics(line)
 
 
+class Own:
+    def __init__(self):
+        self.lines, self.closed = [], 0
+
+    def log(self, phase, step, numbers):
+        self.lines.append((phase, step, numbers))
+
+    def close(self):
+        self.closed += 1
+
+
+def without_login(workdir, config):
+    raise RuntimeError("no API key\nlog in")
+
+
 def test_an_object_of_the_user_s_own_gets_the_numbers_and_is_closed(tmp_path):
-    class Own:
-        def __init__(self):
-            self.lines, self.closed = [], 0
-
-        def log(self, phase, step, numbers):
-            self.lines.append((phase, step, numbers))
-
-        def close(self):
-            self.closed += 1
-
     own = Own()
     with Workdir.open(tmp_path, ConfigDict({"seed": 3, "loggers": []})) as workdir:
         workdir.loggers = [own]
@@ -68,6 +74,37 @@ def test_a_resumed_run_may_have_other_loggers(tmp_path):
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     assert "config.loggers has wandb, but the package is not installed" in refusal(loggers.check, ["wandb"])
+
+
+def test_a_logger_that_does_not_start_is_one_sentence_and_the_others_are_closed(tmp_path, monkeypatch):
+    first = Own()
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda workdir, config: first)
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", without_login)
+    with Workdir.open(tmp_path, ConfigDict({"seed": 3, "loggers": ["tensorboard", "wandb"]})) as workdir:
+        sentence = refusal(workdir.start_loggers)
+        assert sentence.startswith("config.loggers has wandb, which does not start (no API key); ")
+        assert first.closed == 1
+        Workdir.attach(tmp_path).start_loggers()  # which writes nothing, so it has none
+    assert first.closed == 1
+
+
+def test_a_run_whose_logger_does_not_start_computes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", without_login)
+    sentence = refused(capsys, "run", "--config", CONFIG, "--workdir", tmp_path, *SMALL)
+    assert "config.loggers has tensorboard, which does not start (no API key)" in sentence
+    assert not (tmp_path / "ref").exists()
+
+
+def test_mlflow_keeps_the_settings_that_a_run_began_with(tmp_path, monkeypatch):
+    """A resumed run has other loggers and another mesh."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for names, mesh in ((["mlflow"], "single"), (["tensorboard", "mlflow"], "cpu")):
+        with Workdir.open(tmp_path, ConfigDict({"seed": 3, "mesh": {"name": mesh}, "loggers": names})) as workdir:
+            workdir.append_metrics(LINES[1])
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("qsharp_jax").experiment_id])
+    assert run.data.params == {"seed": "3", "mesh.name": "single", "loggers": "['mlflow']"}
 
 
 def test_mlflow_keeps_metrics_and_settings(tmp_path, monkeypatch):
