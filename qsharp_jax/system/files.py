@@ -20,13 +20,14 @@ from qsharp_jax.system.errors import UserError
 
 
 def make_path(text: str | Path) -> Path:
-    """Return a `Path`, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the same methods.
+    """Return a `Path`, in which ~ is the user's folder, or for gs://BUCKET/FOLDER an `etils.epath.Path`, which has the
+    same methods.
 
     Raises:
       UserError: for another URL, or for a bucket if gcsfs is not installed.
     """
     if not is_remote(text):
-        return Path(text)
+        return Path(os.path.expanduser(text))
     if not str(text).startswith("gs://"):
         raise UserError(f"{text} is neither a folder nor of the form gs://BUCKET/FOLDER; give one of these")
     if importlib.util.find_spec("gcsfs") is None:

@@ -26,6 +26,7 @@ from typing import Any
 from qsharp_jax.system import chat, settings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.files import is_file, make_path
 from qsharp_jax.tasks import base, finite, reward_worker
 from qsharp_jax.tasks.base import Problem
 from qsharp_jax.tasks.rewards import (
@@ -211,8 +212,8 @@ def read_rows(prompts: str) -> list[finite.Row]:
 
 def _file(prompts: str) -> Path | None:
     """Return the path of a file of prompts; None for the name of a data set on the hub."""
-    path = Path(prompts)
-    if path.is_file():
+    path = make_path(prompts)
+    if is_file(path):
         return path
     if path.suffix in (".jsonl", ".json", ".parquet") or prompts.count("/") > 1:
         raise UserError(f"there is no file {path}; give JSON lines, a Parquet file, or a data set's name on the hub")

@@ -21,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qsharp_jax import cli
 from qsharp_jax.data.records import Rollout, read_rounds, shard_path, write_shard
+from qsharp_jax.notebook import inputs, training
 from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import files, lock
 from qsharp_jax.system.errors import UserError
+from qsharp_jax.tasks import own
 from qsharp_jax.train import checkpoint
 from qsharp_jax.train.checkpoint import Checkpoints
 
@@ -128,6 +130,15 @@ def test_a_workdir_in_a_bucket_keeps_its_config_and_metrics(bucket):
         opened(seed=1)
     with pytest.raises(UserError, match="gs://bucket/none is not a workdir"):
         Workdir.open("gs://bucket/none")
+
+
+def test_prompts_that_a_notebook_stores_in_a_bucket_are_read_there(bucket):
+    rows = [{"prompt": "Sam"}, {"prompt": "Mia", "best": 3}]
+    path = str(training._store(files.make_path(URL), rows))
+    assert path == f"{URL}/prompts.jsonl"
+    assert [row.fields for row in own.read_rows(path)] == inputs.to_rows(path) == rows
+    with pytest.raises(UserError, match=f"there is no file {URL}/none.jsonl"):
+        own.read_rows(f"{URL}/none.jsonl")
 
 
 def test_shards_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
