@@ -25,6 +25,7 @@ from qsharp_jax.system.settings import (
 )
 
 LEAST_ETA = 1e-6  # below it float32 no longer tells the values of two tokens apart, once divided by eta
+DEFAULT_ETA = 0.1  # with a guide, where none is given: as in the paper's experiments
 LEAST_TEMPERATURE = 1e-6  # below it, except for 0, log-probabilities of unlikely tokens leave float32's range
 OTHERS = ("mass", "prefix", "zero")
 MODES = ("qsharp", "cd", "expectation")

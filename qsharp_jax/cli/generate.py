@@ -15,7 +15,7 @@ from typing import Any
 from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, is_first, of_first, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import ETA, FINITE, MODES, OTHERS, Sampling
+from qsharp_jax.sampling import DEFAULT_ETA, ETA, FINITE, MODES, OTHERS, Sampling
 from qsharp_jax.system import chat, files, settings, stop_strings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
@@ -40,7 +40,6 @@ a column of the output is refused.
 
 {arguments.CONFIG_HELP}"""
 
-DEFAULT_ETA = 0.1  # with a guide in a folder, as in the paper's experiments
 FIELDS = {field.name: field for field in dataclasses.fields(Sampling)}
 TYPES = {
     "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "top_k_candidates": int, "others": str

@@ -12,7 +12,7 @@ from typing import Any
 from qsharp_jax.cli import arguments
 from qsharp_jax.cli.models import check_source, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import ETA, MODES, OTHERS, Sampling
+from qsharp_jax.sampling import DEFAULT_ETA, ETA, MODES, OTHERS, Sampling
 from qsharp_jax.system.errors import UserError
 
 SUMMARY = "serve models over HTTP, for OpenAI's clients, with a page to try them"
@@ -31,7 +31,6 @@ The API key is read from --api-key-file, or the environment variable QSHARP_API_
 
 {arguments.MODELS_HELP}"""
 
-DEFAULT_ETA = 0.1
 CONTEXT = 2048  # tokens, if the models have so many positions
 CHUNKS = {"cpu": 64}  # tokens prefilled between two looks at the rows, by platform
 CHUNK_ELSEWHERE = 512

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,19 @@ from qsharp_jax.decoding import row_seeds
 from qsharp_jax.evaluation import measure, score
 from qsharp_jax.evaluation.samples import judged
 from qsharp_jax.models.value import ValueModel
-from qsharp_jax.notebook.generating import of_model, rows_of, text_of
-from qsharp_jax.notebook.guides import Guide, for_reference
+from qsharp_jax.notebook.generating import check_counts, of_model, rows_of, text_of
+from qsharp_jax.notebook.guides import AnyGuide, for_reference
 from qsharp_jax.notebook.inputs import Prompts, Reward, judge, to_problems
 from qsharp_jax.report import plots, tables
 from qsharp_jax.run.folders import Loaded
+from qsharp_jax.run.schema import ETAS
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.settings import check
+from qsharp_jax.tasks.rewards import FEWEST
 
 ROWS, BUCKET = 16, 64  # of scored batches: responses, and tokens of which widths are multiples
+MOST_FAILURES = 0.1  # share of the responses without a reward, above which an evaluation stops, from FEWEST on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +64,11 @@ class Evaluation:
 
 def evaluate(
     ref: Loaded,
-    guide: Guide | Guides,
+    guide: AnyGuide,
     prompts: Prompts,
     reward: Reward | Sequence[Reward],
     *,
-    etas: Sequence[float] = (0.5, 0.2, 0.1, 0.05),
+    etas: float | Sequence[float] = (0.5, 0.2, 0.1, 0.05),
     samples: int = 4,
     weights: Sequence[float] | None = None,
     sampling: Sampling | None = None,
@@ -72,21 +77,29 @@ def evaluate(
     """Measure reward and KL of a guide at several eta, of the reference, and of best of n by the guide.
 
     Args:
-      ref, guide, sampling: as in `generate`; the sampling's eta is ignored.
+      ref, guide: as in `generate`.
       prompts: that the guide was not trained on, such as `Run.held_out`; otherwise as in `train_guide`.
       reward, weights: as in `train_guide`.
-      etas: weights of the KL; small is strong guidance.
+      etas: weights of the KL, or one; small is strong guidance.
       samples: responses to each prompt, of the reference and at each eta.
+      sampling: as in `generate`, but its eta is ignored; `Run.sampling` measures at the settings of a run. Without it
+        temperature is 1, and responses have at most 256 tokens and no stop strings.
       seed: of everything that is random.
 
     Raises:
-      UserError: for prompts or rewards of another form, if too many responses have no reward, and as in `generate`.
+      UserError: for prompts, rewards or etas of another form, if too many responses have no reward, and as in
+        `generate`.
     """
+    check_counts(samples, seed)
+    given = np.atleast_1d(np.asarray(etas)).tolist()
+    check("etas", given, ETAS)
     problems, by_reward, sampling = to_problems(prompts), judge(reward, weights), of_model(ref, sampling)
     model = for_reference(guide, ref)
     encoded = [ref.tokenizer.encode_prompt(problem.prompt) for problem in problems]
     # Every other tilt is controlled decoding's, by one of its variants.
     method = DEFAULT if sampling.mode == DEFAULT else ALGORITHMS[DEFAULT].extra_modes[0]
+    power = _power(model, sampling)
+    method = method if power == 1 else f"{method}_power"
 
     def sample(name: str, model: Guides | None, etas: Sequence[float]) -> list[dict[str, Any]]:
         plan = list(itertools.product(problems, etas, range(samples)))
@@ -110,7 +123,10 @@ def evaluate(
         ]
         return [result()[0] | {"seconds": each} for result in pending]
 
-    by_method = {("pi_ref", 0): sample("pi_ref", None, [math.inf]), (method, 1): sample(method, model, list(etas))}
+    by_method = {("pi_ref", 0): sample("pi_ref", None, [math.inf])}
+    _check_rewards(by_method)
+    by_method[method, 1] = sample(method, model, given)
+    _check_rewards(by_method)
     scored = None
     if isinstance(model, ValueModel):
         repeated = [tokens for tokens in encoded for _ in range(samples)]
@@ -118,8 +134,29 @@ def evaluate(
         examples = [Example(*pair) for pair in zip(repeated, (one["tokens"] for one in unguided), strict=True)]
         values = score.score(model, examples, rows=ROWS, bucket=BUCKET)
         scored = [{"values": of_response.tolist(), "seconds": 0.0} for of_response in values]
-    statistics = measure.to_rows(by_reward, by_method, 1, scored, passes=(), majorities=())
+    statistics = measure.to_rows(by_reward, by_method, 1, scored, passes=(), majorities=(), power=power)
     return Evaluation(statistics, [one for part in by_method.values() for one in part], _how(len(problems), samples))
+
+
+def _power(model: Guides | None, sampling: Sampling) -> float:
+    """Return the power of one guide's tilt, which is its weight; 1 for several guides, and where rows differ."""
+    if sampling.weights is None or not isinstance(model, ValueModel):
+        return 1.0
+    weights = np.unique(np.asarray(sampling.weights, float))
+    return float(weights[0]) if len(weights) == 1 else 1.0
+
+
+def _check_rewards(by_method: Mapping[tuple[str, int], Sequence[dict[str, Any]]]) -> None:
+    """Raise a UserError if too many responses have no reward, or all of the latest method."""
+    *_, latest = by_method.values()
+    every = [one for part in by_method.values() for one in part]
+    failed = sum(one["reward"] is None for one in every)
+    too_many = len(every) >= FEWEST and failed > MOST_FAILURES * len(every)
+    if too_many or all(one["reward"] is None for one in latest):
+        raise UserError(
+            f"{failed} of {len(every)} responses have no reward, for reasons as those above; fix the reward function,"
+            " and call evaluate again"
+        )
 
 
 def _how(problems: int, samples: int) -> str:

@@ -5,19 +5,22 @@ Shapes: R rows, which are the prompts' samples, a prompt's next to each other; N
 
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from qsharp_jax import decoding, rollouts
 from qsharp_jax.decoding import Generation, cache_size, row_seeds, rows_that_fit
 from qsharp_jax.decoding import Guide as Guides
-from qsharp_jax.notebook.guides import Guide, for_reference
+from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.notebook.guides import AnyGuide, for_reference
+from qsharp_jax.notebook.inputs import to_prompt, to_prompts
 from qsharp_jax.run.folders import Loaded
-from qsharp_jax.sampling import Sampling
+from qsharp_jax.sampling import DEFAULT_ETA, Sampling
 from qsharp_jax.system import stop_strings
 from qsharp_jax.system.chat import Prompt, as_text
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Responses:
 
 def generate(
     ref: Loaded,
-    guide: Guide | Guides | None,
-    prompts: Sequence[Prompt],
+    guide: AnyGuide | None,
+    prompts: Iterable[Prompt | Mapping[str, Any]],
     sampling: Sampling | None = None,
     *,
     samples: int = 1,
@@ -60,45 +63,54 @@ def generate(
 
     Args:
       ref: what `load` returns.
-      guide: of a `train_guide`, of `load_guide` or of `load`; None for the reference alone.
-      prompts: texts, or chats as lists of messages, which are encoded in the reference's prompt format.
-      sampling: eta and the other settings of decoding; stop ids and vocabulary are by default the tokenizer's. Fields
+      guide: of a `train_guide`, of `load_guide` or of `load`, or a list of several; None for the reference alone.
+      prompts: texts, chats as lists of messages, or dicts with one of them as "prompt", which are encoded in the
+        reference's prompt format.
+      sampling: eta and the other settings of decoding; without any, eta is 0.1 with a guide. With a `Sampling` without
+        eta the guide is not used, and a line says so. Stop ids and vocabulary are by default the tokenizer's. Fields
         that may be given per row have an entry for each sample of each prompt.
       samples: responses to each prompt.
       seed: of everything that is random.
 
     Raises:
-      UserError: for a guide with other tokens than the reference, and as `qsharp_jax.decoding.generate`.
+      UserError: for a guide with other tokens than the reference, for prompts of another form, and as
+        `qsharp_jax.decoding.generate`.
     """
-    if isinstance(prompts, str):
-        raise UserError("prompts is one text; give a list of them")
-    prompts, sampling = list(prompts), of_model(ref, sampling)
-    if not prompts:
+    texts_or_chats, model = to_prompts(prompts), for_reference(guide, ref)
+    sampling = with_eta(of_model(ref, sampling), model, is_default=sampling is None)
+    if not texts_or_chats:
         raise UserError("there are no prompts; give at least one")
-    encoded = [ref.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    check_counts(samples, seed)
+    encoded = [ref.tokenizer.encode_prompt(prompt) for prompt in texts_or_chats]
+    responses = len(encoded) * samples
     generation = rollouts.sample(
         ref.ref,
-        for_reference(guide, ref),
+        model,
         encoded,
         sampling,
-        seeds=row_seeds(seed, len(prompts) * samples),
-        batch_size=rows_of(ref, encoded, sampling, len(prompts) * samples),
+        seeds=row_seeds(seed, responses),
+        batch_size=rows_of(ref, encoded, sampling, responses),
         samples=samples,
         name="generate",
         tokenizer=ref.tokenizer,
     )
     texts = [text_of(ref, sampling, generation, row) for row in range(len(generation.lengths))]
-    return Responses([prompt for prompt in prompts for _ in range(samples)], texts, generation)
+    return Responses([prompt for prompt in texts_or_chats for _ in range(samples)], texts, generation)
 
 
 def stream(
-    ref: Loaded, guide: Guide | Guides | None, prompt: Prompt, sampling: Sampling | None = None, *, seed: int = 0
+    ref: Loaded,
+    guide: AnyGuide | None,
+    prompt: Prompt | Mapping[str, Any],
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
 ) -> Iterator[str]:
     """Yield the text of a response to one prompt in pieces, as they are decoded; arguments as of `generate`."""
-    tokens, sampling = [ref.tokenizer.encode_prompt(prompt)], of_model(ref, sampling)
-    blocks = decoding.stream(
-        ref.ref, for_reference(guide, ref), tokens, sampling, rng=seed, record=(), tokenizer=ref.tokenizer
-    )
+    tokens, model = [ref.tokenizer.encode_prompt(to_prompt(prompt, "the prompt"))], for_reference(guide, ref)
+    sampling = with_eta(of_model(ref, sampling), model, is_default=sampling is None)
+    check_counts(1, seed)
+    blocks = decoding.stream(ref.ref, model, tokens, sampling, rng=seed, record=(), tokenizer=ref.tokenizer)
     yield from ref.tokenizer.decode_stream((rows[0] for rows in blocks), sampling.stop)
 
 
@@ -111,6 +123,23 @@ def rows_of(ref: Loaded, prompts: Sequence[Sequence[int]], sampling: Sampling, r
     """Return how many rows to decode at once; a power of two, so that further calls find their program compiled."""
     size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
     return min(1 << (responses - 1).bit_length(), rows_that_fit([ref.ref.config] * 2, size))
+
+
+def check_counts(samples: int, seed: int) -> None:
+    """Raise a UserError for less than one response to a prompt, or a seed below 0."""
+    for name, number, least in (("samples", samples, 1), ("seed", seed, 0)):
+        if number < least:
+            raise UserError(f"{name} is {number}; it must be at least {least}")
+
+
+def with_eta(sampling: Sampling, guide: Guides | None, *, is_default: bool) -> Sampling:
+    """Return default settings with the default eta for a guide; a line says where given settings do not use it."""
+    if guide is None or isinstance(guide, LanguageModel) or not np.isinf(sampling.eta).all():
+        return sampling
+    if is_default:
+        return dataclasses.replace(sampling, eta=DEFAULT_ETA)
+    warn(f"the guide is not used, since the sampling's eta is inf; give one, such as eta={DEFAULT_ETA:g}")
+    return sampling
 
 
 def of_model(ref: Loaded, sampling: Sampling | None) -> Sampling:

@@ -1,7 +1,9 @@
 """A guide with its tokenizer: as trained, saved to a folder, and loaded from one."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qsharp_jax.data.tokenizer import Tokenizer, check_same_tokens
 from qsharp_jax.data.tokenizer_files import has_tokenizer
@@ -61,8 +63,21 @@ def load_guide(folder: str | Path, *, dtype: str | None = None) -> Guide:
     return Guide(model, Tokenizer.load(path) if has_tokenizer(path) else None)
 
 
-def for_reference(guide: Guide | Guides | None, ref: Loaded) -> Guides | None:
-    """Return the model of a guide in the form for decoding; a UserError if its tokens are not the reference's."""
+AnyGuide = Guide | Guides | Sequence[Guide | ValueModel]  # one, or several whose tilts are composed
+
+
+def for_reference(guide: AnyGuide | None, ref: Loaded) -> Guides | None:
+    """Return the model of a guide, or the tuple of several, in the form for decoding.
+
+    Raises:
+      UserError: for a guide with other tokens than the reference.
+    """
+    if isinstance(guide, tuple | list):
+        return tuple(_model(member, ref) for member in guide)
+    return _model(guide, ref)
+
+
+def _model(guide: Any, ref: Loaded) -> Any:
     if isinstance(guide, Guide):
         if guide.tokenizer is not None and guide.tokenizer.hf_tokenizer is not ref.tokenizer.hf_tokenizer:
             check_same_tokens(ref.tokenizer, guide.tokenizer)

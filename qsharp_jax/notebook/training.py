@@ -8,16 +8,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.evaluation import forecast
 from qsharp_jax.experiments import export, opening, pipeline
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.notebook.guides import Guide
 from qsharp_jax.notebook.inputs import Prompts, Reward, to_functions, to_rows
+from qsharp_jax.run import checks, models, own, problems, provenance
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import own, problems, provenance
 from qsharp_jax.run.folders import Loaded
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system import files, sigterm
 from qsharp_jax.system.errors import Stopped, UserError, warn
 from qsharp_jax.system.loggers import Logger
@@ -34,6 +36,7 @@ class Run:
       workdir: its folder, which `qsharp generate`, `score` and `export` take too.
       guide: the guide of the last round.
       held_out: the prompts that nothing was learned from, with their columns, for `evaluate`.
+      sampling: the run's settings of decoding, with its eta, for `generate` and `evaluate`.
       forecast: reward and KL of the guide at each eta, forecast from held-out rollouts of the reference.
       metrics: the lines of metrics.jsonl.
       config: all settings.
@@ -42,6 +45,7 @@ class Run:
     workdir: Path
     guide: Guide
     held_out: list[dict[str, Any]] = dataclasses.field(repr=False)
+    sampling: Sampling = dataclasses.field(repr=False)
     forecast: list[dict[str, Any]] = dataclasses.field(repr=False)
     metrics: list[dict[str, Any]] = dataclasses.field(repr=False)
     config: ConfigDict = dataclasses.field(repr=False)
@@ -107,6 +111,7 @@ def train_guide(
         with sigterm.interrupts(), Workdir.open(folder, settings) as opened:
             opened.loggers = loggers
             provenance.check_folders(opened)
+            checks.check_loggers(opened)
             session = Session(opened, rewards=functions)
             guide = pipeline.run(session, ref.ref, evaluate=False)
             assert isinstance(guide, ValueModel)  # as the algorithm learns a guide
@@ -118,10 +123,13 @@ def train_guide(
 
 def _finished(session: Session, ref: Loaded, model: ValueModel) -> Run:
     config, workdir = session.config, session.workdir
+    mode, eta = ALGORITHMS[config.algorithm].mode(config), configs.kl_weight(config)
+    assert mode is not None  # as the algorithm learns a guide
     return Run(
         workdir=workdir.path,
         guide=Guide(model, ref.tokenizer, export.guide_trained_on(session, config.rounds)),
         held_out=[{"prompt": problem.prompt, **problem.columns} for problem in problems.test_problems(session)],
+        sampling=dataclasses.replace(models.sampling(session), mode=mode, eta=eta),
         forecast=forecast.read(workdir, config.rounds),
         metrics=workdir.read_metrics(),
         config=config,

@@ -19,6 +19,7 @@ from qsharp_jax import cli
 from qsharp_jax.models import hf
 from qsharp_jax.notebook import evaluating, generating, training
 from qsharp_jax.run import config as configs
+from qsharp_jax.system import loggers
 
 NOTEBOOK = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
 CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -106,6 +107,8 @@ def test_an_interrupted_cell_goes_on_when_it_is_run_again(executed):
     assert executed.calls < LATE + learned, "what was judged in the shards that were kept is not judged again"
     assert run.config.collect.eta == 0.1 and run.metrics and run.forecast
     assert run.held_out and {row["prompt"] for row in run.held_out} < {*prompts}
+    own = executed.ref.sampling
+    assert run.sampling == dataclasses.replace(executed.sampling, eta=0.1, stop_ids=own.stop_ids, vocab_size=own.vocab_size)
     hashes = json.loads((run.workdir / "config.json").read_text())["hashes"]["task"]
     assert "the reward no_commas" in hashes
 
@@ -144,6 +147,33 @@ def test_texts_are_those_of_the_tokens(executed):
     assert first.prompts == [prompts[0]] * 32 + [prompts[1]] * 32 and first._repr_html_().count("<tr>") == 65
     streamed = q.stream(ref, executed.guide, prompts[0], sampling, seed=5)
     assert "".join(streamed) == first.texts[0], "by another loop of decoding"
+
+
+def test_a_guide_is_used_unless_a_sampling_says_otherwise(executed, capsys):
+    ref = dataclasses.replace(executed.ref, sampling=dataclasses.replace(executed.run.sampling, eta=float("inf")))
+    prompts = executed.run.held_out[:1]
+    default = q.generate(ref, executed.guide, prompts, samples=8)
+    given = q.generate(ref, executed.guide, prompts, executed.run.sampling, samples=8)
+    assert default.texts == given.texts and (default.kl > 0).all()
+    assert "".join(q.stream(ref, executed.guide, prompts[0])) == "".join(
+        q.stream(ref, executed.guide, prompts[0]["prompt"], executed.run.sampling)
+    )
+    assert "not used" not in capsys.readouterr().err
+    unguided = q.generate(ref, executed.guide, prompts, executed.sampling, samples=8)
+    assert "the guide is not used, since the sampling's eta is inf" in capsys.readouterr().err
+    assert (unguided.kl == 0).all()
+    assert unguided.texts == q.generate(ref, None, prompts, executed.sampling, samples=8).texts
+    assert "not used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_guides_share_the_tilt(executed, kind):
+    """Two halves of a guide are the guide."""
+    prompts, halves = executed.prompts[:2], dataclasses.replace(executed.run.sampling, weights=(0.5, 0.5))
+    both = q.generate(executed.ref, kind([executed.run.guide, executed.guide]), prompts, halves, samples=8)
+    one = q.generate(executed.ref, executed.guide, prompts, executed.run.sampling, samples=8)
+    assert both.texts == one.texts
+    np.testing.assert_allclose(both.kl, one.kl, rtol=1e-3, atol=1e-4)
 
 
 def test_an_evaluation_has_table_figure_and_intervals(executed):
@@ -185,6 +215,45 @@ def test_columns_weights_and_several_rewards(executed):
         assert sample["reward"] == 2 * sample["finished"] - 0.5 * off
 
 
+def test_the_weight_of_one_guide_is_the_power_of_its_tilt(executed):
+    powers = dataclasses.replace(executed.run.sampling, weights=(3.0,))
+    rows = executed.run.held_out[:2]
+    measured = q.evaluate(executed.ref, executed.guide, rows, executed.no_commas, etas=0.1, samples=2, sampling=powers)
+    (row,) = (row for row in measured.rows if row["eta"] is not None)
+    assert row["method"] == "qsharp_power" and row["power"] == 3 and row["eta"] == 0.1
+    assert "| Q#, power 3 | 0.1 |" in measured.table()
+    assert measured.figure()._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("each", "samples", "words"), [(1, 2, "2 of 2 responses"), (4, 32, "8 of 32 responses")])
+def test_an_evaluation_without_rewards_says_what_to_do(executed, each, samples, words):
+    calls = []
+
+    def fails(completions, **columns):
+        calls.append(completions)
+        return [None if len(calls) % each == 0 else 1.0]
+
+    sentence = refusal(
+        q.evaluate, executed.ref, executed.guide, ["Sam"], fails, samples=samples, sampling=executed.run.sampling
+    )
+    assert words in sentence and "call evaluate again" in sentence and "qsharp" not in sentence
+    assert len(calls) == samples, "the guide is not sampled"
+
+
+def test_a_logger_that_does_not_start_is_refused_before_rollouts(executed, tmp_path, monkeypatch):
+    def without_login(workdir, config):
+        raise RuntimeError("no API key")
+
+    def reward(completions, **columns):
+        raise AssertionError("nothing is collected")
+
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", without_login)
+    settings = {"workdir": tmp_path / "run", "config": SMALL}
+    sentence = refusal(q.train_guide, executed.ref, executed.prompts, reward, **settings)
+    assert "config.loggers has tensorboard, which does not start (no API key)" in sentence
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
 def test_what_cannot_work_is_refused(executed, tmp_path):
     def train(prompts=tuple("abcdefghijklmnop"), reward=executed.no_commas, **changes):
         return q.train_guide(executed.ref, prompts, reward, workdir=tmp_path / "new", **changes)
@@ -196,6 +265,14 @@ def test_what_cannot_work_is_refused(executed, tmp_path):
     both = (executed.no_commas, executed.no_commas)
     assert "2 rewards and 1 weights" in refusal(q.evaluate, executed.ref, executed.guide, ["x"], both, weights=[1])
     assert "give a list" in refusal(q.generate, executed.ref, None, "one text")
+    assert "seed is -1; it must be at least 0" in refusal(q.generate, executed.ref, None, ["x"], seed=-1)
+    for change, words in (
+        ({"etas": ()}, "etas is []; it must be a list of finite numbers"),
+        ({"etas": (0.1, -1)}, "etas is [0.1, -1.0]"),
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ):
+        assert words in refusal(q.evaluate, executed.ref, executed.guide, ["x"], executed.no_commas, **change)
     assert "not a guide's folder" in refusal(q.load_guide, executed.MODEL)
 
 
