@@ -315,12 +315,14 @@ def _step(
     if some is not None:
         still = jnp.stack([jnp.ones_like(some[0]), jnp.zeros_like(some[0])])  # a rotation by no angle
         tables = jnp.stack([still if table is None else table for table in turns.values()])
-    windows = jnp.array([kind.window or length for kind in kinds])
+    # A window of all layers stays an integer: attention by kernels has none, or only as a mask.
+    differ = len({kind.window for kind in kinds}) > 1
+    windows = jnp.array([kind.window or length for kind in kinds]) if differ else None
     ropes = jnp.array([list(turns).index(kind.rope) for kind in kinds])
 
-    def step(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+    def step(x: jax.Array, scanned: tuple[Params, jax.Array | None, jax.Array]) -> tuple[jax.Array, Any]:
         layer, window, rope = scanned
-        return run_block(x, layer, window, None if tables is None else tables[rope])
+        return run_block(x, layer, window if differ else kinds[0].window, None if tables is None else tables[rope])
 
     return step, (layers, windows, ropes)
 

@@ -12,8 +12,8 @@ from helpers import assert_trees_equal
 from hf_folders import GPT2, LLAMA
 from jax.sharding import PartitionSpec as P
 
+from qsharp_jax.models import attention, cpu_form, decoder, gpu_form, sharding, value
 from qsharp_jax.models import config as configs
-from qsharp_jax.models import cpu_form, decoder, gpu_form, sharding, value
 from qsharp_jax.models.value import ValueConfig
 
 # As Llama 3.1's rotary positions: one of the three wavelengths is kept, one stretched, one between.
@@ -32,6 +32,8 @@ MIXED = dataclasses.replace(
     norm="rms_plus_one", post_norms=True, activation="geglu", qk_norm=True, query_scalar=10.0, scaled_embedding=True,
 )  # fmt: skip
 
+SMOLLM3 = dataclasses.replace(LLAMA, layers=3, no_rope_layers=(1,))
+
 # Three rows that hold four sequences: behind padding; two of them packed, before padding; alone.
 SEGMENTS = np.array([[0] * 4 + [1] * 8, [1] * 5 + [2] * 6 + [0], [3] * 12])
 POSITIONS = np.array([[0] * 4 + [*range(8)], [*range(5), *range(6), 0], [*range(12)]])
@@ -44,7 +46,7 @@ forward = jax.jit(decoder.forward, static_argnames=("config", "keep_kv"))
 
 @functools.cache
 def model(family):
-    config = MIXED if family == "mixed" else FAMILIES[family]
+    config = (FAMILIES | {"mixed": MIXED, "smollm3": SMOLLM3})[family]
     return numpy_decoder.random_params(0, decoder.init, config), config
 
 
@@ -92,7 +94,7 @@ def test_a_row_moved_right_by_padding_keeps_its_hidden_states(family):
     np.testing.assert_allclose(hidden_of(family, moved, segments, positions)[0, :8], left, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2-shift", "mixed"])
+@pytest.mark.parametrize("family", ["gpt2-shift", "mixed", "smollm3"])
 def test_scanned_layers_equal_unrolled_ones_keys_and_values_included(family):
     params, config = model(family)
     unstacked = decoder.unstack(params)
@@ -105,6 +107,26 @@ def test_scanned_layers_equal_unrolled_ones_keys_and_values_included(family):
         assert key.shape == stored.shape == (*TOKENS.shape, config.kv_heads, config.head_dim)
         np.testing.assert_allclose(key, keys[layer], atol=1e-5)
         np.testing.assert_allclose(stored, values[layer], atol=1e-5)
+
+
+def test_attention_by_kernels_gets_no_window_where_layers_differ_in_rotary_positions_alone(monkeypatch):
+    """The TPU's kernel has no windows, and cuDNN's would get a mask of [T, T] for one."""
+    windows = []
+
+    def spy(segments, packed):
+        return lambda query, key, value, window: windows.append(window) or query
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "cudnn", spy)
+    params = decoder.abstract(SMOLLM3)
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def loss(params, tokens, attend_by):
+        return decoder.forward(params, SMOLLM3, tokens, tokens, tokens, attend_by=attend_by)[0].sum()
+
+    gradients = jax.eval_shape(jax.grad(functools.partial(loss, attend_by="splash")), params, tokens)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+    jax.eval_shape(functools.partial(loss, attend_by="cudnn"), params, tokens)
+    assert set(windows) == {0}
 
 
 def test_the_first_layers_are_those_of_the_whole_model_in_window_and_rotary_positions_too():
