@@ -173,14 +173,10 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         ref = models.ref_shape(config, vocab_size)
     if trains_policy(config):
         return ref, ValueConfig(ref, type="q")
-    section = config.value
-    distribution = "bernoulli" if section.distribution == "auto" else section.distribution  # a head is small
-    head = dict(type=section.type, distribution=distribution, atoms=tuple(section.atoms))
+    trunk = ref if ref_size and config.guide == "ref" else None
     if guide_size:
-        return ref, ValueConfig(_sized("--guide-size", guide_size, **kind), **head)
-    if ref_size and config.guide == "ref":
-        return ref, ValueConfig(ref, **head)
-    return ref, models.guide_shape(config, ref.vocab_size)
+        trunk = _sized("--guide-size", guide_size, **kind)
+    return ref, models.guide_shape(config, ref.vocab_size, trunk=trunk)
 
 
 def _sized(option: str, size: str, *, dtype: str, quantize: str) -> DecoderConfig:

@@ -132,7 +132,10 @@ def starts_from_guide(config: ConfigDict) -> bool:
 
 
 def guide_shape(
-    config: ConfigDict, vocab_size: int | None, chosen: tuple[str, tuple[float, ...]] | None = None
+    config: ConfigDict,
+    vocab_size: int | None,
+    chosen: tuple[str, tuple[float, ...]] | None = None,
+    trunk: DecoderConfig | None = None,
 ) -> ValueConfig:
     """Return the guide's shape, with arguments and a dtype as in `ref_shape`.
 
@@ -141,15 +144,14 @@ def guide_shape(
     Args:
       chosen: distribution and atoms, where the config says "auto". Until they are chosen, "auto" is Bernoulli, or as
         the guide in the folder.
+      trunk: shape of the model that the guide starts from, by default of the config's.
     """
-    start = folder(config, "guide")
+    start = folder(config, "guide") if trunk is None else None
     if start:
         trunk = hf.read_config(start, _dtype(config, start), config.quantize)
-    elif config.guide == "ref":
-        trunk = ref_shape(config, vocab_size)
-    else:
-        trunk = _model_section(config, vocab_size)
-    section, is_guide = config.value, starts_from_guide(config)
+    elif trunk is None:
+        trunk = ref_shape(config, vocab_size) if config.guide == "ref" else _model_section(config, vocab_size)
+    section, is_guide = config.value, start is not None and hf.is_guide(start)
     if section.layers:
         if section.layers > trunk.layers or is_guide:
             what = "a guide, which keeps its own" if is_guide else f"one of {trunk.layers} layers"

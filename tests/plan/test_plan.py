@@ -188,6 +188,15 @@ def test_a_model_on_the_spot_is_counted_as_it_is_made(tmp_path):
     assert part(found, "optimizer") == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
 
 
+def test_a_guide_of_a_named_size_has_the_first_layers_that_the_config_says():
+    assert job_of("value.layers=5").guide.config.trunk.layers == 5
+    of_ref = plan.make(config_of("value.layers=5", "guide=ref"), ref_size="llama3.1-8b")
+    assert (of_ref.ref.config.layers, of_ref.guide.config.trunk.layers) == (32, 5)
+    assert jax.tree.leaves(of_ref.fitted["trunk"]["layers"])[0].shape[0] == 5
+    with pytest.raises(UserError, match="value.layers is 17, but the guide starts from one of 16 layers; give 0"):
+        job_of("value.layers=17")
+
+
 def test_folders_need_their_config_alone(tmp_path):
     entries = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=100, hidden_size=64, num_hidden_layers=2,
