@@ -344,22 +344,24 @@ def _rows(workdir: Workdir | None, models: Any, names: Sequence[str], longest: i
     """Return the number of responses to decode at once, if the user does not say."""
     if workdir is not None:
         return workdir.config.evaluate.batch_size
-    from qsharp_jax.decoding import cache_size, rows_that_fit
+    from qsharp_jax.decoding import cache_size, dequantized, rows_that_fit
 
     size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
-    return rows_that_fit([models.configs[name] for name in names], size, [models.weights[name] for name in names])
+    configs, weights = ({name: of[name] for name in names} for of in (models.configs, models.weights))
+    return rows_that_fit([*configs.values()], size, (weights, dequantized(configs, weights)))
 
 
 def _check_memory(models: Any, names: Sequence[str], rows: int, longest: int, sampling: Sampling) -> None:
     """Check that the weights and caches of the models `names` fit, for `rows` prompts of up to `longest` tokens."""
-    from qsharp_jax.decoding import cache_size, caches
+    from qsharp_jax.decoding import cache_size, caches, dequantized
     from qsharp_jax.models import memory, sharding
     from qsharp_jax.models.kv_cache import Sizes
 
     size = cache_size(longest, sampling.max_new_tokens, sampling.prompt_bucket)
-    weights = {f"the {name}'s weights": models.weights[name] for name in names}
-    rings = caches({name: models.configs[name] for name in names}, Sizes(sharding.round_rows(rows), size))
-    memory.check_memory(weights | sharding.abstract_rows(rings))
+    configs, weights = ({name: of[name] for name in names} for of in (models.configs, models.weights))
+    rings = sharding.abstract_rows(caches(configs, Sizes(sharding.round_rows(rows), size)))
+    parts = {f"the {name}'s weights": params for name, params in weights.items()}
+    memory.check_memory(parts | rings | dequantized(configs, weights))
 
 
 def _stream(text, ref, guide, encoded: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:

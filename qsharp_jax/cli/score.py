@@ -89,6 +89,7 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
         print(f"{options.output} is complete: all {done} records are scored", file=sys.stderr)
         return
 
+    from qsharp_jax.decoding import dequantized
     from qsharp_jax.evaluation import score as scoring
     from qsharp_jax.models import memory
 
@@ -97,7 +98,9 @@ def run(workdir: Workdir | None, options: argparse.Namespace) -> None:
     examples = encode(records, models.tokenizer, positions, first=done + 1)
     if first:
         json_lines.check_output(options.output)
-    memory.check_memory({f"the {name}'s weights": models.weights[name] for name in models.configs})
+    weights = models.weights
+    parts = {f"the {name}'s weights": weights[name] for name in models.configs}
+    memory.check_memory(parts | dequantized(models.configs, weights))
     vocab_size, rows = models.tokenizer.vocab_size, options.batch_size
     log_probs = means = None
     with on_mesh(models):

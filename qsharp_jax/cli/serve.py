@@ -187,10 +187,11 @@ def _context(options: argparse.Namespace, models: Any) -> int:
 
 
 def _rows(models: Any, context: int, platform: str) -> int:
-    from qsharp_jax.decoding import rows_that_fit
+    from qsharp_jax.decoding import dequantized, rows_that_fit
 
-    # The models are loaded by now, so that what is free is for the caches.
-    fitting = rows_that_fit([*models.configs.values()], context, weights=())
+    # The models are loaded by now, so that what is free is for caches, and on a CPU for copies of quantized weights.
+    copies = dequantized(models.configs, models.weights)
+    fitting = rows_that_fit([*models.configs.values()], context, weights=copies)
     return min(fitting, ROWS.get(platform, ROWS_ELSEWHERE))
 
 

@@ -5,8 +5,8 @@ Prompts and responses are token ids.
 """
 
 from qsharp_jax.decoding.api import Run, cache_size, cache_sizes, for_decoding, generate, stream
-from qsharp_jax.decoding.checks import caches, guide_names, prefill_work, row_seeds, rows_that_fit
-from qsharp_jax.decoding.engine import ContinuousBatch, ring_sizes
+from qsharp_jax.decoding.checks import caches, dequantized, guide_names, prefill_work, row_seeds, rows_that_fit
+from qsharp_jax.decoding.engine import ContinuousBatch, loop_sizes
 from qsharp_jax.decoding.loop import BLOCK, decode, prefill, prefill_rows
 from qsharp_jax.decoding.state import (
     RECORDED,
@@ -37,15 +37,16 @@ __all__ = [
     "caches",
     "decode",
     "decode_one_token",
+    "dequantized",
     "first_state",
     "for_decoding",
     "generate",
     "gives_values",
     "guide_names",
+    "loop_sizes",
     "prefill",
     "prefill_rows",
     "prefill_work",
-    "ring_sizes",
     "row_seeds",
     "rows_that_fit",
     "stream",

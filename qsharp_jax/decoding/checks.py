@@ -15,7 +15,7 @@ import numpy as np
 from qsharp_jax.decoding.state import RECORDS, Controls, Guide, Settings
 from qsharp_jax.models import attention, cpu_form, kv_cache, memory, sharding, value
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.models.decoder import LanguageModel
+from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.kv_cache import KVCache, Sizes
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import MODES, Sampling
@@ -188,13 +188,14 @@ def check_memory(
       tokens: of the longest of them, padded.
       chunk: those of each that go through a model at once.
     """
-    configs, weights = {"reference": ref.config}, {"the reference's weights": ref.params}
+    configs, weights = {"reference": ref.config}, {"reference": ref.params}
     for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
-        configs[name], weights[f"the {name}'s weights"] = value.trunk(member).config, member.params
-    parts: dict[str, Any] = sharding.abstract_rows(caches(configs, sizes))
+        configs[name], weights[name] = value.trunk(member).config, member.params
+    parts: dict[str, Any] = sharding.abstract_rows(caches(configs, sizes)) | dequantized(configs, weights)
     mesh = jax.sharding.get_mesh()
     works = [prefill_work(config, prompts, tokens, mesh, chunk) for config in configs.values()]
-    memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=weights)
+    existing = {f"the {name}'s weights": params for name, params in weights.items()}
+    memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=existing)
 
 
 def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, vocab_size: int) -> None:
@@ -233,6 +234,19 @@ def caches(configs: Mapping[str, DecoderConfig], sizes: Sizes) -> dict[str, KVCa
       sizes: see `cache_sizes`.
     """
     return {f"the {name}'s cache": _cache(config, sizes) for name, config in configs.items()}
+
+
+def dequantized(configs: Mapping[str, DecoderConfig], weights: Mapping[str, Params]) -> dict[str, Any]:
+    """The copies of quantized weights where the default device is a CPU, for `memory.check_memory`.
+
+    Args:
+      configs: as of `caches`.
+      weights: the models' parameters, by the same names.
+    """
+    if not cpu_form.here():
+        return {}
+    copies = {name: cpu_form.dequantized(weights[name], config) for name, config in configs.items()}
+    return {f"the {name}'s dequantized weights": arrays for name, arrays in copies.items() if arrays}
 
 
 def _cache(config: DecoderConfig, sizes: Sizes) -> KVCache:

@@ -43,12 +43,29 @@ def tokens_at_once(prompts: int) -> int:
     return min(attention.CHUNK, -(-TOKENS // prompts))
 
 
-def ring_sizes(sizes: Sizes) -> Sizes:
-    """Sizes of the caches of a loop on an accelerator, given those of `generate` (`cache_sizes`).
+def loop_sizes(
+    rows: int,
+    samples: int,
+    longest: int,
+    max_new_tokens: int,
+    prompt_bucket: int,
+    *,
+    on_cpu: bool,
+    goes_on: bool = False,
+    parts: int | None = None,
+) -> Sizes:
+    """Sizes of the caches of a `ContinuousBatch`.
 
-    Rows that have ended write on until the host looks, and not over what may be kept; the kernels for CUDA and TPUs can
-    divide the positions into tiles.
+    Args:
+      rows, samples, longest, max_new_tokens, prompt_bucket, parts: as of `cache_sizes`.
+      on_cpu: it runs on CPUs.
+      goes_on: responses go on from others', in their rows.
     """
+    sizes = api.cache_sizes(rows, samples, longest, max_new_tokens, prompt_bucket, parts=parts)
+    if on_cpu and not goes_on:  # on an accelerator all loops of a run are of one size
+        return sizes
+    # Rows that have ended write on until the host looks, and not over what may be kept; the kernels for CUDA and TPUs
+    # can divide the positions into tiles.
     return sizes._replace(positions=-(-(sizes.positions + GO_ON) // TILE) * TILE)
 
 
@@ -106,10 +123,11 @@ class ContinuousBatch:
         self._guide = value.each(api.for_decoding, self._guide)
         self._bucket, self._new = sampling.prompt_bucket, sampling.max_new_tokens
         longest = max(longest, *map(len, prompts))
-        sizes = api.cache_sizes(rows, samples if starts is None else 1, longest, self._new, self._bucket)
         on_cpu, width = cpu_form.here(), api.padded_length(longest, self._bucket)
-        if then is not None or not on_cpu:  # on an accelerator all loops of a run are of one size
-            sizes = ring_sizes(sizes)
+        sizes = loop_sizes(
+            rows, samples if starts is None else 1, longest, self._new, self._bucket,
+            on_cpu=on_cpu, goes_on=then is not None,
+        )  # fmt: skip
         self._slots = sizes.prompts or rows  # each has one prompt at a time
         self._prompts_at_once = at_once = sharding.round_rows(min(PROMPTS, self._slots))
         # On an accelerator one program serves prompts of all lengths, and leaves out chunks of padding. A CPU computes

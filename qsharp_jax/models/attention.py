@@ -16,10 +16,11 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.quantized import Weight
 from qsharp_jax.system.errors import UserError
 
-Attention = Literal["xla", "blocks", "cudnn", "splash", "chunks"]
 # (query [B, T, H, E], key [B, T, G, E], value [B, T, G, E], window) -> [B, T, H, E]. The window is the number of tokens
 # that each sees, its own included, which may be traced; the integer 0, the default, is no window.
 Attend = Callable[..., jax.Array]
+Make = Callable[[jax.Array, bool], Attend]  # (segments, packed) -> Attend, see `make`
+Attention = Literal["xla", "blocks", "cudnn", "splash", "chunks"]
 
 CHUNK = 1024  # queries at a time in "chunks" and in prefill; shorter sequences are attended to as a whole
 KEYS = 512  # whose scores with a chunk of queries exist at a time
@@ -51,15 +52,15 @@ def kind_of(device: jax.Device) -> str:
     return device.platform
 
 
-def make(implementation: Attention, segments: jax.Array, *, packed: bool = True) -> Attend:
+def make(implementation: Attention | Make, segments: jax.Array, *, packed: bool = True) -> Attend:
     """Attention for a batch of sequences; its results at padding are meaningless.
 
     Args:
-      implementation: a key of `IMPLEMENTATIONS`.
+      implementation: a key of `IMPLEMENTATIONS`, or a function like its values.
       segments: [B, T], 0 at padding; tokens attend within their own segment only.
       packed: whether a row may have several segments.
     """
-    return IMPLEMENTATIONS[implementation](segments, packed)
+    return (IMPLEMENTATIONS[implementation] if isinstance(implementation, str) else implementation)(segments, packed)
 
 
 def _xla(segments: jax.Array, packed: bool) -> Attend:
@@ -120,8 +121,7 @@ def _chunks(segments: jax.Array, packed: bool) -> Attend:
     return lambda query, key, value, window=0: in_chunks(query, key, value, segments, window)
 
 
-# (segments, packed) -> Attend, see `make`
-IMPLEMENTATIONS: dict[str, Callable[[jax.Array, bool], Attend]] = {
+IMPLEMENTATIONS: dict[str, Make] = {
     "xla": _xla,
     "blocks": _blocks,
     "cudnn": _cudnn,

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qsharp_jax.models import memory
+from qsharp_jax.models import memory, quantized
+from qsharp_jax.models.config import DecoderConfig
 
 QUERY_BLOCK = 128  # within the masked half of the scores, a block computes only its own triangle
 _MASKED = -1e30  # as a score; -inf would make a fully masked row nan
@@ -60,6 +61,25 @@ def product(weight: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """
     y = jax.lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=dtype)
     return jnp.moveaxis(y, 0, -1)
+
+
+def dequantized(params: Mapping[str, Any], config: DecoderConfig) -> list[jax.ShapeDtypeStruct]:
+    """The copies of quantized weights that XLA makes on a CPU before a program multiplies with them, all at once.
+
+    They are float32 even where the computation is in bfloat16. Experts, and rows of an embedding that is not the head,
+    are dequantized one by one.
+
+    Args:
+      params: of a decoder or a value model, in any form.
+      config: of its decoder.
+    """
+    others = {"experts"} if config.tied and "trunk" not in params else {"experts", "embedding"}
+    leaves = jax.tree.leaves_with_path(params, is_leaf=quantized.is_quantized)
+    return [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.values.sharding)
+        for path, leaf in leaves
+        if quantized.is_quantized(leaf) and others.isdisjoint(getattr(key, "key", None) for key in path)
+    ]
 
 
 # --- Caches ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qsharp_jax.models import attention, cpu_form, gpu_form, leaves, lora, moe, quantized, sharding
-from qsharp_jax.models.attention import Attention
+from qsharp_jax.models.attention import Attention, Make
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.leaves import Leaf
 from qsharp_jax.models.quantized import Quantized
@@ -336,7 +336,7 @@ def forward(
     *,
     keep_kv: bool = False,
     remat: Remat = "dots",
-    attend_by: Attention = "xla",
+    attend_by: Attention | Make = "xla",
     packed: bool = True,
 ) -> tuple[jax.Array, Any]:
     """Normed hidden states of whole sequences under causal attention.

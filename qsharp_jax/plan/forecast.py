@@ -5,7 +5,6 @@ formulas, each with a description that the table shows.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
@@ -15,17 +14,18 @@ import jax
 import numpy as np
 
 import qsharp_jax.plan.policies as policies
-from qsharp_jax import decoding, train
-from qsharp_jax.data.batches import Batch
+from qsharp_jax import decoding
 from qsharp_jax.decoding import api, engine
-from qsharp_jax.models import attention, kv_cache, meshes, sharding, value
+from qsharp_jax.models import attention, cpu_form, kv_cache, meshes, sharding
+from qsharp_jax.models.attention import Attention
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig
-from qsharp_jax.plan.job import Job, abstract_batch, abstract_mesh, attention_of, chip_bytes, fitted_state, on_cpu
-from qsharp_jax.plan.weights import layers_bytes, turned_bytes, weights_per_token
+from qsharp_jax.plan.activations import kept_bytes
+from qsharp_jax.plan.job import Job, abstract_mesh, attention_of, chip_bytes, divided, fitted_state, on_cpu, shared
+from qsharp_jax.plan.weights import layers_bytes, turned, weights_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ def fit(job: Job, section: Any, rows: int | None = None) -> Forecast:
     words, per_chip = (attention_of(job, section), job.optimizer.name), rows // parts // (data * fsdp)
     part = _Part(guide, params, config, *words, per_chip, job.fit_tokens, data, fsdp, tensor)
 
-    weights, optimizer_state = chip_bytes(params), chip_bytes(moments)
-    memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed), section["vmem_bytes"])
+    weights, optimizer_state = chip_bytes(params, section), chip_bytes(moments, section)
+    memory = _fit_memory(part, weights, optimizer_state, chip_bytes(changed, section), section)
     memory += tuple(itertools.starmap(Line, policies.beside_updates(job, section, part.rows, part.tokens)))
     saved = next(line.amount for line in memory if line.what == "activations")
     products = weights_per_token(params, part.trunk, part.tokens)
@@ -108,7 +108,7 @@ class _Part:
     guide: ValueConfig
     params: Params
     config: Any  # the section `fit`
-    attention: str
+    attention: Attention
     optimizer: str
     rows: int
     length: int
@@ -118,7 +118,7 @@ class _Part:
 
     trunk = property(lambda self: self.guide.trunk)
     tokens = property(lambda self: self.rows * self.length)
-    heads = property(lambda self: _divided(self.trunk.heads, self.tensor))
+    heads = property(lambda self: divided(self.trunk.heads, self.tensor))
     width = property(lambda self: self.trunk.compute_dtype.itemsize)
     stored = property(lambda self: self.params["trunk"]["embedding"].dtype.itemsize)
 
@@ -128,19 +128,22 @@ class _Part:
         return layers_bytes(self.params) // self.trunk.layers // self.tensor * self.width // self.stored
 
 
-def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, vmem: int) -> tuple[Line, ...]:
+def _fit_memory(part: _Part, weights: int, optimizer_state: int, gradient: int, section: Any) -> tuple[Line, ...]:
     trunk, config, rows, length = part.trunk, part.config, part.rows, part.length
-    mlp, parts = _divided(trunk.mlp, part.tensor), config.accumulate
-    saved = _saved(part.guide, config.remat, rows, length, part.tensor)
+    mlp, parts = divided(trunk.mlp, part.tensor), config.accumulate
+    saved, by_dots = (
+        kept_bytes(part.guide, remat, rows, length, part.tensor, part.attention) for remat in (config.remat, "dots")
+    )
     # The compiler makes a narrow copy of the float32 weights of all layers at once, and gathers from that.
-    narrow = 0 if part.width == part.stored else layers_bytes(part.params, here=True) * part.width // part.stored
+    narrow = 0 if part.width == part.stored else layers_bytes(part.params, here=section) * part.width // part.stored
     # What a block needs for its gradient and did not save is recomputed for one layer at a time.
-    recomputed = max(0, _saved(part.guide, "dots", rows, length, part.tensor) - saved) // trunk.layers
+    recomputed = max(0, by_dots - saved) // trunk.layers
     scores = SCORES if part.attention == "xla" else 0  # others compute a part of them at a time
     attention, hidden = rows * part.heads * length**2 * scores, part.tokens * mlp * HIDDEN
     gathered = 2 * part.layer * (part.fsdp > 1)
     to_scatter = gathered * 4 // part.width
     brief = max(attention, hidden) + recomputed
+    vmem = section["vmem_bytes"]
     # A layer's gradient is at least two arrays, scores and their gradient; one too large for VMEM stays in HBM.
     fast = min(vmem, gathered + to_scatter + brief) if brief <= 2 * vmem else 0
     return (
@@ -188,33 +191,6 @@ SCORES, HIDDEN = 10, 16  # bytes per score while its gradient is computed, and p
 WORK = 4  # simultaneous arrays in decoding of the logits' size
 
 
-def _saved(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """Count the bytes that the backward pass needs from the forward pass, on one chip, without the weights."""
-    of_one, of_two = (_saved_of(guide, remat, count, length, tensor) for count in (1, 2))
-    return of_one + (rows - 1) * (of_two - of_one)
-
-
-@functools.lru_cache
-def _saved_of(guide: ValueConfig, remat: str, rows: int, length: int, tensor: int) -> int:
-    """Ask JAX what it saves, for a model with a chip's share of the heads and of the hidden units."""
-    trunk = guide.trunk
-    heads, mlp = _divided(trunk.heads, tensor), _divided(trunk.mlp, tensor)
-    kv_heads = heads // _shared(trunk, tensor)
-    share = dataclasses.replace(guide, trunk=dataclasses.replace(trunk, heads=heads, kv_heads=kv_heads, mlp=mlp))
-    params = value.abstract(share)
-    weights = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
-
-    def backward(params: Params, batch: Batch) -> Any:
-        loss = functools.partial(train.value_loss, batch=batch, config=share, remat=remat)
-        return jax.vjp(loss, params, has_aux=True)[1]
-
-    saved = Counter(
-        (leaf.shape, leaf.dtype)
-        for leaf in jax.tree.leaves(jax.eval_shape(backward, params, abstract_batch(rows, length)))
-    )
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in (saved - weights).items())
-
-
 # --- Decoding -------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +218,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     def cache_bytes(trunk: DecoderConfig, sizes: Sizes) -> int:
         int8 = kv_cache.is_int8(trunk, on_cpu=on_cpu(section))
         cache = kv_cache.abstract(trunk, sizes, int8=int8)
-        return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)))
+        return chip_bytes(placed(cache, sharding.of_rows(cache, mesh, sharding.DECODE)), section)
 
     caches = {name: cache_bytes(trunk, sizes) for name, (_, trunk) in trunks.items()}
     # A V-type guide computes its candidates, or what slots they have, through the layers beside the pending token.
@@ -251,9 +227,9 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     stream = rows // data
     ref_dtype = ref.params["embedding"].dtype if ref.config.quantize == "none" else ref.config.quantize
     memory = [
-        Line("reference's weights", chip_bytes(ref), f"{ref_dtype}, divided as of_model says"),
+        Line("reference's weights", chip_bytes(ref, section), f"{ref_dtype}, divided as of_model says"),
         Line(
-            f"{job.learner}'s weights", 0 if policies.share_base(job, section) else chip_bytes(fitted),
+            f"{job.learner}'s weights", 0 if policies.share_base(job, section) else chip_bytes(fitted, section),
             f"{fitted.params['trunk']['embedding'].dtype}, divided alike",
         ),
         *itertools.starmap(Line, policies.beside_sampling(job, section)),
@@ -270,25 +246,28 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     vocabulary = rows * ref.config.vocab_size * 4 / mesh.size
     is_quantized = job.guide.config.trunk.quantize != "none"
     # Bytes; layers wider than the compute dtype are read as narrow copies, a quantized guide is one itself.
-    copies, wider = chip_bytes(guide) if is_quantized else 0, 0
-    for params, trunk in trunks.values():
+    copies, wider = chip_bytes(guide, section) if is_quantized else 0, 0
+    for model, (params, trunk) in zip((ref, guide), trunks.values(), strict=True):
         if trunk.quantize != "none":
-            copies += turned_bytes(params)
+            copied = cpu_form.dequantized(model.params, trunk) if on_cpu(section) else turned(params)
+            copies += chip_bytes(copied, section)
             continue
-        layers = layers_bytes(params, here=True)
+        layers = layers_bytes(params, here=section)
         narrow = layers * trunk.compute_dtype.itemsize // jax.tree.leaves(params["layers"])[0].dtype.itemsize
-        copies += narrow if narrow < layers else turned_bytes(params)
+        copies += narrow if narrow < layers else chip_bytes(turned(params), section)
         wider += layers - narrow
     relaid = [
         name
         for name, (_, trunk) in trunks.items()
-        if queries[name] * _shared(trunk, tensor) == 1 and not _by_kernel(trunk)
+        if queries[name] * shared(trunk, tensor) == 1 and not _by_kernel(trunk)
     ]
     memory += [
         Line(
             "copies of weights", copies,
             "made before the loop: of all layers where these are wider than the compute dtype, else query kernels and"
-            " head" + ", and the quantized guide" * is_quantized,
+            " head"
+            + ", and the quantized guide" * is_quantized
+            + "; on a CPU all that is quantized, dequantized" * (is_quantized and on_cpu(section)),
         ),
         Line(
             "copies of caches", sum(caches[name] for name in relaid) if section["platform"] == "tpu" else 0,
@@ -301,10 +280,10 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     # The next prompts are prefilled while the loop's arrays do not exist, but its caches do.
     prompts = max(min(engine.PROMPTS, sizes.prompts or rows) // (data * beside), 1) * data * beside
     prompt = api.padded_length(job.prompt_tokens, config.generate.prompt_bucket) - 1
-    chunk = attention.CHUNK if section["platform"] == "cpu" else engine.tokens_at_once(prompts)
+    chunk = attention.CHUNK if on_cpu(section) else engine.tokens_at_once(prompts)
     works = [decoding.prefill_work(trunk, prompts, prompt, mesh, chunk) for _, trunk in trunks.values()]
     waiting = sum(cache_bytes(trunk, Sizes(prompts, prompt)) for _, trunk in trunks.values())
-    beyond = waiting + max(map(chip_bytes, works)) - sum(line.amount for line in memory[-3:])
+    beyond = waiting + max(chip_bytes(work, section) for work in works) - sum(line.amount for line in memory[-3:])
     memory.append(
         Line(
             "prefill", max(beyond, 0),
@@ -316,10 +295,10 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     flops, brought, unread = 0.0, Counter(), 0.0
     for name, (params, trunk) in trunks.items():
         tokens = stream * queries[name]
-        experts = chip_bytes(params["layers"].get("experts", {}))
+        experts = chip_bytes(params["layers"].get("experts", {}), section)
         unread += experts * max(0.0, 1 - tokens * trunk.experts_per_token / trunk.experts) if experts else 0.0
         products = weights_per_token(params, trunk, tokens) + (name == "reference") * trunk.vocab_size * trunk.embed
-        heads = _divided(trunk.heads, tensor)
+        heads = divided(trunk.heads, tensor)
         flops += 2 * products / tensor / beside * tokens
         flops += 4 * trunk.layers * heads * trunk.head_dim * positions * tokens / beside
         width = trunk.compute_dtype.itemsize
@@ -328,9 +307,9 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
         brought["all-gather"] += sums * 3 * (beside - 1) / beside
     brought["all-to-all"] = vocabulary * (mesh.size - 1) / mesh.size
     # A step only looks up rows of the guide's embedding, and of a reference's that is not its head.
-    tables = chip_bytes(guide.params["trunk"]["embedding"])
-    tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"])
-    traffic = chip_bytes((ref, guide)) - wider + sum(caches.values()) - tables - unread
+    tables = chip_bytes(guide.params["trunk"]["embedding"], section)
+    tables += 0 if ref.config.tied else chip_bytes(ref.params["embedding"], section)
+    traffic = chip_bytes((ref, guide), section) - wider + sum(caches.values()) - tables - unread
     how = dict(
         computing=f"{flops / 1e12:.4g} TFLOP: 2 x weights, for a token of the reference and {queries[job.learner]} of"
         f" the {job.learner}",
@@ -376,17 +355,6 @@ def _times(
         seconds = (total - slow) / section["ici_bandwidth"] + (slow and slow / section["dcn_bandwidth"])
         lines.append(Line("collectives", seconds, f"{total / 1e9:.3g} GB: {how['collectives']}"))
     return tuple(lines)
-
-
-def _divided(count: int, tensor: int) -> int:
-    """Return a chip's share of heads or hidden units: all of them where the mesh does not divide them."""
-    return count if count % tensor else count // tensor
-
-
-def _shared(trunk: DecoderConfig, tensor: int) -> int:
-    """Return the number of a chip's query heads per kv head."""
-    heads = _divided(trunk.heads, tensor)
-    return heads // math.gcd(_divided(trunk.kv_heads, tensor), heads)
 
 
 def _by_kernel(trunk: DecoderConfig) -> bool:

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from qsharp_jax import decoding, train
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import config as model_configs
-from qsharp_jax.models import decoder, lora, memory, meshes, quantized, sharding, value
+from qsharp_jax.models import cpu_form, decoder, lora, memory, meshes, quantized, sharding, value
+from qsharp_jax.models.attention import Attention, kind_of
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
 from qsharp_jax.models.hf import hub
@@ -62,8 +63,8 @@ class Job:
         sampling, samples = self.config.generate, self.config.collect.samples
         parts = math.prod(section["decode"][axis] for axis in meshes.MESH_AXES["decode"] if axis != "tensor")
         tokens = self.prompt_tokens, sampling.max_new_tokens
-        sizes = decoding.cache_sizes(rows, samples, *tokens, sampling.prompt_bucket, parts=parts)
-        return sizes if on_cpu(section) else decoding.ring_sizes(sizes)
+        bucket, on_cpus = sampling.prompt_bucket, on_cpu(section)
+        return decoding.loop_sizes(rows, samples, *tokens, bucket, parts=parts, on_cpu=on_cpus)
 
     @property
     def optimizer(self) -> ConfigDict:
@@ -80,8 +81,8 @@ class Job:
 
 
 def on_cpu(section: Any) -> bool:
-    """Return true for a mesh of CPUs; one of whatever devices there are is planned as that."""
-    return section["platform"] in ("cpu", "any")
+    """Return true for a mesh of CPUs; one of whatever devices there are ("any") is one of those that are here."""
+    return section["platform"] == "cpu" or (section["platform"] == "any" and cpu_form.here())
 
 
 def make(
@@ -148,9 +149,11 @@ def _in_dtype(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
 
 
-def attention_of(job: Job, section: Any) -> str:
+def attention_of(job: Job, section: Any) -> Attention:
     """Return the attention of the fit on the devices of a mesh's section, GPUs as new as cuDNN's attention needs."""
-    kind = {"gpu": "cuda", "any": "cpu"}.get(section["platform"], section["platform"])
+    kind = "cuda" if section["platform"] == "gpu" else section["platform"]
+    if kind == "any":
+        kind = kind_of(memory.default_device())
     return attention.of_config(job.config, job.guide.config.computed_in(job.config.fit.dtype).trunk, kind)
 
 
@@ -194,10 +197,22 @@ def abstract_mesh(section: Any, use: str) -> AbstractMesh:
     return AbstractMesh(tuple(section[use][axis] for axis in axes), axes, (AxisType.Auto,) * len(axes))
 
 
-def chip_bytes(tree: Any) -> int:
-    """Count the bytes of abstract arrays with shardings on each chip, packed as on a GPU or TPU."""
+def divided(count: int, tensor: int) -> int:
+    """Return a chip's share of heads or hidden units: all of them where the mesh does not divide them."""
+    return count if count % tensor else count // tensor
+
+
+def shared(trunk: DecoderConfig, tensor: int) -> int:
+    """Return the number of a chip's query heads per kv head."""
+    heads = divided(trunk.heads, tensor)
+    return heads // math.gcd(divided(trunk.kv_heads, tensor), heads)
+
+
+def chip_bytes(tree: Any, section: Any) -> int:
+    """Count the bytes of abstract arrays with shardings on each chip of a mesh's section."""
+    platform = "cpu" if on_cpu(section) else section["platform"]
     sizes = (
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * memory.item_bytes(leaf.dtype, "tpu")
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * memory.item_bytes(leaf.dtype, platform)
         for leaf in jax.tree.leaves(tree)
     )
     return math.ceil(sum(sizes))

@@ -22,11 +22,12 @@ def beside_updates(job: Job, section: Any, rows: int, tokens: int) -> list[tuple
         return []
     mesh = abstract_mesh(section, "decode")
     ref = placed(job.ref, sharding.of_model(job.ref, mesh, sharding.DECODE))
+    own = _joined(job, section) if share_base(job, section) else chip_bytes(ref, section)
     vocabulary = job.ref.config.vocab_size
     parts = math.prod(abstract_mesh(section, "fit").shape[axis] for axis in ("data", "fsdp"))
     logits = min(max(NUMBERS // parts, rows * vocabulary), tokens * vocabulary) * LOGITS
     return [
-        ("pi_ref", _joined(job, section) if share_base(job, section) else chip_bytes(ref), "divided as for decoding"),
+        ("pi_ref", own, "divided as for decoding"),
         ("logits", logits, f"of as many tokens at once as in `train/chunked.py`, x {LOGITS} bytes"),
     ]
 
@@ -36,7 +37,7 @@ def beside_sampling(job: Job, section: Any) -> list[tuple[str, float, str]]:
     if not job.is_policy:
         return []
     params, _, moments = fitted_state(job, section)
-    state = chip_bytes((params, moments))
+    state = chip_bytes((params, moments), section)
     if share_base(job, section):
         state -= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(learned(job, job.fitted)[1]))
         return [

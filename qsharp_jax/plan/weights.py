@@ -22,18 +22,22 @@ def weights_per_token(params: Params, trunk: DecoderConfig, tokens: int) -> int:
     )
 
 
-def layers_bytes(params: Params, *, here: bool = False, axis: str | None = None) -> int:
-    """Count the bytes of the layers, over all chips or on one (`here`), or of those leaves that a mesh axis divides."""
+def layers_bytes(params: Params, *, here: Any = None, axis: str | None = None) -> int:
+    """Count the bytes of the layers, over all chips or on one of a mesh's section, `here`.
+
+    Args:
+      axis: of the mesh; only leaves that it divides are counted.
+    """
     leaves = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "layers" in _names(path)]
     if axis:
         leaves = [leaf for leaf in leaves if axis in jax.tree.leaves(tuple(leaf.sharding.spec))]
-    return chip_bytes(leaves) if here else sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return chip_bytes(leaves, here) if here is not None else sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def turned_bytes(params: Params) -> int:
-    """Count the bytes on one chip of weights that the decode loop reads in another order than they are stored in."""
+def turned(params: Params) -> list[Any]:
+    """Return the weights that the decode loop reads in another order than they are stored in."""
     leaves = jax.tree.leaves_with_path(params)
-    return chip_bytes([leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"])
+    return [leaf for path, leaf in leaves if "query" in _names(path) or _names(path)[0] == "head"]
 
 
 def _names(path: Any) -> list[str]:

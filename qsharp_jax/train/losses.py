@@ -19,7 +19,7 @@ import optax
 from qsharp_jax import values
 from qsharp_jax.data.batches import Batch
 from qsharp_jax.models import decoder, quantized, value
-from qsharp_jax.models.attention import Attention
+from qsharp_jax.models.attention import Attention, Make
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import Params
 from qsharp_jax.models.value import ValueConfig
@@ -80,7 +80,7 @@ def value_loss(
     clip: bool = False,
     future_weight: float = 0.0,
     remat: decoder.Remat = "dots",
-    attend_by: Attention = "xla",
+    attend_by: Attention | Make = "xla",
     packed: bool = True,
 ) -> tuple[jax.Array, dict]:
     """Mean negative log-likelihood of the reward-to-go over all labeled tokens of the batch.

@@ -22,12 +22,14 @@ from brute_force import (
     models,
     run,
 )
+from helpers import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow
 
 from qsharp_jax import decoding as module
 from qsharp_jax.decoding import api, checks, generate
-from qsharp_jax.models import memory
+from qsharp_jax.models import memory, quantized
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.kv_cache import Sizes
@@ -313,3 +315,33 @@ def test_caches_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
         run(rng=0, eta=0.1)
     with pytest.raises(pytest.fail.Exception, match="it computes"):
         run(rng=0, guided=False)  # which needs the reference's alone
+
+
+@pytest.mark.parametrize("tied", [slow(False), True])
+def test_a_cpu_s_copies_of_quantized_weights_are_counted_as_the_compiler_makes_them(tied, monkeypatch):
+    """Four bytes a weight of the layers, and of the head; rows of a table that is only looked up in are dequantized."""
+    width, vocabulary = 256, 512
+    shape = dict(embed=width, heads=4, kv_heads=2, head_dim=64, mlp=512, layers=2, max_positions=32)
+    model = random_model(vocabulary, **shape)
+    params = {name: leaf for name, leaf in model.params.items() if not (tied and name == "head")}
+    as_is, small = (
+        quantized.model(LanguageModel(params, dataclasses.replace(model.config, tied=tied, quantize=how)))
+        for how in ("none", "int8")
+    )
+    started = [module.Run(ref, None, PROMPTS, Sampling(**COMMON), rng=0) for ref in (as_is, small)]
+    beside = [
+        module.decode.lower(run.ref, None, run.state, run.controls, settings=run.settings).compile().memory_analysis()
+        for run in started
+    ]
+    layer = (2 * width + 2 * 128) * width + 3 * width * 512
+    expected = 4 * (2 * layer + vocabulary * width)
+    assert beside[1].temp_size_in_bytes - beside[0].temp_size_in_bytes == pytest.approx(expected, rel=0.02)
+    (counted,) = module.dequantized({"reference": small.config}, {"reference": started[1].ref.params}).values()
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in counted) == expected
+    assert module.dequantized({"reference": as_is.config}, {"reference": as_is.params}) == {}
+    monkeypatch.setattr(memory, "GB", 1e3)
+    monkeypatch.setattr(memory, "available", lambda device: expected)
+    words = rf"and the reference's dequantized weights {expected / 1e3:.2f} GB and the prefill \S+ GB are needed"
+    with pytest.raises(UserError, match=words):
+        module.Run(small, None, PROMPTS, Sampling(**COMMON), rng=0)
+    module.Run(as_is, None, PROMPTS, Sampling(**COMMON), rng=0)

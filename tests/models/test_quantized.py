@@ -17,7 +17,7 @@ from qsharp_jax.data.batches import Example
 from qsharp_jax.decoding import api, engine, loop
 from qsharp_jax.decoding.api import for_decoding
 from qsharp_jax.evaluation.score import log_probs as log_probs_of
-from qsharp_jax.models import decoder, gpu_form, hf, quantized, sharding, value
+from qsharp_jax.models import decoder, gpu_form, hf, memory, quantized, sharding, value
 from qsharp_jax.models.config import make
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.quantized import Quantized
@@ -202,6 +202,18 @@ def test_a_folder_is_quantized_as_it_is_read(made):
     for actual, leaf in zip(jax.tree.leaves(read.params), jax.tree.leaves(expected), strict=True):
         assert actual.dtype in (jnp.int8, jnp.float32) or leaf.ndim < 2
         np.testing.assert_array_equal(actual, leaf.astype(actual.dtype))
+
+
+def test_a_folder_s_dequantized_weights_must_fit_on_a_cpu_too(made, monkeypatch):
+    """Before anything is read: all weights but the embedding, four bytes each; norms are not quantized."""
+    config = hf.read_config(made / "llama", "float32")
+    kernels = [leaf.size for leaf in jax.tree.leaves(decoder.abstract(config)["layers"]) if leaf.ndim > 2]
+    copies = 4 * (sum(kernels) + config.vocab_size * config.embed)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(hf.load_ref(made / "llama", dtype="float32", quantize="int8")))
+    monkeypatch.setattr(memory, "available", lambda device: weights + copies)
+    hf.load_ref(made / "llama", dtype="float32", quantize="int8")
+    monkeypatch.setattr(memory, "available", lambda device: weights + copies - 1)
+    assert "and the dequantized weights" in refusal(hf.load_ref, made / "llama", dtype="float32", quantize="int8")
 
 
 def test_widths_without_groups_are_refused():

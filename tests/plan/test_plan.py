@@ -6,13 +6,16 @@ import math
 
 import jax
 import pytest
+from helpers import random_model
 from repository import ROOT
 from tpu_compiler import printed_by
 
 from qsharp_jax import cli, plan, train
-from qsharp_jax.models import value
+from qsharp_jax.decoding import ContinuousBatch
+from qsharp_jax.models import cpu_form, value
 from qsharp_jax.plan import compiled
 from qsharp_jax.run import config as configs
+from qsharp_jax.sampling import Sampling
 from qsharp_jax.system.errors import UserError
 
 CONFIG = ROOT / "configs" / "arithmetic.py"
@@ -125,6 +128,16 @@ def test_decoding_on_one_chip_of_eight():
     assert memory == pytest.approx(read / 819e9, rel=2e-3)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_caches_are_those_of_a_run_s_loops_on_the_device_that_is_here(on_cpu, monkeypatch):
+    """On an accelerator the 1,023 positions and 16 more, in whole tiles of 128."""
+    monkeypatch.setattr(cpu_form, "here", lambda: on_cpu)
+    sampling = Sampling(max_new_tokens=768, prompt_bucket=256)
+    batch = ContinuousBatch(random_model(40, layers=1, max_positions=1024), None, [[1] * 256], sampling, rng=0, rows=2)
+    planned = job_of("mesh=single").cache_sizes(PRESETS["single"], 2)
+    assert planned.positions == batch._state.ref_cache.size == (1024 if on_cpu else 1152)
+
+
 @pytest.mark.parametrize(("quantize", "each"), [("int8", 1), ("int4", 0.5 + 4 / 128)])
 def test_quantized_weights_are_counted_in_their_bits(quantize, each):
     """Scales are float32, in 4 bits one per 128 inputs; the tables stay in 8 bits; the guide's copy is beside it."""
@@ -176,6 +189,32 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert plan.largest(plan.fit, job, PRESETS["single"], 1) is None
     huge = job_of(guide_size="llama3.1-70b")
     assert plan.largest(plan.fit, huge, huge.config.mesh, 8) == 0
+
+
+@pytest.mark.parametrize(("quantize", "each"), [("int8", 1), ("int4", 1 + 4 / 128)])
+def test_on_cpus_quantized_weights_are_also_dequantized_and_4_bits_take_a_byte(quantize, each):
+    """The layers and the reference's head, in float32, beside the guide in its own bits."""
+    job = job_of(f"quantize={quantize}", "mesh=cpu")
+    found = plan.decode(job, job.config.mesh)
+    layers = 8.03e9 - TABLE * 2 * 2
+    assert part(found, "reference's weights") == pytest.approx(layers * each + 2 * 2 * TABLE, rel=3e-3)
+    dequantized = 4 * (layers + 2 * TABLE + 16 * MATRICES)
+    assert part(found, "copies of weights") == pytest.approx(dequantized + 16 * MATRICES * each + TABLE, rel=3e-3)
+
+
+def test_attention_by_kernels_keeps_no_scores_for_the_gradient():
+    """With remat "none": what it reads and gives, 32 heads of 64 and 8 twice, in bfloat16, and a float32 for each query."""
+    kept = {}
+    for attention in ("xla", "splash", "cudnn"):
+        for rows in (8, 16):  # one and two on each chip
+            job = job_of("fit.remat=none", f"fit.attention={attention}", f"fit.batch_size={rows}")
+            kept[attention, rows] = part(plan.fit(job, job.config.mesh), "activations")
+    scores = 16 * 32 * 1024**2 * 4
+    assert kept["cudnn", 8] == kept["splash", 8] < kept["xla", 8] - scores
+    of_kernel = 16 * 1024 * (2 * (2 * 32 * 64 + 2 * 8 * 64) + 4 * 32)
+    dots = part(plan.fit(job_of("fit.batch_size=8"), job.config.mesh), "activations")
+    assert dots + of_kernel < kept["splash", 8], "and what lies between the products"
+    assert kept["splash", 16] == pytest.approx(2 * kept["splash", 8], rel=0.01)
 
 
 def test_a_model_on_the_spot_is_counted_as_it_is_made(tmp_path):
