@@ -120,7 +120,8 @@ def compile_case(case: Case, layers: list[int] | None = None, quantize: str = "n
     bound = _bytes((ref, guide)) - _bytes(embeddings) + round(case.filled * _bytes(caches))
     step = {i.name: i for i in read.computations[read.step]}
     attentions = [i for i in step.values() if i.kind == "custom-call" and i.name.startswith(ATTENTION)]
-    operands = [step[name].results[0] for i in attentions for name in i.operands[-2:]]  # keys and values
+    read_by_tile = 2 if quantize == "none" else 4  # the last operands: keys and values, or those and their scales
+    operands = [step[name].results[0] for i in attentions for name in i.operands[-read_by_tile:]]
     whole = sum(array.bytes for array in operands if not array.fast)
     unread = round(whole * max(0.0, 1 - case.filled - TILE / carry.ref_cache.size))
     return dict(

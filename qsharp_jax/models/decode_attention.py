@@ -83,11 +83,7 @@ def attend(
     def tpu(query, key, value, before, after, start, index):
         rows = _rows(query, groups)
         here = groups // mesh.shape.get("tensor", 1)  # kv heads on one device
-        if (
-            not whole
-            or quantized.is_quantized(before[0])
-            or not tpu_attention.covers(before[0], here, rows.shape[2], query.shape[1])
-        ):
+        if not whole or not tpu_attention.covers(before[0], here, rows.shape[2], query.shape[1], query.dtype):
             return plain(query, key, value, before, start, index)
         shared = None if prefix is None else _over_prefix(query, prefix, cache, window)
         return _tokens(tpu_attention.attend(rows, key, value, *before, start, index, shared), query.shape[1])

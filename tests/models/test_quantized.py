@@ -161,7 +161,7 @@ def test_caches_of_8_bits_give_the_responses_of_rounded_floats(platform, shares,
         whole = generate(ref, guide)
         batch = decoding.ContinuousBatch(ref, guide, prompts, settings, rng=seeds, samples=2, rows=2)
         parts = [(place, part, row) for places, part in batch for row, place in enumerate(places.tolist())]
-    assert bool(kernels) == (platform == "cuda")
+    assert kernels
     assert sorted(place for place, _, _ in parts) == list(range(6))
     for place, part, row in [(place, whole, place) for place in range(6)] + parts:
         np.testing.assert_array_equal(part.tokens[row], wanted.tokens[place])

@@ -9,7 +9,7 @@ import pytest
 from devices import traced_for
 from jax.experimental import pallas as pl
 
-from qsharp_jax.models import decode_attention, kv_cache, tpu_attention
+from qsharp_jax.models import decode_attention, kv_cache, quantized, tpu_attention
 from qsharp_jax.models.kv_cache import KVCache, Part
 
 S = 384  # three tiles
@@ -29,14 +29,20 @@ def kernels(monkeypatch):
     return names
 
 
-def case(start, index, seed=0, tokens=3, heads=4, groups=2, width=16, size=S, dtype=np.float32):
-    """Arguments of attention over a ring; slots outside of a row's positions hold numbers of others."""
+def case(start, index, seed=0, tokens=3, heads=4, groups=2, width=16, size=S, dtype=np.float32, int8=False):
+    """Arguments of attention over a ring; slots outside of a row's positions hold numbers of others.
+
+    In 8 bits scales differ by position.
+    """
     rng, batch = np.random.default_rng(seed), len(start)
     of_step, of_buffer = (batch, tokens, groups, width), (batch, groups, size, width)
-    query, key, value, keys, values = (
-        rng.normal(size=shape).astype(dtype)
-        for shape in [(batch, tokens, heads, width), of_step, of_step, of_buffer, of_buffer]
-    )
+    drawn = [
+        rng.normal(size=shape) for shape in [(batch, tokens, heads, width), of_step, of_step, of_buffer, of_buffer]
+    ]
+    query, key, value, keys, values = (x.astype(dtype) for x in drawn)
+    if int8:
+        sizes = 2.0 ** rng.integers(-3, 2, (2, *of_buffer[:-1], 1))
+        keys, values = (quantized.in_8_bits(jnp.float32(x * size)) for x, size in zip(drawn[3:], sizes, strict=True))
     cache = KVCache(keys=[keys], values=[values], start=np.array(start, np.int32), index=np.int32(index), ring=True)
     return query, key, value, cache
 
@@ -59,6 +65,10 @@ def plain(query, key, value, cache, **rest):
         (200, dict(groups=1, width=128), 1),  # in the first lap, with rows that began before position 0
         (5 * S + 300, dict(tokens=20, groups=4, width=128), None),  # blocks of two tiles
         (3 * S - 1, dict(heads=6, groups=2, width=64), 2 * 2 * tpu_attention.TILE * 2 * 64 * 4),
+        (3 * S + 8, dict(int8=True), 1),
+        (200, dict(int8=True, groups=1, width=128), 1),
+        (5 * S + 300, dict(int8=True, tokens=20, groups=4, width=128), None),
+        (3 * S - 1, dict(int8=True, heads=6, groups=2, width=64), 2 * 2 * tpu_attention.TILE * 2 * 64 * 4),
     ],
 )
 def test_each_row_attends_to_its_own_positions(index, shape, block, kernels, monkeypatch):
@@ -72,16 +82,18 @@ def test_each_row_attends_to_its_own_positions(index, shape, block, kernels, mon
     assert kernels == ["decode_attention"]
 
 
-def test_the_buffers_of_a_single_row():
-    query, key, value, cache = case([40], 100, tokens=1, size=tpu_attention.TILE)
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_buffers_of_a_single_row(int8):
+    query, key, value, cache = case([40], 100, tokens=1, size=tpu_attention.TILE, int8=int8)
     single = cache.replace(keys=[cache.keys[0][0]], values=[cache.values[0][0]])
     got = jax.jit(on_a_tpu)(query, key, value, single)
     np.testing.assert_allclose(got, plain(query, key, value, cache), atol=1e-5)
 
 
-def test_attention_over_what_comes_before_is_a_part_of_it():
+@pytest.mark.parametrize("int8", [False, True])
+def test_attention_over_what_comes_before_is_a_part_of_it(int8):
     """Also of a row that has nothing of its own, and of one with nothing before."""
-    query, key, value, cache = case([20, 60, 95], 95, size=tpu_attention.TILE)
+    query, key, value, cache = case([20, 60, 95], 95, size=tpu_attention.TILE, int8=int8)
     rng, rows = np.random.default_rng(1), decode_attention._rows(query, 2)
     mixed, total, largest = (
         rng.normal(size=rows.shape),
@@ -96,20 +108,22 @@ def test_attention_over_what_comes_before_is_a_part_of_it():
     np.testing.assert_allclose(decode_attention._tokens(got, 3), want, atol=1e-5)
 
 
-def test_in_bfloat16_the_kernel_is_as_near_as_the_plain_form():
+@pytest.mark.parametrize("int8", [False, True])
+def test_in_bfloat16_the_kernel_is_as_near_as_the_plain_form(int8):
     start, index = [5, 40, 90], 300
-    exact = plain(*case(start, index, width=128))
-    arguments = case(start, index, width=128, dtype=jnp.bfloat16)
+    exact = plain(*case(start, index, width=128, int8=int8))
+    arguments = case(start, index, width=128, dtype=jnp.bfloat16, int8=int8)
     got, want = (np.float32(x) - exact for x in (jax.jit(on_a_tpu)(*arguments), plain(*arguments)))
     for quantile in (0.5, 0.99):
         assert np.quantile(np.abs(got), quantile) < 1.5 * np.quantile(np.abs(want), quantile)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.bfloat16, "DEFAULT"), (np.float32, "HIGHEST")])
-def test_products_of_bfloat16_have_the_only_precision_that_the_compiler_takes(dtype, precision):
+def test_products_of_bfloat16_have_the_only_precision_that_the_compiler_takes(dtype, precision, int8):
     """Also in a program whose products are of the highest, as another model in it is float32."""
     with jax.default_matmul_precision("highest"):
-        program = str(jax.make_jaxpr(on_a_tpu)(*case([5, 40, 90], 300, width=128, dtype=dtype)))
+        program = str(jax.make_jaxpr(on_a_tpu)(*case([5, 40, 90], 300, width=128, dtype=dtype, int8=int8)))
     precisions = re.findall(r"precision=\((.*?)\)", program.replace("Precision.", ""))
     assert len(precisions) >= 4 and set(precisions) == {f"{precision}, {precision}"}
 

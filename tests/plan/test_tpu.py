@@ -236,3 +236,17 @@ def test_rows_that_fill_a_quarter_of_their_caches_have_a_quarter_read():
     assert facts["copies"] == [], "no weight or cache is copied, nor laid out otherwise for the kernel"
     assert facts["write_back_bytes"] < 0.01 * facts["bound_bytes"]
     assert facts["hbm_bytes"] < 1.15 * facts["bound_bytes"]
+
+
+@pytest.mark.slow
+def test_keys_and_values_in_8_bits_are_read_by_the_kernel():
+    """With two layers each; some weights then stay in fast memory from step to step."""
+    name = "8b-v5e-16-quarter"
+    command = ("--only", name, "--layers", 2, "--quantize", "int8", "--json")
+    facts = printed_by(ROOT / "benchmarks" / "tpu.py", *command)[name]
+    assert facts["kernels"] == facts["layers"]
+    assert facts["aliased"] >= facts["cache"], "caches and carry are updated in place"
+    caches = "[16,2,2048"  # rows, kv heads and positions of a chip
+    assert not [copy for copy in facts["copies"] + facts["write_backs"] if caches in copy], "nor are scales copied"
+    # Where all positions are read it is 0.92 of the bound.
+    assert facts["hbm_bytes"] < 0.75 * facts["bound_bytes"]
