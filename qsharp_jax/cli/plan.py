@@ -13,7 +13,8 @@ config's mesh, and how each number was computed. For example
   qsharp plan --config arithmetic --config.mesh=v5p_64 --ref-size llama3.1-70b --guide-size llama3.2-3b
 
 An impossible mesh is refused, with the nearest one that works. Memory, bandwidths and peak are the vendor's numbers in
-configs/meshes.py; for `single` and `cpu` give them, as --config.mesh.hbm_bytes=16000000000.
+configs/meshes.py; for `single` and `cpu` give them, as --config.mesh.hbm_bytes=16000000000, and for `single` on an
+accelerator its --config.mesh.platform=gpu.
 
 {CONFIG_HELP}"""
 

@@ -245,8 +245,8 @@ def dequantized(configs: Mapping[str, DecoderConfig], weights: Mapping[str, Para
     """
     if not cpu_form.here():
         return {}
-    copies = {name: cpu_form.dequantized(weights[name], config) for name, config in configs.items()}
-    return {f"the {name}'s dequantized weights": arrays for name, arrays in copies.items() if arrays}
+    copies = {name: cpu_form.dequantized_copies(weights[name], config) for name, config in configs.items()}
+    return {f"the {name}'s {memory.DEQUANTIZED} weights": arrays for name, arrays in copies.items() if arrays}
 
 
 def _cache(config: DecoderConfig, sizes: Sizes) -> KVCache:

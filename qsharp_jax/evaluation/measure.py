@@ -68,7 +68,7 @@ def evaluate(session: Session, ref: LanguageModel, guides: dict[int, Guide], *, 
         mode = algorithm.mode(session.config)
         sampling, greedy = (dataclasses.replace(each, mode=mode) for each in (sampling, greedy))
     # Rounds are compared at one eta, so it must be one at which the last round is measured.
-    shared_eta = min(config.etas) if full and has_guides and own_eta not in config.etas else own_eta
+    shared_eta = min(config.etas) if has_guides and own_eta not in config.etas else own_eta
     for number, guide in guides.items():
         etas = list(config.etas) if full and number == latest and has_guides else [shared_eta]
         samples[method, number] = sample_method(

@@ -63,7 +63,7 @@ def product(weight: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.moveaxis(y, 0, -1)
 
 
-def dequantized(params: Mapping[str, Any], config: DecoderConfig) -> list[jax.ShapeDtypeStruct]:
+def dequantized_copies(params: Mapping[str, Any], config: DecoderConfig) -> list[jax.ShapeDtypeStruct]:
     """The copies of quantized weights that XLA makes on a CPU before a program multiplies with them, all at once.
 
     They are float32 even where the computation is in bfloat16. Experts, and rows of an embedding that is not the head,

@@ -12,6 +12,7 @@ from qsharp_jax.system import machine
 from qsharp_jax.system.errors import UserError
 
 GB = 1e9
+DEQUANTIZED = "dequantized"  # in the names of parts that only a CPU needs, see `cpu_form.dequantized_copies`
 
 
 def check_memory(parts: Mapping[str, Any], *, existing: Mapping[str, Any] | None = None) -> None:
@@ -30,11 +31,13 @@ def check_memory(parts: Mapping[str, Any], *, existing: Mapping[str, Any] | None
         total = sum(size for (other, _), size in needs.items() if other == device)
         free = available(device)
         if free is not None and total > free:
+            advice = "use bfloat16, a smaller batch, a shorter context or more devices"
+            if any(DEQUANTIZED in part for part in parts):
+                advice = "leave quantization out, which saves no memory on a CPU, or " + advice
             beside = f" beside {_words(existing, _needs(existing), device)}" if existing else ""
             raise UserError(
                 f"{device.platform} {device.id} has {free / GB:.2f} GB of memory free{beside}, and"
-                f" {_words(parts, needs, device)} are needed on it; use bfloat16, a smaller batch, a shorter context or"
-                " more devices"
+                f" {_words(parts, needs, device)} are needed on it; {advice}"
             )
 
 

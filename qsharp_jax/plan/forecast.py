@@ -249,7 +249,7 @@ def decode(job: Job, section: Any, rows: int | None = None) -> Forecast:
     copies, wider = chip_bytes(guide, section) if is_quantized else 0, 0
     for model, (params, trunk) in zip((ref, guide), trunks.values(), strict=True):
         if trunk.quantize != "none":
-            copied = cpu_form.dequantized(model.params, trunk) if on_cpu(section) else turned(params)
+            copied = cpu_form.dequantized_copies(model.params, trunk) if on_cpu(section) else turned(params)
             copies += chip_bytes(copied, section)
             continue
         layers = layers_bytes(params, here=section)

@@ -81,7 +81,7 @@ class Job:
 
 
 def on_cpu(section: Any) -> bool:
-    """Return true for a mesh of CPUs; one of whatever devices there are ("any") is one of those that are here."""
+    """Return true for a mesh of CPUs; one of "any" devices is of those that JAX has here."""
     return section["platform"] == "cpu" or (section["platform"] == "any" and cpu_form.here())
 
 

@@ -16,6 +16,7 @@ from qsharp_jax.run.workdir import Workdir
 from qsharp_jax.system import loggers
 from qsharp_jax.system.errors import UserError, nearest
 from qsharp_jax.tasks import registry as tasks
+from qsharp_jax.train.checkpoint import DamagedError
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -193,7 +194,11 @@ def _tell_how_many(config: ConfigDict, used: int) -> None:
 def check_loggers(workdir: Workdir) -> None:
     """Start the loggers of a run that has a round to learn, before anything is computed; a UserError names one that
     does not start."""
-    if models.fitted_rounds(workdir) < workdir.config.rounds:
+    try:
+        learns = models.fitted_rounds(workdir) < workdir.config.rounds
+    except DamagedError:  # its round is learned again
+        learns = True
+    if learns:
         workdir.start_loggers()
 
 

@@ -19,7 +19,10 @@ FINITE, SYMBOLIC = True, False
 LETTERS = "ABCD"
 _URL = "https://raw.githubusercontent.com/nyu-mll/quality/main/data/v1.0.1/"
 
-_LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])(?:\s*(?:[).:}]|\Z)|(?<![Aa])\s)")
+_LETTER = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Da-d])"
+    r"(?:\s*(?:[\]).:;}$*]|\Z|,(?!\s*\(?[A-Da-d]\b)|[-\u2013\u2014]\s)|[ \t]*\n|(?<![Aa])\s)"
+)
 
 check = finite.check
 
@@ -27,7 +30,7 @@ check = finite.check
 def parse(response: str) -> str | None:
     """Return the letter in the answer's only box: B, b, (B), \\text{B}, or B followed by the option's text.
 
-    A before a text must be written "A." or so: without a sign it is the article, as in "A sense of duty".
+    A before a text must be written "A." or so: with a blank alone it is the article, as in "A sense of duty".
     """
     boxes = boxed.answers(response)
     if len(boxes) != 1:

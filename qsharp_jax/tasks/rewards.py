@@ -62,22 +62,25 @@ def source_hash(function: Callable[..., Any]) -> str | None:
     globals or the variables of a function around it, does not count.
     """
     try:
-        text = _describe_function(function)
+        text = _describe_function(function, frozenset())
     except (OSError, TypeError):
         return None
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe_function(function: Callable[..., Any]) -> str:
-    """Return the text that is hashed; raises what `inspect.getsource` does."""
+def _describe_function(function: Callable[..., Any], within: frozenset[int]) -> str:
+    """Return the text that is hashed; raises what `inspect.getsource` does. `within` as in `_describe`."""
     if isinstance(function, functools.partial):
-        return "\n".join([_describe_function(function.func), _describe(function.args), _describe(function.keywords)])
+        parts = (_describe(part, within) for part in (function.args, function.keywords))
+        return "\n".join([_describe_function(function.func, within), *parts])
     if inspect.isroutine(function):
         source, owner = inspect.getsource(function), getattr(function, "__self__", None)
     else:
         source, owner = _class_source(function), function
-    attributes = {} if owner is None or isinstance(owner, type | ModuleType) else getattr(owner, "__dict__", {})
-    return "\n".join([source, _describe(attributes)]) if attributes else source
+    if owner is None or isinstance(owner, type | ModuleType) or id(owner) in within:
+        return source
+    attributes = getattr(owner, "__dict__", {})
+    return "\n".join([source, _describe(attributes, within | {id(owner)})]) if attributes else source
 
 
 def _class_source(function: Callable[..., Any]) -> str:
@@ -88,16 +91,30 @@ def _class_source(function: Callable[..., Any]) -> str:
         return inspect.getsource(type(function).__call__)
 
 
-def _describe(value: Any) -> str:
-    """Return the same text for the same value in every process: `repr` has addresses, and sets in any order."""
+def _describe(value: Any, within: frozenset[int]) -> str:
+    """Return the same text for the same value in every process: `repr` has addresses, and sets in any order.
+
+    Args:
+      within: ids of the objects that are being described, in which this one is; they are not described again.
+    """
+    if id(value) in within:
+        return "..."
+    inside = within | {id(value)}
     if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{_describe(name)}: {_describe(entry)}' for name, entry in value.items()))}}}"
+        entries = sorted(f"{_describe(name, inside)}: {_describe(entry, inside)}" for name, entry in value.items())
+        return f"{{{', '.join(entries)}}}"
     if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(_describe, value)))}}}"
+        return f"{{{', '.join(sorted(_describe(entry, inside) for entry in value))}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_describe, value))}]"
+        return f"[{', '.join(_describe(entry, inside) for entry in value)}]"
     if isinstance(value, functools.partial) or inspect.isroutine(value):
-        return source_hash(value) or name_of(value)
+        try:
+            return _describe_function(value, within)
+        except (OSError, TypeError):
+            return name_of(value)
+    if hasattr(value, "tobytes") and hasattr(value, "dtype") and not value.dtype.hasobject:
+        # The `repr` of a large array leaves most of it out.
+        return f"{value.dtype}{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -315,6 +315,8 @@ def test_rounds_are_measured_at_an_eta_of_the_last_one(tmp_path, monkeypatch, ow
     )
     monkeypatch.setattr(measure, "score_samples", lambda *args, **options: None)
     monkeypatch.setattr(measure, "_write_results", lambda *args: [])
+    measure.evaluate(session, None, {1: None}, full=False)  # after the first round
+    assert measured["qsharp", 1] == [shared]
     measure.evaluate(session, None, {1: None, 2: None}, full=True)
     assert measured["qsharp", 1] == [shared] and measured["qsharp", 2] == [0.5, 0.1]
 

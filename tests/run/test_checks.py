@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import helpers
+import jax.numpy as jnp
 import pytest
 import small_data
 
@@ -11,6 +12,8 @@ from qsharp_jax.run import config as configs
 from qsharp_jax.system import loggers
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.system.tensorboard import EventFiles
+from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
+from qsharp_jax.train.step import TrainState
 
 
 # Prompts have 16 tokens and responses up to 7 in models of 23 positions.
@@ -61,6 +64,25 @@ def test_loggers_start_before_the_last_round_is_learned(tmp_path, monkeypatch):
         monkeypatch.setattr(models, "fitted_rounds", lambda _, learned=learned: learned)
         checks.check_loggers(workdir)
         assert len(started) == count
+    workdir.close()
+
+
+def test_loggers_start_where_a_damaged_checkpoint_is_to_be_learned_again(tmp_path, monkeypatch):
+    """`qsharp run` resumes from the checkpoint before, so the check must not stop it."""
+    workdir, started = helpers.session(tmp_path, "rounds=1").workdir, []
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *_: started.append(1) or EventFiles(tmp_path / "events"))
+    checkpoints = Checkpoints(workdir.guide_folder(1))
+    for step in (5, 9):
+        checkpoints.save(TrainState({"x": jnp.ones(3)}, {}, jnp.int32(step)), final=step == 9)
+    checkpoints.wait()
+    assert models.fitted_rounds(workdir) == 1
+    for path in (workdir.guide_folder(1) / "9" / "progress").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(DamagedError):
+        models.fitted_rounds(workdir)
+    checks.check_loggers(workdir)
+    assert started
     workdir.close()
 
 

@@ -108,7 +108,7 @@ def test_a_character_of_several_tokens_is_shown_whole_and_a_stop_token_not_at_al
     def entry(token):
         return {"token": token, "logprob": -1.0, "ref_logprob": -1.0, "kl": 0.0, "value": None}
 
-    chunks = [(["\ufffd"], ""), (["\ufffd", " a"], "é a"), ([" <b>"], " <b>"), (["<end>"], "")]
+    chunks = [(["\ufffd"], ""), (["\ufffd", " a", "b"], "é ab"), ([" <b>"], " <b>"), (["<end>"], "")]
     events = [
         {
             "choices": [
@@ -120,8 +120,8 @@ def test_a_character_of_several_tokens_is_shown_whole_and_a_stop_token_not_at_al
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     ask(page)
-    assert page.text_content("#guided") == "é a <b>"
-    assert page.eval_on_selector_all("#guided span", "x => x.map(y => y.textContent)") == ["", "", "é a", " <b>", ""]
+    assert page.text_content("#guided") == "é ab <b>"
+    assert page.eval_on_selector_all("#guided span", "x => x.map(y => y.textContent)") == ["", "", "é a", "b", " <b>", ""]
 
 
 def test_an_error_is_shown(page):

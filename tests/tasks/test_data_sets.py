@@ -117,6 +117,7 @@ def test_quality(tmp_path):
         (r"\boxed{A sense of duty}", None), (r"\boxed{a sense of duty}", None), (r"\boxed{\text{A sense of duty}}", None),
         (r"\boxed{(A sense of duty)}", None), (r"\boxed{A-levels}", None), (r"\boxed{D'Artagnan}", None), (r"\boxed{B, C}", None),
         (r"\boxed{A: The moon}", "A"), (r"\boxed{A ) The moon}", "A"), (r"\boxed{\text{A} The moon}", "A"), (r"\boxed{ A }", "A"), (r"\boxed{B He left}", "B"),
+        (r"\boxed{A, because he left}", "A"), (r"\boxed{B; he left}", "B"), (r"\boxed{A - he left}", "A"), (r"\boxed{[C]}", None), (r"\boxed{B]}", "B"), (r"\boxed{$B$}", None), (r"\boxed{B$}", "B"), ("\\boxed{A\nThe moon}", "A"), (r"\boxed{A, B}", None), ("\\boxed{D \u2014 he left}", "D"),
     ],
 )  # fmt: skip
 def test_letters(response, letter):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from repository import PYTHONPATH
 
@@ -286,6 +287,22 @@ def test_the_hash_of_a_reward_is_that_of_all_it_is_made_of():
     partials = [functools.partial(most_words, **order) for order in (dict(most=4, a=1), dict(a=1, most=4))]
     assert source_hash(partials[0]) == source_hash(partials[1])
     assert source_hash(len) is None and source_hash(functools.partial(len)) is None
+
+
+def test_a_reward_that_holds_itself_and_one_that_holds_a_large_array_are_hashed():
+    class Own:
+        def __init__(self, words):
+            self.words, self.scorers = words, {"own": self.score}
+            self.scorers["all"] = self.scorers
+
+        def score(self, prompts, completions):
+            return [1.0]
+
+    words = np.zeros(5000)
+    others = words.copy()
+    others[2500] = 1
+    assert source_hash(Own(words)) == source_hash(Own(words.copy())) is not None
+    assert len({source_hash(Own(words)), source_hash(Own(others)), source_hash(Own(words).score)}) == 3
 
 
 def test_the_hash_of_a_reward_is_the_same_in_every_process(tmp_path):

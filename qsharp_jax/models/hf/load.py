@@ -194,8 +194,8 @@ def _load(source: _Source, unstacked: bool, shardings: Any) -> Params:
                 target,
                 is_leaf=lambda node: isinstance(node, jax.sharding.Sharding),
             )
-        copies = cpu_form.dequantized(target, source.config.decoder) if cpu_form.here() else []
-        memory.check_memory({"the weights": target} | ({"the dequantized weights": copies} if copies else {}))
+        copies = cpu_form.dequantized_copies(target, source.config.decoder) if cpu_form.here() else []
+        memory.check_memory({"the weights": target} | ({f"the {memory.DEQUANTIZED} weights": copies} if copies else {}))
         with ThreadPoolExecutor(THREADS) as pool:
 
             def read(path: tuple, leaf: Any) -> Any:
