@@ -140,9 +140,9 @@ def _of_device(
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, _padded(tokens) - tokens), (0, 0)))
 
     # The leaves are keys and values, or in 8 bits their whole numbers, each followed by its scales.
-    buffers, axes = zip(*map(_as_laid_out, jax.tree.leaves((keys, values))), strict=True)
+    laid_out, axes = zip(*map(_as_laid_out, jax.tree.leaves((keys, values))), strict=True)
     # The compiler would take some to fast memory as a whole.
-    buffers = [pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM) for x in buffers]
+    buffers = [pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM) for x in laid_out]
     in_blocks = [
         pltpu.VMEM((blocks, *x.shape[1 : axis + 1], tiles * TILE, *x.shape[axis + 2 :]), x.dtype)
         for x, axis in zip(buffers, axes, strict=True)
