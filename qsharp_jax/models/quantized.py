@@ -134,11 +134,9 @@ def _product_forward(x: jax.Array, weight: jax.Array, dtype: Any) -> tuple:
 def _product_backward(dtype: Any, saved: tuple, cotangent: jax.Array) -> tuple:
     x, weight = saved
     cotangent = cotangent.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
     x_cotangent = jax.lax.dot_general(cotangent, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    # As two matrices: with several dimensions of rows XLA would transpose x in memory, on a CPU.
-    rows, of_rows = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
-    by_row = (((0,), (0,)), ((), ()))
-    return x_cotangent, jax.lax.dot_general(rows, of_rows, by_row, preferred_element_type=weight.dtype)
+    return x_cotangent, jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
