@@ -1,6 +1,8 @@
 """GGUF files of every architecture and many types of numbers: the models that PyTorch's `transformers` computes."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf_files
@@ -162,6 +164,16 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.gguf").touch()
     assert "is damaged or truncated" in load_refusal(tmp_path / "empty.gguf")
     assert "has 2 GGUF files (empty.gguf, text.gguf); give the path of one" in load_refusal(tmp_path)
+
+
+def test_without_the_package_only_gguf_files_are_refused(file, copy, monkeypatch):
+    without = "import sys; sys.modules['gguf'] = None; import qsharp_jax.models.hf"  # as where it is not installed
+    subprocess.run([sys.executable, "-c", without], check=True)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert load_refusal(file).endswith("which is not installed; install it by `pip install gguf`")
+    with pytest.raises(hf_gguf.UserError, match="needs the package gguf"):
+        hf_gguf.Tensors(file)
+    assert hf.load_ref(copy(), dtype="float32").config.embed == 16
 
 
 def test_a_file_cut_anywhere_or_with_damaged_bytes(file):

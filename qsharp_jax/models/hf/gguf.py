@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from qsharp_jax.system import gguf
 from qsharp_jax.system.errors import UserError
@@ -60,6 +60,18 @@ READABLE = (
     "IQ4_XS",
 )  # fmt: skip
 
+
+def _package(path: Path) -> ModuleType:
+    """The package `gguf`, imported when the first file is opened: all other models are read without it."""
+    try:
+        import gguf as package
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{path} needs the package gguf, which is not installed; install it by `pip install gguf`"
+        ) from None
+    return package
+
+
 # --- Config ---------------------------------------------------------------------------------------------------------
 
 _ROPE_FREQS = "rope_freqs.weight"  # what each rotary frequency is divided by
@@ -71,7 +83,8 @@ def entries(path: Path) -> dict[str, Any]:
     """Return the entries that the config.json of a GGUF file's model would have.
 
     Raises:
-      UserError: for an architecture that is not computed here, metadata that are missing, and a file that is damaged.
+      UserError: for an architecture that is not computed here, metadata that are missing, a file that is damaged, and
+        where the package `gguf` is not installed.
     """
     header = gguf.read(path)
     family = _family(path, header)
@@ -81,7 +94,8 @@ def entries(path: Path) -> dict[str, Any]:
         what = f"{family}.{missing[0]} in its metadata" if missing else "the tensor token_embd.weight"
         raise UserError(f"{path} lacks {what}; download a complete file")
     fields = {theirs: metadata[key] for key, theirs in _FIELDS[family].items() if key in metadata}
-    bfloat16 = any(entry.type == GGMLQuantizationType.BF16 for entry in header.tensors.values())
+    stored = _package(path).GGMLQuantizationType
+    bfloat16 = any(entry.type == stored.BF16 for entry in header.tensors.values())
     fields |= dict(
         model_type=family,
         vocab_size=header.tensors["token_embd.weight"].shape[0],
@@ -141,6 +155,7 @@ class _Stored(NamedTuple):
     """A tensor in the file, a vector as one row.
 
     Attributes:
+      type: an element of the package's enumeration.
       shape: rows and columns in the file.
       row_bytes: of one row.
       transposed: the checkpoint's axes are the file's in reverse.
@@ -149,7 +164,7 @@ class _Stored(NamedTuple):
 
     name: str
     start: int
-    type: GGMLQuantizationType
+    type: int
     shape: tuple[int, int]
     row_bytes: int
     transposed: bool
@@ -171,10 +186,11 @@ class Tensors(contextlib.AbstractContextManager):
         """Read the header only.
 
         Raises:
-          UserError: for a missing, damaged or truncated file.
+          UserError: for a missing, damaged or truncated file, and where the package `gguf` is not installed.
         """
         header = gguf.read(path)
         family = _family(path, header)
+        self._package = _package(path)
         size = path.stat().st_size
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, str] = {}
@@ -184,12 +200,12 @@ class Tensors(contextlib.AbstractContextManager):
             transposed = family in _TRANSPOSED and bool(_TRANSPOSED[family].fullmatch(ours))
             self.shapes[name] = entry.shape[::-1] if transposed else entry.shape
             try:
-                kind = GGMLQuantizationType(entry.type)
+                kind = self._package.GGMLQuantizationType(entry.type)
             except ValueError:  # of a later version of the format
                 self.stored[name] = f"type {entry.type}"
                 continue
             self.stored[name] = kind.name
-            block, block_bytes = GGML_QUANT_SIZES[kind]
+            block, block_bytes = self._package.GGML_QUANT_SIZES[kind]
             rows, columns = int(np.prod(entry.shape[:-1], dtype=np.int64)), entry.shape[-1]
             end = entry.start + rows * columns // block * block_bytes
             if columns % block or end > size:
@@ -223,7 +239,7 @@ class Tensors(contextlib.AbstractContextManager):
 
     def _dequantized(self, tensor: _Stored, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """A slice of a tensor as the file has it."""
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        block, block_bytes = self._package.GGML_QUANT_SIZES[tensor.type]
         stored = np.empty((rows[1] - rows[0], tensor.row_bytes), np.uint8)
         done = os.preadv(self._file.fileno(), [stored.data], tensor.start + rows[0] * tensor.row_bytes)
         if done != stored.nbytes:
@@ -232,7 +248,8 @@ class Tensors(contextlib.AbstractContextManager):
             )
         first, last = columns[0] // block, -(-columns[1] // block)
         blocks = np.ascontiguousarray(stored[:, first * block_bytes : last * block_bytes])
-        return quants.dequantize(blocks, tensor.type)[:, columns[0] - first * block : columns[1] - first * block]
+        values = self._package.quants.dequantize(blocks, tensor.type)
+        return values[:, columns[0] - first * block : columns[1] - first * block]
 
 
 def _checkpoint_name(family: str, name: str) -> str:
