@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -85,16 +86,27 @@ def _place_by_tpu() -> Place:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.read().decode()
 
+    def variables() -> dict[str, str]:
+        """The environment, and what it lacks of the attribute whose lines are like MEGASCALE_NUM_SLICES: '2'."""
+        try:
+            lines = [line.partition(":") for line in attribute("tpu-env").splitlines()]
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            lines = []  # no such attribute: one slice
+        return {name.strip(): text.strip().strip("'") for name, _, text in lines} | os.environ
+
     try:
-        hosts = [endpoint.split(":")[2] for endpoint in attribute("worker-network-endpoints").split(",")]
-        worker = int(attribute("agent-worker-number"))
-        slices = int(os.environ.get("MEGASCALE_NUM_SLICES", "1"))
-        number = int(os.environ.get("MEGASCALE_SLICE_ID", "0"))
-    except (OSError, IndexError, ValueError) as error:
+        # An endpoint is NAME:ID:ADDRESS or an address alone.
+        hosts = [endpoint.rpartition(":")[2] for endpoint in attribute("worker-network-endpoints").split(",")]
+        worker, megascale = int(attribute("agent-worker-number")), variables()
+        slices = int(megascale.get("MEGASCALE_NUM_SLICES") or 1)
+        number = int(megascale.get("MEGASCALE_SLICE_ID") or 0)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--coordinator tpu finds no TPU VM's metadata here ({error}); start it on a TPU VM, or give HOST:PORT"
         ) from None
-    first = os.environ.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).partition(":")[0]
+    first = (megascale.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).partition(":")[0]
     return Place(first, PORT, slices * len(hosts), number * len(hosts) + worker)
 
 

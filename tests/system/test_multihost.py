@@ -221,9 +221,30 @@ def test_tpu_metadata_tells_the_place(metadata, monkeypatch):
     monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.1:8080")
     assert find_place("tpu", None, None) == Place("10.0.0.1", 8476, 6, 3)
+    metadata["worker-network-endpoints"] = "10.0.0.5,10.0.0.6"  # as newer TPU VMs have it
+    assert find_place("tpu", None, None) == Place("10.0.0.1", 8476, 6, 3)
     del metadata["agent-worker-number"]
     with pytest.raises(UserError, match="finds no TPU VM's metadata here"):
         find_place("tpu", None, None)
+
+
+def test_tpu_metadata_tells_the_slice_where_the_environment_does_not(metadata, monkeypatch):
+    """A shell by ssh on a TPU VM has none of the variables; they are lines of an attribute."""
+    for name in ("NUM_SLICES", "SLICE_ID", "COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(f"MEGASCALE_{name}", raising=False)
+    metadata |= {"worker-network-endpoints": "a:1:10.0.0.5,b:2:10.0.0.6", "agent-worker-number": "1"}
+    metadata["tpu-env"] = (
+        "ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n"
+        "MEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\nno value\n"
+    )
+    assert find_place("tpu", None, None) == Place("10.0.0.1", 8476, 6, 5)
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
+    assert find_place("tpu", None, None) == Place("10.0.0.1", 8476, 6, 3)
+    monkeypatch.delenv("MEGASCALE_SLICE_ID")
+    metadata["tpu-env"] = "MEGASCALE_COORDINATOR_ADDRESS: ''\nMEGASCALE_NUM_SLICES: ''\nMEGASCALE_SLICE_ID: ''"
+    assert find_place("tpu", None, None) == Place("10.0.0.5", 8476, 2, 1)
+    metadata["tpu-env"] = "ACCELERATOR_TYPE: 'v5litepod-8'"
+    assert find_place("tpu", None, None) == Place("10.0.0.5", 8476, 2, 1)
 
 
 SMALL = (
