@@ -48,8 +48,8 @@ python=${QSHARP_PYTHON-}
 if [[ -z $python ]]; then
     # shellcheck source=/dev/null
     source "$repo/launch/setup.sh"
-    # PyTorch brings CUDA 13, which this driver may not have.
-    if [[ $(accelerator) == cuda ]]; then set_up; else set_up bench; fi
+    # PyTorch brings CUDA 13, which this driver may not have, or JAX in this environment.
+    if [[ $(accelerator) == cuda ]] || has_plugin cuda12; then set_up; else set_up bench; fi
     python=$QSHARP_VENV/bin/python
 fi
 if [[ -z $small ]]; then

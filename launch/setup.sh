@@ -83,16 +83,25 @@ install_package() {
     rm -f "$QSHARP_VENV/.unfinished"
 }
 
-set_up() {
-    local extras accelerator word words=()
-    accelerator=$(accelerator)
-    for word in "$@"; do # one JAX plugin: the machine's
-        [[ $word != cuda || $accelerator != cuda13 ]] || word=cuda13
-        words+=("$word")
+# The extras to install, joined by commas: those given, and the one for the accelerator. There is one JAX plugin in an
+# environment, which is the machine's, or the one that another machine put there (login nodes share it with GPU nodes).
+extras() { # ACCELERATOR [EXTRA...]
+    local accelerator=$1 cuda=cuda word words=()
+    shift
+    if [[ $accelerator == cuda13 ]]; then cuda=cuda13; fi
+    if has_plugin cuda12; then cuda=cuda; elif has_plugin cuda13; then cuda=cuda13; fi
+    for word in ${accelerator:+"$accelerator"} "$@"; do
+        if [[ $word == cuda* ]]; then word=$cuda; fi
+        [[ " ${words[*]-} " == *" $word "* ]] || words+=("$word")
     done
-    set -- ${words[@]+"${words[@]}"}
-    [[ -z $accelerator || " $* " == *" $accelerator "* ]] || set -- "$accelerator" "$@"
-    extras=$(IFS=, && echo "$*")
+    (IFS=, && echo "${words[*]-}")
+}
+
+has_plugin() { compgen -G "$QSHARP_VENV/lib/python*/site-packages/jax_$1_plugin-*" >/dev/null; }
+
+set_up() {
+    local accelerator=""
+    [[ ${JAX_PLATFORMS-} == cpu* ]] || accelerator=$(accelerator)
     # The tests' libtpu compiles for TPUs, but would look for one at every start.
     [[ -n $accelerator ]] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
     set_malloc
@@ -103,7 +112,7 @@ set_up() {
             flock 9
         fi
         make_venv
-        install_package "$extras"
+        install_package "$(extras "$accelerator" "$@")"
     ) 9>"$QSHARP_VENV.lock"
 }
 
