@@ -24,6 +24,9 @@ Commands, with --hosts: run (this is meant where none is given)
 Options
   --gpus N      the first N GPUs of each machine; else all (--slurm needs it)
   --port PORT   of the first box, where the processes of several meet (8476)
+  --env NAME    with --hosts: gives the program this variable of your shell, such as HF_TOKEN, WANDB_API_KEY or
+                QSHARP_DATA; may be repeated. It is in no command line, but goes by ssh's standard input to a file that
+                only you can read, which the box removes as it reads it
   --repo URL    with --hosts: the boxes clone this in place of the copy
   --dry-run     prints the commands and runs none
   --help        this
@@ -31,6 +34,8 @@ Options
 ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. With --hosts FILE is a path in the repository, and
 on several boxes DIR has to be one folder for all: the absolute path of a network folder, or gs://BUCKET/FOLDER. On one
 box a relative DIR is under ~/qsharp/BOX there. The boxes reach each other under the names given here.
+Several boxes or nodes need --config.mesh=NAME, from configs/meshes.py, with their number and the axes: below for two of
+eight GPUs each, and a model of twelve heads, which eight GPUs do not divide.
 On each box ~/qsharp/BOX has code/, venv/, LOG, PID and EXIT (the exit code).
 
 The environment of the program, in every case; what is set here wins:
@@ -43,8 +48,12 @@ The environment of the program, in every case; what is set here wins:
   QSHARP_ATTEMPTS       looks in a row at which a box may be out of reach (30)
 
   bash launch/cuda.sh -- --config configs/star_graph_g5_5.py --workdir runs/g5_5
-  bash launch/cuda.sh --hosts gpu1,gpu2 -- --config configs/star_graph_g5_5.py --workdir /nfs/g5_5
-  bash launch/cuda.sh --slurm 2 --gpus 8 -- --config configs/star_graph_g5_5.py --workdir /nfs/g5_5
+  bash launch/cuda.sh --hosts gpu1,gpu2 -- --config configs/star_graph_g5_5.py --workdir /nfs/g5_5 \
+      --config.mesh=cuda_8 --config.mesh.hosts=2 --config.mesh.fit.fsdp=16 \
+      --config.mesh.decode.data=8 --config.mesh.decode.tensor=1
+  bash launch/cuda.sh --slurm 2 --gpus 8 -- --config configs/star_graph_g5_5.py --workdir /nfs/g5_5 \
+      --config.mesh=cuda_8 --config.mesh.hosts=2 --config.mesh.fit.fsdp=16 \
+      --config.mesh.decode.data=8 --config.mesh.decode.tensor=1
 HELP
 }
 
@@ -59,6 +68,7 @@ read_options() {
             --slurm) take "$@" && nodes=$value && shift ;;
             --gpus) take "$@" && gpus=$value && shift ;;
             --port) take "$@" && port=$value && shift ;;
+            --env) take "$@" && take_variable "$value" && shift ;;
             --repo) take "$@" && url=$value && shift ;;
             --dry-run) dry_run=yes ;;
             --help | -h) usage && exit ;;
@@ -74,6 +84,8 @@ read_options() {
     [[ -z $nodes || -z $names ]] || fail "give --hosts or --slurm, not both"
     [[ -z $nodes || -n $gpus ]] || fail "say how many GPUs a node has: --gpus N"
     [[ -z $url || -n $names ]] || fail "--repo goes with --hosts: here and under SLURM the checkout itself is run"
+    [[ ${#variables[@]} -eq 0 || -n $names ]] ||
+        fail "--env goes with --hosts: here and under SLURM the program has this shell's environment"
     [[ $command == run || -n $names ]] ||
         fail "\`$program $command\` goes with --hosts; under SLURM see squeue, scancel and the log in runs/slurm/"
     run_id=""
@@ -82,10 +94,12 @@ read_options() {
         if [[ -z $names ]]; then
             [[ -f $config ]] || fail "there is no config file $config"
             run_arguments=(--config "$config" --workdir "$workdir" ${run_arguments[@]+"${run_arguments[@]}"})
+            check_mesh "${nodes:-1}"
         else
             host_arguments
             check_shared_workdir "${#hosts[@]}"
             [[ -n $url ]] || check_head
+            check_mesh "${#hosts[@]}"
         fi
     fi
 }
@@ -189,12 +203,24 @@ put_code() {
     fi
 }
 
+put_variables() {
+    local save
+    save="umask 077 && cat >$(place "$1")/ENV"
+    if [[ -n $dry_run ]]; then
+        echo "# by standard input: ${variables[*]}"
+        on "$1" "$save"
+    else
+        exports | on "$1" "$save"
+    fi
+}
+
 start() {
     local words=("${run_arguments[@]}") settings=("${environment[@]}")
     [[ -z $gpus ]] || settings+=("CUDA_VISIBLE_DEVICES=$(first_gpus)")
     if ((${#hosts[@]} > 1)); then
         words+=(--coordinator "${hosts[0]#*@}:$port" --processes "${#hosts[@]}" --process "$1")
     fi
+    if ((${#variables[@]})); then put_variables "$1" || return; fi
     on "$1" "env $(quoted "${settings[@]}") $(host_command "$(place "$1")" start "$run_id" "${words[@]}")"
 }
 

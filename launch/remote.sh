@@ -7,6 +7,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0")
 dry_run=
 poll=${QSHARP_POLL_SECONDS:-60}
+variables=() # those of --env
 
 say() { echo "$program: $*" >&2; }
 
@@ -19,6 +20,20 @@ fail() {
 take() {
     [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value; see $program --help"
     value=$2
+}
+
+# --env NAME: one of this shell's variables, for the program on the hosts.
+take_variable() {
+    if ! [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || ! printenv "$1" >/dev/null; then
+        fail "--env takes the name of a variable that is exported in this shell, not '$1'"
+    fi
+    variables+=("$1")
+}
+
+# The lines of a host's file ENV, which host.sh reads.
+exports() {
+    local name
+    for name in "${variables[@]}"; do echo "export $(quoted "$name=${!name}")"; done
 }
 
 # The words as a shell reads them: what needs no quotes stands without.
@@ -74,6 +89,16 @@ check_shared_workdir() { # HOSTS
     (($1 == 1)) || [[ $workdir == /* ]] ||
         fail "--workdir $workdir would be another folder on each of the $1 hosts; give the absolute path of a network" \
             "folder"
+}
+
+# A config that names no mesh has `single`, which several hosts would refuse once they are made and installed.
+check_mesh() { # HOSTS
+    local word
+    for word in "${run_arguments[@]}"; do
+        if [[ $word == --config.mesh || $word == --config.mesh[=.]* ]]; then return; fi
+    done
+    (($1 == 1)) ||
+        fail "$1 hosts need --config.mesh=NAME among the arguments after --; see $program --help and configs/meshes.py"
 }
 
 # What is copied is HEAD: a config file that is not in it would be missing on the hosts.

@@ -5,8 +5,8 @@ set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=/dev/null
 source "$repo/launch/setup.sh"
-# PyTorch would put its libraries of CUDA 13 in the place of those of CUDA 12, which JAX has where the driver is older: the
-# tests run on the CPU there, in an environment beside the one of runs.
+# PyTorch would put its libraries of CUDA 13 in the place of those of CUDA 12, which JAX has where the driver is older:
+# the tests run on the CPU there, in an environment beside the one of runs.
 if [[ $(accelerator) == cuda ]] || has_plugin cuda12; then
     export JAX_PLATFORMS=cpu
     [[ $QSHARP_VENV != "$repo/.venv" ]] || QSHARP_VENV=$repo/.venv-test

@@ -25,13 +25,17 @@ Options
   --spot           cheaper, and may be pre-empted
   --queued         by a queued resource: waits until there are TPUs; give it to the other commands too
   --project P      else gcloud's
+  --env NAME       gives the program this variable of your shell, such as HF_TOKEN, WANDB_API_KEY or QSHARP_DATA; may be
+                   repeated. It is in no command line, but in a file that only you can read, which each host removes
+                   as it reads it; a slice that is made again gets it again, from the shell that waits
   --repo URL       the hosts clone this; else git's HEAD here is copied to them, without changes not committed
   --dry-run        prints the commands and runs none
   --help           this
 
-ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. FILE is a path in the repository. On a slice of
-several hosts DIR has to be one folder for all: gs://BUCKET/FOLDER, which the TPU's service account may write to, or the
-absolute path of a network folder. On one host a relative DIR is under ~/qsharp there, and lost with the TPU.
+ARGUMENTS are --config FILE --workdir DIR [--config.KEY=VALUE ...]. FILE is a path in the repository. A slice of
+several hosts needs --config.mesh=NAME, from configs/meshes.py: v5e_16 for a v5e-16. There DIR has to be one folder for
+all: gs://BUCKET/FOLDER, which the TPU's service account may write to, or the absolute path of a network folder. On one
+host a relative DIR is under ~/qsharp there, and lost with the TPU.
 
 On each host ~/qsharp has code/, venv/, LOG, PID and EXIT (the exit code). Where the image has no Python >= 3.11, uv
 brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds no TPU, and does not fall back to CPU.
@@ -41,7 +45,7 @@ brings one. The program runs with JAX_PLATFORMS=tpu,cpu: it fails where it finds
                         gives up (30); a bad request or missing permission ends it at once
 
   bash launch/tpu.sh run --name q --zone us-central1-a --type v5e-16 --spot \
-      -- --config configs/star_graph_g5_5.py --workdir gs://bucket/g5_5
+      -- --config configs/star_graph_g5_5.py --config.mesh=v5e_16 --workdir gs://bucket/g5_5
 HELP
 }
 
@@ -60,6 +64,7 @@ read_options() {
             --type) take "$@" && type=$value && shift ;;
             --version) take "$@" && version=$value && shift ;;
             --project) take "$@" && project=$value && shift ;;
+            --env) take "$@" && take_variable "$value" && shift ;;
             --repo) take "$@" && url=$value && shift ;;
             --spot) spot=yes ;;
             --queued) queued=yes ;;
@@ -81,6 +86,7 @@ read_options() {
         host_arguments
         check_shared_workdir "$hosts"
         [[ -n $url ]] || check_head
+        check_mesh "$hosts"
         [[ -z $spot || $workdir == /* || $workdir == gs://* ]] ||
             say "--workdir $workdir is on the TPU VM: after a pre-emption the run begins anew"
     fi
@@ -172,7 +178,14 @@ put_code() {
     if [[ -z $url ]]; then
         step pack && step upload || return
     fi
-    step install
+    step install || return
+    if ((${#variables[@]})); then step put_variables; fi
+}
+
+# By scp, for the standard input of gcloud's ssh does not reach several hosts. It keeps the file's mode.
+put_variables() {
+    [[ -n $dry_run ]] || (umask 077 && exports >"$scratch/ENV")
+    tpus tpu-vm scp "$scratch/ENV" "$name:qsharp/ENV" --worker=all
 }
 
 start() {
@@ -328,7 +341,7 @@ if [[ -n $dry_run && $command == run ]]; then
     show_run
     exit
 fi
-[[ -n $dry_run ]] || mkdir -p "$scratch"
+[[ -n $dry_run ]] || scratch=$(mktemp -d "$scratch-XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 case $command in
     run) run ;;

@@ -9,9 +9,9 @@ import sys
 import pytest
 from fakes import verb
 
-ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.seed=1"]
-WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.seed=1"
-HERE = "run --config configs/arithmetic.py --workdir /nfs/run --config.seed=1"
+ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.mesh=cuda_8"]
+WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.mesh=cuda_8"
+HERE = "run --config configs/arithmetic.py --workdir /nfs/run --config.mesh=cuda_8"
 FLAG = "--xla_gpu_enable_latency_hiding_scheduler=true"
 TWO = ["--hosts", "me@box1,box2"]
 
@@ -91,11 +91,23 @@ def test_one_box_alone_needs_no_meeting_point(world):
 
 def test_boxes_share_a_bucket_and_get_what_reads_it(world):
     world.play(2, [], [["0", "0"]])
-    arguments = ["--", "--config", "configs/arithmetic.py", "--workdir", "gs://bucket/a"]
+    arguments = ["--", "--config", "configs/arithmetic.py", "--workdir", "gs://bucket/a", "--config.mesh.hosts=2"]
     done = world.run("cuda.sh", *TWO, *arguments)
     assert done.returncode == 0, done.stderr
     assert all("--workdir gs://bucket/a" in start["words"] for start in world.started())
     assert len([line for line in world.lines("installed") if line.endswith("/code[cuda,gcs]")]) == 2
+
+
+def test_boxes_get_the_variables_and_no_command_line_has_their_values(world):
+    world.play(2, [], [["0", "0"]])
+    done = world.run("cuda.sh", *TWO, "--env", "HF_TOKEN", *ARGUMENTS, HF_TOKEN="it's a secret")
+    assert done.returncode == 0, done.stderr
+    assert [start["token"] for start in world.started()] == ["it's a secret"] * 2
+    assert "secret" not in str(world.calls()) + done.stdout + done.stderr
+    assert list(world.folder.glob("home/**/ENV")) == []
+    assert len([call for call in world.calls() if call[-1].startswith("umask 077 && cat >qsharp/box")]) == 2
+    dry = world.run("cuda.sh", *TWO, "--env", "HF_TOKEN", "--dry-run", *ARGUMENTS, HF_TOKEN="it's a secret")
+    assert "umask 077 && cat >qsharp/box1/ENV" in dry.stdout and "secret" not in dry.stdout
 
 
 def test_a_failure_on_one_box_ends_the_others_and_is_the_exit_code(world):
@@ -207,6 +219,10 @@ def test_a_dry_run_prints_every_command_and_runs_none(world, where):
         (["--slurm", "2", "--gpus", "1", *ARGUMENTS], "there is no sbatch on the PATH"),
         (["attach", "--slurm", "2", "--gpus", "1"], "`cuda.sh attach` goes with --hosts"),
         (["--repo", "URL", *ARGUMENTS], "--repo goes with --hosts"),
+        (["--env", "HOME", *ARGUMENTS], "--env goes with --hosts"),
+        ([*TWO, "--env", "NOT_SET", *ARGUMENTS], "--env takes the name of a variable that is exported"),
+        ([*TWO, *ARGUMENTS[:-1]], "2 hosts need --config.mesh=NAME among the arguments"),
+        (["--slurm", "2", "--gpus", "8", *ARGUMENTS[:-1]], "2 hosts need --config.mesh=NAME among the arguments"),
         (
             [*TWO, "--", "--config", "configs/arithmetic.py", "--workdir", "runs/a"],
             "another folder on each of the 2 hosts",

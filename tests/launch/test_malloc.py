@@ -2,7 +2,7 @@
 
 import pytest
 
-ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run"]
+ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.mesh=cuda_8"]
 ON_CPU = (
     "MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864 MALLOC_TRIM_THRESHOLD_=8589934592"
 )

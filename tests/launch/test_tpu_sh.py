@@ -13,9 +13,9 @@ from marks import slow
 
 TPU = ["--name", "q", "--zone", "z"]
 RUN = ["run", *TPU]
-ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.seed=1"]
+ARGUMENTS = ["--", "--config", "configs/arithmetic.py", "--workdir", "/nfs/run", "--config.mesh=v5e_16"]
 ONE, FOUR = ["--type", "v6e-4"], ["--type", "v5e-16"]
-WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.seed=1 --coordinator tpu"
+WORDS = "run --config code/configs/arithmetic.py --workdir /nfs/run --config.mesh=v5e_16 --coordinator tpu"
 LOOK, MAKE, FROM_READY = (
     ["describe", "state"],
     ["create", "describe"],
@@ -210,6 +210,18 @@ def test_where_the_image_has_no_recent_python_uv_brings_one(world):
     assert world.started()[0]["words"] == WORDS
 
 
+def test_each_life_gets_the_variables_and_no_command_line_has_their_values(world):
+    world.play(4, [["READY", "READY", "READY", "PREEMPTED"], ["READY"]], [["forever"] * 4, ["0"] * 4])
+    done = launch(world, *FOUR, "--env", "HF_TOKEN", "--env", "EMPTY", HF_TOKEN="it's a secret", EMPTY="")
+    assert done.returncode == 0, done.stderr
+    assert [start["token"] for start in world.started()] == ["it's a secret"] * 8
+    assert world.lines("copied").count("ENV 600") == 8
+    assert "secret" not in str(world.calls()) + done.stdout + done.stderr
+    assert list(world.folder.glob("home/**/ENV")) == [] == list(world.folder.glob("qsharp-*"))
+    dry = launch(world, *FOUR, "--env", "HF_TOKEN", "--dry-run", HF_TOKEN="it's a secret")
+    assert "/ENV q:qsharp/ENV --worker=all" in dry.stdout and "secret" not in dry.stdout
+
+
 def test_a_bad_request_is_not_tried_again(world):
     world.play(1, [["READY"]], [["0"]])
     world.fail_once("create", "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied")
@@ -291,6 +303,9 @@ def test_gclouds_own_parser_takes_the_commands(world):
             [*RUN, *FOUR, "--", "--config", "configs/arithmetic.py", "--workdir", "runs/a"],
             "another folder on each of the 4",
         ),
+        ([*RUN, *FOUR, *ARGUMENTS[:-1], "--config.seed=1"], "4 hosts need --config.mesh=NAME among the arguments"),
+        ([*RUN, *ONE, "--env", "NOT_SET", *ARGUMENTS], "--env takes the name of a variable that is exported"),
+        ([*RUN, *ONE, "--env", "HOME=x", *ARGUMENTS], "--env takes the name of a variable that is exported"),
     ],
 )
 def test_bad_input_is_answered_by_one_sentence(world, words, sentence):

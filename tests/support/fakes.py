@@ -7,6 +7,7 @@ asks; this file, run as a program, is the fake `gcloud` and the fake `ssh`. They
                programs: what the program does on each host, a list for each of these lives (see QSHARP)
   fail/VERB    the next call of that kind fails, with the message in the file
   calls        what was called, a line of JSON each
+  copied       what scp brought to a host, with its mode
   home/HOST/   the hosts
 """
 
@@ -34,7 +35,7 @@ esac
 
 # The installed program: ends at once with the exit code that the world gives it, runs on, or waits for a file `finish`.
 QSHARP = """#!/bin/bash
-echo "$FAKE_HOST|$JAX_PLATFORMS|$XLA_FLAGS|$CUDA_VISIBLE_DEVICES|$(env | grep ^MALLOC_ | sort | xargs)|$PWD|$*" >>"$FAKE/started"
+echo "$FAKE_HOST|$JAX_PLATFORMS|$XLA_FLAGS|$CUDA_VISIBLE_DEVICES|$HF_TOKEN|$(env | grep ^MALLOC_ | sort | xargs)|$PWD|$*" >>"$FAKE/started"
 echo "this is host $FAKE_HOST"
 case $FAKE_PROGRAM in
     forever) sleep 60 ;;
@@ -109,7 +110,7 @@ class World:
         return [kind for kind, before in zip(kinds, [None, *kinds]) if kind != before]
 
     def started(self) -> list[dict[str, str]]:
-        fields = ("host", "platforms", "flags", "gpus", "malloc", "cwd", "words")
+        fields = ("host", "platforms", "flags", "gpus", "token", "malloc", "cwd", "words")
         return [dict(zip(fields, line.split("|"))) for line in self.lines("started")]
 
     def lines(self, name: str) -> list[str]:
@@ -185,7 +186,10 @@ def gcloud(fake: Path, words: list[str]):
         for host in range(world["hosts"]):
             home = fake / "home" / str(host)
             home.mkdir(exist_ok=True)
-            shutil.copy(words[4], home / words[5].partition(":")[2])
+            copied = home / words[5].partition(":")[2]
+            shutil.copy(words[4], copied)
+            with open(fake / "copied", "a") as lines:
+                lines.write(f"{copied.name} {copied.stat().st_mode & 0o777:o}\n")
     else:
         assert (group, what) == ("tpu-vm", "ssh")
         options = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
