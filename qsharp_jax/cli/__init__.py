@@ -23,7 +23,7 @@ from qsharp_jax.system.errors import Stopped, UserError, explain_os_error
 STOPPED = "stopped by SIGTERM; run the same command again to resume"
 INTERRUPTED = "interrupted; run the same command again to resume"
 TRAINING = ("run", "compare", "collect", "fit")
-LOGGING = ("run", "collect", "fit")  # and compare, in the workdirs of its runs
+LOGGING = ("run", "collect", "fit")  # `compare` starts those of the workdirs of its runs
 RESUMING = ("run", "compare", "collect", "fit", "evaluate", "score")  # and generate, with an output file
 
 # `plan` uses no accelerator; libtpu must not look for the TPU that it compiles for.

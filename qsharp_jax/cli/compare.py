@@ -4,6 +4,7 @@ import argparse
 
 from qsharp_jax.cli.arguments import CONFIG_HELP, add_config, add_workdir
 from qsharp_jax.run.workdir import Workdir
+from qsharp_jax.system.errors import UserError
 
 SUMMARY = "algorithms side by side at equal budgets, each in a workdir below; resumes when repeated"
 EPILOG = CONFIG_HELP
@@ -17,4 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.experiments import compare
 
-    print("\n" + compare.run(workdir))
+    text, failures = compare.run(workdir)
+    print("\n" + text)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of the runs have no result, see above; mend what they name and repeat the command"
+        )

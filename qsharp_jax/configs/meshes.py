@@ -70,7 +70,7 @@ def cuda(name: str, devices: int) -> dict:
 
 def _all() -> list[dict]:
     cores = [("v4", n) for n in (8, 16, 32, 64)] + [("v5p", n) for n in (8, 16, 32, 64, 128)]
-    chips = [("v5e", n) for n in (4, 8, 16, 32, 64, 128, 256)] + [("v6e", n) for n in (8, 16, 32, 64, 128, 256)]
+    chips = [("v5e", n) for n in (4, 8, 16, 32, 64, 128, 256)] + [("v6e", n) for n in (4, 8, 16, 32, 64, 128, 256)]
     return [
         SINGLE,
         SINGLE | dict(name="cpu", platform="cpu", kind="CPU"),

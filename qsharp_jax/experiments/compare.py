@@ -49,10 +49,10 @@ COLORS = report.COLORS | {"pi_ref_top_k": "#a0a0a0", GREEDY: "#7aa6d6"}
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
-def run(workdir: Workdir) -> str:
-    """Run what is missing, write the table and the plots, and return the text for the terminal.
+def run(workdir: Workdir) -> tuple[str, list[str]]:
+    """Run what is missing, write the table and the plots; return the text for the terminal and the failures.
 
-    A method that fails with a `UserError` is reported with its message, and the others continue. A `UserError` is
+    A method that fails with a `UserError` is a failure, with its message, and the others continue. A `UserError` is
     raised for an invalid config, before anything is computed.
     """
     check(workdir.config)
@@ -61,11 +61,13 @@ def run(workdir: Workdir) -> str:
     for seed in workdir.config.compare.seeds:
         folder = workdir.path / f"seed_{seed}"
         with Workdir.open(folder / SHARED, settings(workdir.config, seed, DEFAULT), date=workdir.date) as shared:
+            checks.check_loggers(shared)
             flops, epochs = _share(Session(shared))
         rows += [_row_of_samples(folder / SHARED, seed, method, eta) for method in ("pi_ref", "pi_ref_top_k")]
         for method in workdir.config.compare.methods:
             config = settings(workdir.config, seed, method, epochs.get(method))
             with Workdir.open(folder / method, config, ref_in=SHARED, date=workdir.date) as of_method:
+                checks.check_loggers(of_method)
                 session = Session(of_method)
                 try:
                     _run_method(session, folder / SHARED)
@@ -75,7 +77,7 @@ def run(workdir: Workdir) -> str:
                 except UserError as error:
                     failures.append(f"{NAMES[method]}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr)
-    return _write(workdir, rows, failures)
+    return _write(workdir, rows, failures), failures
 
 
 def settings(config: ConfigDict, seed: int, method: str, epochs: int | None = None) -> ConfigDict:

@@ -205,9 +205,11 @@ def check_loggers(workdir: Workdir) -> None:
 def check_devices(session: Session) -> None:
     """Check that the meshes match the devices, and that the fit's attention runs on them (UserError).
 
-    An attention that is chosen for them is printed.
+    An attention that is chosen for them is printed, and that the mesh `single` leaves devices idle.
     """
     _ = session.fit_mesh, session.decode_mesh
+    if session.fit_mesh is None and (count := jax.device_count()) > 1 and session.workdir.writes:
+        print(f"1 of the {count} devices here is used; --config.mesh=NAME is for more, see docs/scaling.md")
     by, dtype = session.config.fit.attention, models.fit_config(session).trunk.dtype
     platform = jax.default_backend()
     if by == "auto" and session.workdir.writes:

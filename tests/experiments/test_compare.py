@@ -234,7 +234,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
     assert fitted and not (tmp_path / "all" / "report.md").exists()
 
     with Workdir.open(tmp_path / "all", settings) as workdir:
-        text = compare.run(workdir)
+        text, failures = compare.run(workdir)
     assert {path: path.stat().st_mtime_ns for path in fitted} == fitted
     assert set(pretrained) == {folder / "pi_ref" / "ref"}
     shards = [sorted((folder / name / "rollouts" / "round_1").iterdir()) for name in ("pi_ref", "qsharp", "reinforce")]
@@ -244,7 +244,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert {"pi_ref", "pi_ref, top-K", "Q#", "Q#, greedy", "REINFORCE"} <= lines.keys() and "KLQ" not in lines
     assert "128 of 128" in lines["Q#"] and "128 of 128" in lines["REINFORCE"]
-    assert "KLQ, seed 0: klq, round 1, batch 0: the log-probabilities" in text
+    assert "KLQ, seed 0: klq, round 1, batch 0: the log-probabilities" in text and len(failures) == 1 and failures[0] in text
     assert "KLQ, seed 0" in capsys.readouterr().err
     made = json.loads((tmp_path / "all" / "results.json").read_text())
     rows = {row["method"]: row for row in made["runs"]}

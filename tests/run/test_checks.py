@@ -128,3 +128,12 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
     config.task.data = "hub"
     models.make_absolute(config)
     assert config.task.data == "hub"
+
+
+def test_devices_that_a_run_leaves_idle_are_told(tmp_path, monkeypatch, capsys):
+    session = helpers.session(tmp_path)
+    checks.check_devices(session)
+    assert "devices here" not in capsys.readouterr().out
+    monkeypatch.setattr(checks.jax, "device_count", lambda: 8)
+    checks.check_devices(session)
+    assert "1 of the 8 devices here is used; --config.mesh=NAME" in capsys.readouterr().out

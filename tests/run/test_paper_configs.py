@@ -64,6 +64,13 @@ def test_a_small_model_has_the_papers_sampling():
     assert different == {"max_new_tokens"}
 
 
+@pytest.mark.parametrize("path", [*ROWS, NO_ROW], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_packed_rows_hold_the_longest_prompt_with_its_response(path):
+    config = configs.load(path, [])
+    longest = LONGEST[config.task.name] + config.generate.max_new_tokens
+    assert config.fit.pack_length == 0 or config.fit.pack_length >= longest
+
+
 def test_the_rows_are_the_papers():
     pairs = {name: (configs.load(path, []).ref, configs.load(path, []).guide) for name, path in zip(NAMES, ROWS)}
     llamas = {"llama3_8b": "Meta-Llama-3-8B-Instruct", "llama31_8b": "Llama-3.1-8B-Instruct"}

@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
     c.collect.batch_size = c.evaluate.batch_size = 256
     c.fit.holdout = 0.05  # for the forecast
     c.fit.accumulate, c.fit.remat = 1, "dots"
-    c.fit.pack_length = 512
+    c.fit.pack_length = 1024  # the longest test problem takes more than 512 tokens with its response
     return c
