@@ -22,5 +22,5 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     print("\n" + text)
     if failures:
         raise UserError(
-            f"{len(failures)} of the runs have no result, see above; mend what they name, and run the same command again"
+            f"{len(failures)} of the runs have no result, see above; mend what they name and run the command again"
         )
