@@ -181,7 +181,8 @@ def test_two_processes_share_the_problems_and_train_as_one(name, changes, tmp_pa
             np.testing.assert_allclose(part[leaf], expected[leaf], atol=1e-5, err_msg=leaf)
 
 
-@pytest.mark.parametrize("act", ["sample", slow("judge")])
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["sample", "judge"])
 def test_a_sigterm_to_one_while_they_sample_or_judge_ends_both_within_seconds(act, tmp_path):
     """They would be at it for minutes; the state before is saved, and nothing of the lot is."""
     started = begin(2, act, tmp_path, "ppo", *SMALL, *SLOW)

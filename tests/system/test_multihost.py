@@ -120,6 +120,7 @@ def test_a_process_that_refuses_to_go_on_ends_the_other_with_its_words():
     assert f"process 1 (pid {second[3]} on {socket.gethostname()}) has ended: the disk is full" in first[1]
 
 
+@pytest.mark.slow
 def test_two_processes_decode_as_one_where_one_cannot_hold_the_model():
     """On a mesh of the devices of both, rows over the processes and heads within each: what a single device gives."""
     expected = decoded()
