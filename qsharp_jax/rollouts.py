@@ -21,7 +21,7 @@ from qsharp_jax.models import cpu_form, sharding
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueModel
 from qsharp_jax.sampling import Sampling
-from qsharp_jax.system import multihost, sigterm, stop_strings
+from qsharp_jax.system import files, multihost, sigterm, stop_strings
 from qsharp_jax.system.errors import Stopped
 from qsharp_jax.system.progress import Bar
 from qsharp_jax.tasks.base import Problem
@@ -186,6 +186,8 @@ def collect(
     in_shards = {shard: range(some.start * samples, some.stop * samples) for shard, some in shards.items()}
     write_shards(ended(), in_shards, functools.partial(write_shard, folder))
     multihost.wait_for_all(f"rollouts of round {number}")
+    for shard in range(count):
+        files.wait_for(shard_path(folder, shard))
     totals = multihost.gather([{"row_steps": batch.row_steps, "tokens": batch.tokens} for batch in batches], together)
     return {name: sum(total[name] for total in totals) for name in ("row_steps", "tokens")}
 

@@ -179,9 +179,11 @@ def from_outputs(kind: str, outputs: jax.Array, atoms: np.typing.ArrayLike | Non
 def nll(
     distribution: Distribution, reward_to_go: chex.Numeric, *, projection: Projection = "two_hot", clip: bool = False
 ) -> jax.Array:
-    """The distribution's `nll`; `projection` and `clip` matter only for a `Categorical`."""
+    """The distribution's `nll`; `projection` matters only for a `Categorical`, `clip` not for a `Scalar`."""
     if isinstance(distribution, Categorical):
         return distribution.nll(reward_to_go, projection=projection, clip=clip)
+    if isinstance(distribution, Bernoulli) and clip:
+        reward_to_go = jnp.clip(reward_to_go, 0, 1)
     return distribution.nll(reward_to_go)
 
 

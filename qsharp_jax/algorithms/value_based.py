@@ -22,7 +22,7 @@ from qsharp_jax.run import attention, models
 from qsharp_jax.run.problems import judge, longest_prompt, task, train_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.system import multihost
+from qsharp_jax.system import files, multihost
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
 
@@ -108,6 +108,7 @@ def choose_distribution(workdir: Workdir, rewards: np.ndarray) -> None:
     if workdir.writes:
         workdir.write_distribution(distribution, atoms)
     multihost.wait_for_all("the distribution of rewards is chosen")
+    files.wait_for(workdir.distribution)
 
 
 def fit(

@@ -246,7 +246,10 @@ def _opened(path: str, config: ConfigDict | None, of: Path | None) -> Workdir:
     if multihost.is_first():
         workdir = Workdir.open(path, config, of=of)
     multihost.wait_for_all("the workdir is open")
-    return workdir if multihost.is_first() else Workdir.attach(path, config)
+    if multihost.is_first():
+        return workdir
+    files.wait_for(files.make_path(path) / "config.json")
+    return Workdir.attach(path, config)
 
 
 def _check_rejudge(options: argparse.Namespace, rest: list[str]) -> None:

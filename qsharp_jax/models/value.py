@@ -6,6 +6,7 @@ Shapes: B batch, T length, D embed, V vocabulary, M outputs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,13 @@ class ValueConfig:
     def outputs(self) -> int:
         """M, the number of outputs that parametrize one distribution."""
         return len(self.atoms) if self.distribution == "categorical" else 1
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest reward-to-go that the distribution covers."""
+        if self.distribution == "scalar":
+            return -math.inf, math.inf
+        return (self.atoms[0], self.atoms[-1]) if self.distribution == "categorical" else (0.0, 1.0)
 
     def computed_in(self, dtype: str | None) -> "ValueConfig":
         """The config of a fit: with another dtype for the trunk's computation, None leaves it; nothing is quantized."""

@@ -61,6 +61,7 @@ def run(session: Session) -> LanguageModel:
                 log_every=config.log_every,
                 save_every=config.save_every,
                 save_unit=save_unit,
+                stop_requested=functools.partial(train.told_to_stop, every=max(save_unit, train.AGREE_EVERY)),
                 log=session.workdir.append_metrics,
                 stop=lambda means: means["loss"] <= config.stop_loss,
                 flops=train.language_model_flops(model_config),

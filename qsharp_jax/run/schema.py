@@ -163,7 +163,7 @@ class Fit:
         0, whole(0), "stop after this many evaluations without a lower held-out error, and keep the best guide; 0: off"
     )
     projection: str = setting("two_hot", one_of("two_hot", "nearest"), "how rewards are put on a categorical's atoms")
-    clip_rewards: bool = setting(False, TRUTH, "clip rewards to the range of the atoms")
+    clip_rewards: bool = setting(False, TRUTH, "clip rewards to the range of the guide's distribution")
     warm_start: bool = setting(True, TRUTH, "start from the previous round's guide; the paper starts anew")
     future_offsets: int = setting(0, whole(0), "later tokens that the auxiliary loss predicts; 0: off")
     future_weight: float = setting(1.0, NOT_NEGATIVE, "weight of the auxiliary loss")

@@ -121,15 +121,14 @@ class Workdir:
 
     def read_distribution(self) -> tuple[str, tuple[float, ...]] | None:
         """Return the distribution and atoms that were chosen by the rewards of round 1; None if none were."""
-        path = self._models / "value.json"
-        if not files.is_file(path):
+        if not files.is_file(self.distribution):
             return None
-        stored = _read_json(path)
+        stored = _read_json(self.distribution)
         return stored["distribution"], tuple(stored["atoms"])
 
     def write_distribution(self, distribution: str, atoms: tuple[float, ...]) -> None:
         stored = {"distribution": distribution, "atoms": atoms}
-        files.write_atomic(self.path / "value.json", json.dumps(stored, indent=2) + "\n")
+        files.write_atomic(self.distribution, json.dumps(stored, indent=2) + "\n")
 
     def close(self) -> None:
         try:
@@ -156,6 +155,10 @@ class Workdir:
     @property
     def guide(self) -> Path:
         return self._models / "guide"
+
+    @property
+    def distribution(self) -> Path:
+        return self._models / "value.json"
 
     def rollouts(self, round: int) -> Path:
         return self.path / "rollouts" / f"round_{round}"

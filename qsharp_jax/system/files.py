@@ -10,11 +10,14 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qsharp_jax.system.errors import UserError
+
+LATEST = 120.0  # seconds after which a file must be seen that another machine has written
 
 # --- Paths ----------------------------------------------------------------------------------------------------------
 
@@ -64,6 +67,24 @@ def is_file(path: Path) -> bool:
             f"{path} cannot be reached ({words}); check the bucket's name, and log in by `gcloud auth"
             " application-default login`"
         ) from error
+
+
+def wait_for(path: Path) -> None:
+    """Return once a file that another process has written is seen here.
+
+    A network file system may show it late: NFS trusts for up to a minute that a file is not there.
+
+    Raises:
+      UserError: if it is not there after `LATEST` seconds.
+    """
+    began = time.monotonic()
+    while not is_file(path):
+        if time.monotonic() - began > LATEST:
+            raise UserError(
+                f"{path}, which another process has written, is not seen on this machine after {LATEST:g} seconds; give"
+                " a folder that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def store(path: Path) -> Any:

@@ -92,12 +92,12 @@ class _ObjectLock:
         self._holder = f"process {os.getpid()} on {socket.gethostname()}"
         self._beat, self._lost, self._ended = 0, False, threading.Event()
         newest = self._newest()
-        if newest:
-            self._wait_for(newest)
         self._number = newest + 1
         try:
+            if newest:
+                self._wait_for(newest)
             self._store.pipe_file(self._name(self._number), self._content(), mode="create")
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # who takes a lock removes the one before it
             raise _in_use(path, "another process that took the lock first") from None
         for number in self._numbers():
             if number < self._number:

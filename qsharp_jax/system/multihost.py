@@ -292,7 +292,7 @@ def gather_rows(arrays: Mapping[str, np.ndarray], hosts_per_group: int = 1) -> d
         return dict(arrays)
     file = io.BytesIO()
     if arrays and leads(hosts_per_group):
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
     parts = [np.load(io.BytesIO(part)) for part in _gather_bytes(file.getvalue())]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

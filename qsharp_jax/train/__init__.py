@@ -1,7 +1,7 @@
 """Training: one state, one jitted step, one loop, for language models, guides and policies."""
 
 from qsharp_jax.models.decoder import Params
-from qsharp_jax.train.loop import Loop, Trainer, fit, training
+from qsharp_jax.train.loop import AGREE_EVERY, Loop, Trainer, fit, told_to_stop, training
 from qsharp_jax.train.losses import (
     Error,
     Targets,
@@ -16,6 +16,7 @@ from qsharp_jax.train.step import LossFn, TrainState, init_state, state_sharding
 from qsharp_jax.train.throughput import Flops, guide_flops, language_model_flops
 
 __all__ = [
+    "AGREE_EVERY",
     "Error",
     "Flops",
     "Loop",
@@ -36,6 +37,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "state_shardings",
+    "told_to_stop",
     "train_step",
     "training",
     "value_loss",

@@ -40,11 +40,11 @@ AGREE_EVERY = 8  # steps; agreeing makes the processes wait for the device
 SAVE_SECONDS = 600.0  # after which a single process saves at its next log line; the clocks of several differ
 
 
-def told_to_stop(step: int) -> bool:
-    """Return true if a SIGTERM asks to save and stop after this step; several processes agree every few steps."""
+def told_to_stop(step: int, every: int = AGREE_EVERY) -> bool:
+    """Return true if a SIGTERM asks to save and stop after this step; several processes agree after `every` steps."""
     if jax.process_count() == 1:
         return sigterm.requested()
-    return step % AGREE_EVERY == 0 and not multihost.everywhere(not sigterm.requested())
+    return step % every == 0 and not multihost.everywhere(not sigterm.requested())
 
 
 @dataclasses.dataclass(frozen=True)

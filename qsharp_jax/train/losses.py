@@ -143,20 +143,28 @@ def _reward_to_go(
 
 
 def check_rewards(rewards: np.ndarray, config: ValueConfig, *, clip: bool) -> None:
-    """Raise a UserError for rewards that the guide's distribution does not cover, before they enter a jitted step."""
-    ranges = {"bernoulli": (0.0, 1.0), "categorical": config.atoms[:1] + config.atoms[-1:]}
-    is_categorical = config.distribution == "categorical"
-    if config.distribution in ranges and not (clip and is_categorical):
-        low, high = ranges[config.distribution]
-        try:
-            values.check_rewards(rewards, low, high)
-        except ValueError:
-            raise UserError(
-                f"this {config.distribution} guide learns rewards from {low:g} to {high:g}, and these reach from"
-                f" {rewards.min():g} to {rewards.max():g}; begin a new run with"
-                " --config.value.distribution=categorical and --config.value.atoms=... that cover them"
-                f"{', or with --config.fit.clip_rewards=True' if is_categorical else ''}"
-            ) from None
+    """Check rewards before they enter a jitted step, where nothing is raised.
+
+    With `clip` those outside the range of the guide's distribution are counted, and printed.
+
+    Raises:
+      UserError: without `clip`, if some are outside; if one is nan.
+    """
+    low, high = config.range
+    try:
+        values.check_rewards(np.clip(rewards, low, high) if clip else rewards, low, high)
+    except ValueError:
+        raise UserError(
+            f"this {config.distribution} guide learns rewards from {low:g} to {high:g}, and these reach from"
+            f" {rewards.min():g} to {rewards.max():g}; begin a new run with"
+            " --config.value.distribution=categorical and --config.value.atoms=... that cover them, or with"
+            " --config.fit.clip_rewards=True"
+        ) from None
+    if outside := np.mean((rewards < low) | (rewards > high)):
+        print(
+            f"fit.clip_rewards: {outside:.1%} of {len(rewards)} rewards are outside {low:g} to {high:g}, the range that"
+            " the guide learns"
+        )
 
 
 def future_token_loss(heads: jax.Array, hidden: jax.Array, batch: Batch, whole: Batch | None = None) -> jax.Array:

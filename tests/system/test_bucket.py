@@ -245,6 +245,20 @@ sys.stdin.read()
 """
 
 
+def test_who_waits_for_a_lock_that_another_takes_over_is_refused(bucket, quick_locks, monkeypatch):
+    """The other removes the lock that is waited for."""
+    with opened():
+        pass
+
+    def removed(locked, number):
+        locked._store.rm_file(locked._name(number))
+        return json.loads(locked._store.cat_file(locked._name(number)))
+
+    monkeypatch.setattr(lock._ObjectLock, "_wait_for", removed)
+    with pytest.raises(UserError, match=f"{URL} is in use by another process that took the lock first"):
+        opened()
+
+
 def test_a_killed_holder_is_taken_over_after_a_while(bucket, quick_locks):
     code = HOLD.format(root=str(ROOT), url=URL)
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

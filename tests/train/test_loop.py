@@ -381,6 +381,14 @@ def test_a_training_that_is_told_to_stop_saves_that_step_and_goes_on_from_it(tmp
     assert_trees_equal(state, toy_fit(tmp_path / "straight"))
 
 
+def test_several_processes_agree_to_stop_every_few_steps(monkeypatch):
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost, "everywhere", lambda condition: condition)
+    monkeypatch.setattr(loop.sigterm, "requested", lambda: True)
+    assert [step for step in range(1, 30) if loop.told_to_stop(step)] == [8, 16, 24]
+    assert [step for step in range(1, 101) if loop.told_to_stop(step, every=25)] == [25, 50, 75, 100]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["after the step", "in the evaluation", "in the last evaluation"])
 def test_patience_goes_on_where_a_training_was_told_to_stop(tmp_path, overfitted, when):

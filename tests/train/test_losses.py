@@ -136,12 +136,29 @@ def test_rewards_that_the_guide_cannot_learn_are_refused_before_training():
     train.check_rewards(np.asarray([0, 1, 0.5]), bernoulli, clip=False)
     train.check_rewards(np.asarray([-1.0, 2.0]), categorical, clip=False)
     train.check_rewards(np.asarray([-1e9]), scalar, clip=False)
-    train.check_rewards(np.asarray([3.0]), categorical, clip=True)
-    for rewards, config, clip in [([0, 2], bernoulli, False), ([0, 2], bernoulli, True), ([3], categorical, False)]:
+    for rewards, config in [([0, 2], bernoulli), ([3], categorical)]:
         with pytest.raises(UserError, match=f"{config.distribution} guide learns.*reach from .* to {rewards[-1]};"):
-            train.check_rewards(np.asarray(rewards, float), config, clip=clip)
-    with pytest.raises(UserError, match="nan"):
-        train.check_rewards(np.asarray([np.nan]), bernoulli, clip=False)
+            train.check_rewards(np.asarray(rewards, float), config, clip=False)
+    for clip in (False, True):
+        with pytest.raises(UserError, match="nan"):
+            train.check_rewards(np.asarray([np.nan]), bernoulli, clip=clip)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "categorical"])
+def test_rewards_that_are_clipped_are_counted_and_fitted_as_the_end_of_the_range(kind, capsys):
+    guide = make_guide("v", kind)
+    low, high = guide.config.range
+    train.check_rewards(np.asarray([low, high]), guide.config, clip=True)
+    assert capsys.readouterr().out == ""
+    train.check_rewards(np.asarray([low, high, high + 1, low - 2]), guide.config, clip=True)
+    assert f"50.0% of 4 rewards are outside {low:g} to {high:g}" in capsys.readouterr().out
+    losses = {
+        reward: train.value_loss(
+            guide.params, make_batch([Example([1, 2], [3, 4], reward=reward)], rows=1, width=4), config=guide.config, clip=True
+        )[0]
+        for reward in (high, high + 1)
+    }
+    assert losses[high + 1] == losses[high] > 0
 
 
 @pytest.mark.parametrize("attend_by", ["xla", "blocks"])
