@@ -243,6 +243,7 @@ def test_a_real_models_logits_are_those_of_transformers(name):
     folder = os.environ.get("QSHARP_GGUF")
     if folder is None or not (Path(folder) / name).is_file():
         pytest.skip(f"{name} is not in the folder that QSHARP_GGUF names; docs/models.md says how to get it")
+    pytest.importorskip("accelerate", reason="transformers opens GGUF files with accelerate; pip install accelerate")
     tokenizer = Tokenizer.load(Path(folder) / name, prompt_format="chat")
     tokens = np.array([tokenizer.encode_prompt("Count to 12.") + tokenizer.encode_response("1 2 3, four five six ...")])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
