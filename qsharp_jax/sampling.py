@@ -38,7 +38,10 @@ TEMPERATURE = Rule(
     f"0, which is greedy, or a finite number, at least {LEAST_TEMPERATURE:g}",
 )
 OWN_ETA = Rule(lambda v: v is None or ETA.passes(v) and v < math.inf, f"a number, at least {LEAST_ETA:g}, or none")
-FINITE = Rule(lambda v: is_number(v) and math.isfinite(v), "a finite number")
+LARGEST_WEIGHT = 1e6  # far larger ones would overflow when they are multiplied by log-weights
+WEIGHT = Rule(
+    lambda v: is_number(v) and abs(v) <= LARGEST_WEIGHT, f"a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+)
 TEXTS = Rule(
     lambda v: isinstance(v, list | tuple) and all(isinstance(x, str) and x for x in v),
     "a list of texts that are not empty",
@@ -79,7 +82,7 @@ class Sampling:
     mode: str = setting("qsharp", one_of(*MODES), "how values tilt: log E exp(z/eta), E z/eta, or log E z")
     max_new_tokens: int = setting(256, whole(1), "longest response, its stop token included", unit="tokens")
     weights: Sequence[float] | np.ndarray | None = setting(
-        None, optional(FINITE), "what each guide's log-weights are multiplied by, [guides] or [rows, guides]: how"
+        None, optional(WEIGHT), "what each guide's log-weights are multiplied by, [guides] or [rows, guides]: how"
         " guides are composed, and of one guide the power of its tilt",
     )  # fmt: skip
     budget: Numbers | None = setting(

@@ -15,7 +15,7 @@ from typing import Any
 from qsharp_jax.cli import arguments, json_lines
 from qsharp_jax.cli.models import check_source, is_first, of_first, on_mesh, open_models
 from qsharp_jax.run.workdir import Workdir
-from qsharp_jax.sampling import DEFAULT_ETA, ETA, FINITE, MODES, OTHERS, Sampling
+from qsharp_jax.sampling import DEFAULT_ETA, ETA, MODES, OTHERS, WEIGHT, Sampling
 from qsharp_jax.system import chat, files, settings, stop_strings
 from qsharp_jax.system.chat import Prompt
 from qsharp_jax.system.errors import UserError
@@ -218,7 +218,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_source(options)
     guides, weights = len(options.guide or []), len(options.weights or [])
     for weight in options.weights or []:
-        settings.check("--weights", weight, FINITE)
+        settings.check("--weights", weight, WEIGHT)
     if guides and options.ref is None:
         raise UserError("--guide needs the reference that it guides; give --ref")
     guides = 1 if options.workdir is not None else guides

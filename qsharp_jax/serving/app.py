@@ -135,7 +135,7 @@ class Server:
                 param=name, code="context_length_exceeded",
             )  # fmt: skip
         sampling = sampling_of(self._served, body, new_tokens)
-        seed = time.time_ns() if body.seed is None else body.seed
+        seed = time.time_ns() if body.seed is None else body.seed % 2**63
         seeds = row_seeds(seed, body.n * len(prompts)).reshape(len(prompts), body.n).tolist()
         batch = [
             requests.Request(prompt, sampling, own, top_log_probs=bool(body.alternatives))

@@ -271,6 +271,8 @@ class Engine:
             if not self._prompt.is_ready:
                 self._prefill.go_on(self._prompt)
                 pieces += 1
+                if self._cancelled:  # perhaps this prompt, which may be long
+                    return
             if self._prompt.is_ready:
                 self._give_rows(self._prompt)
                 if self._prompt.samples:  # no row is free

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qsharp_jax.sampling import LEAST_ETA, LEAST_TEMPERATURE, MODES
+from qsharp_jax.sampling import LARGEST_WEIGHT, LEAST_ETA, LEAST_TEMPERATURE, MODES
 from qsharp_jax.system.chat import Message
 
 MOST_CHOICES = 64  # of `n`
@@ -41,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
 
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT, allow_inf_nan=False)]
 
 
 class ApiError(Exception):
@@ -84,6 +84,7 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None  # models' templates have no place for it
+    annotations: Annotated[list, Field(max_length=0)] = []  # in answers of other servers that are sent back
 
     def as_message(self) -> Message:
         texts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -96,19 +97,19 @@ class _Body(_Strict):
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0  # 0 leaves the likeliest token
 
     # What steers; OpenAI's client sends it by `extra_body`.
     eta: Annotated[float, Field(ge=LEAST_ETA, allow_inf_nan=False)] | None = None
     guide: str | list[str] | None = None
-    weights: _Finite | list[_Finite] | None = None
+    weights: _Weight | list[_Weight] | None = None
     mode: str | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0  # 0 leaves all; so does -1, vLLM's word for it
     return_guidance: bool = False
 
     @model_validator(mode="before")

@@ -149,7 +149,8 @@ class Reply:
         shaped: dict[str, Any] = {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [{x["token"]: x["logprob"] for x in entry["top_logprobs"]} for entry in entries],
+            # Tokens may have the same text, parts of a character above all: of them the likeliest, which comes first.
+            "top_logprobs": [{x["token"]: x["logprob"] for x in entry["top_logprobs"][::-1]} for entry in entries],
             "text_offset": offsets,
         }
         if self._body.return_guidance:

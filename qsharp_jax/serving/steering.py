@@ -9,6 +9,7 @@ from qsharp_jax.sampling import Sampling
 from qsharp_jax.serving.protocol import ApiError, ChatBody, CompletionBody
 from qsharp_jax.system.errors import UserError
 
+LEAST_TOP_P = 1e-6  # leaves the likeliest token, as 0 does for clients of OpenAI's API
 _PARAMS = {"max_new_tokens": "max_tokens"}  # fields of `Sampling` that a body calls otherwise
 
 
@@ -44,7 +45,7 @@ def sampling_of(served: Served, body: ChatBody | CompletionBody, new_tokens: int
     try:
         return dataclasses.replace(
             served.sampling, eta=eta, weights=weights, mode=body.mode or served.mode, temperature=body.temperature,
-            top_p=body.top_p, top_k=body.top_k, max_new_tokens=new_tokens, stop=tuple(body.stop),
+            top_p=body.top_p or LEAST_TOP_P, top_k=max(body.top_k, 0), max_new_tokens=new_tokens, stop=tuple(body.stop),
         )  # fmt: skip
     except UserError as error:
         name = str(error).split(" ", 1)[0]

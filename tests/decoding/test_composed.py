@@ -131,7 +131,8 @@ def test_shared_slots_serve_all_guides():
     [
         (dict(weights=None), "weights are None; give one finite number for each of the 2 guides"),
         (dict(weights=[1.0, 2.0, 3.0]), "each of the 2 guides"),
-        (dict(weights=[1.0, np.nan]), "finite"),
+        (dict(weights=[1.0, np.nan]), "a number from -1e[+]06 to 1e[+]06"),
+        (dict(weights=[1.0, 1e38]), "a number from -1e[+]06 to 1e[+]06"),
         (dict(weights=[[1.0, 1.0]] * 5), "each of the 6 rows"),
         (dict(weights=[1.0, 0.0], mode="expectation", guides=GUIDES["v"][:1] * 2), "they must be above 0"),
         (dict(guides=(GUIDES["v"][0], GUIDES["q"][0])), "must be V-types, or Q-types, all of them"),

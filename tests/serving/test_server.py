@@ -144,11 +144,12 @@ def test_models_are_the_reference_and_the_guides(client):
 REFUSED = [
     (dict(temperature=-1), 400, "temperature", "invalid_value"),
     (dict(temperature="hot"), 400, "temperature", "invalid_value"),
-    (dict(top_p=0), 400, "top_p", "invalid_value"),
+    (dict(top_p=-0.1), 400, "top_p", "invalid_value"),
+    (dict(top_k=-2), 400, "top_k", "invalid_value"),
     (dict(max_tokens=0), 400, "max_tokens", "invalid_value"),
     (dict(max_tokens=CONTEXT), 400, "messages", "context_length_exceeded"),
     (dict(n=1000), 400, "n", "invalid_value"),
-    (dict(seed=-3), 400, "seed", "invalid_value"),
+    (dict(seed=2**63), 400, "seed", "invalid_value"),
     (dict(logit_bias={"5": 3}), 400, "logit_bias", "unsupported_parameter"),
     (dict(tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter"),
     (dict(wrong=1), 400, "wrong", "unknown_parameter"),
@@ -160,6 +161,7 @@ REFUSED = [
     (dict(eta=0), 400, "eta", "invalid_value"),
     (dict(guide="bad", eta=0.1), 400, "guide", "invalid_value"),
     (dict(guide="good", weights=[1.0, 2.0]), 400, "weights", "invalid_value"),
+    (dict(guide="good", weights=1e38, eta=0.1), 400, "weights", "invalid_value"),
     (dict(mode="loud"), 400, "mode", "invalid_value"),
     (dict(stop=[""]), 400, "stop", "invalid_value"),
 ]
@@ -185,6 +187,16 @@ def test_neutral_values_and_what_openai_s_client_adds_are_taken(client):
         {"role": "user", "content": [{"type": "text", "text": "so"}]},
     ]
     client.chat.completions.create(**LONG | dict(messages=again, max_tokens=2))
+
+
+def test_values_that_other_servers_take_mean_the_same_here(client):
+    def text(**changes):
+        return client.chat.completions.create(**LONG | dict(max_tokens=6) | changes).choices[0].message.content
+
+    assert text(top_p=0, seed=-1) == text(temperature=0)
+    assert text(seed=4, extra_body={"top_k": -1}) == text(seed=4)
+    sent_back = {"role": "assistant", "content": "x", "annotations": []}
+    text(messages=[*LONG["messages"], sent_back, *LONG["messages"]])
 
 
 def requests_of(server):

@@ -188,6 +188,21 @@ def test_requests_come_and_go_while_others_run():
     assert engine.load == Load(0, 2, 0, engine.load.steps, engine.load.row_steps)
 
 
+def test_a_prompt_that_is_cancelled_is_not_prefilled_to_its_end(monkeypatch):
+    """Nor while no row decodes, when prompts are prefilled in one go."""
+    engine, pieces = start(Received(), chunk=4), []
+    go_on = engine._prefill.go_on
+
+    def leave(prompt):
+        go_on(prompt)
+        pieces.append(prompt)
+        engine.cancel(prompt.request)
+
+    monkeypatch.setattr(engine._prefill, "go_on", leave)
+    answer(engine, [request([1] * 16)])
+    assert len(pieces) == 1
+
+
 def test_a_full_queue_and_a_closed_engine_refuse():
     engine = start(Received(), queue=2)
     engine.submit(request([1]))
