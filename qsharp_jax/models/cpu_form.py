@@ -129,15 +129,16 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     kv_heads = key.shape[2]
     query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, G, T, E]
-    blocks = []
-    for begin in range(0, length, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, length)
+    attended = []
+    # Split rather than sliced: the gradient puts the blocks' side by side, and adds no arrays of the whole's size.
+    for number, block in enumerate(jnp.split(query, list(range(QUERY_BLOCK, length, QUERY_BLOCK)), axis=3)):
+        begin, end = number * QUERY_BLOCK, number * QUERY_BLOCK + block.shape[3]
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
         if not isinstance(window, int) or window:
             causal &= jnp.arange(begin, end)[:, None] - jnp.arange(end) < window
         mask = causal & (segments[:, begin:end, None] == segments[:, None, :end])
-        blocks.append(_block(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], mask))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+        attended.append(_block(block, key[:, :, :end], value[:, :, :end], mask))
+    return jnp.concatenate(attended, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
 @jax.custom_vjp
@@ -150,25 +151,28 @@ def _block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
 
 
 def _block_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
-    scores = jnp.einsum("bgrne,bgse->bgrns", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    # Products of matrices [R N, ...]: over two dimensions at once, XLA would transpose arrays of the scores' size first.
+    rows = query.reshape(*query.shape[:2], -1, query.shape[-1])  # [B, G, R N, E]
+    scores = jnp.einsum("bgme,bgse->bgms", rows, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*query.shape[:4], -1)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED).reshape(*rows.shape[:3], -1)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     # The barrier keeps XLA from fusing the exponentials into each user, which would compute them again.
     weights, total = jax.lax.optimization_barrier((weights.astype(value.dtype), weights.sum(-1, keepdims=True)))
-    mixed = jnp.einsum("bgrns,bgse->bgrne", weights, value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bgms,bgse->bgme", weights, value, preferred_element_type=jnp.float32)
     attention = (mixed / total).astype(query.dtype)
-    return attention, (query, key, value, weights, total, attention)
+    return attention.reshape(query.shape), (rows, key, value, weights, total, attention)
 
 
 def _block_backward(saved: tuple, cotangent: jax.Array) -> tuple:
-    query, key, value, weights, total, attention = saved
-    divided = (cotangent / total).astype(value.dtype)
+    rows, key, value, weights, total, attention = saved
+    divided = (cotangent.reshape(rows.shape) / total).astype(value.dtype)
     mean = (divided.astype(jnp.float32) * attention).sum(-1, keepdims=True)
-    value_cotangent = jnp.einsum("bgrns,bgrne->bgse", weights, divided)
-    difference = jnp.einsum("bgrne,bgse->bgrns", divided, value, preferred_element_type=jnp.float32) - mean
-    score_cotangent = jax.lax.optimization_barrier((weights * difference).astype(query.dtype))
-    query_cotangent = jnp.einsum("bgrns,bgse->bgrne", score_cotangent, key)
-    key_cotangent = jnp.einsum("bgrns,bgrne->bgse", score_cotangent, query)
+    value_cotangent = jnp.einsum("bgms,bgme->bgse", weights, divided)
+    difference = jnp.einsum("bgme,bgse->bgms", divided, value, preferred_element_type=jnp.float32) - mean
+    score_cotangent = jax.lax.optimization_barrier((weights * difference).astype(rows.dtype))
+    query_cotangent = jnp.einsum("bgms,bgse->bgme", score_cotangent, key).reshape(cotangent.shape)
+    key_cotangent = jnp.einsum("bgms,bgme->bgse", score_cotangent, rows)
     return query_cotangent, key_cotangent, value_cotangent, None
 
 

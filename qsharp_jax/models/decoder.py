@@ -166,13 +166,17 @@ def block(
 
 def _feed_forward(params: Params, config: DecoderConfig, h: jax.Array) -> jax.Array:
     gate, up = _mlp_inputs(params, h)
+    return _project(params, "down", _activation(config.activation, gate, up))
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _activation(name: str, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """The hidden units after the activation; a gradient keeps its arguments and nothing between."""
     if gate is None:
-        h = jax.nn.gelu(up, approximate=True)
-    elif config.activation == "swiglu":
-        h = jax.nn.silu(gate) * up
-    else:
-        h = jax.nn.gelu(gate, approximate=True) * up
-    return _project(params, "down", h)
+        return jax.nn.gelu(up, approximate=True)
+    if name == "swiglu":
+        return jax.nn.silu(gate) * up
+    return jax.nn.gelu(gate, approximate=True) * up
 
 
 def _attention_inputs(params: Params, config: DecoderConfig, h: jax.Array) -> tuple[jax.Array, ...]:

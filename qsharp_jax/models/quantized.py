@@ -134,9 +134,10 @@ def _product_forward(x: jax.Array, weight: jax.Array, dtype: Any) -> tuple:
 def _product_backward(dtype: Any, saved: tuple, cotangent: jax.Array) -> tuple:
     x, weight = saved
     cotangent = cotangent.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
     x_cotangent = jax.lax.dot_general(cotangent, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    return x_cotangent, jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
+    # A product of two matrices: over two dimensions of rows at once, XLA on a CPU would transpose x first.
+    rows, cotangents = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    return x_cotangent, jnp.einsum("md,mn->dn", rows, cotangents, preferred_element_type=weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -200,6 +200,19 @@ def test_gradients_are_finite_and_padding_gets_none():
     assert (np.abs(gradient["embedding"][np.unique(TOKENS % 22)]).max(-1) > 0).all()
 
 
+@pytest.mark.parametrize(("family", "count"), [("llama", 3), ("mixed", 3), ("gpt2", 2)])
+def test_a_gradient_keeps_the_hidden_units_before_and_after_the_activation_alone(family, count):
+    """Their gate too, where there is one; the rest of the activation is computed again."""
+    config = dataclasses.replace(model(family)[1], mlp=113)  # a width that nothing else has
+
+    def backward(params):
+        hidden_of = functools.partial(decoder.forward, config=config, tokens=TOKENS, segments=SEGMENTS, remat="none")
+        return jax.vjp(lambda params: hidden_of(params, positions=POSITIONS)[0], params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, decoder.abstract(config)))
+    assert [leaf.shape for leaf in kept].count((config.layers, *TOKENS.shape, 113)) == count
+
+
 def test_bfloat16_computes_near_float32_and_gives_float32_logits():
     params, config = model("llama")
     half = dataclasses.replace(config, dtype="bfloat16")
