@@ -151,7 +151,7 @@ def _block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
 
 
 def _block_forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple:
-    # Products of matrices [R N, ...]: over two dimensions at once, XLA would transpose arrays of the scores' size first.
+    # Products of matrices [R N, ...]: over R and N apart, XLA would first transpose arrays of the scores' size.
     rows = query.reshape(*query.shape[:2], -1, query.shape[-1])  # [B, G, R N, E]
     scores = jnp.einsum("bgme,bgse->bgms", rows, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(*query.shape[:4], -1)
