@@ -13,6 +13,7 @@ from helpers import ARITHMETIC, assert_trees_equal, without_seconds
 
 from qsharp_jax import cli
 from qsharp_jax.data.records import read_rounds
+from qsharp_jax.run import models
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
 
@@ -78,9 +79,9 @@ def reached(workdir: Path) -> str:
 def assert_same_run(actual: Path, expected: Path) -> None:
     """Weights bit for bit, rollouts, samples, results."""
     runs = [Session(Workdir(path, json_config(path))) for path in (actual, expected)]
-    assert_trees_equal(*(run.load_ref().params for run in runs))
+    assert_trees_equal(*(models.load_ref(run).params for run in runs))
     for number in (1, 2):
-        assert_trees_equal(*(run.load_guide(number).params for run in runs))
+        assert_trees_equal(*(models.load_guide(run, number).params for run in runs))
     records = [read_rounds(path / "rollouts", [1, 2]) for path in (actual, expected)]
     assert records[0] == records[1]
     rows = [without_seconds(json.loads((path / "results.json").read_text())) for path in (actual, expected)]
