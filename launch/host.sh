@@ -3,8 +3,8 @@
 # venv/ and what a run leaves: LOG (all it printed), ID (which run it was), PID, and EXIT (its exit code) at the end.
 #
 #   host.sh install [EXTRA]     a Python >= 3.11 where there is none, then launch/setup.sh
-#   host.sh start ID ARGUMENTS  `qsharp run ARGUMENTS` under nohup, with the variables of the file ENV, which it removes; ends what
-#                               ran before
+#   host.sh start ID ARGUMENTS  `qsharp run ARGUMENTS` under nohup, with the variables of the file ENV, which it
+#                               removes; ends what ran before
 #   host.sh state [ID]          running, other (another ID is running), ended CODE, none
 #   host.sh stop                ends it: SIGTERM, half a minute later SIGKILL
 #   host.sh log                 the log's last lines, and those that follow while it runs

@@ -23,7 +23,7 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
     from qsharp_jax.algorithms import value_based
     from qsharp_jax.algorithms.registry import ALGORITHMS
     from qsharp_jax.evaluation import forecast
-    from qsharp_jax.run import checks, models
+    from qsharp_jax.run import checks, models, sources
     from qsharp_jax.run.session import Session
 
     session = Session(workdir, options.profile)
@@ -36,7 +36,7 @@ def run(workdir: Workdir, options: argparse.Namespace) -> None:
         rounds.check_collected(session, number)
     data = value_based.aggregate(session, number, skip_damaged=options.skip_damaged)
     previous = models.load_guide(session, number - 1) if session.config.fit.warm_start and number > 1 else None
-    ref = None if models.folder(session.config, "ref") else models.load_ref(session)
+    ref = None if sources.folder(session.config, "ref") else models.load_ref(session)
     guide = session.for_decoding(algorithm.fit(session, number, ref, data, previous))
     print(f"round {number}: the guide fitted to {len(data)} rollouts is in {workdir.guide_folder(number)}")
     with session.decoding():

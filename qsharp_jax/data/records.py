@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qsharp_jax.system import files
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -210,7 +210,7 @@ def read_shard(path: Path, *, texts: bool = True) -> Rollouts:
     # Checksums cover the pages only: a flipped bit in the schema may leave a name that is not UTF-8, a ValueError.
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise UserError(
-            f"the shard {path} is damaged ({str(error).splitlines()[0]}); delete it and collect again, or continue"
+            f"the shard {path} is damaged ({first_line(error)}); delete it and collect again, or continue"
             " without it with --skip-damaged"
         ) from error
     rollouts = _from_table(table if texts else table.drop_columns(["text"]))

@@ -13,7 +13,7 @@ import jinja2
 import qsharp_jax.data.tokenizer_files as files
 from qsharp_jax.system import stop_strings
 from qsharp_jax.system.chat import Prompt
-from qsharp_jax.system.errors import UserError, warn
+from qsharp_jax.system.errors import UserError, first_line, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,10 +152,9 @@ class Tokenizer:
             try:
                 text = self._render(prompt)
             except _REFUSALS as error:
-                words = (str(error) or type(error).__name__).splitlines()[0]
                 raise UserError(
-                    f"the chat template of the tokenizer {self._name} refuses a prompt ({words}); fix it, or use the"
-                    " prompt format plain"
+                    f"the chat template of the tokenizer {self._name} refuses a prompt ({first_line(error)}); fix"
+                    " it, or use the prompt format plain"
                 ) from error
             return self._encode(text, "prompt")  # the template writes the bos token itself
         if not isinstance(prompt, str):

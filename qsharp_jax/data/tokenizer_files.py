@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import qsharp_jax.data.tokenizer_gguf as in_gguf
 from qsharp_jax.system import gguf
-from qsharp_jax.system.errors import UserError, warn
+from qsharp_jax.system.errors import UserError, first_line, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +64,8 @@ def read(folder: str | Path) -> "PreTrainedTokenizerBase":
     except UserError:
         raise
     except Exception as error:  # the libraries below raise their own, including a bare Exception
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the tokenizer in {folder} ({words}); download its files again") from error
+        words = f"cannot read the tokenizer in {folder} ({first_line(error)}); download its files again"
+        raise UserError(words) from error
     entries = {token: entry for entry, token in own.get_vocab().items()}
     if tokenizer.eos_token is None:  # GPT-2's folders name no special tokens
         tokenizer.eos_token = next((entries[stop] for stop in listed_stop_ids(folder) if stop in entries), None)

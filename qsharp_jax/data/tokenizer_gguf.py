@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qsharp_jax.system import gguf
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,8 +79,7 @@ def read(path: Path) -> "PreTrainedTokenizerBase":
         template = metadata.get("tokenizer.chat_template")
         return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, name_or_path=str(path), **roles)
     except Exception as error:  # the libraries below raise their own, down to a bare Exception
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the tokenizer in {path} ({words}); download it again") from error
+        raise UserError(f"cannot read the tokenizer in {path} ({first_line(error)}); download it again") from error
 
 
 def _core(metadata: Mapping[str, Any], rules: _Rules) -> "Tokenizer":

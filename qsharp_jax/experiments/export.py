@@ -8,7 +8,7 @@ from qsharp_jax.algorithms.registry import ALGORITHMS
 from qsharp_jax.models import hf, lora
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models
+from qsharp_jax.run import models, sources
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.errors import UserError
 
@@ -23,7 +23,7 @@ def write(session: Session, what: str, folder: str | Path) -> None:
       UserError: if the run has no such model yet, its reference comes from a folder, no class of `transformers`
         computes the model, something else is in the folder, or there is no LoRA of a model in a folder.
     """
-    if what == "ref" and (source := models.folder(session.config, "ref")):
+    if what == "ref" and (source := sources.folder(session.config, "ref")):
         raise UserError(f"this run's reference is the model in {source}; use that folder")
     base = _base(session) if what == "adapter" else None
     hf.check_folder(folder)
@@ -69,7 +69,7 @@ def _base(session: Session) -> str:
     if configs.trains_policy(config):
         raise UserError("adapters of policies are not written; give --what guide, which merges the LoRA into pi_ref")
     name = "ref" if config.guide == "ref" else "guide"
-    base = models.folder(config, name)
+    base = sources.folder(config, name)
     if base is None or hf.base_of(base) is not None:
         what = "is not a model in a folder or on the hub" if base is None else "is an adapter itself"
         raise UserError(f"the model that the guide started from, config.{name}, {what}; give --what guide")

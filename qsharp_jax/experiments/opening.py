@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from qsharp_jax import plan
-from qsharp_jax.run import checks, models
+from qsharp_jax.run import checks, sources
 from qsharp_jax.run import config as configs
 from qsharp_jax.run.workdir import stored_config
 from qsharp_jax.system import files
@@ -25,10 +25,10 @@ def check(config: ConfigDict, workdir: Path, recipe: str, rewards: Sequence[Call
       UserError: for everything that can be refused before anything is computed.
     """
     checks.check_settings(config)
-    models.pin(config, stored_config(workdir))
+    sources.pin(config, stored_config(workdir))
     if "mesh" in config and config.mesh.name != "single":  # this machine's; divides models and rows; has the memory
         plan.check(plan.make(config), config.mesh, configs.presets(recipe), jax.devices())
     checks.check(config)
-    models.make_absolute(config)
+    sources.make_absolute(config)
     if not files.is_file(workdir / "config.json"):
         checks.check_problems(config, rewards)

@@ -359,7 +359,7 @@ def _times(
 
 def _by_kernel(trunk: DecoderConfig) -> bool:
     """Return true if a TPU reads caches by a kernel, as they lie, in every layer."""
-    return trunk.quantize == "none" and not any(kind.window for kind in trunk.kinds)
+    return not any(kind.window for kind in trunk.kinds)
 
 
 def _whole(brought: Counter) -> Counter[str]:

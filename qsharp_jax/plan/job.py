@@ -25,7 +25,7 @@ from qsharp_jax.models.hf import hub
 from qsharp_jax.models.kv_cache import Sizes
 from qsharp_jax.models.sharding import placed
 from qsharp_jax.models.value import ValueConfig, ValueModel
-from qsharp_jax.run import attention, models
+from qsharp_jax.run import attention, models, sources
 from qsharp_jax.run.config import row_width, trains_policy
 from qsharp_jax.system.errors import UserError, nearest
 
@@ -109,7 +109,7 @@ def make(
                 f"prompts of {prompt} tokens with {new} new ones exceed the {name}'s {shape.max_positions} positions;"
                 " give a smaller --prompt-tokens or config.generate.max_new_tokens"
             )
-    is_new = ref_size is None and models.folder(config, "ref") is None
+    is_new = ref_size is None and sources.folder(config, "ref") is None
     stored = "float32" if is_new else ref.dtype
     name, width = row_width(config)
     guide_params, is_policy = value.abstract(guide), trains_policy(config)
@@ -160,7 +160,7 @@ def attention_of(job: Job, section: Any) -> Attention:
 def _with_folders(config: ConfigDict) -> ConfigDict:
     """Return the config with ids on the Hugging Face hub as folders in its cache, which need no weights."""
     config = config.copy_and_resolve_references()
-    for name in models.NOT_FOLDERS:
+    for name in sources.NOT_FOLDERS:
         if hub.is_id(config[name]):
             config[name] = str(hub.find(config[name], weights=False))
     return config
@@ -172,7 +172,7 @@ def _shapes(config: ConfigDict, ref_size: str | None, guide_size: str | None) ->
         ref = _sized("--ref-size", ref_size, **kind)
     else:
         models.check_folders(config)
-        vocab_size = None if models.folder(config, "ref") else models.make_tokenizer(config).vocab_size
+        vocab_size = None if sources.folder(config, "ref") else models.make_tokenizer(config).vocab_size
         ref = models.ref_shape(config, vocab_size)
     if trains_policy(config):
         return ref, ValueConfig(ref, type="q")

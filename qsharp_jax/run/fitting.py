@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from qsharp_jax.decoding import cache_size, rows_that_fit
 from qsharp_jax.models import decoder, hf, memory
 from qsharp_jax.models.config import DecoderConfig
-from qsharp_jax.run import models, problems
+from qsharp_jax.run import problems, sources
 from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.folders import load_tokenizer
 from qsharp_jax.run.session import Session
@@ -30,7 +30,7 @@ def fitting(config: ConfigDict) -> dict[str, object]:
       UserError: for prompts that cannot be read.
     """
     on_cpu = memory.default_device().platform == "cpu"
-    ref = models.folder(config, "ref")
+    ref = sources.folder(config, "ref")
     shape = hf.read_config(ref, "float32")
     is_policy = trains_policy(config)
     learner, layers = (shape, 0) if is_policy else _guide(config, shape, on_cpu)
@@ -63,7 +63,7 @@ def _guide(config: ConfigDict, ref: DecoderConfig, on_cpu: bool) -> tuple[Decode
 
     A guide costs a CPU as much as it has weights; elsewhere decoding waits for the memory of the reference.
     """
-    if start := models.folder(config, "guide"):
+    if start := sources.folder(config, "guide"):
         return hf.read_config(start, "float32"), config.value.layers
     layers = config.value.layers or (max(LEAST_LAYERS, ref.layers // 6) if on_cpu else 0)
     return (ref, 0) if layers == 0 or layers >= ref.layers else (ref.first_layers(layers), layers)

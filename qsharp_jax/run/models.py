@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from qsharp_jax.models import config as model_configs
 from qsharp_jax.models import cpu_form, decoder, hf, lora, quantized, sharding, value
 from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel, Params
-from qsharp_jax.models.hf import hub
 from qsharp_jax.models.value import ValueConfig, ValueModel
+from qsharp_jax.run import sources
 from qsharp_jax.run.config import trains_policy
 from qsharp_jax.run.folders import check_vocabulary, load_tokenizer
 from qsharp_jax.run.session import Session
@@ -40,36 +39,6 @@ from qsharp_jax.system import progress
 from qsharp_jax.system.errors import UserError
 from qsharp_jax.tasks import registry
 from qsharp_jax.train.checkpoint import Checkpoints
-
-NOT_FOLDERS = {"ref": ("pretrain",), "guide": ("ref", "scratch")}
-
-
-def folder(config: ConfigDict, name: str) -> Path | None:
-    """Return the folder, or GGUF file, of "ref" or "guide"; None if the config names no model."""
-    return None if config[name] in NOT_FOLDERS[name] else hub.find(config[name])
-
-
-def pin(config: ConfigDict, stored: ConfigDict | None) -> None:
-    """Append the commit to ids on the Hugging Face hub, in place, so that a repeated run has the same weights.
-
-    Args:
-      stored: the settings of the run so far, whose commits are kept.
-
-    Raises:
-      UserError: for a model that cannot be downloaded.
-    """
-    for name, words in NOT_FOLDERS.items():
-        if config[name] not in words:
-            config[name] = hub.pin(config[name], stored and stored[name])
-
-
-def make_absolute(config: ConfigDict) -> None:
-    """Make the paths of folders and of the task's files absolute, in place, as workdirs store them."""
-    for name, words in NOT_FOLDERS.items():
-        if config[name] not in words and not hub.is_id(config[name]):
-            config[name] = os.path.abspath(os.path.expanduser(config[name]))
-    registry.make_absolute(config.task)
-
 
 # --- Tokenizer and shapes -------------------------------------------------------------------------------------------
 
@@ -89,7 +58,7 @@ def make_tokenizer(config: ConfigDict, date: datetime.date | None = None) -> Tok
     Raises:
       UserError: if neither a folder nor the task has one, and as in `Tokenizer.load`.
     """
-    if ref := folder(config, "ref"):
+    if ref := sources.folder(config, "ref"):
         return load_tokenizer(ref, prompt_format=config.prompt_format, date=date)
     task = registry.get(config.task.name)
     if task.FINITE:
@@ -115,7 +84,7 @@ def ref_shape(config: ConfigDict, vocab_size: int | None) -> DecoderConfig:
       ValueError: for an impossible section `model`.
       UserError: for a folder without a supported model.
     """
-    if ref := folder(config, "ref"):
+    if ref := sources.folder(config, "ref"):
         return hf.read_config(ref, _dtype(config, ref), config.quantize)
     return _model_section(config, vocab_size)
 
@@ -127,7 +96,7 @@ def guide_config(session: Session) -> ValueConfig:
 
 def starts_from_guide(config: ConfigDict) -> bool:
     """Return true if the guide starts from an exported one, which keeps its distribution and its layers."""
-    start = folder(config, "guide")
+    start = sources.folder(config, "guide")
     return start is not None and hf.is_guide(start)
 
 
@@ -146,7 +115,7 @@ def guide_shape(
         the guide in the folder.
       trunk: shape of the model that the guide starts from, by default of the config's.
     """
-    start = folder(config, "guide") if trunk is None else None
+    start = sources.folder(config, "guide") if trunk is None else None
     if start:
         trunk = hf.read_config(start, _dtype(config, start), config.quantize)
     elif trunk is None:
@@ -187,7 +156,7 @@ def trunk_configs(session: Session) -> dict[str, DecoderConfig]:
 def weights(session: Session) -> dict[str, Params]:
     """Return the models' weights in the form for decoding, as `jax.ShapeDtypeStruct`s."""
     config, shape = session.config, ref_config(session)
-    stored = shape.dtype if folder(config, "ref") else "float32"  # the dtype of training
+    stored = shape.dtype if sources.folder(config, "ref") else "float32"  # the dtype of training
     if trains_policy(config):
         learned: Any = LanguageModel(decoder.abstract(shape), shape)
     else:
@@ -225,8 +194,8 @@ def _model_section(config: ConfigDict, vocab_size: int) -> DecoderConfig:
 
 def check_folders(config: ConfigDict) -> None:
     """Check that the model folders exist, and the bases of adapters; a UserError names the setting or the folder."""
-    for name, words in NOT_FOLDERS.items():
-        path = folder(config, name)
+    for name, words in sources.NOT_FOLDERS.items():
+        path = sources.folder(config, name)
         if path and not path.exists():
             raise UserError(
                 f"config.{name} is {config[name]!r}, which is not a folder; give {', '.join(words)}, or a model's"
@@ -242,7 +211,7 @@ def check(session: Session) -> None:
     Raises:
       UserError: naming the folder; ValueError: for impossible sections.
     """
-    ref, guide = folder(session.config, "ref"), folder(session.config, "guide")
+    ref, guide = sources.folder(session.config, "ref"), sources.folder(session.config, "guide")
     whose = f"the tokenizer in {ref}" if ref else "the task's tokenizer"
     check_vocabulary(tokenizer(session), trunk_configs(session), [guide] if guide else [], whose)
     for shape in trunk_configs(session).values():
@@ -265,7 +234,7 @@ def load_ref(session: Session) -> LanguageModel:
       UserError: if its pre-training is not finished, or what is read is damaged.
     """
     shape, mesh = ref_config(session), session.decode_mesh
-    if ref := folder(session.config, "ref"):
+    if ref := sources.folder(session.config, "ref"):
         progress.tell(f"loading the reference {session.config.ref}")
         unstack = functools.partial(decoder.unstack, transposed=cpu_form.here())
         read = LanguageModel(jax.eval_shape(unstack, decoder.abstract(shape, shape.dtype)), shape)
@@ -345,11 +314,11 @@ def first_guide(session: Session, ref: LanguageModel | None) -> Params:
     `ref` is the reference; it is not used if the guide's trunk comes from a folder.
     """
     config, shape = session.config, guide_config(session)
-    start = folder(config, "guide")
+    start = sources.folder(config, "guide")
     shardings = _shardings(ValueModel(value.abstract(shape), shape), session.fit_mesh, sharding.FIT)
     if start and hf.is_guide(start):
         return hf.load_guide(start, dtype="float32", unstacked=False, shardings=shardings).params
-    start = folder(config, "ref") if config.guide == "ref" else start
+    start = sources.folder(config, "ref") if config.guide == "ref" else start
     if start:
         progress.tell(f"loading the guide's first weights from {start}")
         trunk = hf.load_trunk(start, dtype="float32", shardings=shardings and shardings["trunk"]).params
@@ -370,7 +339,7 @@ def first_policy(session: Session, ref: LanguageModel) -> Params:
     """
     if session.config.fit.lora_rank:
         return session.for_fitting(ref.replace(params=_add_lora(session, ref))).params
-    if start := folder(session.config, "ref"):
+    if start := sources.folder(session.config, "ref"):
         progress.tell(f"loading the policy's first weights from {start}")
         shape = ref_config(session)
         shardings = _shardings(LanguageModel(decoder.abstract(shape), shape), session.fit_mesh, sharding.FIT)

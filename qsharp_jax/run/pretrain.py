@@ -10,7 +10,7 @@ from qsharp_jax import train
 from qsharp_jax.data.batches import Batches, Example
 from qsharp_jax.models import attention, decoder, quantized
 from qsharp_jax.models.decoder import LanguageModel
-from qsharp_jax.run import models
+from qsharp_jax.run import models, sources
 from qsharp_jax.run.problems import task
 from qsharp_jax.run.session import Session
 from qsharp_jax.system.files import folder_of_this_machine
@@ -19,7 +19,7 @@ from qsharp_jax.train.checkpoint import Checkpoints, DamagedError
 
 def run(session: Session) -> LanguageModel:
     """Train pi_ref on fresh texts, each seen once, into the workdir; a finished one, or a folder's, is loaded."""
-    if models.folder(session.config, "ref"):
+    if sources.folder(session.config, "ref"):
         return models.load_ref(session)
     config, model_config = session.config.pretrain, models.ref_config(session)
     checkpoints = Checkpoints(session.workdir.ref)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsharp_jax.models import hf
-from qsharp_jax.run import models
+from qsharp_jax.run import sources
 from qsharp_jax.run.problems import all_train_problems, test_problems
 from qsharp_jax.run.session import Session
 from qsharp_jax.run.workdir import Workdir
@@ -40,7 +40,7 @@ def check_folders(workdir: Workdir) -> None:
         return
     stored = workdir.read_hashes()
     hashes = dict(stored)
-    folders = {name: models.folder(workdir.config, name) for name in models.NOT_FOLDERS}
+    folders = {name: sources.folder(workdir.config, name) for name in sources.NOT_FOLDERS}
     bases = {f"{name}'s base": hf.base_of(folder) for name, folder in folders.items() if folder}
     for name, folder in (folders | bases).items():
         if folder is None:

@@ -26,6 +26,11 @@ def warn(sentence: str) -> None:
     print(f"qsharp: {sentence}", file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, at most 200 characters, or the name of its type if it has no words."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: "did you mean 'eta'?", or a list of all known names."""
     known = sorted(known)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 
 LATEST = 120.0  # seconds after which a file must be seen that another machine has written
 
@@ -62,9 +62,8 @@ def is_file(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except Exception as error:  # from Google's libraries, aiohttp, or an OSError
-        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"{path} cannot be reached ({words}); check the bucket's name, and log in by `gcloud auth"
+            f"{path} cannot be reached ({first_line(error)}); check the bucket's name, and log in by `gcloud auth"
             " application-default login`"
         ) from error
 

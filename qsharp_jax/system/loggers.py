@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qsharp_jax.system import files
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 from qsharp_jax.system.tensorboard import EventFiles, folder_name
 
 
@@ -121,9 +121,9 @@ def make(name: str, workdir: Path, config: Mapping[str, Any]) -> Logger:
     try:
         return LOGGERS[name](workdir, config)
     except Exception as error:  # of the packages: no login, an unreachable server, a read-only disk
-        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"config.loggers has {name}, which does not start ({words}); check its login and server, or leave it out"
+            f"config.loggers has {name}, which does not start ({first_line(error)}); check its login and server,"
+            " or leave it out"
         ) from error
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 from qsharp_jax.tasks import base
 from qsharp_jax.tasks.base import Problem
 
@@ -206,9 +206,8 @@ def _hub_rows(source: Source) -> list[Row]:
         else:
             parts = [datasets.load_dataset(source.hub, part, split=source.split) for part in source.parts]
     except Exception as error:  # from the hub's client, the network, or `datasets`
-        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"cannot load {source.hub} ({words}); put its JSON lines at DIR/{source.file} and set"
+            f"cannot load {source.hub} ({first_line(error)}); put its JSON lines at DIR/{source.file} and set"
             f" {VARIABLE}=DIR, or give --config.task.data=DIR"
         ) from error
     rows = [dict(row) for part in parts for row in part]

@@ -25,7 +25,7 @@ from typing import Any
 
 from qsharp_jax.system import chat, settings
 from qsharp_jax.system.chat import Prompt
-from qsharp_jax.system.errors import UserError
+from qsharp_jax.system.errors import UserError, first_line
 from qsharp_jax.system.files import is_file, make_path
 from qsharp_jax.tasks import base, finite, reward_worker
 from qsharp_jax.tasks.base import Problem
@@ -226,7 +226,7 @@ def _parquet_rows(path: Path) -> list[finite.Row]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}); write it again") from None
+        raise UserError(f"{path} is not a Parquet file ({first_line(error)}); write it again") from None
     return [finite.json_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
@@ -236,9 +236,9 @@ def _hub_rows(name: str) -> list[finite.Row]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # from the hub's client, the network, or `datasets`
-        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"cannot load the data set {name} from the hub ({words}); give a file of JSON lines or Parquet instead"
+            f"cannot load the data set {name} from the hub ({first_line(error)}); give a file of JSON lines or Parquet"
+            " instead"
         ) from error
     return [finite.json_row(f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, start=1)]
 

@@ -208,7 +208,7 @@ def test_a_response_without_a_reward_is_learned_from_as_its_prompts_mean_and_rec
 
 
 def test_a_response_without_a_reward_neither_pushes_its_siblings_nor_is_pushed():
-    """By leave-one-out, with one and with two failed of four: of the judged ones' advantages the sum stays 0."""
+    """With one and with two failed of four: the judged ones' leave-one-out advantages still add up to 0."""
     rewards = policy_based.fill_rewards(np.asarray([np.nan, 0.1, 0.2, 0.6, 0.9, np.nan, 0.5, np.nan]), 4)
     examples = [Example([1], [2], reward=reward) for reward in rewards.tolist()]
     ones, zeros = np.ones((8, 1), bool), np.zeros((8, 1))

@@ -85,7 +85,7 @@ def test_a_chat_begins_and_ends_as_the_file_says(tmp_path):
 
 
 def test_a_response_ends_at_every_control_token_that_is_known_to_end_one(tmp_path):
-    """As llama.cpp has it: files of instruct models name one of them, and the model may write another."""
+    """llama.cpp does so too: files of instruct models name one of them, and the model may write another."""
     tokenizer = original("qwen2")
     special = ["<|endoftext|>", "<|eom_id|>", "<|python_tag|>", "<|done|>"]
     tokenizer.add_special_tokens({"extra_special_tokens": special})

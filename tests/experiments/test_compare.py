@@ -190,16 +190,16 @@ def test_every_comparison_can_be_run(name):
 
 def test_objectives_are_at_the_comparison_s_eta_whatever_a_method_s_own(tmp_path, monkeypatch):
     """In the rows, and in the curves of rollouts; a reward of 0.6 at 2 nats is 0.4 at eta 0.1."""
-    made = comparison(
+    recipe = comparison(
         tmp_path, "collect.eta=0.1", methods=("cd", "klq", "dpo"),
         cd=("collect.eta=0.05",), klq=("klq.tau=0.5",), dpo=("dpo.beta=0.7",),
     )  # fmt: skip
     folder = tmp_path / "all" / "seed_0"
-    Workdir.open(folder / compare.SHARED, compare.settings(made, 0, "qsharp")).close()
+    Workdir.open(folder / compare.SHARED, compare.settings(recipe, 0, "qsharp")).close()
     monkeypatch.setattr(compare, "_rewards", lambda *_: [0.6])
     result = dict(round=1, reward=0.6, kl=2.0, kl_truncated=2.0)
-    for method in made.compare.methods:
-        with Workdir.open(folder / method, compare.settings(made, 0, method)) as workdir:
+    for method in recipe.compare.methods:
+        with Workdir.open(folder / method, compare.settings(recipe, 0, method)) as workdir:
             workdir.results.write_text(json.dumps([result | {"method": name} for name in (method, compare.GREEDY)]))
             batch = lot(f"round 1: {method}", 0, 8) | {"log_prob_gap": 0.0, "reward": 0.6, "kl": 2.0, "objective": -9.0}
             workdir.append_metrics(batch)
@@ -208,7 +208,7 @@ def test_objectives_are_at_the_comparison_s_eta_whatever_a_method_s_own(tmp_path
                 compare._row_of_samples(folder / method, 0, compare.GREEDY, 0.1, 1),
             ]
             assert [row["objective"] for row in rows] == pytest.approx([0.4, 0.4])
-    with Workdir.open(tmp_path / "all", made) as workdir:
+    with Workdir.open(tmp_path / "all", recipe) as workdir:
         ((key, (batch,)),) = compare._curves(workdir).items()
     assert key == ("klq", 0) and batch["objective"] == pytest.approx(0.4)
 

@@ -34,7 +34,7 @@ def examples(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(("source", "several"), [("launch/tpu.sh", 1), ("launch/cuda.sh", 2), ("docs/cloud.md", 2)])
 def test_the_examples_have_meshes_of_their_machines(source, several):
     """Two boxes or nodes have eight GPUs each; the mesh has as many devices, and divides the model and its batches."""
-    found = 0
+    count = 0
     for words in examples((ROOT / source).read_text()):
         launch, run = words[: words.index("--")], words[words.index("--") + 1 :]
         given = dict(zip(launch, launch[1:]))
@@ -49,5 +49,5 @@ def test_the_examples_have_meshes_of_their_machines(source, several):
         assert math.prod(mesh.fit.values()) == hosts * here and math.prod(mesh.decode.values()) == here
         assert model.heads % mesh.decode.tensor == model.kv_heads % mesh.decode.tensor == 0
         assert model.heads % mesh.fit.tensor == 0
-        found += hosts > 1
-    assert found == several
+        count += hosts > 1
+    assert count == several

@@ -12,7 +12,7 @@ def has_none(world):
 
 
 def install(world, plugin: str):
-    """What pip leaves of JAX's plugin in the environment, which the fake pip does not make."""
+    """Leave what pip leaves of JAX's plugin in the environment; the fake pip does not."""
     site_packages = world.repo / ".venv" / "lib" / "python3.13" / "site-packages"
     (site_packages / f"jax_{plugin}_plugin-0.10.0.dist-info").mkdir(parents=True)
 

@@ -155,15 +155,19 @@ def test_quantized_weights_are_counted_in_their_bits(quantize, each):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kv_heads", "window", "copied"),
-    [("v5e_8", 32, 512, 1), ("v5e_8", 32, 0, 0), ("v5e_8", 8, 512, 0), ("cuda_8", 32, 512, 0)],
-)
-def test_a_reference_without_grouped_queries_has_its_cache_copied_on_tpus(monkeypatch, mesh, kv_heads, window, copied):
+    ("mesh", "kv_heads", "window", "quantize", "copied"),
+    [
+        ("v5e_8", 32, 512, "none", 1), ("v5e_8", 32, 512, "int8", 1), ("v5e_8", 32, 0, "none", 0),
+        ("v5e_8", 32, 0, "int8", 0), ("v5e_8", 8, 512, "none", 0), ("cuda_8", 32, 512, "none", 0),
+    ],
+)  # fmt: skip
+def test_a_cache_without_grouped_queries_is_copied_on_tpus(monkeypatch, mesh, kv_heads, window, quantize, copied):
     """Where attention is not by the kernel, as in layers with a window."""
     sizes = plan.job.model_configs.SIZES
     windows = dict(window=window, window_layers=(0,)) if window else {}
     monkeypatch.setitem(sizes, "ungrouped", sizes["llama3.1-8b"] | dict(kv_heads=kv_heads) | windows)
-    job = plan.make(config_of(f"mesh={mesh}"), ref_size="ungrouped", guide_size="llama3.2-1b")
+    config = config_of(f"mesh={mesh}", f"quantize={quantize}")
+    job = plan.make(config, ref_size="ungrouped", guide_size="llama3.2-1b")
     found = plan.decode(job, job.config.mesh)
     assert part(found, "copies of caches") == copied * part(found, "reference's cache")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import small_data
 
-from qsharp_jax.run import checks, models, problems
+from qsharp_jax.run import checks, models, problems, sources
 from qsharp_jax.run import config as configs
 from qsharp_jax.system import loggers
 from qsharp_jax.system.errors import UserError
@@ -123,10 +123,10 @@ def test_a_task_without_a_model_of_its_own(tmp_path):
         config.task = dict(name="gsm8k", data="data", evaluate_on="test", split_seed=0)
     with pytest.raises(UserError, match="config.ref is pretrain, but gsm8k has no texts to pre-train on"):
         checks.check(config)
-    models.make_absolute(config)
+    sources.make_absolute(config)
     assert config.task.data == str(Path.cwd() / "data")
     config.task.data = "hub"
-    models.make_absolute(config)
+    sources.make_absolute(config)
     assert config.task.data == "hub"
 
 

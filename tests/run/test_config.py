@@ -266,7 +266,7 @@ def test_a_recipe_is_found_by_its_name_and_by_its_path(name):
 
 @pytest.mark.parametrize("name", [str(name) for name in RECIPES if name.name not in ("meshes", "paper")])
 def test_the_policy_of_a_recipe_outlasts_its_warm_up(name):
-    """By REINFORCE, which learns once from every rollout, and so makes the fewest updates."""
+    """REINFORCE learns once from every rollout, and so makes the fewest updates."""
     config = configs.load(name, [])
     if "compare" in config:
         configs.override(config, [f"--config.{change}" for change in config.compare.changes.get("reinforce", ())])

@@ -17,7 +17,7 @@ import qsharp_jax
 from qsharp_jax import plan
 from qsharp_jax.models import hf
 from qsharp_jax.run import config as configs
-from qsharp_jax.run import models
+from qsharp_jax.run import sources
 from qsharp_jax.run.provenance import _hash_files
 from qsharp_jax.run.workdir import Workdir, stored_config
 
@@ -40,8 +40,8 @@ def test_a_run_keeps_the_commit_that_it_began_with(files, tmp_path, monkeypatch)
     with fake_hub.running(tmp_path / "cache", monkeypatch) as fake:
         commit = fake.push(NAME, files)
         config = settings()
-        models.pin(config, stored_config(tmp_path / "run"))
-        models.make_absolute(config)
+        sources.pin(config, stored_config(tmp_path / "run"))
+        sources.make_absolute(config)
         with Workdir.open(tmp_path / "run", config):
             pass
         assert json.loads((tmp_path / "run" / "config.json").read_text())["ref"] == f"{NAME}@{commit}"
@@ -49,13 +49,13 @@ def test_a_run_keeps_the_commit_that_it_began_with(files, tmp_path, monkeypatch)
         fake.push(NAME, files | {"generation_config.json": b"{}"})
         fake_hub.forget()
         again = settings()
-        models.pin(again, stored_config(tmp_path / "run"))
+        sources.pin(again, stored_config(tmp_path / "run"))
         with Workdir.open(tmp_path / "run", again) as workdir:
-            assert models.folder(workdir.config, "ref").name == commit
-            assert models.folder(workdir.config, "guide") is None
+            assert sources.folder(workdir.config, "ref").name == commit
+            assert sources.folder(workdir.config, "guide") is None
         other = settings()
-        models.pin(other, None)
-        assert models.folder(other, "ref").name != commit
+        sources.pin(other, None)
+        assert sources.folder(other, "ref").name != commit
 
 
 def test_commands_and_load_take_an_id_from_the_cache(files, tmp_path, monkeypatch, capfd):

@@ -195,9 +195,9 @@ def test_a_run_draws_no_special_tokens_past_the_embedding(tmp_path):
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|image|>"]})
     hf.export_ref(helpers.random_model(rows, max_positions=64), tmp_path, tokenizer=tokenizer)
-    made = session(f"ref={tmp_path}", f"generate.top_k_candidates={rows + 5}")
-    checks.check(made.config)
-    sampling = models.sampling(made)
+    begun = session(f"ref={tmp_path}", f"generate.top_k_candidates={rows + 5}")
+    checks.check(begun.config)
+    sampling = models.sampling(begun)
     assert (sampling.vocab_size, sampling.top_k_candidates) == (rows, rows)
     tokenizer.add_tokens([f"dragon{n}" for n in range(9)])  # the tokenizer of another model
     tokenizer.save_pretrained(tmp_path)
@@ -235,17 +235,6 @@ def test_with_both_folders_the_sections_of_what_is_made_on_the_spot_may_be_absen
     config.ref, config.guide = "pretrain", "ref"
     with pytest.raises(UserError, match="lacks the setting pretrain.steps"):
         checks.check(config)
-
-
-def test_paths_are_made_absolute_and_words_left_alone(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
-    config = session("ref=models/../ref", "guide=~/guide").config
-    models.make_absolute(config)
-    assert (config.ref, config.guide) == (str(tmp_path / "ref"), "/home/someone/guide")
-    config = session().config
-    models.make_absolute(config)
-    assert (config.ref, config.guide) == ("pretrain", "ref")
 
 
 def test_folders_that_cannot_be_are_refused_before_anything_is_made(folders, tmp_path, capsys):
