@@ -33,21 +33,24 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
     others = sorted(known, key=lambda other: _distance(section, other))
     works = next((other["name"] for other in others if problem(job, other, devices) is None), None)
     hint = f"the nearest preset that works is --config.mesh={works}" if works else "no preset works as it stands"
-    for hosts, decode in _decode_on_several_hosts(job, section):
+    for hosts, decode in _decode_otherwise(job, section):
         if problem(job, {**section, "decode": decode}, devices) is None:
-            sizes = " ".join(f"--config.mesh.decode.{axis}={size}" for axis, size in decode.items() if size > 1)
-            hint = f"{hosts} hosts that decode together have room, with {sizes}; {hint}"
+            changed = {axis: size for axis, size in decode.items() if size != section["decode"][axis]}
+            sizes = " ".join(f"--config.mesh.decode.{axis}={size}" for axis, size in changed.items())
+            words = "decoding works" if hosts == 1 else f"{hosts} hosts that decode together have room,"
+            hint = f"{words} with {sizes}; {hint}"
             break
     raise UserError(f"{reason}; {hint}")
 
 
-def _decode_on_several_hosts(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
-    """Yield sizes of `decode` on several hosts of a slice, fewest first, with whole kv heads of the reference."""
-    for hosts in range(2, section["hosts"] + 1):
+def _decode_otherwise(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield sizes of `decode` on hosts of a slice, fewest first, with whole kv heads of the reference."""
+    for hosts in range(1, section["hosts"] + 1):
         if section["hosts"] % hosts == 0:
             chips = hosts * section["devices_per_host"]
             tensor = math.gcd(chips, job.ref.config.kv_heads)
-            yield hosts, {"data": 1, "attention_data": chips // tensor, "tensor": tensor}
+            rest = "data" if hosts == 1 else "attention_data"  # of several hosts memory is wanted
+            yield hosts, {"data": 1, "attention_data": 1, "tensor": tensor} | {rest: chips // tensor}
 
 
 def problem(job: Job, section: Any, devices: Sequence[jax.Device] | None = None) -> str | None:

@@ -300,6 +300,19 @@ def test_hosts_that_could_decode_together_are_named():
     plan.check(fits, fits.config.mesh, PRESETS)
 
 
+def test_a_split_of_the_same_devices_that_would_do_is_named(monkeypatch):
+    """Of 28 heads and 4 kv heads, which 8 devices do not divide."""
+    sizes = plan.job.model_configs.SIZES
+    monkeypatch.setitem(sizes, "28-heads", sizes["llama3.1-8b"] | dict(heads=28, kv_heads=4))
+    named = dict(ref_size="28-heads", guide_size="llama3.2-1b")
+    job = job_of("mesh=cuda_8", **named)
+    words = "; decoding works with --config.mesh.decode.data=2 --config.mesh.decode.tensor=4; the nearest preset"
+    with pytest.raises(UserError, match=words):
+        plan.check(job, job.config.mesh, PRESETS)
+    divided = job_of("mesh=cuda_8", "mesh.decode.data=2", "mesh.decode.tensor=4", **named)
+    plan.check(divided, divided.config.mesh, PRESETS)
+
+
 def test_contexts_and_sizes_that_cannot_be():
     with pytest.raises(UserError, match="--ref-size llama3.1-8x is not known; did you mean 'llama3.1-8b'"):
         job_of(ref_size="llama3.1-8x")
