@@ -143,6 +143,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         from qsharp_jax.run import checks
 
         options.settings = configs.load(options.config, rest)
+        configs.check_known(options.settings, options.config)
         checks.check_settings(options.settings)
         return contextlib.nullcontext()
     if options.workdir is None and getattr(options, "mesh", None) is not None:
@@ -159,6 +160,7 @@ def _open_workdir(options: argparse.Namespace, rest: list[str]) -> Workdir | con
         config = own_runs.load(own_runs.OwnRun(**own), options.workdir, rest)
     elif options.config is not None:
         config = configs.load(options.config, rest)
+        configs.check_known(config, options.config)
     elif (of := _measured(options)) is not None:
         config = _settings_of(of, rest)
     else:

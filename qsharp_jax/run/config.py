@@ -19,6 +19,8 @@ from qsharp_jax.run import schema
 from qsharp_jax.system import settings
 from qsharp_jax.system.errors import UserError, nearest
 
+# Sections whose settings depend on what they are for: the task, the size of a model, the algorithms that are compared.
+OPEN = ("task.", "model.", "compare.changes.")
 RECIPES = Path(__file__).parents[1] / "configs"  # the recipes of the package
 
 # --- From the file and the command line -----------------------------------------------------------------------------
@@ -59,6 +61,16 @@ def load(recipe: str | Path, overrides: list[str]) -> ConfigDict:
     override(config, rest)
     to_json(config)
     return config
+
+
+def check_known(config: ConfigDict, recipe: str | Path) -> None:
+    """Check that a recipe has no setting that nothing reads, such as a misspelt one; a UserError names it.
+
+    Stored configs may have settings of older versions.
+    """
+    for key in keys(config):
+        if key not in schema.RULES and not key.startswith(OPEN):
+            raise UserError(f"{find(recipe)} has the setting {key}, which is not known; {nearest(key, schema.RULES)}")
 
 
 def find(recipe: str | Path) -> Path:

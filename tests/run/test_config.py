@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from helpers import refusal
 from ml_collections import ConfigDict
 from repository import CONFIGS
 
+from qsharp_jax import cli
 from qsharp_jax.run import checks, schema
 from qsharp_jax.run import config as configs
 from qsharp_jax.system.errors import UserError, nearest
@@ -272,6 +274,30 @@ def test_the_policy_of_a_recipe_outlasts_its_warm_up(name):
         configs.override(config, [f"--config.{change}" for change in config.compare.changes.get("reinforce", ())])
     updates = config.collect.prompts * config.collect.samples / config.policy.batch_size
     assert config.policy.optimizer.warmup_steps < updates / 2
+
+
+@pytest.mark.parametrize("recipe", [str(name) for name in RECIPES if name.name not in ("meshes", "paper")])
+def test_recipes_have_known_settings_alone(recipe):
+    configs.check_known(configs.load(recipe, []), recipe)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("c.fit.learning_rate = 1e-4", "fit.learning_rate, which is not known; did you mean 'fit.optimizer.learning_rate'"),
+        ("c.fit.epoch = 3", "fit.epoch, which is not known; did you mean 'fit.epochs'"),
+        ("c.vlaue = dict(type='v')", "vlaue.type, which is not known; did you mean 'value.type'"),
+    ],
+)
+def test_a_misspelt_setting_of_a_recipe_is_named(tmp_path, capsys, line, words):
+    recipe = tmp_path / "mine.py"
+    shutil.copy(CONFIGS / "meshes.py", tmp_path)
+    lines = ["from qsharp_jax.configs import arithmetic", "def get_config():", " c = arithmetic.get_config()", f" {line}", " return c"]
+    recipe.write_text("\n".join(lines))
+    assert cli.main(["run", "--config", str(recipe), "--workdir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"{recipe} has the setting {words}" in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_round_trip(path):
