@@ -1,4 +1,4 @@
-"""Where a run's models come from: the folders, GGUF files and ids on the hub that its config names.
+"""The sources of a run's models: the folders, GGUF files and ids on the hub that its config names.
 
 `models.py` says what `config.ref` and `config.guide` may be, and loads them.
 """
