@@ -44,11 +44,13 @@ def check(job: Job, section: Any, presets: Mapping[str, Any], devices: Sequence[
 
 
 def _decode_otherwise(job: Job, section: Any) -> Iterator[tuple[int, dict[str, int]]]:
-    """Yield sizes of `decode` on hosts of a slice, fewest first, with whole kv heads of the reference."""
+    """Yield sizes of `decode` on hosts of a slice, fewest first, with whole kv heads of the reference and whole heads
+    of the guide.
+    """
     for hosts in range(1, section["hosts"] + 1):
         if section["hosts"] % hosts == 0:
             chips = hosts * section["devices_per_host"]
-            tensor = math.gcd(chips, job.ref.config.kv_heads)
+            tensor = math.gcd(chips, job.ref.config.kv_heads, job.guide.config.trunk.heads)
             rest = "data" if hosts == 1 else "attention_data"  # of several hosts memory is wanted
             yield hosts, {"data": 1, "attention_data": 1, "tensor": tensor} | {rest: chips // tensor}
 

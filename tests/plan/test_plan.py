@@ -300,11 +300,12 @@ def test_hosts_that_could_decode_together_are_named():
     plan.check(fits, fits.config.mesh, PRESETS)
 
 
-def test_a_split_of_the_same_devices_that_would_do_is_named(monkeypatch):
-    """Of 28 heads and 4 kv heads, which 8 devices do not divide."""
+@pytest.mark.parametrize(("heads", "kv_heads", "guide"), [(28, 4, "llama3.2-1b"), (40, 8, "qwen2.5-1.5b")])
+def test_a_split_of_the_same_devices_that_would_do_is_named(monkeypatch, heads, kv_heads, guide):
+    """Of 28 heads and 4 kv heads of the reference, and of 12 heads of the guide, which 8 devices do not divide."""
     sizes = plan.job.model_configs.SIZES
-    monkeypatch.setitem(sizes, "28-heads", sizes["llama3.1-8b"] | dict(heads=28, kv_heads=4))
-    named = dict(ref_size="28-heads", guide_size="llama3.2-1b")
+    monkeypatch.setitem(sizes, f"{heads}-heads", sizes["llama3.1-8b"] | dict(heads=heads, kv_heads=kv_heads))
+    named = dict(ref_size=f"{heads}-heads", guide_size=guide)
     job = job_of("mesh=cuda_8", **named)
     words = "; decoding works with --config.mesh.decode.data=2 --config.mesh.decode.tensor=4; the nearest preset"
     with pytest.raises(UserError, match=words):
