@@ -5,7 +5,7 @@ Prompts and responses are token ids.
 """
 
 from qsharp_jax.decoding.api import Run, cache_size, cache_sizes, for_decoding, generate, stream
-from qsharp_jax.decoding.checks import caches, dequantized, guide_names, prefill_work, row_seeds, rows_that_fit
+from qsharp_jax.decoding.checks import by_name, caches, dequantized, guide_names, prefill_work, row_seeds, rows_that_fit
 from qsharp_jax.decoding.engine import ContinuousBatch, loop_sizes
 from qsharp_jax.decoding.loop import BLOCK, decode, prefill, prefill_rows
 from qsharp_jax.decoding.state import (
@@ -32,6 +32,7 @@ __all__ = [
     "Run",
     "Settings",
     "State",
+    "by_name",
     "cache_size",
     "cache_sizes",
     "caches",

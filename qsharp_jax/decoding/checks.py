@@ -188,14 +188,20 @@ def check_memory(
       tokens: of the longest of them, padded.
       chunk: those of each that go through a model at once.
     """
-    configs, weights = {"reference": ref.config}, {"reference": ref.params}
-    for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
-        configs[name], weights[name] = value.trunk(member).config, member.params
+    configs, weights = by_name(ref, guide)
     parts: dict[str, Any] = sharding.abstract_rows(caches(configs, sizes)) | dequantized(configs, weights)
     mesh = jax.sharding.get_mesh()
     works = [prefill_work(config, prompts, tokens, mesh, chunk) for config in configs.values()]
     existing = {f"the {name}'s weights": params for name, params in weights.items()}
     memory.check_memory(parts | {"the prefill": max(works, key=_bytes)}, existing=existing)
+
+
+def by_name(ref: LanguageModel, guide: Guide | None) -> tuple[dict[str, DecoderConfig], dict[str, Params]]:
+    """Return the configs of the decoders that run, and the models' parameters: of the "reference" and of the guides."""
+    configs, weights = {"reference": ref.config}, {"reference": ref.params}
+    for name, member in zip(guide_names(len(members(guide))), members(guide), strict=True):
+        configs[name], weights[name] = value.trunk(member).config, member.params
+    return configs, weights
 
 
 def _check_vocabulary(ref: LanguageModel, guide: ValueModel | LanguageModel, vocab_size: int) -> None:
@@ -284,8 +290,8 @@ def rows_that_fit(configs: Sequence[DecoderConfig], size: int, weights: Any = No
     Args:
       configs: of the decoders that run.
       size: positions, see `cache_size`.
-      weights: a tree of `jax.ShapeDtypeStruct`s that are still to be loaded; by default the rows depend on the device
-        alone, not on what is free there.
+      weights: a tree of `jax.ShapeDtypeStruct`s that are still to be loaded or copied; by default the rows depend on
+        the device alone, not on what is free there.
     """
     device = memory.default_device()
     room = SHARE * memory.total(device)

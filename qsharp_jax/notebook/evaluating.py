@@ -111,7 +111,7 @@ def evaluate(
             encoded,
             dataclasses.replace(settings, eta=np.asarray([eta for _, eta, _ in plan], np.float32)),
             seeds=row_seeds(seed, len(plan)),
-            batch_size=rows_of(ref, encoded, sampling, len(plan)),
+            batch_size=rows_of(ref, model, encoded, sampling, len(plan)),
             samples=len(etas) * samples,
             name=f"evaluate {name}",
             tokenizer=ref.tokenizer,

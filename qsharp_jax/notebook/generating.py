@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qsharp_jax import decoding, rollouts
-from qsharp_jax.decoding import Generation, cache_size, row_seeds, rows_that_fit
+from qsharp_jax.decoding import Generation, by_name, cache_size, dequantized, row_seeds, rows_that_fit
 from qsharp_jax.decoding import Guide as Guides
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.notebook.guides import AnyGuide, for_reference
@@ -89,7 +89,7 @@ def generate(
         encoded,
         sampling,
         seeds=row_seeds(seed, responses),
-        batch_size=rows_of(ref, encoded, sampling, responses),
+        batch_size=rows_of(ref, model, encoded, sampling, responses),
         samples=samples,
         name="generate",
         tokenizer=ref.tokenizer,
@@ -119,10 +119,13 @@ def text_of(ref: Loaded, sampling: Sampling, generation: Generation, row: int) -
     return stop_strings.cut(ref.tokenizer.decode(generation.response(row)), sampling.stop)
 
 
-def rows_of(ref: Loaded, prompts: Sequence[Sequence[int]], sampling: Sampling, responses: int) -> int:
+def rows_of(
+    ref: Loaded, guide: Guides | None, prompts: Sequence[Sequence[int]], sampling: Sampling, responses: int
+) -> int:
     """Return how many rows to decode at once; a power of two, so that further calls find their program compiled."""
+    copies = dequantized(*by_name(ref.ref, guide))
     size = cache_size(max(map(len, prompts)), sampling.max_new_tokens, sampling.prompt_bucket)
-    return min(1 << (responses - 1).bit_length(), rows_that_fit([ref.ref.config] * 2, size))
+    return min(1 << (responses - 1).bit_length(), rows_that_fit([ref.ref.config] * 2, size, copies or None))
 
 
 def check_counts(samples: int, seed: int) -> None:
