@@ -27,6 +27,7 @@ import functools
 import importlib.util
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -43,6 +44,7 @@ from qsharp_jax.models.config import DecoderConfig
 from qsharp_jax.models.decoder import LanguageModel
 from qsharp_jax.models.value import ValueConfig, ValueModel
 from qsharp_jax.sampling import Sampling
+from qsharp_jax.system.errors import first_line
 
 CANDIDATES, ETA = 20, 0.1
 SLOTS = 4  # guide positions that a row has on average when candidates are packed
@@ -221,7 +223,7 @@ def read_bandwidth() -> float:
 def matmul_speed(dtype: jnp.dtype) -> float:
     """Floating-point operations a second of a product of two matrices of 4096 x 4096."""
     multiply = jax.jit(jnp.matmul)
-    x = jnp.ones((4096, 4096), dtype)
+    x = jax.random.normal(jax.random.key(0), (4096, 4096), dtype)  # of equal numbers GPUs are faster
     return 2 * 4096**3 / seconds_of(lambda: multiply(x, x))
 
 
@@ -325,7 +327,11 @@ def variants(options: argparse.Namespace, ref: LanguageModel, guide: ValueModel)
     if jax.default_backend() != "cpu" and not has_cuda():
         print("transformers is not measured: this PyTorch finds no GPU")
         return programs
-    torch = Torch(ref, guide)
+    try:
+        torch = Torch(ref, guide)
+    except Exception as error:  # of the export's disk, the device's memory, or another version of transformers
+        print(f"transformers is not measured: {first_line(error)}")
+        return programs
     programs |= {
         "transformers, unguided": functools.partial(torch.milliseconds, False),
         "transformers, guided": functools.partial(torch.milliseconds, True),
@@ -367,7 +373,10 @@ def main() -> None:
         for setting, batch, program in times:
             work = works[setting, batch]
             steps = work.setting.steps if round_ else decoding.BLOCK  # the first round compiles
-            times[setting, batch, program].append(programs[program](work, steps))
+            prefill, step = programs[program](work, steps)
+            times[setting, batch, program].append((prefill, step))
+            what = f"round {round_}: {setting}, batch {batch}, {program}"  # what is left of a run that is cut off
+            print(f"{what}: prefill {prefill:.1f} ms, {step:.2f} ms a step", file=sys.stderr, flush=True)
             if not round_:
                 compiled[setting, batch, program] = compilations.take()
         machine.append((read_bandwidth(), matmul_speed(ref.config.compute_dtype)))

@@ -1,13 +1,14 @@
 """Compile guided decoding for an H200 on a machine that has none.
 
-    pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     # that of jax; no CUDA is needed
+    pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2     # with jax 0.10.2; no CUDA is needed
     python benchmarks/gpu.py [--rows 1 16 64] [--layers N [M]] [--models REF GUIDE] [--quantize int8]
     python benchmarks/gpu.py --rows 16 --positions 8320 --new 128 --filled 1 [--samples 16]
 
 XLA compiles `decoding.decode` with abstract weights, by default of Llama 3.1 8B and of a 1B guide. The program is read,
 not run: kernels and bytes of one step, and what makes a step wait for the host. 1,792 positions, of which each row
 holds a quarter, 20 candidates, top-p and all records on, bfloat16, or weights in 8 or 4 bits. Kernels are not tuned
-without a device: where cuBLAS is faster than the kernel here, a GPU's program has it instead. With `--samples` so many
+without a device: where cuBLAS is faster than the kernel here, a GPU's program has it instead. With jax 0.11 and later
+nothing is compiled without one, since the lowering of our kernel asks the device for its kind. With `--samples` so many
 rows have one prompt, which they share if it is long, as in `ContinuousBatch`.
 """
 

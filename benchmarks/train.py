@@ -217,6 +217,8 @@ def main() -> None:
         rows = work.rows * work.length // options.length
         work = dataclasses.replace(work, rows=rows, length=options.length)
     ours = Ours(work)
+    ours()
+    stats = jax.local_devices()[0].memory_stats()  # of this program, before others take memory
     programs: dict[str, Callable[[], float]] = {"ours": ours}
     if options.beside:
         programs[options.beside] = Ours(dataclasses.replace(work, attend_by=options.beside))
@@ -253,7 +255,7 @@ def main() -> None:
         f"{work.rows * work.length / step:.0f} tokens/s; products with weights {flops[0] / 1e9:.0f} GFLOP, attention"
         f" {flops[1] / 1e9:.0f}; {sum(flops) / step / 1e12:.3f} TFLOP/s, MFU {sum(flops) / step / options.peak:.2%}"
     )
-    if stats := jax.local_devices()[0].memory_stats():
+    if stats:
         print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
     if options.profile:
         profile(ours)
