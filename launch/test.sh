@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then runs the tests but for the slow ones, a file on each of up to four cores at a time. Arguments go to
-# pytest: `bash launch/test.sh -m slow`.
+# pytest: `bash launch/test.sh -m slow`. Files are not sorted by their numbers of tests: those with few have the longest,
+# and would come last, each on its own.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=/dev/null
@@ -14,4 +15,4 @@ fi
 set_up test
 
 cd "$repo"
-exec "$QSHARP_VENV/bin/python" -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@"
+exec "$QSHARP_VENV/bin/python" -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

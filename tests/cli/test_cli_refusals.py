@@ -50,7 +50,7 @@ def test_models_that_are_not_given_or_given_twice(light, tmp_path, capsys):
         (("generate", PROMPT, "--ref", ""), "--ref is empty; give a folder, a GGUF file, or an id"),
         (("generate", PROMPT, "--ref", ref, "--guide", ""), "--guide is empty"),
         (("generate", PROMPT, "--ref", ref, "--process", 0), "--process goes with --coordinator HOST:PORT"),
-        (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "nan"), "--weights is nan; it must be a finite"),
+        (("generate", PROMPT, "--ref", ref, "--guide", guide, "--weights", "nan"), "--weights is nan; it must be a number from -1e+06"),
         (("generate", "--ref", ref, "--input", tmp_path), "is a folder; give --input a file of prompts"),
         (("generate", PROMPT, "--ref", ref, "--eta", "0.5"), "--eta 0.5 needs a guide"),
         (("generate", PROMPT, "--ref", ref, *("--guide", guide) * 2), "the guides are 2 and the --weights 0"),

@@ -146,6 +146,7 @@ def test_a_finished_run_needs_its_workdir_alone(finished, capsys):
     assert "give the --config it was made with" in refused(capsys, "run", "--workdir", finished, "--config.seed=1")
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_from_a_reference_in_bfloat16(folder, tmp_path):
     """Accelerators have that dtype by default; the policy's own weights are float32."""
     small = (

@@ -166,6 +166,7 @@ def test_files_that_are_none(tmp_path):
     assert "has 2 GGUF files (empty.gguf, text.gguf); give the path of one" in load_refusal(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_the_package_only_gguf_files_are_refused(file, copy, monkeypatch):
     without = "import sys; sys.modules['gguf'] = None; import qsharp_jax.models.hf"  # as where it is not installed
     subprocess.run([sys.executable, "-c", without], check=True)

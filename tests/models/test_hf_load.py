@@ -62,6 +62,7 @@ def run(program, *args):
     return subprocess.run([sys.executable, "-c", program, *map(str, args)], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_read_slice_by_slice_each_byte_once(made):
     done = run(SHARDED, made)
     assert done.stdout.endswith("right\n"), done.stderr

@@ -25,6 +25,7 @@ def lines(session):
     return {line["step"]: line["loss"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line}
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_at_a_loss_and_was_stopped_ends_at_the_same_step(tmp_path, monkeypatch):
     """SIGTERM is heeded where a line of metrics is written: no line averages over fewer steps than without it."""
     straight = session(tmp_path / "straight")
