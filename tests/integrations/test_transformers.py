@@ -148,6 +148,7 @@ def test_tokens_that_are_taken_back_or_replaced_leave_nothing_behind(name, folde
         torch.testing.assert_close(processor(batch[:, :place], logits), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_runs_where_jax_is_not_installed(folder):
     code = f"""
 import sys

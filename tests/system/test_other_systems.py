@@ -59,6 +59,7 @@ def test_help(qsharp):
     assert "generate" in qsharp("--help").stdout
 
 
+@pytest.mark.slow
 def test_generate_into_a_file_warns_that_it_is_not_locked(qsharp, ref, tmp_path):
     output = tmp_path / "out.jsonl"
     done = qsharp("generate", "How many eggs?", "--ref", ref, "--max-new-tokens", 4, "--output", output)
