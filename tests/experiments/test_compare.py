@@ -213,6 +213,7 @@ def test_objectives_are_at_the_comparison_s_eta_whatever_a_method_s_own(tmp_path
     assert key == ("klq", 0) and batch["objective"] == pytest.approx(0.4)
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_goes_on_and_names_what_has_no_result(tmp_path, monkeypatch, capsys):
     """One pi_ref and one set of first rollouts; a method that is refused does not end the others; nothing twice."""
     pretrained = []

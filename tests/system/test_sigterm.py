@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from marks import slow
 from repository import ROOT
 
 from qsharp_jax.system import sigterm
@@ -147,7 +148,7 @@ def test_a_later_one_ends_it_and_says_what_is_lost(number):
     assert errors == f"qsharp: {number.name} again, 1 s after the first: ends at once and gives up step 7\n"
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, slow(2)])
 def test_ctrl_c_saves_where_it_is_deferred_and_interrupts_elsewhere(count):
     """Once, so that neither the save nor the clean-up is interrupted by a second."""
     assert told("slow", *[INT] * count)[:2] == (0, ["saved", "stopped by Ctrl-C"])
