@@ -87,11 +87,10 @@ def assert_same_run(actual: Path, expected: Path) -> None:
     rows = [without_seconds(json.loads((path / "results.json").read_text())) for path in (actual, expected)]
     assert rows[0] == rows[1]
     for file in sorted((expected / "samples").iterdir()):
-        lines = [
-            without_seconds([json.loads(line) for line in (path / "samples" / file.name).read_text().splitlines()])
-            for path in (actual, expected)
-        ]
-        assert lines[0] == lines[1], file.name
+        texts = [(path / "samples" / file.name).read_text() for path in (actual, expected)]
+        if file.suffix == ".jsonl":
+            texts = [without_seconds([json.loads(line) for line in text.splitlines()]) for text in texts]
+        assert texts[0] == texts[1], file.name
 
 
 def json_config(path: Path):
