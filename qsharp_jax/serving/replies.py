@@ -149,8 +149,7 @@ class Reply:
         shaped: dict[str, Any] = {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
-            # Tokens may have the same text, parts of a character above all: of them the likeliest, which comes first.
-            "top_logprobs": [{x["token"]: x["logprob"] for x in entry["top_logprobs"][::-1]} for entry in entries],
+            "top_logprobs": [_by_text(entry["top_logprobs"]) for entry in entries],
             "text_offset": offsets,
         }
         if self._body.return_guidance:
@@ -161,3 +160,11 @@ class Reply:
 def event(fields: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _by_text(alternatives: list[dict[str, Any]]) -> dict[str, float]:
+    """Log-probabilities by text, likeliest first; of tokens with the same text, like parts of characters, one."""
+    told: dict[str, float] = {}
+    for entry in alternatives:
+        told.setdefault(entry["token"], entry["logprob"])
+    return told

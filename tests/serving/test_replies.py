@@ -26,5 +26,5 @@ def test_of_alternatives_with_the_same_text_the_likeliest_is_told():
     update = Update(SimpleNamespace(is_guided=False), 0, [3], [-1.5], [-1.5], [0.0], [float("nan")], [top], "stop")
     reply.add(0, update)
     told = reply.whole()["choices"][0]["logprobs"]
-    assert told["top_logprobs"] == [{"\ufffd": -0.5, "3": -1.5}]
+    assert [[*top.items()] for top in told["top_logprobs"]] == [[("\ufffd", -0.5), ("3", -1.5)]]
     assert told["token_logprobs"] == [-1.5]
