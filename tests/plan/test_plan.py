@@ -302,7 +302,7 @@ def test_hosts_that_could_decode_together_are_named():
 
 @pytest.mark.parametrize(("heads", "kv_heads", "guide"), [(28, 4, "llama3.2-1b"), (40, 8, "qwen2.5-1.5b")])
 def test_a_split_of_the_same_devices_that_would_do_is_named(monkeypatch, heads, kv_heads, guide):
-    """Of 28 heads and 4 kv heads of the reference, and of 12 heads of the guide, which 8 devices do not divide."""
+    """Eight devices divide neither 28 heads, nor 4 kv heads, nor the 12 heads of a guide."""
     sizes = plan.job.model_configs.SIZES
     monkeypatch.setitem(sizes, f"{heads}-heads", sizes["llama3.1-8b"] | dict(heads=heads, kv_heads=kv_heads))
     named = dict(ref_size=f"{heads}-heads", guide_size=guide)
